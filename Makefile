@@ -1,0 +1,45 @@
+# Every target makes what it needs and can be run again cheaply.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export VLLM_TARGET_DEVICE ?= cpu
+
+.PHONY: help demo test test-fast lint bench clean
+
+help:
+	@echo "make demo   ask a small real model a question and see where its answer came from"
+	@echo "make test   lint, type-check and run all tests"
+	@echo "make bench  small benchmarks"
+
+# The lock is installed without dependency resolution; see the note at its top.
+$(VENV)/.cpu: requirements/cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.cpu requirements/dev.txt
+	$(PIP) install --quiet --no-deps -r requirements/dev.txt
+	touch $@
+
+demo: $(VENV)/.cpu
+	$(BIN)/vllm-flashtrace demo
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/vllm-flashtrace demo --model-path
+	$(BIN)/python -m pytest -q
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --ignore tests/engine --ignore tests/serving
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.trace_overhead --small
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,24 @@
+"""Signature checks that patches share.
+
+Invariant: a check looks at names of parameters only, so that added defaults in a vLLM patch release
+do not disable the plugin, while a moved or renamed interface does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+class PatchError(RuntimeError):
+    """A private vLLM interface is not what a patch was written for."""
+
+
+def require_parameters(function: Callable[..., Any] | None, name: str, *parameters: str) -> None:
+    """Raises PatchError unless ``function`` exists and takes ``parameters`` first, in order."""
+    if function is None:
+        raise PatchError(f"{name} does not exist in this vLLM")
+    found = list(inspect.signature(inspect.unwrap(function)).parameters)
+    if found[: len(parameters)] != list(parameters):
+        raise PatchError(f"{name} takes {found}, expected it to begin with {list(parameters)}")

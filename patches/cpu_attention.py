@@ -1,0 +1,74 @@
+"""Registers a CPU attention backend that lets a trace see each layer's queries.
+
+What it changes: vLLM's registry entry for ``CPU_ATTN`` names a subclass of the stock backend. After
+the stock ``forward`` the subclass calls ``on_attention`` if one is set, which happens only during
+the forward pass of a step that holds a trace.
+
+Why here: ``register_backend`` is vLLM's public extension point and overriding a member keeps vLLM's
+own backend selection. The method signature of ``forward`` is private.
+
+Tested on: vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_flashtrace.patches._check import require_parameters
+
+
+class RecordingCPUAttentionImpl(CPUAttentionBackendImpl):
+    """The stock implementation with a place for an observer."""
+
+    on_attention: Callable[[torch.Tensor], None] | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Runs the stock kernel, then shows the queries ``[tokens, H, d]`` to the observer."""
+        result = super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+        )
+        if self.on_attention is not None and attn_metadata is not None:
+            self.on_attention(query)
+        return result
+
+
+class RecordingCPUAttentionBackend(CPUAttentionBackend):
+    """The stock backend with the recording implementation."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """The recording subclass."""
+        return RecordingCPUAttentionImpl
+
+
+def check() -> None:
+    """Raises PatchError unless the stock ``forward`` has the expected parameters."""
+    require_parameters(
+        CPUAttentionBackendImpl.forward,
+        "CPUAttentionBackendImpl.forward",
+        *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+    )
+
+
+def apply() -> None:
+    """Registers the recording backend over the stock one."""
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN,
+        f"{RecordingCPUAttentionBackend.__module__}.{RecordingCPUAttentionBackend.__qualname__}",
+    )

@@ -1,0 +1,67 @@
+"""Keeps a trace request from skipping its own target rows.
+
+What it changes: for a request that carries a sealed trace spec, ``KVCacheManager`` looks for cached
+blocks only up to the first target position instead of ``num_tokens - 1``. Other requests take the
+stock path.
+
+Why here: the limit is computed inside ``get_computed_blocks`` and no request field sets it.
+
+Tested on: vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.patches._check import require_parameters
+from vllm_flashtrace.wire import sealed_spec, unseal
+
+logger = logging.getLogger(__name__)
+
+
+class _CappedRequest:
+    """A view of a request that reports fewer tokens; everything else is the request's own."""
+
+    def __init__(self, request: Any, num_tokens: int) -> None:
+        self._request = request
+        self.num_tokens = num_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def check() -> None:
+    """Raises PatchError unless ``get_computed_blocks`` takes one request."""
+    require_parameters(
+        getattr(KVCacheManager, "get_computed_blocks", None),
+        "KVCacheManager.get_computed_blocks",
+        *("self", "request"),
+    )
+
+
+def apply() -> None:
+    """Wraps ``get_computed_blocks``."""
+    stock = KVCacheManager.get_computed_blocks
+
+    @functools.wraps(stock)
+    def get_computed_blocks(self: KVCacheManager, request: Any) -> Any:
+        params = request.sampling_params
+        if params is None or not params.extra_args:
+            return stock(self, request)
+        sealed = sealed_spec(params.extra_args)
+        if sealed is None:
+            return stock(self, request)
+        try:
+            first_target = unseal(sealed).first_target
+        except TraceError:
+            # The worker refuses the same spec and says so; here it is an ordinary request.
+            return stock(self, request)
+        # Stock code looks up at most ``num_tokens - 1`` tokens.
+        return stock(self, _CappedRequest(request, min(first_target + 1, request.num_tokens)))
+
+    KVCacheManager.get_computed_blocks = get_computed_blocks

@@ -1,0 +1,49 @@
+"""Adds the two methods by which an API server reaches the traces of a worker.
+
+What it changes: ``WorkerBase`` gains ``flashtrace_collect`` and ``flashtrace_status``, called by
+name through ``collective_rpc``. Both return msgpack ``bytes``.
+
+Why here: ``--worker-extension-cls`` takes a single class and belongs to the user.
+
+Tested on: vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_flashtrace.patches._check import PatchError
+from vllm_flashtrace.patches.model_runner_v1 import capture_of
+
+_METHODS = ("flashtrace_collect", "flashtrace_status")
+
+
+def check() -> None:
+    """Raises PatchError if vLLM or another plugin already has methods of these names."""
+    for name in _METHODS:
+        if hasattr(WorkerBase, name):
+            raise PatchError(f"WorkerBase.{name} exists already")
+
+
+def apply() -> None:
+    """Adds the methods."""
+
+    def flashtrace_collect(self: Any, nonce: str) -> bytes:
+        return capture_of(self.model_runner).recorder.collect(nonce)
+
+    def flashtrace_status(self: Any) -> bytes:
+        capture = capture_of(self.model_runner)
+        return msgspec.msgpack.encode(
+            {
+                "refusal": capture.refusal,
+                "recording": len(capture.recorder.active_requests),
+                "waiting_results": capture.recorder.waiting_results,
+                "accumulator_bytes": capture.recorder.accumulator_bytes,
+            }
+        )
+
+    WorkerBase.flashtrace_collect = flashtrace_collect
+    WorkerBase.flashtrace_status = flashtrace_status

@@ -1,0 +1,1 @@
+"""Everything that reads vLLM's private structures, apart from the modules in ``patches``."""

@@ -1,0 +1,161 @@
+"""Finds the attention layers of a loaded vLLM model and says whether they can be traced exactly.
+
+Invariant: a model passes only if every feature on the way from ``v`` to the residual stream is one
+that the capture path reproduces; anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_flashtrace.errors import UnsupportedModelError
+
+# Architectures whose decoder layer is pre-norm, adds the attention block's output to the residual
+# stream unscaled, and is called as (positions, hidden_states, residual).
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TracedLayer:
+    """One decoder layer's modules.
+
+    Attributes:
+        index: Position in the stack.
+        name: The attention layer's name in vLLM's forward context.
+        decoder: The decoder layer; its input is the residual stream ``x_prev``.
+        block: The attention block; its output is what is added to the residual stream.
+        attention: vLLM's attention layer.
+        out_proj: The output projection ``W_O``.
+    """
+
+    index: int
+    name: str
+    decoder: nn.Module
+    block: nn.Module
+    attention: Attention
+    out_proj: RowParallelLinear
+
+
+def check_config(config: VllmConfig) -> None:
+    """Refuses engine configurations that the capture path does not cover.
+
+    Raises:
+        UnsupportedModelError: Naming the feature in the way.
+    """
+    parallel = config.parallel_config
+    refusals = {
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer": config.kv_transfer_config is not None,
+        "a pooling model": config.model_config.runner_type != "generate",
+        "a quantized model": config.model_config.quantization is not None,
+        "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
+    architecture = config.model_config.architecture
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"traces are not supported for {architecture}; "
+            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+
+
+def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
+    """The decoder layers of a supported model, in order.
+
+    Raises:
+        UnsupportedModelError: A layer uses a feature that cannot be traced exactly.
+    """
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    layers = []
+    for context_name, attention in config.compilation_config.static_forward_context.items():
+        if not isinstance(attention, Attention):
+            continue
+        name = names.get(id(attention))
+        if name is None or not name.endswith(".self_attn.attn"):
+            raise UnsupportedModelError(f"{context_name} is not inside a known decoder layer")
+        block_name = name.removesuffix(".attn")
+        decoder_name = block_name.removesuffix(".self_attn")
+        block = modules[block_name]
+        _check_attention(context_name, attention, block)
+        layers.append(
+            TracedLayer(
+                index=int(decoder_name.rsplit(".", 1)[1]),
+                name=context_name,
+                decoder=modules[decoder_name],
+                block=block,
+                attention=attention,
+                out_proj=block.o_proj,
+            )
+        )
+    layers.sort(key=lambda layer: layer.index)
+    if [layer.index for layer in layers] != list(range(len(layers))) or not layers:
+        raise UnsupportedModelError("some decoder layers have no attention layer")
+    if len({(layer.attention.num_heads, layer.attention.head_size) for layer in layers}) > 1:
+        raise UnsupportedModelError("attention layers of different sizes are not supported")
+    return layers
+
+
+def output_projection(layer: TracedLayer) -> torch.Tensor:
+    """``W_O`` of a layer as ``[H, d, D]`` in the model's dtype.
+
+    The CPU backend empties ``weight`` after packing it for its kernels, so the matrix is got by
+    applying the projection to the identity. The bias is not part of it: it belongs to no token.
+    """
+    projection, attention = layer.out_proj, layer.attention
+    rows = attention.num_heads * attention.head_size
+    weight = projection.weight
+    if weight.ndim == 2 and weight.shape[1] == rows:
+        matrix = weight.t()
+    else:
+        identity = torch.eye(rows, dtype=projection.params_dtype)
+        with torch.inference_mode():
+            matrix = projection.quant_method.apply(projection, identity)
+    return matrix.reshape(attention.num_heads, attention.head_size, -1)
+
+
+def _check_attention(name: str, attention: Attention, block: nn.Module) -> None:
+    impl: Any = attention.impl
+    out_proj = getattr(block, "o_proj", None)
+    refusals = {
+        "sliding-window attention": attention.sliding_window is not None,
+        "logit soft-capping": bool(getattr(impl, "logits_soft_cap", 0)),
+        "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+        "attention sinks": attention.has_sink,
+        f"KV cache dtype {attention.kv_cache_dtype}": attention.kv_cache_dtype.startswith(
+            ("fp8", "nvfp4", "int8", "turboquant")
+        ),
+        f"{attention.attn_type} attention": attention.attn_type != AttentionType.DECODER,
+        "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
+        "values of another size than keys": attention.head_size_v != attention.head_size,
+        "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
+        "an output gate in attention": bool(getattr(block, "attn_output_gate", False)),
+        "a quantized or unknown output projection": not (
+            isinstance(out_proj, RowParallelLinear)
+            and isinstance(out_proj.quant_method, UnquantizedLinearMethod)
+        ),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")

@@ -1,0 +1,1 @@
+"""Worker-side recording of traces, in terms of this package's own records."""

@@ -1,0 +1,69 @@
+"""Options of the plugin, read from ``--additional-config '{"flashtrace": {...}}'``.
+
+Invariant: every key is declared here with its default, and an unknown or ill-typed key stops the
+server at start instead of being ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.schema import RequestLimits
+
+SECTION = "flashtrace"
+
+
+class FlashTraceConfig(BaseModel):
+    """Server-side options.
+
+    Attributes:
+        exact_fraction: Share of the proximity bound's mass evaluated exactly; 1.0 is exact.
+        max_hops: Largest ``hops`` a request may ask for, and where ``"auto"`` stops at the latest.
+        auto_threshold: ``"auto"`` stops when less than this share of the mass is still on reasoning.
+        max_concurrent_traces: Trace requests in the engine at once, per API server.
+        max_waiting_traces: Attributions that may wait for a place; above it they are ``skipped``.
+        trace_timeout_seconds: Longest time one attribution may take before it fails.
+        result_ttl_seconds: How long a worker keeps a result that nobody picks up.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    exact_fraction: float = Field(default=0.9, ge=0.0, le=1.0)
+    max_hops: int = Field(default=8, ge=0, le=64)
+    auto_threshold: float = Field(default=0.05, gt=0.0, lt=1.0)
+    max_concurrent_traces: int = Field(default=8, ge=1)
+    max_waiting_traces: int = Field(default=256, ge=0)
+    trace_timeout_seconds: float = Field(default=300.0, gt=0.0)
+    result_ttl_seconds: float = Field(default=60.0, gt=0.0)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> FlashTraceConfig:
+        """Reads our section of vLLM's ``additional_config``.
+
+        Raises:
+            ValueError: The section has an unknown key or a bad value; the message names it.
+        """
+        section = (
+            additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+        )
+        if not isinstance(section, Mapping):
+            raise ValueError(f"additional_config.{SECTION} must be an object, got {section!r}")
+        try:
+            return cls.model_validate(dict(section))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join([SECTION, *(str(part) for part in first["loc"])])
+            raise ValueError(
+                f"additional_config.{name}: {first['msg']} (got {first['input']!r})"
+            ) from error
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What a request's ``flashtrace`` field may ask for."""
+        from vllm_flashtrace.schema import RequestLimits
+
+        return RequestLimits(max_hops=self.max_hops)

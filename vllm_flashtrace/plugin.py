@@ -1,0 +1,35 @@
+"""Entry point of the engine side: vLLM calls :func:`register` in every one of its processes.
+
+Invariant: loading never breaks serving. If a patch does not fit, one line says so and the server
+runs without attribution.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from vllm_flashtrace.wire import ensure_secret
+
+DISABLE_ENV = "VLLM_FLASHTRACE_DISABLE"
+
+logger = logging.getLogger("vllm.flashtrace")
+
+
+def enabled() -> bool:
+    """Whether the kill switch ``VLLM_FLASHTRACE_DISABLE=1`` is off."""
+    return os.environ.get(DISABLE_ENV, "0") in ("", "0")
+
+
+def register() -> None:
+    """Applies the patches in this process."""
+    if not enabled():
+        return
+    ensure_secret()
+    from vllm_flashtrace import patches
+    from vllm_flashtrace.patches._check import PatchError
+
+    try:
+        patches.apply_all()
+    except (PatchError, ImportError) as error:
+        logger.error("FlashTrace is off: it does not fit this vLLM: %s", error)

@@ -1,0 +1,74 @@
+"""Small records that the parts of the package exchange.
+
+Invariant: nothing here knows vLLM; positions are absolute token indices of the trace
+``prompt + generated`` unless a name says otherwise, and spans are half-open ``[start, end)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished completion as the engine saw it.
+
+    Attributes:
+        prompt_token_ids: Token ids of the rendered prompt.
+        generated_token_ids: Every generated id, a final EOS or stop text included.
+        text: The generated text the client sees (stop strings cut off).
+        prompt_text: The client's own prompt string for a plain completion, else None.
+        messages: The client's chat messages (OpenAI form), else None.
+    """
+
+    prompt_token_ids: Sequence[int]
+    generated_token_ids: Sequence[int]
+    text: str
+    prompt_text: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The whole trace, prompt then generated."""
+        return [*self.prompt_token_ids, *self.generated_token_ids]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceReport:
+    """What the engine measured for one trace request (one hop).
+
+    Attributes:
+        scores: float32 ``[N]``, per-token scores summed over layers, unnormalised.
+        layer_scores: float32 ``[layers, N]`` when asked for, else None.
+        recomputed_tokens: Tokens prefilled for this hop.
+        cached_tokens: Tokens whose KV came from the prefix cache.
+        seconds: Seconds by phase (``queue``, ``prefill``, ``attribution``).
+    """
+
+    scores: torch.Tensor
+    layer_scores: torch.Tensor | None = None
+    recomputed_tokens: int = 0
+    cached_tokens: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class TraceUsage:
+    """Cost of a whole attribution, summed over its hops."""
+
+    recomputed_tokens: int = 0
+    cached_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, report: TraceReport) -> None:
+        """Adds one hop's cost."""
+        self.recomputed_tokens += report.recomputed_tokens
+        self.cached_tokens += report.cached_tokens
+        for phase, value in report.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
