@@ -25,7 +25,11 @@ class ReferenceHops:
 
 @torch.no_grad()
 def reference_scores(
-    model: nn.Module, token_ids: list[int], target: Span, reasoning: Span | None = None, hops: int = 0
+    model: nn.Module,
+    token_ids: list[int],
+    target: Span,
+    reasoning: Span | None = None,
+    hops: int = 0,
 ) -> ReferenceHops:
     """Runs the package on a HF model that was loaded with ``attn_implementation="eager"``."""
     dtype = next(model.parameters()).dtype

@@ -143,7 +143,7 @@ class FlashTrace:
         return request
 
     def _refusal(self) -> str | None:
-        from vllm_flashtrace.tracer import decode_status
+        from vllm_flashtrace.hop import decode_status
 
         try:
             return decode_status(self.llm.collective_rpc("flashtrace_status"))["refusal"]
@@ -219,7 +219,7 @@ class FlashTrace:
 
     def _advance(self, jobs: Sequence[_Job]) -> bool:
         """Runs the next hop of every unfinished job; False when all are done."""
-        from vllm_flashtrace.tracer import (
+        from vllm_flashtrace.hop import (
             decode_rpc,
             padded_scores,
             trace_call,
@@ -244,9 +244,7 @@ class FlashTrace:
             seconds = time.monotonic() - began
             for job, call in batch:
                 try:
-                    replies = self.llm.collective_rpc(
-                        "flashtrace_collect", args=(call.spec.nonce,)
-                    )
+                    replies = self.llm.collective_rpc("flashtrace_collect", args=(call.spec.nonce,))
                     report = with_phases(decode_rpc(replies), seconds, 0.0)
                     job.plan.recursion.add(*padded_scores(report, len(job.plan.token_ids)))
                     job.usage.add(report)

@@ -48,6 +48,7 @@ class TraceReport:
         layer_scores: float32 ``[layers, N]`` when asked for, else None.
         recomputed_tokens: Tokens prefilled for this hop.
         cached_tokens: Tokens whose KV came from the prefix cache.
+        restarts: How often recording began again after a preemption.
         seconds: Seconds by phase (``queue``, ``prefill``, ``attribution``).
     """
 
@@ -55,6 +56,7 @@ class TraceReport:
     layer_scores: torch.Tensor | None = None
     recomputed_tokens: int = 0
     cached_tokens: int = 0
+    restarts: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

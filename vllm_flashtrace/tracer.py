@@ -13,18 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-from vllm import SamplingParams, TokensPrompt
-from vllm.sampling_params import RequestOutputKind
-
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import FlashTraceError, TraceError
+from vllm_flashtrace.hop import (
+    decode_rpc,
+    decode_status,
+    padded_scores,
+    trace_call,
+    with_phases,
+)
 from vllm_flashtrace.postprocess.plan import TracePlan, plan_trace
 from vllm_flashtrace.postprocess.result import build_result, failed_result
 from vllm_flashtrace.records import Completion, TraceReport, TraceUsage
 from vllm_flashtrace.schema import FlashTraceRequest
-from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
 
 logger = logging.getLogger(__name__)
 
@@ -46,68 +48,6 @@ class EngineContext:
     priority: int = 0
     trace_headers: Mapping[str, str] | None = None
     data_parallel_rank: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TraceCall:
-    """One hop as an engine request."""
-
-    spec: TraceSpec
-    prompt: TokensPrompt
-    params: SamplingParams
-
-
-def trace_call(
-    plan: TracePlan, weights: TargetWeights, config: FlashTraceConfig, cache_salt: str | None
-) -> TraceCall:
-    """The engine request that records one hop: a prefill up to the last target position."""
-    token_ids = plan.token_ids[: weights.last + 1]
-    spec = TraceSpec.create(
-        weights,
-        len(token_ids),
-        exact_fraction=config.exact_fraction,
-        layers="layers" in plan.request.include,
-    )
-    prompt = TokensPrompt(prompt_token_ids=token_ids)
-    if cache_salt is not None:
-        prompt["cache_salt"] = cache_salt
-    params = SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={EXTRA_ARGS_KEY: seal(spec)},
-    )
-    return TraceCall(spec, prompt, params)
-
-
-def decode_rpc(replies: list[Any]) -> TraceReport:
-    """The report in a ``collective_rpc`` reply (one worker holds the whole model)."""
-    if len(replies) != 1 or not isinstance(replies[0], bytes):
-        raise TraceError("result_missing", f"expected one worker's result, got {len(replies)}")
-    return decode_report(replies[0])
-
-
-def decode_status(replies: list[Any]) -> dict[str, Any]:
-    """The status in a ``collective_rpc`` reply."""
-    return msgspec.msgpack.decode(replies[0])
-
-
-def with_phases(report: TraceReport, engine_seconds: float, queue_seconds: float) -> TraceReport:
-    """Adds what only the caller can time: waiting, and the share of the engine's own phases."""
-    phases = report.seconds
-    attribution = phases.get("recording", 0.0) + phases.get("proximity", 0.0)
-    return TraceReport(
-        scores=report.scores,
-        layer_scores=report.layer_scores,
-        recomputed_tokens=report.recomputed_tokens,
-        cached_tokens=report.cached_tokens,
-        seconds={
-            "queue": queue_seconds + max(0.0, engine_seconds - sum(phases.values())),
-            "prefill": phases.get("prefill", 0.0),
-            "attribution": attribution,
-        },
-    )
 
 
 class AsyncTracer:
@@ -237,17 +177,3 @@ class AsyncTracer:
     def _failed(self, trace_id: str, error: FlashTraceError) -> dict[str, Any]:
         logger.warning("Trace %s failed (%s): %s", trace_id, error.code, error.message)
         return failed_result(trace_id, error)
-
-
-def padded_scores(report: TraceReport, length: int) -> tuple[Any, Any]:
-    """A hop's scores over the whole trace: tokens after its last target contribute nothing."""
-    missing = length - report.scores.shape[0]
-    if missing == 0:
-        return report.scores, report.layer_scores
-    scores = report.scores.new_zeros(length)
-    scores[:-missing] = report.scores
-    layers = report.layer_scores
-    if layers is not None:
-        layers = layers.new_zeros(layers.shape[0], length)
-        layers[:, :-missing] = report.layer_scores
-    return scores, layers

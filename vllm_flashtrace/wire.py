@@ -133,6 +133,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     num_layers: int = 0
     recomputed_tokens: int = 0
     cached_tokens: int = 0
+    restarts: int = 0
     seconds: dict[str, float] = {}
 
     def encode(self) -> bytes:
@@ -159,6 +160,7 @@ def decode_report(data: bytes) -> TraceReport:
         layer_scores=layers,
         recomputed_tokens=wire.recomputed_tokens,
         cached_tokens=wire.cached_tokens,
+        restarts=wire.restarts,
         seconds=wire.seconds,
     )
 

@@ -170,6 +170,7 @@ class Recorder:
             num_layers=layers.shape[0] if trace.spec.layers else 0,
             recomputed_tokens=trace.recomputed_tokens,
             cached_tokens=trace.cached_tokens,
+            restarts=trace.restarts,
             seconds={
                 "prefill": began - started - trace.recording_seconds,
                 "recording": trace.recording_seconds,

@@ -80,7 +80,7 @@ class StepRecorder:
         self,
         layer: int,
         query: torch.Tensor,
-        read_keys: Callable[[BatchRow], torch.Tensor],
+        read_keys: Callable[[BatchRow, int], torch.Tensor],
         scale: float,
     ) -> None:
         """Adds ``c_h[j] += sum_i w_i alpha^h_ij`` of one layer.
@@ -88,14 +88,16 @@ class StepRecorder:
         Args:
             layer: Layer index.
             query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
-            read_keys: Returns the float32 keys ``[stop, G, d]`` of a request, the step's included.
+            read_keys: Returns the float32 keys ``[length, G, d]`` of a request's first ``length``
+                tokens, those of this step included.
             scale: Softmax scale of the layer.
         """
 
         def add(segment: Segment) -> None:
+            seen = int(segment.target.positions[-1]) + 1
             weighted_column_sums(
                 query[segment.rows].float(),
-                read_keys(segment.batch_row).float(),
+                read_keys(segment.batch_row, seen),
                 segment.target.weights,
                 segment.target.positions,
                 scale,

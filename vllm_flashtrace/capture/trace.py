@@ -53,6 +53,7 @@ class Trace:
         self.next_position = 0
         self.cached_tokens = 0
         self.recomputed_tokens = 0
+        self.restarts = 0
         self.created = time.monotonic()
         self.started: float | None = None
         self.recording_seconds = 0.0
@@ -100,6 +101,7 @@ class Trace:
         return LayerSums(self.column_sums[layer], self.residual[layer], self.stream[layer])
 
     def _restart(self, start: int) -> None:
+        self.restarts += self.next_position > 0
         self.column_sums.zero_()
         self.residual.zero_()
         self.stream.zero_()

@@ -1,0 +1,74 @@
+"""Engines shared by the whole test session; each is started when the first test needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine
+from vllm_flashtrace.models.smollm2 import prepare_smollm2
+
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    return prepare_smollm2()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> Iterator[Engine]:
+    """SmolLM2 in float32, eager, with prefix caching."""
+    engine = Engine(smollm2_folder)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def crowded(smollm2_folder: Path) -> Iterator[Engine]:
+    """The same model with small steps, few KV blocks and no prefix cache."""
+    engine = Engine(
+        smollm2_folder,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=160,
+        num_gpu_blocks_override=17,
+        max_num_seqs=16,
+        max_model_len=1024,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def hf_smollm2(smollm2_folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2_folder, attn_implementation="eager", dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="session")
+def trace_tokens(smollm2: Engine) -> list[int]:
+    """A natural text of about 600 tokens."""
+    return text_tokens(smollm2, 600)
+
+
+def text_tokens(engine: Engine, count: int, salt: str = "") -> list[int]:
+    """Deterministic prose of exactly ``count`` tokens; ``salt`` makes it a different text."""
+    words = [
+        f"{salt}In the year {1200 + 7 * i} the town number {i} had {13 * i % 97} bridges. {FILLER}"
+        for i in range(count)
+    ]
+    tokenizer = engine.llm.get_tokenizer()
+    token_ids: list[int] = []
+    for sentence in words:
+        token_ids += tokenizer.encode(sentence, add_special_tokens=False)
+        if len(token_ids) >= count:
+            break
+    return token_ids[:count]

@@ -1,0 +1,173 @@
+"""A real vLLM engine with helpers to trace token ids and to mix traces with other work."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_flashtrace.core.hop_result import HopResult
+from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.records import TraceReport
+from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
+
+SMALL = {
+    "dtype": "float32",
+    "max_model_len": 2304,
+    "kv_cache_memory_bytes": 512 << 20,
+    "enforce_eager": True,
+    "disable_log_stats": True,
+}
+
+
+@dataclass(frozen=True)
+class TraceJob:
+    """One trace request: the tokens, the target, and how exactly to evaluate."""
+
+    token_ids: Sequence[int]
+    weights: TargetWeights
+    exact_fraction: float = 1.0
+    layers: bool = False
+
+
+class Engine:
+    """A ``vllm.LLM`` (kept as ``llm``) that can run trace requests directly."""
+
+    _ids = itertools.count()
+
+    def __init__(self, model: Path, **overrides: Any) -> None:
+        from vllm_flashtrace.environment import prepare_environment
+
+        # Tests send functions to the worker to cause faults there.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        prepare_environment()
+        from vllm import LLM
+
+        self.llm = LLM(model=str(model), **{**SMALL, **overrides})
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def trace(self, job: TraceJob) -> TraceReport:
+        return self.trace_many([job])[0]
+
+    def trace_many(
+        self, jobs: Sequence[TraceJob], decoding: Sequence[Sequence[int]] = (), new_tokens: int = 32
+    ) -> list[TraceReport]:
+        """Runs traces in one batch; ``decoding`` prompts generate in the same steps."""
+        specs = [self._spec(job) for job in jobs]
+        engine = self.llm.llm_engine
+        for prompt in decoding:
+            engine.add_request(self._id(), self._prompt(prompt), self._generate(new_tokens))
+        started: set[str] = set()
+        while len(started) < len(decoding):  # so that they decode beside the traces
+            started |= {out.request_id for out in engine.step() if out.outputs[0].token_ids}
+        for job, spec in zip(jobs, specs, strict=True):
+            engine.add_request(self._id(), self._prompt(job.token_ids), self._record(spec))
+        self.run()
+        return [self.collect(spec.nonce) for spec in specs]
+
+    def generate(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation, as token ids."""
+        [output] = self.llm.generate(
+            [self._prompt(token_ids)], self._generate(new_tokens), use_tqdm=False
+        )
+        return list(output.outputs[0].token_ids)
+
+    def run(self) -> None:
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
+
+    def step_until(self, condition: Callable[[], bool]) -> None:
+        """The engine core steps by itself; this waits, draining its outputs."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            if time.monotonic() > deadline or not self.llm.llm_engine.has_unfinished_requests():
+                raise AssertionError("the engine finished before the condition held")
+
+    def collect(self, nonce: str) -> TraceReport:
+        return decode_report(self.llm.collective_rpc("flashtrace_collect", args=(nonce,))[0])
+
+    def status(self) -> dict[str, Any]:
+        from vllm_flashtrace.hop import decode_status
+
+        return decode_status(self.llm.collective_rpc("flashtrace_status"))
+
+    def on_worker(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls ``function(worker, *args)`` in the worker process."""
+        return self.llm.collective_rpc(function, args=args)[0]
+
+    def submit(self, job: TraceJob, extra_args: dict[str, Any] | None = None) -> tuple[str, str]:
+        """Queues a trace request without running it; returns (request id, nonce)."""
+        spec = self._spec(job)
+        params = self._record(spec)
+        if extra_args is not None:
+            params.extra_args = extra_args
+        request_id = self._id()
+        self.llm.llm_engine.add_request(request_id, self._prompt(job.token_ids), params)
+        return request_id, spec.nonce
+
+    def _spec(self, job: TraceJob) -> TraceSpec:
+        return TraceSpec.create(
+            job.weights, len(job.token_ids), exact_fraction=job.exact_fraction, layers=job.layers
+        )
+
+    @staticmethod
+    def _record(spec: TraceSpec) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, extra_args={EXTRA_ARGS_KEY: seal(spec)}
+        )
+
+    @staticmethod
+    def _generate(new_tokens: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+
+    @staticmethod
+    def _prompt(token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"prompt_token_ids": list(token_ids)}
+
+    @classmethod
+    def _id(cls) -> str:
+        return f"test-{next(cls._ids)}"
+
+
+def relative_l1(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """L1 distance of two score vectors after each is normalised to sum 1."""
+    ours, reference = ours.double(), reference.double()
+    return float((ours / ours.sum() - reference / reference.sum()).abs().sum())
+
+
+def top_overlap(ours: torch.Tensor, reference: torch.Tensor, k: int = 10) -> int:
+    """How many of the ``k`` best positions agree."""
+    return len(set(ours.topk(k).indices.tolist()) & set(reference.topk(k).indices.tolist()))
+
+
+def run_hops(
+    engine: Engine,
+    token_ids: Sequence[int],
+    prompt_length: int,
+    output: tuple[int, int],
+    reasoning: tuple[int, int],
+    hops: int,
+    exact_fraction: float = 1.0,
+) -> HopResult:
+    """The recursion output -> reasoning -> input through the engine."""
+    mask = torch.zeros(len(token_ids), dtype=torch.bool)
+    mask[slice(*reasoning)] = True
+    recursion = HopRecursion(
+        TargetWeights.from_spans([output]), prompt_length, len(token_ids), mask, hops=hops
+    )
+    while (weights := recursion.next_weights()) is not None:
+        recursion.add(engine.trace(TraceJob(token_ids, weights, exact_fraction)).scores)
+    return recursion.result()

@@ -1,0 +1,162 @@
+"""A fault in recording or in the proximity pass fails its trace and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import text_tokens
+from tests.engine.harness import Engine, TraceJob
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.errors import TraceError
+
+TARGET = TargetWeights.from_spans([(300, 340)])
+
+
+def break_function(_: Any, module: str, owner: str | None, name: str) -> None:
+    """Runs in the worker: makes ``module[.owner].name`` raise."""
+    import importlib
+
+    holder: Any = importlib.import_module(module)
+    if owner is not None:
+        holder = getattr(holder, owner)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"injected into {name}")
+
+    broken.original = getattr(holder, name)  # type: ignore[attr-defined]
+    setattr(holder, name, broken)
+
+
+def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
+    import importlib
+
+    holder: Any = importlib.import_module(module)
+    if owner is not None:
+        holder = getattr(holder, owner)
+    setattr(holder, name, getattr(holder, name).original)
+
+
+CAPTURE = "vllm_flashtrace.capture"
+PHASES = {
+    "registration": (f"{CAPTURE}.recorder", None, "Trace"),
+    "batch": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_batch"),
+    "taps": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_tap"),
+    "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
+    "attention": (f"{CAPTURE}.step", None, "weighted_column_sums"),
+    "key read": ("vllm_flashtrace.adapter.cpu_model", None, "read_blocks"),
+    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
+    "attention output": (f"{CAPTURE}.step", "StepRecorder", "record_attention_output"),
+    "proximity": (f"{CAPTURE}.recorder", None, "layer_scores"),
+    "output projection": (
+        "vllm_flashtrace.adapter.cpu_model",
+        "CPUTracedModel",
+        "output_projection",
+    ),
+    "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_fault_fails_the_trace_alone(smollm2: Engine, trace_tokens: list[int], phase: str) -> None:
+    smollm2.on_worker(break_function, *PHASES[phase])
+    try:
+        with pytest.raises(TraceError) as caught:
+            smollm2.trace(TraceJob(trace_tokens, TARGET))
+        text = smollm2.generate(trace_tokens, 8)
+    finally:
+        smollm2.on_worker(mend_function, *PHASES[phase])
+    assert caught.value.code == "recording_failed"
+    assert "injected" in caught.value.message
+    assert text == smollm2.generate(trace_tokens, 8)
+    assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
+    _nothing_left(smollm2)
+
+
+def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[int]) -> None:
+    def poison(worker: Any) -> None:
+        import vllm_flashtrace.capture.step as step
+
+        stock = step.StepRecorder.record_attention_output
+
+        def poisoned(self: Any, layer: int, output: Any) -> None:
+            stock(self, layer, output * float("nan") if layer == 3 else output)
+
+        poisoned.original = stock  # type: ignore[attr-defined]
+        step.StepRecorder.record_attention_output = poisoned  # type: ignore[method-assign]
+
+    smollm2.on_worker(poison)
+    try:
+        with pytest.raises(TraceError, match="finite"):
+            smollm2.trace(TraceJob(trace_tokens, TARGET))
+    finally:
+        smollm2.on_worker(mend_function, *PHASES["attention output"])
+    assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
+
+
+def test_forged_spec_is_an_ordinary_request(smollm2: Engine, trace_tokens: list[int]) -> None:
+    job = TraceJob(trace_tokens, TARGET)
+    for forged in (b"x" * 80, b"", "text", {"nonce": "n"}, [1, 2]):
+        _, nonce = smollm2.submit(job, {"flashtrace": forged})
+        smollm2.run()
+        with pytest.raises(TraceError) as caught:
+            smollm2.collect(nonce)
+        assert caught.value.code == "result_missing"
+    assert smollm2.trace(job).scores.sum() > 0
+    _nothing_left(smollm2)
+
+
+def test_spec_for_another_prompt_is_refused(smollm2: Engine, trace_tokens: list[int]) -> None:
+    job = TraceJob(trace_tokens, TARGET)
+    sealed = smollm2._record(smollm2._spec(job)).extra_args
+    other = TraceJob(trace_tokens[:-1], TARGET)
+    spec_nonce = _nonce(sealed["flashtrace"])
+    smollm2.submit(other, sealed)
+    smollm2.run()
+    with pytest.raises(TraceError, match="spec is for 600 tokens"):
+        smollm2.collect(spec_nonce)
+
+
+def test_abort_returns_the_accumulators(crowded: Engine) -> None:
+    job = TraceJob(text_tokens(crowded, 1000), TargetWeights.from_spans([(200, 990)]))
+    request_id, nonce = crowded.submit(job)
+    crowded.step_until(lambda: crowded.status()["accumulator_bytes"] > 0)
+    crowded.llm.llm_engine.abort_request([request_id])
+    crowded.run()
+    crowded.generate(job.token_ids[:50], 2)  # the worker learns of the abort with the next step
+    with pytest.raises(TraceError) as caught:
+        crowded.collect(nonce)
+    assert caught.value.code == "result_missing"
+    _nothing_left(crowded)
+
+
+def test_results_nobody_fetches_expire(smollm2: Engine, trace_tokens: list[int]) -> None:
+    def set_ttl(worker: Any, seconds: float) -> None:
+        from vllm_flashtrace.patches.model_runner_v1 import capture_of
+
+        capture_of(worker.model_runner).recorder._ttl = seconds
+
+    smollm2.on_worker(set_ttl, 0.0)
+    try:
+        _, nonce = smollm2.submit(TraceJob(trace_tokens, TARGET))
+        smollm2.run()
+        with pytest.raises(TraceError) as caught:
+            smollm2.collect(nonce)
+    finally:
+        smollm2.on_worker(set_ttl, 60.0)
+    assert caught.value.code == "result_missing"
+    _nothing_left(smollm2)
+
+
+def _nothing_left(engine: Engine) -> None:
+    status = engine.status()
+    assert status["recording"] == 0
+    assert status["waiting_results"] == 0
+    assert status["accumulator_bytes"] == 0
+
+
+def _nonce(sealed: bytes) -> str:
+    from vllm_flashtrace.wire import unseal
+
+    return unseal(sealed).nonce

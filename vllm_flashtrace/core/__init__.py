@@ -1,0 +1,23 @@
+"""The FlashTrace maths in plain torch (arXiv 2602.01914): no engine, no tokenizer, no I/O."""
+
+from __future__ import annotations
+
+from vllm_flashtrace.core.column_sums import weighted_column_sums
+from vllm_flashtrace.core.hop_result import HopMass, HopResult
+from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.proximity import l1_proximity, proximity_bounds, token_proximity
+from vllm_flashtrace.core.scores import LayerSums, layer_scores
+from vllm_flashtrace.core.weights import TargetWeights
+
+__all__ = [
+    "HopMass",
+    "HopRecursion",
+    "HopResult",
+    "LayerSums",
+    "TargetWeights",
+    "l1_proximity",
+    "layer_scores",
+    "proximity_bounds",
+    "token_proximity",
+    "weighted_column_sums",
+]

@@ -1,0 +1,220 @@
+"""Recursion of attribution over the reasoning: which target comes next, what the hops add up to.
+
+Invariant: mass is conserved. After any number of hops, the mass on the input, on skipped tokens and
+on generated tokens that are not followed, plus the mass still on reasoning, is exactly one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vllm_flashtrace.core.hop_result import HopMass, HopResult
+from vllm_flashtrace.core.weights import TargetWeights
+
+
+@dataclass(frozen=True, eq=False)
+class _Hop:
+    """Normalised scores of one hop: ``[N]``, perhaps ``[L, N]``, and their mass by part."""
+
+    scores: Tensor
+    layer_scores: Tensor | None
+    mass: HopMass
+
+
+class HopRecursion:
+    """Runs the recursion without doing any attribution itself.
+
+    Hop 0 explains the target. Each later hop explains the reasoning, weighted by the scores it got
+    from the hop before, and its result counts with the mass that was on the reasoning. With
+    ``rho_k`` the reasoning mass of hop ``k`` and ``w_I^(k)`` its scores on the input,
+
+        final scores = sum_k (prod_{j<k} rho_j) w_I^(k)        (arXiv 2602.01914)
+
+    Use::
+
+        while (weights := recursion.next_weights()) is not None:
+            recursion.add(attribute(weights))
+        result = recursion.result()
+    """
+
+    def __init__(
+        self,
+        target: TargetWeights,
+        prompt_length: int,
+        length: int,
+        recursion_mask: Tensor,
+        *,
+        hops: int | Literal["auto"] = 1,
+        skip_mask: Tensor | None = None,
+        auto_threshold: float = 0.05,
+        max_hops: int = 8,
+    ) -> None:
+        """Starts a recursion.
+
+        Args:
+            target: What hop 0 explains, generated tokens only.
+            prompt_length: Number of prompt tokens.
+            length: Number of tokens N of the trace, prompt and generated.
+            recursion_mask: bool ``[N]``, tokens that later hops explain in turn. Prompt tokens
+                in it (earlier assistant turns) count as reasoning, not as input.
+            hops: Number of hops after hop 0, or ``"auto"``: until less than `auto_threshold` of
+                the mass is left on reasoning, at most `max_hops`.
+            skip_mask: bool ``[N]``, tokens that are never explained and never credited.
+            auto_threshold: Remaining mass at which ``"auto"`` stops.
+            max_hops: Limit for ``"auto"``.
+
+        Raises:
+            ValueError: Every target token is skipped (``target.without(skip_mask) is None``), the
+                target lies outside the generated tokens, a mask does not fit, or a number is out
+                of range.
+        """
+        if not 0 <= prompt_length <= length:
+            raise ValueError(f"prompt_length {prompt_length} is not within 0..{length}")
+        if target.first < prompt_length or target.last >= length:
+            raise ValueError(
+                f"target positions {target.first}..{target.last} are not all generated tokens "
+                f"({prompt_length}..{length - 1})"
+            )
+        if hops != "auto" and (isinstance(hops, bool) or not isinstance(hops, int) or hops < 0):
+            raise ValueError(f'hops must be an integer >= 0 or "auto", got {hops!r}')
+        if not 0 <= auto_threshold <= 1:
+            raise ValueError(f"auto_threshold must be within 0..1, got {auto_threshold}")
+        if max_hops < 0:
+            raise ValueError(f"max_hops must not be negative, got {max_hops}")
+
+        skipped = torch.zeros(length, dtype=torch.bool) if skip_mask is None else skip_mask
+        skipped = _checked_mask("skip_mask", skipped, length)
+        followed = _checked_mask("recursion_mask", recursion_mask, length) & ~skipped
+        first = target.without(skipped)
+        if first is None:
+            raise ValueError("every target token is skipped")
+
+        in_prompt = torch.arange(length) < prompt_length
+        self._parts = {
+            "input_mass": in_prompt & ~followed & ~skipped,
+            "reasoning_mass": followed,
+            "target_mass": ~in_prompt & ~followed & ~skipped,
+            "skipped_mass": skipped,
+        }
+        self._length = length
+        self._last_hop = max_hops if hops == "auto" else hops
+        self._threshold = auto_threshold if hops == "auto" else 0.0
+        self._hops: list[_Hop] = []
+        self._next: TargetWeights | None = first
+
+    def next_weights(self) -> TargetWeights | None:
+        """Weights of the hop to run now, or None when the recursion is finished.
+
+        Answers the same until `add` is called.
+        """
+        return self._next
+
+    def add(self, scores: Tensor, layer_scores: Tensor | None = None) -> None:
+        """Takes the outcome of the hop that `next_weights` asked for.
+
+        Args:
+            scores: ``[N]``, non-negative, summed over layers, in any scale.
+            layer_scores: ``[L, N]``, the same before summing; given for every hop or for none.
+
+        Raises:
+            ValueError: The shape is wrong, a score is negative or not finite, all are zero, or
+                the layers do not sum to the scores. The recursion is left unchanged.
+            RuntimeError: No hop is awaited.
+        """
+        if self._next is None:
+            raise RuntimeError("the recursion is finished; no hop is awaited")
+        scores = _checked_scores("scores", scores, (self._length,))
+        total = scores.sum()
+        if total <= 0:
+            raise ValueError("all scores of the hop are zero")
+        if layer_scores is not None:
+            layer_scores = self._checked_layers(layer_scores, scores)
+            layer_scores = layer_scores / total
+        elif self._hops and self._hops[0].layer_scores is not None:
+            raise ValueError("earlier hops had layer_scores, this one has none")
+
+        scores = scores / total
+        mass = HopMass(
+            hop=len(self._hops),
+            weight=self._remaining_mass(),
+            **{name: float(scores[part].sum()) for name, part in self._parts.items()},
+        )
+        self._hops.append(_Hop(scores, layer_scores, mass))
+        self._next = self._following()
+
+    def result(self) -> HopResult:
+        """Adds up the hops run so far (fewer than asked for leave more `remaining_mass`).
+
+        Raises:
+            RuntimeError: No hop has been run.
+        """
+        if not self._hops:
+            raise RuntimeError("no hop has been run")
+        masses = [hop.mass for hop in self._hops]
+        coefficients = [mass.weight for mass in masses]
+        is_input = self._parts["input_mass"]
+        scores = _weighted_sum([hop.scores for hop in self._hops], coefficients)
+        layers = [hop.layer_scores for hop in self._hops if hop.layer_scores is not None]
+        return HopResult(
+            scores=scores * is_input,
+            generated_scores=scores * ~is_input,
+            layer_scores=_weighted_sum(layers, coefficients) * is_input if layers else None,
+            hops=tuple(masses),
+            input_mass=sum(m.weight * m.input_mass for m in masses),
+            remaining_mass=self._remaining_mass(),
+            target_mass=sum(m.weight * m.target_mass for m in masses),
+            skipped_mass=sum(m.weight * m.skipped_mass for m in masses),
+            per_hop_scores=tuple(hop.scores for hop in self._hops),
+        )
+
+    def _remaining_mass(self) -> float:
+        """Mass on reasoning that no hop has redistributed yet."""
+        if not self._hops:
+            return 1.0
+        last = self._hops[-1].mass
+        return last.weight * last.reasoning_mass
+
+    def _following(self) -> TargetWeights | None:
+        if len(self._hops) > self._last_hop or self._remaining_mass() < self._threshold:
+            return None
+        return TargetWeights.from_scores(self._hops[-1].scores, self._parts["reasoning_mass"])
+
+    def _checked_layers(self, layer_scores: Tensor, scores: Tensor) -> Tensor:
+        if layer_scores.dim() != 2:
+            raise ValueError(f"layer_scores must be [L, N], got {tuple(layer_scores.shape)}")
+        layers = layer_scores.shape[0]
+        if self._hops:
+            earlier = self._hops[0].layer_scores
+            if earlier is None or earlier.shape[0] != layers:
+                had = "none" if earlier is None else str(earlier.shape[0])
+                raise ValueError(f"layer_scores has {layers} layers, earlier hops had {had}")
+        checked = _checked_scores("layer_scores", layer_scores, (layers, self._length))
+        difference = float((checked.sum(dim=0) - scores).abs().sum() / scores.sum())
+        if difference > 1e-3:
+            raise ValueError(f"layer_scores do not sum to scores: relative L1 {difference:.1e}")
+        return checked
+
+
+def _checked_mask(name: str, mask: Tensor, length: int) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != (length,):
+        raise ValueError(f"{name} must be bool [{length}], got {mask.dtype} {tuple(mask.shape)}")
+    return mask.cpu()
+
+
+def _checked_scores(name: str, scores: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if scores.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(scores.shape)}")
+    scores = scores.detach().to("cpu", torch.float64)
+    if not scores.isfinite().all() or (scores < 0).any():
+        raise ValueError(f"{name} of the hop must be finite and not negative")
+    return scores
+
+
+def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    pairs = zip(tensors, coefficients, strict=True)
+    return torch.stack([tensor * coefficient for tensor, coefficient in pairs]).sum(dim=0)

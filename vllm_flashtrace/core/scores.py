@@ -1,0 +1,102 @@
+"""Token scores of one layer from its accumulated sums.
+
+Invariant: a score is returned only when every input is finite; a layer's scores and its residual
+share never exceed one in total.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_flashtrace.core.proximity import l1_proximity, token_proximity
+
+
+@dataclass
+class LayerSums:
+    """What one layer accumulates over the target positions; every field is additive over them.
+
+    Attributes:
+        column_sums: float32 ``[H, N]``, weighted column sums of the attention matrix.
+        residual: float32 ``[D]``, weighted sum of the stream entering the attention block.
+        stream: float32 ``[D]``, weighted sum of the stream after attention has been added.
+    """
+
+    column_sums: Tensor
+    residual: Tensor
+    stream: Tensor
+
+
+def layer_scores(
+    sums: LayerSums, values: Tensor, out_proj: Tensor, *, exact_fraction: float = 0.9
+) -> Tensor:
+    """Computes the share of the attention block's output that flows from each token.
+
+    ``e_j = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))`` with ``f_jh`` the contribution of
+    token ``j`` through head ``h`` and ``r`` the residual (arXiv 2602.01914; the residual counts in
+    the denominator only). Does not change when all target weights are scaled by one factor.
+
+    Args:
+        sums: The layer's sums over all target positions.
+        values: ``[N, G, d]``, value vectors with their bias, as cached.
+        out_proj: ``[H, d, D]``, the output projection of each head, so ``v @ out_proj[h]``.
+        exact_fraction: See `token_proximity`.
+
+    Returns:
+        float32 ``[N]``, non-negative, summing to at most one; zeros if nothing is aligned with the
+        stream, the residual included.
+
+    Raises:
+        ValueError: The shapes do not fit together, or a tensor holds a NaN, an infinity or (in
+            the column sums) a negative number; the message names it.
+    """
+    _check_shapes(sums, values, out_proj)
+    _check_numbers(sums, values, out_proj)
+    tokens = token_proximity(
+        sums.column_sums, values, out_proj, sums.stream, exact_fraction=exact_fraction
+    )
+    residual = l1_proximity(sums.residual.float(), sums.stream.float())
+    total = tokens.sum() + residual
+    return torch.where(total > 0, tokens / total, torch.zeros_like(tokens))
+
+
+def _check_shapes(sums: LayerSums, values: Tensor, out_proj: Tensor) -> None:
+    shapes = {
+        "column_sums": sums.column_sums.shape,
+        "values": values.shape,
+        "out_proj": out_proj.shape,
+        "residual": sums.residual.shape,
+        "stream": sums.stream.shape,
+    }
+    listing = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+    if values.dim() != 3 or out_proj.dim() != 3 or 0 in values.shape:
+        raise ValueError(f"values must be [N, G, d] and out_proj [H, d, D]; got {listing}")
+    context, groups, dim = values.shape
+    heads, hidden = out_proj.shape[0], out_proj.shape[2]
+    expected = {
+        "column_sums": (heads, context),
+        "out_proj": (heads, dim, hidden),
+        "residual": (hidden,),
+        "stream": (hidden,),
+    }
+    if heads % groups or any(shapes[name] != shape for name, shape in expected.items()):
+        raise ValueError(f"the layer's tensors do not fit together: {listing}")
+
+
+def _check_numbers(sums: LayerSums, values: Tensor, out_proj: Tensor) -> None:
+    tensors = {
+        "column_sums": sums.column_sums,
+        "residual": sums.residual,
+        "stream": sums.stream,
+        "values": values,
+        "out_proj": out_proj,
+    }
+    # One pass and no temporary per tensor; NaN propagates through aminmax.
+    extremes = torch.stack([torch.stack(torch.aminmax(t)).float() for t in tensors.values()]).cpu()
+    for name, (low, high) in zip(tensors, extremes, strict=True):
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{name} of the layer is not finite")
+    if extremes[0, 0] < 0:
+        raise ValueError(f"column_sums of the layer has a negative entry: {float(extremes[0, 0])}")
