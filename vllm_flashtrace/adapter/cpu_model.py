@@ -7,6 +7,7 @@ may be read only while its forward context is set.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,13 +59,11 @@ class CPUTracedModel:
         """float32 values ``[length, G, d]`` of a request, from the paged cache."""
         return self._read(self.layers[layer], row, length, keys=False)
 
-    def key_reader(self, layer: TracedLayer) -> Callable[[BatchRow], torch.Tensor]:
-        """A function that reads a request's keys up to and with the running step."""
-        return lambda row: self._read(layer, row, row.stop, keys=True)
+    def key_reader(self, layer: TracedLayer) -> Callable[[BatchRow, int], torch.Tensor]:
+        """A function that reads float32 keys ``[length, G, d]`` of a request."""
+        return lambda row, length: self._read(layer, row, length, keys=True)
 
-    def _read(
-        self, layer: TracedLayer, row: BatchRow, length: int, *, keys: bool
-    ) -> torch.Tensor:
+    def _read(self, layer: TracedLayer, row: BatchRow, length: int, *, keys: bool) -> torch.Tensor:
         attention = layer.attention
         cache = attention.kv_cache
         block_size = cache.shape[2]
@@ -74,6 +73,6 @@ class CPUTracedModel:
         return read_blocks(cache, block_ids, length, self._order(attention), keys=keys).float()
 
     @staticmethod
-    def _order(attention: nn.Module) -> BlockOrder:
+    def _order(attention: Any) -> BlockOrder:
         cache = attention.kv_cache
         return learn_block_order(attention.isa, cache.dtype, cache.shape[2], cache.shape[3] // 2)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from live_server import OURS, PLAIN_REQUESTS, STOCK, STOCK_ENV, Server, ask, serve
+from scripted_app import App, build
+
+from vllm_flashtrace.models.smollm2 import prepare_smollm2
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    return str(prepare_smollm2())
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "flashtrace")
+        yield
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_app(plugins: None, model_path: str) -> AsyncIterator[App]:
+    app = await build(model_path)
+    yield app
+    await app.client.aclose()
+
+
+@pytest.fixture
+def app(module_app: App) -> App:
+    module_app.engine.reset()
+    return module_app
+
+
+@pytest.fixture(scope="session")
+def stock_answers(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What vLLM without the plugin answers to ``live_server.PLAIN_REQUESTS``."""
+    log = tmp_path_factory.mktemp("stock") / "server.log"
+    with serve(STOCK, model_path, log, **STOCK_ENV) as stock:
+        return [ask(stock, path, body) for path, body in PLAIN_REQUESTS]
+
+
+@pytest.fixture(scope="session")
+def server(
+    stock_answers: list[Any], model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One server with the plugin for the whole session; the stock one has stopped by then."""
+    log = tmp_path_factory.mktemp("ours") / "server.log"
+    with serve(OURS, model_path, log) as running:
+        yield running

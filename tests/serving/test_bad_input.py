@@ -1,0 +1,131 @@
+"""Every bad request is an HTTP 400 that names the field, and nothing is generated for it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+BAD_FIELDS = [
+    ("unknown key", {"target_": "output"}),
+    ("not an object", "yes"),
+    ("number", 1),
+    ("list", []),
+    ("hops wrong type", {"hops": "two"}),
+    ("hops boolean", {"hops": True}),
+    ("hops fractional", {"hops": 1.5}),
+    ("hops negative", {"hops": -1}),
+    ("hops above the limit", {"hops": 1000}),
+    ("target wrong type", {"target": 7}),
+    ("target unknown name", {"target": "input"}),
+    ("target unknown key", {"target": {"txt": "a"}}),
+    ("target two forms", {"target": {"text": "a", "regex": "b"}}),
+    ("empty text", {"target": {"text": ""}}),
+    ("no spans", {"target": {"tokens": []}}),
+    ("empty span", {"target": {"tokens": [[3, 3]]}}),
+    ("reversed span", {"target": {"tokens": [[5, 2]]}}),
+    ("negative span", {"target": {"tokens": [[-2, 2]]}}),
+    ("span beyond the text", {"target": {"tokens": [[0, 100000]]}}),
+    ("no weights", {"target": {"weights": {}}}),
+    ("negative weight", {"target": {"weights": {"0": -1.0}}}),
+    ("all-zero weights", {"target": {"weights": {"0": 0.0, "1": 0.0}}}),
+    ("weight beyond the text", {"target": {"weights": {"100000": 1.0}}}),
+    ("weight index not a number", {"target": {"weights": {"a": 1.0}}}),
+    ("bad regex", {"target": {"regex": "("}}),
+    ("unknown recurse_over", {"recurse_over": "everything"}),
+    ("unknown reasoning", {"reasoning": "some"}),
+    ("reversed reasoning span", {"reasoning": {"tokens": [[4, 1]]}}),
+    ("top_k zero", {"top_k": 0}),
+    ("top_k negative", {"top_k": -3}),
+    ("unknown include", {"include": ["everything"]}),
+    ("unknown mode", {"mode": "later"}),
+    ("unknown skip_tokens", {"skip_tokens": "vowels"}),
+]
+
+
+def check_refused(app, response, *names):
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["code"] == 400
+    assert any(name in error["param"] for name in names), error
+    assert not app.engine.calls
+
+
+@pytest.mark.parametrize("value", [v for _, v in BAD_FIELDS], ids=[n for n, _ in BAD_FIELDS])
+async def test_bad_field_is_refused(app, value):
+    response = await app.chat(flashtrace=value, max_tokens=64)
+    check_refused(app, response, "flashtrace")
+    error = response.json()["error"]
+    for key in value if isinstance(value, dict) else ():
+        assert key in error["param"] or key in error["message"]
+
+
+@pytest.mark.parametrize("weight", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_weights_that_are_not_finite_are_refused(app, weight):
+    body = json.dumps({"model": "m", "prompt": "Hi", "flashtrace": {"target": {"weights": {}}}})
+    body = body.replace('"weights": {}', f'"weights": {{"0": {weight}}}')
+    response = await app.client.post(
+        "/v1/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    check_refused(app, response, "flashtrace")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_span_beyond_max_tokens_is_refused_before_a_stream_starts(app, stream):
+    response = await app.complete(
+        flashtrace={"target": {"tokens": [[0, 9]]}}, max_tokens=8, stream=stream
+    )
+    check_refused(app, response, "flashtrace.target")
+    assert "9" in response.json()["error"]["message"]
+
+
+async def test_catastrophic_regex_does_not_hang_the_server(app):
+    app.engine.answers = ["a" * 60 + "!"]
+    response = await app.complete(
+        flashtrace={"target": {"regex": "(a+)+$"}}, max_tokens=200, prompt="Hi"
+    )
+    if response.status_code == 400:
+        check_refused(app, response, "flashtrace")
+    else:
+        choice = response.json()["choices"][0]
+        assert choice["text"] == app.engine.answers[0]
+        assert choice["flashtrace"]["status"] == "failed"
+
+
+@pytest.mark.parametrize("route", ["chat", "complete"])
+async def test_beam_search_with_a_trace_is_refused(app, route):
+    response = await getattr(app, route)(use_beam_search=True, n=2, flashtrace=True)
+    check_refused(app, response, "use_beam_search")
+
+
+@pytest.mark.parametrize("key", ["flashtrace", "flashtrace_trace"])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("route", ["chat", "complete"])
+async def test_forged_spec_in_vllm_xargs_is_refused(app, key, traced, route):
+    extra = {"flashtrace": True} if traced else {}
+    response = await getattr(app, route)(vllm_xargs={key: "AAAA"}, **extra)
+    check_refused(app, response, f"vllm_xargs.{key}")
+    assert "reserved" in response.json()["error"]["message"]
+
+
+async def test_other_xargs_pass(app):
+    response = await app.chat(vllm_xargs={"mine": "x"}, flashtrace=True)
+    assert response.status_code == 200
+    assert app.engine.generations[0].params.extra_args == {"mine": "x"}
+
+
+async def test_routes_that_cannot_trace_say_so(app):
+    response = await app.post("/v1/responses", input="Hi", flashtrace=True)
+    check_refused(app, response, "flashtrace")
+    assert "/v1/responses" in response.json()["error"]["message"]
+    messages = [[{"role": "user", "content": "Hi"}]]
+    response = await app.post("/v1/chat/completions/batch", messages=messages, flashtrace=True)
+    check_refused(app, response, "flashtrace")
+
+
+async def test_unknown_model_is_vllms_404(app):
+    body = {"model": "other", "prompt": "Hi", "flashtrace": True}
+    response = await app.client.post("/v1/completions", json=body)
+    assert response.status_code == 404

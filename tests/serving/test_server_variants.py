@@ -1,0 +1,55 @@
+"""Servers other than the plain one: unsupported model, reasoning parser, disabled plugin."""
+
+from __future__ import annotations
+
+import pytest
+from scripted_app import build
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def test_unsupported_model_serves_and_refuses_traces_by_name(plugins, model_path):
+    app = await build(model_path, refusal="multi-head latent attention")
+    assert (await app.chat()).status_code == 200
+    calls = len(app.engine.calls)
+    for response in (
+        await app.chat(flashtrace=True),
+        await app.complete(flashtrace=True, stream=True),
+        await app.post("/v1/attributions", prompt="a", completion="b"),
+    ):
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "flashtrace"
+        assert "multi-head latent attention" in error["message"]
+    assert len(app.engine.calls) == calls
+
+
+async def test_unknown_option_stops_the_server(plugins, model_path):
+    with pytest.raises(ValueError, match=r"flashtrace\.hop_limit"):
+        await build(model_path, "--additional-config", '{"flashtrace": {"hop_limit": 3}}')
+
+
+async def test_api_key_guards_our_route(plugins, model_path):
+    app = await build(model_path, "--api-key", "sesame")
+    body = {"prompt": "a", "completion": "b"}
+    assert (await app.post("/v1/attributions", **body)).status_code == 401
+    app.client.headers["Authorization"] = "Bearer sesame"
+    assert (await app.post("/v1/attributions", **body)).status_code == 200
+
+
+async def test_kill_switch_leaves_vllm_alone(plugins, model_path, monkeypatch):
+    monkeypatch.setenv("VLLM_FLASHTRACE_DISABLE", "1")
+    app = await build(model_path)
+    assert type(app.app.state.openai_serving_chat).__name__ == "OpenAIServingChat"
+    assert (await app.post("/v1/attributions", prompt="a", completion="b")).status_code == 404
+
+
+async def test_reasoning_parser_decides_what_is_reasoning(plugins, model_path):
+    app = await build(model_path, "--reasoning-parser", "minicpmv")
+    app.engine.answers = ["<think>\nI look it up: 4821.\n</think>\n\nIt is 4821."]
+    answer = (await app.chat(flashtrace={"target": "output"})).json()
+    [choice] = answer["choices"]
+    assert "look it up" in choice["message"]["reasoning"]
+    assert choice["flashtrace"]["status"] == "completed"
+    assert "look" not in choice["flashtrace"]["target"]["text"]
+    assert "It is 4821." in choice["flashtrace"]["target"]["text"]

@@ -1,0 +1,180 @@
+"""``POST /v1/attributions``: attributes text that already exists.
+
+Invariant: everything about the text is known here, so every mistake in the request is an HTTP 400
+and never a ``failed`` object.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+
+from vllm_flashtrace.adapter.existing_text import (
+    ExistingText,
+    engine_options,
+    existing_chat,
+    existing_plain,
+)
+from vllm_flashtrace.adapter.serving import (
+    ErrorResponse,
+    error_response,
+    validate_json_request,
+    with_cancellation,
+)
+from vllm_flashtrace.errors import InvalidRequestError
+from vllm_flashtrace.schema import FlashTraceRequest, check_against_limit
+from vllm_flashtrace.serving.service import FIELD, TraceService
+from vllm_flashtrace.serving.session import Attribution, new_trace_id
+
+router = APIRouter()
+
+TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
+
+# Failures that the text itself explains, with the field at fault: after a generation they could
+# not be foreseen, here they are the client's mistake.
+_CLIENT_ERRORS = {
+    "empty_target": "flashtrace.target",
+    "reasoning_not_found": "flashtrace.reasoning",
+    "regex_timeout": "flashtrace.target.regex",
+    "span_out_of_range": "flashtrace",
+    "target_beyond_context": "flashtrace.target",
+    "target_not_found": "flashtrace.target",
+    "target_skipped": "flashtrace.skip_tokens",
+}
+_PROMPT_OPTIONS = ("add_special_tokens", "cache_salt", "priority")
+_CHAT_OPTIONS = (
+    "cache_salt",
+    "chat_template_kwargs",
+    "documents",
+    "priority",
+    "reasoning_effort",
+    "tool_choice",
+    "tools",
+)
+
+
+class AttributionBody(BaseModel):
+    """Body of the route: a conversation, or a prompt and its completion.
+
+    The options mean what they mean in vLLM's chat and completion requests.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: StrictStr | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=2)] | None = None
+    prompt: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
+    completion: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
+    flashtrace: Any = True
+    add_special_tokens: bool | None = None
+    cache_salt: StrictStr | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    priority: StrictInt = 0
+    reasoning_effort: StrictStr | None = None
+    tool_choice: Any = None
+    tools: list[dict[str, Any]] | None = None
+
+    def options(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """The model and those options that were given.
+
+        Raises:
+            InvalidRequestError: An option was given that the other form of the body has.
+        """
+        given = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        other = {*_CHAT_OPTIONS, *_PROMPT_OPTIONS} - set(names)
+        for name in sorted(other & given.keys()):
+            if given[name] is not None:
+                form = "messages" if name in _CHAT_OPTIONS else "prompt and completion"
+                raise InvalidRequestError(name, f"{name} goes with {form} only")
+        return {
+            "model": self.model,
+            **{name: given[name] for name in names if given.get(name) is not None},
+        }
+
+
+@router.post("/v1/attributions", dependencies=[Depends(validate_json_request)])
+@with_cancellation
+async def create_attribution(body: AttributionBody, raw_request: Request) -> JSONResponse:
+    """Attributes ``body``'s completion to its prompt."""
+    state = raw_request.app.state
+    try:
+        outcome = await _attribute(state, body, raw_request)
+    except InvalidRequestError as error:
+        outcome = error_response(error)
+    if isinstance(outcome, ErrorResponse):
+        return JSONResponse(outcome.model_dump(), status_code=outcome.error.code)
+    return JSONResponse(outcome)
+
+
+async def _attribute(
+    state: Any, body: AttributionBody, raw_request: Request
+) -> Attribution | ErrorResponse:
+    service: TraceService = state.flashtrace
+    flashtrace = service.parse_field(True if body.flashtrace is None else body.flashtrace)
+    if flashtrace is None:
+        raise InvalidRequestError(FIELD, f"{FIELD} must be true or an object, got false")
+    text = await _existing_text(state, body, raw_request)
+    if isinstance(text, ErrorResponse):
+        return text
+    _check(text, flashtrace, state.vllm_config.model_config.max_model_len)
+    result = await service.tracer.attribute(
+        flashtrace,
+        text.completion,
+        text.context,
+        reasoning_parser=text.reasoning_parser,
+        render=text.render,
+        trace_id=new_trace_id(),
+    )
+    error = result.get("error") or {}
+    code = error.get("code")
+    if code in _CLIENT_ERRORS:
+        raise InvalidRequestError(_CLIENT_ERRORS[code], error["message"], code=code)
+    return result
+
+
+async def _existing_text(
+    state: Any, body: AttributionBody, raw_request: Request
+) -> ExistingText | ErrorResponse:
+    if body.messages is not None:
+        for name in ("prompt", "completion"):
+            if getattr(body, name) is not None:
+                raise InvalidRequestError(name, f"{name} cannot be combined with messages")
+        handler = _handler(state.openai_serving_chat)
+        options = body.options(_CHAT_OPTIONS)
+        engine = await engine_options(handler, body, raw_request)
+        return await existing_chat(handler, body.messages, options, engine)
+    if body.prompt is None or body.completion is None:
+        missing = "prompt" if body.prompt is None else "completion"
+        raise InvalidRequestError(
+            missing, f"{missing} is missing: give messages, or prompt and completion"
+        )
+    handler = _handler(state.openai_serving_completion)
+    options = body.options(_PROMPT_OPTIONS)
+    engine = await engine_options(handler, body, raw_request)
+    return await existing_plain(handler, body.prompt, body.completion, options, engine)
+
+
+def _handler(handler: Any) -> Any:
+    if handler is None:
+        raise NotImplementedError("the served model does not generate text")
+    return handler
+
+
+def _check(text: ExistingText, flashtrace: FlashTraceRequest, max_model_len: int) -> None:
+    """Refuses what the text makes impossible.
+
+    Raises:
+        InvalidRequestError: Too long for the model, or a span beyond the text.
+    """
+    length = len(text.completion.token_ids)
+    if length > max_model_len:
+        raise InvalidRequestError(
+            "completion" if text.completion.messages is None else "messages",
+            f"prompt and completion have {length} tokens together; the model's context has "
+            f"{max_model_len}",
+        )
+    check_against_limit(flashtrace, len(text.completion.generated_token_ids))

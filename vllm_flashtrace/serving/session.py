@@ -1,0 +1,150 @@
+"""The traces of one HTTP request: which completion each choice was, and its running trace.
+
+Invariant: every task started here is finished or cancelled, and awaited, before ``close``
+returns, and a trace that fails leaves its completion untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.postprocess.result import failed_result
+from vllm_flashtrace.records import Completion
+from vllm_flashtrace.schema import FlashTraceRequest
+from vllm_flashtrace.serving.recorder import RecordedPrompt
+from vllm_flashtrace.tracer import AsyncTracer
+
+Attribution = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+
+
+def new_trace_id() -> str:
+    """A fresh public id of one attribution."""
+    return f"ft-{uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What the HTTP request says about the completions that the engine cannot know.
+
+    Attributes:
+        flashtrace: The validated ``flashtrace`` field.
+        choices_per_prompt: ``n``; choice ``i`` belongs to prompt ``i // n``.
+        prompt_texts: The client's own prompt strings, one per prompt, None where it sent ids.
+        messages: The client's chat messages, None for a plain completion.
+        generates: False when the client only wants its prompt echoed.
+        render: Renders chat messages as this request's prompt was rendered, or None.
+        reasoning_parser: Makes the reasoning finder for given prompt token ids, or None.
+    """
+
+    flashtrace: FlashTraceRequest
+    choices_per_prompt: int
+    prompt_texts: Sequence[str | None] = ()
+    messages: Sequence[Mapping[str, Any]] | None = None
+    generates: bool = True
+    render: Callable[..., Any] | None = None
+    reasoning_parser: Callable[[Sequence[int]], Any] | None = None
+
+
+class TraceSession:
+    """Runs one trace per choice of a request."""
+
+    def __init__(
+        self, tracer: AsyncTracer, facts: RequestFacts, prompts: Sequence[RecordedPrompt]
+    ) -> None:
+        self._tracer = tracer
+        self._facts = facts
+        self._prompts = prompts
+        self._tasks: dict[int, asyncio.Task[Attribution]] = {}
+
+    def start(self, index: int) -> None:
+        """Starts the trace of choice ``index``, whose generation is over; at most once."""
+        if index not in self._tasks:
+            self._tasks[index] = asyncio.create_task(
+                self._trace(index), name=f"flashtrace-choice-{index}"
+            )
+
+    @property
+    def started(self) -> list[int]:
+        """Indices of the choices whose traces were started, in that order."""
+        return list(self._tasks)
+
+    def done(self, index: int) -> bool:
+        """Whether the trace of choice ``index`` has ended."""
+        return self._tasks[index].done()
+
+    async def result(self, index: int) -> Attribution:
+        """Waits for the attribution of choice ``index``."""
+        return await self._tasks[index]
+
+    async def close(self) -> None:
+        """Cancels what still runs and waits until it has stopped."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def attach(self, choices: Sequence[Any]) -> None:
+        """Traces all ``choices`` of a finished response at once and sets their ``flashtrace``."""
+        try:
+            for choice in choices:
+                self.start(choice.index)
+            for choice in choices:
+                choice.flashtrace = await self.result(choice.index)
+        finally:
+            await self.close()
+
+    async def _trace(self, index: int) -> Attribution:
+        trace_id = new_trace_id()
+        try:
+            return await self._attribute(index, trace_id)
+        except Exception as error:
+            # The completion is already paid for: whatever goes wrong here must not take it away.
+            _log.exception("attribution %s failed", trace_id)
+            failure = TraceError("internal_error", f"{type(error).__name__}: {error}")
+            return failed_result(trace_id, failure)
+
+    async def _attribute(self, index: int, trace_id: str) -> Attribution:
+        prompt_index, choice_index = divmod(index, self._facts.choices_per_prompt)
+        prompt = self._prompts[prompt_index]
+        refusal = self._nothing_to_trace(prompt, choice_index)
+        if refusal is not None:
+            return failed_result(trace_id, refusal, status="skipped")
+        finder = self._facts.reasoning_parser
+        return await self._tracer.attribute(
+            self._facts.flashtrace,
+            self._completion(prompt_index, choice_index),
+            prompt.context,
+            reasoning_parser=finder(prompt.prompt_token_ids) if finder else None,
+            render=self._facts.render,
+            trace_id=trace_id,
+        )
+
+    def _nothing_to_trace(self, prompt: RecordedPrompt, choice_index: int) -> TraceError | None:
+        if prompt.input_type != "token":
+            return TraceError(
+                "unsupported_input",
+                f"the prompt is not plain tokens (engine input type {prompt.input_type!r})",
+            )
+        choice = prompt.choices.get(choice_index)
+        if not self._facts.generates or choice is None or not choice.token_ids:
+            return TraceError("nothing_generated", "no token was generated for this choice")
+        return None
+
+    def _completion(self, prompt_index: int, choice_index: int) -> Completion:
+        prompt = self._prompts[prompt_index]
+        choice = prompt.choices[choice_index]
+        texts = self._facts.prompt_texts
+        return Completion(
+            prompt_token_ids=prompt.prompt_token_ids,
+            generated_token_ids=choice.token_ids,
+            text=choice.text,
+            prompt_text=texts[prompt_index] if prompt_index < len(texts) else None,
+            messages=self._facts.messages,
+        )
