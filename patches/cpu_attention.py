@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
 from vllm_flashtrace.patches._check import require_parameters
 
 

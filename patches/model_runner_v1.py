@@ -18,9 +18,9 @@ import logging
 from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm_flashtrace.patches._check import require_parameters
 
 from vllm_flashtrace.adapter.runner_v1 import RunnerCapture
-from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.wire import sealed_spec
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,8 @@ def apply() -> None:
 
     @functools.wraps(stock_forward)
     def _model_forward(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-        capture = getattr(self, _ATTRIBUTE, None)
-        step = capture.begin_forward() if capture is not None else None
-        if step is None:
+        capture: RunnerCapture | None = getattr(self, _ATTRIBUTE, None)
+        if capture is None or (step := capture.begin_forward()) is None:
             return stock_forward(self, *args, **kwargs)
         with capture.tapped(step):
             output = stock_forward(self, *args, **kwargs)

@@ -16,9 +16,9 @@ import logging
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm_flashtrace.patches._check import require_parameters
 
 from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.wire import sealed_spec, unseal
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 from vllm.v1.worker.worker_base import WorkerBase
-
 from vllm_flashtrace.patches._check import PatchError
 from vllm_flashtrace.patches.model_runner_v1 import capture_of
 

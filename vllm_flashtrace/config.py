@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
+
 if TYPE_CHECKING:
     from vllm_flashtrace.schema import RequestLimits
 
@@ -23,7 +25,7 @@ class FlashTraceConfig(BaseModel):
     Attributes:
         exact_fraction: Share of the proximity bound's mass evaluated exactly; 1.0 is exact.
         max_hops: Largest ``hops`` a request may ask for, and where ``"auto"`` stops at the latest.
-        auto_threshold: ``"auto"`` stops when less than this share of the mass is still on reasoning.
+        auto_threshold: ``"auto"`` stops when less than this share of the mass is on reasoning.
         max_concurrent_traces: Trace requests in the engine at once, per API server.
         max_waiting_traces: Attributions that may wait for a place; above it they are ``skipped``.
         trace_timeout_seconds: Longest time one attribution may take before it fails.
@@ -32,7 +34,7 @@ class FlashTraceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    exact_fraction: float = Field(default=0.9, ge=0.0, le=1.0)
+    exact_fraction: float = Field(default=DEFAULT_EXACT_FRACTION, ge=0.0, le=1.0)
     max_hops: int = Field(default=8, ge=0, le=64)
     auto_threshold: float = Field(default=0.05, gt=0.0, lt=1.0)
     max_concurrent_traces: int = Field(default=8, ge=1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from torch import Tensor
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
@@ -83,15 +84,15 @@ def with_phases(report: TraceReport, engine_seconds: float, queue_seconds: float
     )
 
 
-def padded_scores(report: TraceReport, length: int) -> tuple[Any, Any]:
+def padded_scores(report: TraceReport, length: int) -> tuple[Tensor, Tensor | None]:
     """A hop's scores over the whole trace: tokens after its last target contribute nothing."""
     missing = length - report.scores.shape[0]
     if missing == 0:
         return report.scores, report.layer_scores
     scores = report.scores.new_zeros(length)
     scores[:-missing] = report.scores
-    layers = report.layer_scores
-    if layers is not None:
-        layers = layers.new_zeros(layers.shape[0], length)
-        layers[:, :-missing] = report.layer_scores
+    if report.layer_scores is None:
+        return scores, None
+    layers = report.layer_scores.new_zeros(report.layer_scores.shape[0], length)
+    layers[:, :-missing] = report.layer_scores
     return scores, layers

@@ -7,29 +7,37 @@ is a result with status ``failed`` — its completion is still there.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from vllm_flashtrace.attribution import Attribution
 from vllm_flashtrace.config import SECTION, FlashTraceConfig
-from vllm_flashtrace.environment import prepare_environment
+from vllm_flashtrace.environment import default_kv_cache_bytes, prepare_environment
 from vllm_flashtrace.errors import FlashTraceError, TraceError, UnsupportedModelError
+from vllm_flashtrace.postprocess.plan import TracePlan, plan_trace
+from vllm_flashtrace.postprocess.result import build_result, failed_result
+from vllm_flashtrace.prompts import (
+    Messages,
+    Prompt,
+    as_prompts,
+    completions_of,
+    engine_input,
+    is_chat,
+)
 from vllm_flashtrace.records import Completion, TraceUsage
 from vllm_flashtrace.schema import FlashTraceRequest, parse_flashtrace_field
-
-Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Sequence[int] | Messages
 
 
 @dataclass(slots=True)
 class _Job:
-    """One attribution under way."""
+    """One attribution under way; without a plan it has failed already."""
 
     completion: Completion
     trace_id: str
-    plan: Any = None
-    usage: TraceUsage | None = None
+    plan: TracePlan | None = None
+    usage: TraceUsage = field(default_factory=TraceUsage)
     error: FlashTraceError | None = None
 
 
@@ -61,7 +69,7 @@ class FlashTrace:
 
         Raises:
             UnsupportedModelError: The model cannot be traced exactly; the message says why.
-            ValueError: Both or neither of ``model`` and ``llm`` were given.
+            ValueError: Both or neither of ``model`` and ``llm`` were given, or an option is bad.
         """
         if (model is None) == (llm is None):
             raise ValueError("give either a model or an existing llm")
@@ -70,13 +78,12 @@ class FlashTrace:
         elif flashtrace_config or engine_args:
             raise ValueError("engine arguments have no effect on an existing llm")
         self.llm = llm
-        self.config = FlashTraceConfig.from_additional_config(
-            llm.llm_engine.vllm_config.additional_config
-        )
+        vllm_config = llm.llm_engine.vllm_config
+        self.config = FlashTraceConfig.from_additional_config(vllm_config.additional_config)
+        self._max_trace_tokens = vllm_config.model_config.max_model_len - 1
         self._tokenizer = llm.get_tokenizer()
-        self._counter = 0
-        refusal = self._refusal()
-        if refusal is not None:
+        self._ids = (f"ft-offline-{i}" for i in count())
+        if (refusal := self._refusal()) is not None:
             raise UnsupportedModelError(refusal)
 
     def generate(
@@ -97,12 +104,10 @@ class FlashTrace:
 
         Raises:
             InvalidRequestError: The ``flashtrace`` field is bad; nothing is generated.
+            TypeError: A prompt is of none of these forms.
         """
         request = self._parse(flashtrace)
-        several = [prompts] if _is_single(prompts) else list(prompts)
-        completions: list[Completion] = []
-        for prompt in self._complete(several, sampling_params, chat_args):
-            completions.extend(prompt)
+        completions = self._complete(as_prompts(prompts), sampling_params, chat_args)
         return self._attribute(request, completions)
 
     def attribute(
@@ -119,6 +124,7 @@ class FlashTrace:
             flashtrace: The ``flashtrace`` request field.
         """
         request = self._parse(flashtrace)
+        [prompt] = as_prompts([prompt])
         if isinstance(completion, str):
             generated = list(self._tokenizer.encode(completion, add_special_tokens=False))
             text = completion
@@ -130,14 +136,13 @@ class FlashTrace:
             generated_token_ids=generated,
             text=text,
             prompt_text=prompt if isinstance(prompt, str) else None,
-            messages=prompt if _is_chat(prompt) else None,
+            messages=prompt if is_chat(prompt) else None,
         )
         return self._attribute(request, [record])[0]
 
     def _parse(self, flashtrace: Mapping[str, Any] | bool) -> FlashTraceRequest:
-        limits = self.config.limits
         value = dict(flashtrace) if isinstance(flashtrace, Mapping) else flashtrace
-        request = parse_flashtrace_field(value, limits)
+        request = parse_flashtrace_field(value, self.config.limits)
         if request is None:
             raise ValueError("flashtrace must be true or an object of options")
         return request
@@ -152,64 +157,43 @@ class FlashTrace:
 
     def _complete(
         self, prompts: Sequence[Prompt], sampling_params: Any, chat_args: Mapping[str, Any]
-    ) -> list[list[Completion]]:
-        """Generates; plain prompts and chats each go to the engine as one batch."""
-        chats = [i for i, prompt in enumerate(prompts) if _is_chat(prompt)]
-        plain = [i for i in range(len(prompts)) if i not in set(chats)]
-        results: dict[int, list[Completion]] = {}
+    ) -> list[Completion]:
+        """Generates; chats and plain prompts each go to the engine as one batch."""
+        chats = [i for i, prompt in enumerate(prompts) if is_chat(prompt)]
+        plain = [i for i, prompt in enumerate(prompts) if not is_chat(prompt)]
+        outputs: dict[int, Any] = {}
         if chats:
-            conversations: Any = [[dict(message) for message in prompts[i]] for i in chats]  # type: ignore[arg-type]
-            outputs = self.llm.chat(conversations, sampling_params, use_tqdm=False, **chat_args)
-            for i, output in zip(chats, outputs, strict=True):
-                results[i] = _completions(output, messages=conversations[chats.index(i)])
+            conversations = [[dict(message) for message in prompts[i]] for i in chats]  # type: ignore[arg-type]
+            answers = self.llm.chat(conversations, sampling_params, use_tqdm=False, **chat_args)
+            outputs.update(zip(chats, answers, strict=True))
         if plain:
-            inputs: list[Any] = [
-                {"prompt": p} if isinstance(p, str) else {"prompt_token_ids": list(p)}
-                for p in (prompts[i] for i in plain)
-            ]
-            outputs = self.llm.generate(inputs, sampling_params, use_tqdm=False)
-            for i, output in zip(plain, outputs, strict=True):
-                prompt = prompts[i]
-                text = prompt if isinstance(prompt, str) else None
-                results[i] = _completions(output, prompt_text=text)
-        return [results[i] for i in range(len(prompts))]
+            inputs = [engine_input(prompts[i]) for i in plain]
+            answers = self.llm.generate(inputs, sampling_params, use_tqdm=False)
+            outputs.update(zip(plain, answers, strict=True))
+        return [
+            completion
+            for i, prompt in enumerate(prompts)
+            for completion in completions_of(outputs[i], prompt)
+        ]
 
     def _attribute(
         self, request: FlashTraceRequest, completions: Sequence[Completion]
     ) -> list[Attribution]:
         """Runs all attributions hop by hop, every hop as one batch."""
-        from vllm_flashtrace.postprocess.result import build_result, failed_result
-
-        jobs = [self._job(request, completion) for completion in completions]
+        jobs = [self._plan(request, completion) for completion in completions]
         while self._advance(jobs):
             pass
-        attributions = []
-        for job in jobs:
-            data: dict[str, Any] | None = None
-            if job.error is None:
-                try:
-                    data = build_result(
-                        job.plan, job.plan.recursion.result(), job.usage, job.trace_id
-                    )
-                except FlashTraceError as error:
-                    job.error = error
-            if job.error is not None:
-                data = failed_result(job.trace_id, job.error)
-            attributions.append(Attribution(data, text=job.completion.text))
-        return attributions
+        return [Attribution(_outcome(job), text=job.completion.text) for job in jobs]
 
-    def _job(self, request: FlashTraceRequest, completion: Completion) -> _Job:
-        from vllm_flashtrace.postprocess.plan import plan_trace
-
-        self._counter += 1
-        job = _Job(completion, f"ft-offline-{self._counter}", usage=TraceUsage())
+    def _plan(self, request: FlashTraceRequest, completion: Completion) -> _Job:
+        job = _Job(completion, next(self._ids))
         try:
             job.plan = plan_trace(
                 request,
                 completion,
                 self._tokenizer,
                 render=self._render,
-                max_trace_tokens=self.llm.llm_engine.vllm_config.model_config.max_model_len - 1,
+                max_trace_tokens=self._max_trace_tokens,
                 auto_threshold=self.config.auto_threshold,
                 max_hops=self.config.max_hops,
             )
@@ -219,48 +203,46 @@ class FlashTrace:
 
     def _advance(self, jobs: Sequence[_Job]) -> bool:
         """Runs the next hop of every unfinished job; False when all are done."""
-        from vllm_flashtrace.hop import (
-            decode_rpc,
-            padded_scores,
-            trace_call,
-            with_phases,
-        )
+        from vllm_flashtrace.hop import trace_call
 
-        calls = []
-        for job in jobs:
-            if job.error is None and (weights := job.plan.recursion.next_weights()) is not None:
-                calls.append((job, trace_call(job.plan, weights, self.config, None)))
-        if not calls:
-            return False
+        calls = [
+            (job, plan, trace_call(plan, weights, self.config, None))
+            for job, plan in _unfinished(jobs)
+            if (weights := plan.recursion.next_weights()) is not None
+        ]
         limit = self.config.max_concurrent_traces
         for first in range(0, len(calls), limit):
             batch = calls[first : first + limit]
             began = time.monotonic()
             self.llm.generate(
-                [call.prompt for _, call in batch],
-                [call.params for _, call in batch],
+                [call.prompt for _, _, call in batch],
+                [call.params for _, _, call in batch],
                 use_tqdm=False,
             )
             seconds = time.monotonic() - began
-            for job, call in batch:
-                try:
-                    replies = self.llm.collective_rpc("flashtrace_collect", args=(call.spec.nonce,))
-                    report = with_phases(decode_rpc(replies), seconds, 0.0)
-                    job.plan.recursion.add(*padded_scores(report, len(job.plan.token_ids)))
-                    job.usage.add(report)
-                except FlashTraceError as error:
-                    job.error = error
-                except ValueError as error:
-                    job.error = TraceError("bad_scores", str(error))
-        return True
+            for job, plan, call in batch:
+                self._collect(job, plan, call.spec.nonce, seconds)
+        return bool(calls)
+
+    def _collect(self, job: _Job, plan: TracePlan, nonce: str, seconds: float) -> None:
+        from vllm_flashtrace.hop import decode_rpc, padded_scores, with_phases
+
+        try:
+            replies = self.llm.collective_rpc("flashtrace_collect", args=(nonce,))
+            report = with_phases(decode_rpc(replies), seconds, 0.0)
+            plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
+            job.usage.add(report)
+        except FlashTraceError as error:
+            job.error = error
+        except ValueError as error:
+            job.error = TraceError("bad_scores", str(error))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return list(self._tokenizer.encode(prompt))
-        if _is_chat(prompt):
-            rendered = self._render(prompt)  # type: ignore[arg-type]
-            return list(self._tokenizer.encode(rendered, add_special_tokens=False))
-        return [int(token) for token in prompt]  # type: ignore[call-overload]
+        if is_chat(prompt):
+            return list(self._tokenizer.encode(self._render(prompt), add_special_tokens=False))
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
 
     def _render(self, messages: Messages) -> str:
         rendered = self._tokenizer.apply_chat_template(
@@ -272,43 +254,29 @@ class FlashTrace:
 def _start_engine(
     model: str | None, config: Mapping[str, Any] | None, engine_args: dict[str, Any]
 ) -> Any:
+    if config is not None:
+        additional = {**(engine_args.get("additional_config") or {}), SECTION: dict(config)}
+        engine_args = {**engine_args, "additional_config": additional}
+    FlashTraceConfig.from_additional_config(engine_args.get("additional_config"))
     prepare_environment()
+    if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & engine_args.keys():
+        engine_args = {**engine_args, "kv_cache_memory_bytes": default_kv_cache_bytes()}
     from vllm import LLM
 
-    if config is not None:
-        additional = dict(engine_args.get("additional_config") or {})
-        additional[SECTION] = dict(config)
-        engine_args["additional_config"] = additional
     return LLM(model=model, **engine_args)
 
 
-def _completions(
-    output: Any, *, prompt_text: str | None = None, messages: Messages | None = None
-) -> list[Completion]:
-    return [
-        Completion(
-            prompt_token_ids=list(output.prompt_token_ids),
-            generated_token_ids=list(choice.token_ids),
-            text=choice.text,
-            prompt_text=prompt_text,
-            messages=messages,
-        )
-        for choice in output.outputs
-    ]
+def _unfinished(jobs: Sequence[_Job]) -> Iterator[tuple[_Job, TracePlan]]:
+    for job in jobs:
+        if job.error is None and job.plan is not None:
+            yield job, job.plan
 
 
-def _is_chat(prompt: Any) -> bool:
-    return (
-        not isinstance(prompt, str)
-        and isinstance(prompt, Sequence)
-        and len(prompt) > 0
-        and isinstance(prompt[0], Mapping)
-    )
-
-
-def _is_single(prompts: Any) -> bool:
-    return (
-        isinstance(prompts, str)
-        or _is_chat(prompts)
-        or (isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int))
-    )
+def _outcome(job: _Job) -> dict[str, Any]:
+    """The attribution object of a job that has run all its hops or failed."""
+    if job.error is None and job.plan is not None:
+        try:
+            return build_result(job.plan, job.plan.recursion.result(), job.usage, job.trace_id)
+        except FlashTraceError as error:
+            job.error = error
+    return failed_result(job.trace_id, job.error or TraceError("internal_error", "no plan"))

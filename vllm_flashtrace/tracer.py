@@ -7,6 +7,7 @@ trace, and leaves no request behind in the engine.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import time
 from collections.abc import Mapping
@@ -57,6 +58,8 @@ class AsyncTracer:
         self._engine = engine_client
         self.config = config
         self._places = asyncio.Semaphore(config.max_concurrent_traces)
+        # Planning runs in threads; a fast tokenizer must not be shared with the server's own.
+        self._tokenizer = copy.deepcopy(engine_client.get_tokenizer())
         self._waiting = 0
         self._refusal: str | None = None
         self._asked = False
@@ -128,7 +131,7 @@ class AsyncTracer:
         return plan_trace(
             request,
             completion,
-            self._engine.get_tokenizer(),
+            self._tokenizer,
             reasoning_parser=reasoning_parser,
             render=render,
             max_trace_tokens=self._engine.model_config.max_model_len - 1,

@@ -24,7 +24,7 @@ from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.records import TraceReport
 
 EXTRA_ARGS_KEY = "flashtrace"
-SECRET_ENV = "VLLM_FLASHTRACE_SECRET"
+SECRET_ENV = "FLASHTRACE_SECRET"
 _MAC_BYTES = hashlib.sha256().digest_size
 
 

@@ -9,16 +9,10 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine
-from vllm_flashtrace.models.smollm2 import prepare_smollm2
 
 FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 )
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder() -> Path:
-    return prepare_smollm2()
 
 
 @pytest.fixture(scope="session")

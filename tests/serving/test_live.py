@@ -198,6 +198,6 @@ def test_metrics_and_health_stay_up(server):
 
 def test_secret_reaches_the_workers_and_not_the_log(server):
     environments = [child.environ() for child in psutil.Process(server.pid).children(True)]
-    [secret] = {e["VLLM_FLASHTRACE_SECRET"] for e in environments if "VLLM_PLUGINS" in e}
+    [secret] = {e["FLASHTRACE_SECRET"] for e in environments if "VLLM_PLUGINS" in e}
     assert len(secret) >= 32
     assert secret not in server.log.read_text(errors="replace")

@@ -36,9 +36,7 @@ class BlockOrder:
 
 
 @functools.cache
-def learn_block_order(
-    isa: str, dtype: torch.dtype, block_size: int, head_size: int
-) -> BlockOrder:
+def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> BlockOrder:
     """Learns the element order of a cache block.
 
     Raises:

@@ -124,9 +124,7 @@ class RunnerCapture:
         def attention(query: torch.Tensor) -> None:
             step.record_attention(layer.index, query, read_keys, scale)
 
-        pre = layer.decoder.register_forward_pre_hook(
-            self._guard(before_layer), with_kwargs=True
-        )
+        pre = layer.decoder.register_forward_pre_hook(self._guard(before_layer), with_kwargs=True)
         stack.callback(pre.remove)
         stack.callback(layer.block.register_forward_hook(self._guard(after_block)).remove)
         layer.attention.impl.on_attention = self._guard(attention)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -57,10 +58,11 @@ class Trace:
         self.created = time.monotonic()
         self.started: float | None = None
         self.recording_seconds = 0.0
-        kwargs = {"dtype": torch.float32, "device": device}
-        self.column_sums = torch.zeros(shape.num_layers, shape.num_heads, self.context, **kwargs)
-        self.residual = torch.zeros(shape.num_layers, shape.hidden_size, **kwargs)
-        self.stream = torch.zeros(shape.num_layers, shape.hidden_size, **kwargs)
+        layers, heads, hidden = shape.num_layers, shape.num_heads, shape.hidden_size
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
+        self.column_sums = zeros(layers, heads, self.context)
+        self.residual = zeros(layers, hidden)
+        self.stream = zeros(layers, hidden)
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 _TEMPORARY_FLOATS = 1 << 22
+# Multiply-adds per layer that are spent on exact evaluation whatever the fraction.
+_CHEAP_MULTIPLY_ADDS = 1 << 25
+
+# On real text with SmolLM2: relative L1 error of the scores 2e-4, where 0.9 reaches 1.3e-3.
+DEFAULT_EXACT_FRACTION = 0.98
 """Largest block of contributions held at a time (16 MiB of float32)."""
 
 
@@ -61,13 +66,15 @@ def token_proximity(
     out_proj: Tensor,
     stream: Tensor,
     *,
-    exact_fraction: float = 0.9,
+    exact_fraction: float = DEFAULT_EXACT_FRACTION,
 ) -> Tensor:
     """Computes each token's proximity to the residual stream, summed over heads.
 
     The (token, head) pairs with the largest bounds, which together hold ``exact_fraction`` of the
     bounds' total, are evaluated exactly; the rest count with their bound (see
-    `proximity_bounds`). The bounds are skewed, so 0.9 means about a tenth of the pairs.
+    `proximity_bounds`). The bounds are skewed, so 0.98 means less than a third of the pairs on
+    real text. Where evaluating more pairs costs next to nothing, more are evaluated: pruning only
+    pays for long contexts and large models.
 
     Args:
         column_sums: float32 ``[H, N]``, non-negative.
@@ -83,7 +90,8 @@ def token_proximity(
         ValueError: `exact_fraction` is not within 0..1.
     """
     bounds = proximity_bounds(column_sums, values, out_proj, stream)
-    chosen = _largest(bounds, exact_fraction)
+    cheap = _CHEAP_MULTIPLY_ADDS // (out_proj.shape[1] * out_proj.shape[2])
+    chosen = _largest(bounds, exact_fraction, at_least=cheap)
     scores = bounds.masked_fill(chosen, 0).sum(dim=1)
 
     heads_per_group = out_proj.shape[0] // values.shape[1]
@@ -121,8 +129,10 @@ def _signs(stream: Tensor) -> Tensor:
     return torch.where(stream < 0, -1.0, 1.0).to(stream.dtype)
 
 
-def _largest(bounds: Tensor, fraction: float) -> Tensor:
+def _largest(bounds: Tensor, fraction: float, at_least: int = 0) -> Tensor:
     """Mask of the largest positive bounds that together hold `fraction` of the total.
+
+    At least `at_least` bounds are chosen, if there are as many and `fraction` is positive.
 
     Chosen by threshold, so equal bounds are treated alike and token order does not matter.
     """
@@ -135,5 +145,5 @@ def _largest(bounds: Tensor, fraction: float) -> Tensor:
     if fraction == 0 or ranked.numel() == 0:
         return torch.zeros_like(positive)
     mass = ranked.cumsum(0, dtype=torch.float64)
-    last = torch.searchsorted(mass, fraction * mass[-1:]).clamp_(max=ranked.numel() - 1)
-    return bounds >= ranked[last]
+    last = torch.searchsorted(mass, fraction * mass[-1:]).clamp_(min=at_least - 1)
+    return bounds >= ranked[last.clamp_(max=ranked.numel() - 1)]

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.core.proximity import l1_proximity, token_proximity
+from vllm_flashtrace.core.proximity import (
+    DEFAULT_EXACT_FRACTION,
+    l1_proximity,
+    token_proximity,
+)
 
 
 @dataclass
@@ -30,7 +34,11 @@ class LayerSums:
 
 
 def layer_scores(
-    sums: LayerSums, values: Tensor, out_proj: Tensor, *, exact_fraction: float = 0.9
+    sums: LayerSums,
+    values: Tensor,
+    out_proj: Tensor,
+    *,
+    exact_fraction: float = DEFAULT_EXACT_FRACTION,
 ) -> Tensor:
     """Computes the share of the attention block's output that flows from each token.
 

@@ -25,10 +25,10 @@ def cache_root() -> Path:
     """The folder this package keeps prepared models in.
 
     Returns:
-        ``$VLLM_FLASHTRACE_CACHE``, else ``$XDG_CACHE_HOME/vllm-flashtrace``, else
+        ``$FLASHTRACE_CACHE``, else ``$XDG_CACHE_HOME/vllm-flashtrace``, else
         ``~/.cache/vllm-flashtrace``. It may not exist yet.
     """
-    if own := os.environ.get("VLLM_FLASHTRACE_CACHE"):
+    if own := os.environ.get("FLASHTRACE_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vllm-flashtrace"

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_flashtrace.core import column_sums, weighted_column_sums
+
+SCALE = 0.3
+
+
+def dense(query: Tensor, key: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+    """The definition in float64, row by row."""
+    rows, heads, _ = query.shape
+    shared = heads // key.shape[1]
+    sums = torch.zeros(heads, key.shape[0], dtype=torch.float64)
+    for i in range(rows):
+        visible = int(positions[i]) + 1
+        for h in range(heads):
+            logits = SCALE * key[:visible, h // shared].double() @ query[i, h].double()
+            sums[h, :visible] += float(weights[i]) * logits.softmax(0)
+    return sums
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    groups = draw(st.integers(1, 3))
+    heads = groups * draw(st.integers(1, 3))
+    context = draw(st.integers(1, 40))
+    rows = draw(st.integers(0, 20))
+    query = 4 * torch.randn(rows, heads, 8, generator=generator)
+    key = 4 * torch.randn(context, groups, 8, generator=generator)
+    weights = torch.rand(rows, generator=generator)
+    weights[torch.rand(rows, generator=generator) < 0.2] = 0
+    positions = torch.randint(0, context, (rows,), generator=generator)
+    return query, key, weights, positions
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.integers(1, 25))
+def test_equals_the_definition_for_any_block_size(case, block_rows) -> None:
+    query, key, weights, positions = case
+    ours = weighted_column_sums(query, key, weights, positions, SCALE, block_rows=block_rows)
+    torch.testing.assert_close(
+        ours.double(), dense(query, key, weights, positions), rtol=1e-5, atol=1e-6
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.integers(0, 20), st.randoms(use_true_random=False))
+def test_pieces_in_any_order_add_up(case, cut, random) -> None:
+    query, key, weights, positions = case
+    order = torch.tensor(random.sample(range(len(query)), len(query)), dtype=torch.int64)
+    out = torch.zeros(query.shape[1], len(key) + 3)
+    for piece in (order[:cut], order[cut:]):
+        # As in chunked prefill: later keys do not exist yet.
+        seen = int(positions[piece].max()) + 1 if len(piece) else 0
+        weighted_column_sums(
+            query[piece], key[:seen], weights[piece], positions[piece], SCALE, out=out
+        )
+    whole = weighted_column_sums(query, key, weights, positions, SCALE)
+    torch.testing.assert_close(out[:, : len(key)], whole, rtol=1e-5, atol=1e-6)
+    assert not out[:, len(key) :].any()
+
+
+def test_each_row_spreads_its_weight_over_the_tokens_it_sees() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(3, 2, 8, generator=generator), torch.randn(9, 1, 8)
+    sums = weighted_column_sums(
+        query, key, torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 5, 5]), SCALE
+    )
+    torch.testing.assert_close(sums.sum(1), torch.tensor([7.0, 7.0]))
+    assert (sums[:, :6] > 0).all() and not sums[:, 6:].any()
+
+
+def test_small_memory_budget_changes_nothing(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(30, 4, 8, generator=generator)
+    key = torch.randn(50, 2, 8, generator=generator)
+    args = (query, key, torch.rand(30, generator=generator), torch.arange(20, 50), SCALE)
+    whole = weighted_column_sums(*args)
+    monkeypatch.setattr(column_sums, "_BLOCK_FLOATS", 1)
+    torch.testing.assert_close(weighted_column_sums(*args), whole)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    query, key = torch.full((1, 1, 2), 1e4), torch.tensor([[[1e4, 0.0]], [[-1e4, 0.0]]])
+    sums = weighted_column_sums(query, key, torch.ones(1), torch.tensor([1]), 1.0)
+    assert sums.tolist() == [[1.0, 0.0]]
+
+
+def test_low_precision_inputs_are_computed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(5, 2, 16, generator=generator).bfloat16()
+    key = torch.randn(20, 1, 16, generator=generator).bfloat16()
+    weights, positions = torch.ones(5), torch.arange(15, 20)
+    ours = weighted_column_sums(query, key, weights, positions, SCALE)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(
+        ours.double(), dense(query, key, weights, positions), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_row_of_weight_zero_is_not_read() -> None:
+    query = torch.full((1, 1, 4), float("nan"))
+    sums = weighted_column_sums(query, torch.ones(3, 1, 4), torch.zeros(1), torch.tensor([2]), 1.0)
+    assert not sums.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": torch.tensor([3, 9])}, "outside the context of 8"),
+        ({"positions": torch.tensor([-1, 3])}, "outside the context of 8"),
+        ({"positions": torch.tensor([3])}, "weights and positions"),
+        ({"key": torch.ones(8, 3, 4)}, "not a multiple of 3"),
+        ({"key": torch.ones(8, 2, 5)}, "query must be"),
+        ({"out": torch.zeros(4, 7)}, "out must be"),
+        ({"out": torch.zeros(4, 8, dtype=torch.float64)}, "out must be"),
+        ({"block_rows": 0}, "block_rows"),
+    ],
+)
+def test_misfits_are_refused(change, message) -> None:
+    args = {
+        "query": torch.ones(2, 4, 4),
+        "key": torch.ones(8, 2, 4),
+        "weights": torch.ones(2),
+        "positions": torch.tensor([3, 4]),
+        "scale": 1.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        weighted_column_sums(**{**args, **change})

@@ -1,0 +1,151 @@
+"""The offline API on a real engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.engine.harness import Engine
+from vllm_flashtrace import Attribution, FlashTrace, InvalidRequestError
+from vllm_flashtrace.demo.scenario import build_scenario
+
+SCENARIO = build_scenario()
+MESSAGES = SCENARIO.messages
+CONTEXT = MESSAGES[0]["content"]
+EVERYTHING = {"top_k": None, "include": ["hops", "generated", "segments", "layers", "tokens"]}
+
+
+@pytest.fixture(scope="module")
+def ft(smollm2: Engine) -> FlashTrace:
+    return FlashTrace(llm=smollm2.llm)
+
+
+@pytest.fixture(scope="module")
+def answer(ft: FlashTrace) -> Attribution:
+    wanted = {**EVERYTHING, "target": {"text": SCENARIO.answer}}
+    [answer] = ft.generate([MESSAGES], _greedy(), flashtrace=wanted)
+    return answer
+
+
+def _greedy(**changes: object) -> object:
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 40, **changes})
+
+
+def test_answer_comes_from_the_fact(answer: Attribution) -> None:
+    assert "7306" in answer.text
+    data = answer.to_dict()
+    fact = [
+        token
+        for token in data["scores"]
+        if token.get("message") == 0
+        and token["start"] < SCENARIO.fact_end
+        and token["end"] > SCENARIO.fact_start
+    ]
+    assert len(fact) < 0.06 * data["prompt_tokens"]
+    share = sum(token["score"] for token in fact) / data["input_mass"]
+    print(f"fact share of input mass: {share:.1%}")
+    assert share >= 0.30
+
+
+def test_locations_point_at_the_users_own_text(answer: Attribution) -> None:
+    content = MESSAGES[0]["content"]
+    located = [token for token in answer.to_dict()["scores"] if "message" in token]
+    assert len(located) > 300
+    for token in located:
+        assert content[token["start"] : token["end"]] == token["token"]
+
+
+def test_masses_balance(answer: Attribution) -> None:
+    data = answer.to_dict()
+    parts = ("input_mass", "remaining_mass", "target_mass", "skipped_mass")
+    assert sum(data[part] for part in parts) == pytest.approx(1, abs=1e-4)
+    assert sum(token["score"] for token in data["scores"]) == pytest.approx(data["input_mass"])
+    assert sum(s["score"] for s in data["segments"]) == pytest.approx(data["input_mass"])
+    layers = [sum(column) for column in zip(*data["layers"], strict=True)]
+    assert layers == pytest.approx([t["score"] for t in data["scores"]], rel=1e-4, abs=1e-7)
+    assert len(data["layers"]) == 30
+    json.loads(json.dumps(data, allow_nan=False))
+
+
+def test_existing_text_gives_the_same_attribution(ft: FlashTrace, answer: Attribution) -> None:
+    wanted = {**EVERYTHING, "target": {"text": SCENARIO.answer}}
+    again = ft.attribute(MESSAGES, answer.text, flashtrace=wanted)
+    ours = [token["score"] for token in again.to_dict()["scores"]]
+    theirs = [token["score"] for token in answer.to_dict()["scores"]]
+    assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def test_batch_of_prompts_chats_and_token_ids(ft: FlashTrace) -> None:
+    tokenizer = ft.llm.get_tokenizer()
+    prompts = [
+        MESSAGES,
+        "The capital of France is",
+        tokenizer.encode("One, two, three,"),
+        [{"role": "user", "content": "Say hello."}],
+    ]
+    several = ft.generate(
+        prompts, _greedy(max_tokens=12, n=2, temperature=0.7, seed=1), flashtrace={"hops": "auto"}
+    )
+    assert len(several) == 8
+    assert [a.status for a in several] == ["completed"] * 8
+    counts = [a.to_dict()["prompt_tokens"] for a in several]
+    assert counts[::2] == counts[1::2]
+    assert counts[4] == len(prompts[2])
+    text = [t for t in several[2].to_dict()["scores"] if "start" in t]
+    assert all("The capital of France is"[t["start"] : t["end"]] == t["token"] for t in text)
+
+
+def test_a_failed_trace_keeps_its_completion(ft: FlashTrace) -> None:
+    found, lost = ft.generate(
+        [MESSAGES, [{"role": "user", "content": "Say hello."}]],
+        _greedy(),
+        flashtrace={"target": {"text": "7306"}},
+    )
+    assert found.status == "completed"
+    assert found.to_dict()["target"]["text"] == "7306"
+    assert lost.status == "failed"
+    assert lost.error is not None
+    assert lost.error["code"] == "target_not_found"
+    assert lost.text
+
+
+def test_trace_of_exactly_the_model_length(ft: FlashTrace) -> None:
+    limit = ft.llm.llm_engine.vllm_config.model_config.max_model_len
+    prompt = (ft.llm.get_tokenizer().encode(CONTEXT) * 10)[: limit - 20]
+    [full] = ft.generate(
+        [prompt],
+        _greedy(max_tokens=20, ignore_eos=True),
+        flashtrace={"target": {"tokens": [[0, 20]]}},
+    )
+    assert full.status == "completed"
+    data = full.to_dict()
+    assert (
+        data["usage"]["dropped_target_tokens"] == 1
+    )  # the engine cannot prefill the very last token
+    assert data["target"]["tokens"][-1][1] == 19
+
+
+def test_bad_field_is_refused_before_generation(ft: FlashTrace) -> None:
+    with pytest.raises(InvalidRequestError, match=r"hops.*-1"):
+        ft.generate([MESSAGES], _greedy(), flashtrace={"hops": -1})
+
+
+def test_weights_and_skipping(ft: FlashTrace) -> None:
+    [weighted] = ft.generate(
+        ["The capital of France is"],
+        _greedy(max_tokens=12),
+        flashtrace={
+            "target": {"weights": {"3": 2.0, "5": 1.0}},
+            "skip_tokens": "punctuation",
+            "recurse_over": "generated",
+            "hops": 2,
+        },
+    )
+    data = weighted.to_dict()
+    assert data["status"] == "completed"
+    assert data["target"]["tokens"] == [[3, 4], [5, 6]]
+    assert data["skipped_mass"] >= 0
+    assert len(data["hops"]) == 3

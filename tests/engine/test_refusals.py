@@ -1,0 +1,73 @@
+"""Models that cannot be traced exactly are served as ever, and say by name why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.engine.harness import Engine, TraceJob
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace import FlashTrace
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.errors import TraceError, UnsupportedModelError
+
+
+def test_sliding_window_layers(tmp_path: Path) -> None:
+    folder = make_tiny_model("qwen3", tmp_path / "windowed")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "use_sliding_window": True,
+        "sliding_window": 64,
+        "max_window_layers": 4,
+        "layer_types": ["sliding_attention"] * 4,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    engine = Engine(folder, max_model_len=1024)
+    try:
+        assert "sliding-window attention" in engine.status()["refusal"]
+        token_ids = list(range(10, 210))
+        assert len(engine.generate(token_ids, 4)) == 4
+        with pytest.raises(TraceError, match="sliding-window attention") as caught:
+            engine.trace(TraceJob(token_ids, TargetWeights.from_spans([(150, 200)])))
+        assert caught.value.code == "unsupported_model"
+        with pytest.raises(UnsupportedModelError, match="sliding-window attention"):
+            FlashTrace(llm=engine.llm)
+        assert len(engine.generate(token_ids, 4)) == 4
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "engine_args", "reason"),
+    [
+        ("llama", {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, {}, "Gemma"),
+        ("llama", {}, {"tensor_parallel_size": 2}, "tensor parallelism"),
+        ("llama", {}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ("llama", {}, {"quantization": "fp8"}, "quantized"),
+        ("llama", {}, {"runner": "pooling"}, "pooling"),
+    ],
+)
+def test_engine_configurations(
+    tmp_path: Path, family: str, changes: dict, engine_args: dict, reason: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_flashtrace.adapter.model import check_config
+
+    folder = make_tiny_model(family, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    args = EngineArgs(model=str(folder), **{"max_model_len": 512, **engine_args})
+    with pytest.raises(UnsupportedModelError, match=reason):
+        check_config(args.create_engine_config())
+
+
+def test_plain_configuration_passes(tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_flashtrace.adapter.model import check_config
+
+    folder = make_tiny_model("llama", tmp_path / "model")
+    check_config(EngineArgs(model=str(folder), max_model_len=512).create_engine_config())

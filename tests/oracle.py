@@ -1,0 +1,238 @@
+"""Dense float64 oracle of FlashTrace, written from the paper's formulas (arXiv 2602.01914).
+
+Shares no code with the package. Per layer and query head h, with attention weights alpha, values v
+and the head's slice W_h of the output projection,
+
+    c_h[j]  = sum_i w_i alpha^h_ij
+    r       = sum_i w_i x_prev_i             x = sum_i w_i x_mid_i
+    f_jh    = c_h[j] v_j^h W_h               prox(z) = max(0, |x|_1 - |x - z|_1)
+    e_j     = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))
+
+and a token's score is the sum of e_j over layers. The activations come from a Hugging Face model in
+float64 whose attention is computed here; norms, rotary angles and MoE routing keep the float32
+that transformers hard-codes for them (so do the engines this is compared with).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_IMPLEMENTATION = "float64_oracle"
+
+
+@dataclass
+class LayerActivations:
+    """Float64 activations of one decoder layer.
+
+    x_prev and x_mid are [N, D]; query (after rotary) [N, H, d]; key [N, G, d]; value [N, G, d] with
+    its bias; alpha [H, N, N]; o_proj the weight [D, H*d]; scale the factor before the softmax.
+    """
+
+    x_prev: Tensor
+    x_mid: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    alpha: Tensor
+    o_proj: Tensor
+    scale: float
+
+
+# --- the formulas -------------------------------------------------------------------------------
+
+
+def proximity(z: Tensor, x: Tensor) -> Tensor:
+    return torch.clamp(x.abs().sum() - (x - z).abs().sum(-1), min=0)
+
+
+def layer_oracle(
+    alpha: Tensor, x_prev: Tensor, x_mid: Tensor, v: Tensor, o_proj: Tensor, w: Tensor
+) -> Tensor:
+    """e_j of one layer, [N], for dense target weights w [N]."""
+    heads, context = alpha.shape[0], alpha.shape[1]
+    groups, dim = v.shape[1], v.shape[2]
+    r = (w[:, None] * x_prev).sum(0)
+    x = (w[:, None] * x_mid).sum(0)
+    token_proximity = torch.zeros(context, dtype=torch.float64)
+    for h in range(heads):
+        c = (w[:, None] * alpha[h]).sum(0)
+        w_h = o_proj[:, h * dim : (h + 1) * dim].T
+        f = c[:, None] * (v[:, h // (heads // groups)] @ w_h)
+        token_proximity += proximity(f, x)
+    return token_proximity / (token_proximity.sum() + proximity(r, x))
+
+
+def dense_weights(length: int, positions: Sequence[int] | Tensor, weights: Any) -> Tensor:
+    w = torch.zeros(length, dtype=torch.float64)
+    w[torch.as_tensor(positions)] = torch.as_tensor(weights, dtype=torch.float64)
+    return w
+
+
+def activation_scores(layers: Sequence[LayerActivations], w: Tensor) -> Tensor:
+    """Scores of every layer [L, N] from stored activations."""
+    return torch.stack([_scores_of(layer, w) for layer in layers])
+
+
+def oracle_layer_scores(model: Any, input_ids: Any, positions: Any, weights: Any) -> Tensor:
+    """Scores of every layer [L, N]; each layer is reduced as it runs and its attention dropped."""
+    ids = _row(input_ids)
+    w = dense_weights(ids.shape[1], positions, weights)
+    scores: list[Tensor] = []
+    _run(model, ids, lambda layer: scores.append(_scores_of(layer, w)))
+    return torch.stack(scores)
+
+
+def oracle_scores(model: Any, input_ids: Any, positions: Any, weights: Any) -> Tensor:
+    """Scores [N] summed over layers for a target given by positions and weights."""
+    return oracle_layer_scores(model, input_ids, positions, weights).sum(0)
+
+
+def oracle_hops(
+    one_hop: Callable[[Tensor], Tensor], target: Tensor, is_input: Tensor, followed: Tensor, k: int
+) -> tuple[Tensor, float]:
+    """The recursion over hops 0..k without skipped tokens.
+
+    one_hop maps dense weights [N] to scores [N]. Returns the final input scores
+    w_I^(0) + sum_k (prod_{j<k} rho_j) w_I^(k), zero off the input, and prod_{j<=k} rho_j.
+    """
+    final = torch.zeros_like(target)
+    product, w = 1.0, target
+    for _ in range(k + 1):
+        scores = one_hop(w)
+        scores = scores / scores.sum()
+        final += product * scores * is_input
+        w = scores * followed
+        product *= float(w.sum())
+        if product == 0:
+            break
+    return final, product
+
+
+def _scores_of(layer: LayerActivations, w: Tensor) -> Tensor:
+    return layer_oracle(layer.alpha, layer.x_prev, layer.x_mid, layer.value, layer.o_proj, w)
+
+
+# --- activations from a Hugging Face model --------------------------------------------------------
+
+
+def capture_hf(model: Any, input_ids: Any) -> list[LayerActivations]:
+    """Activations of every decoder layer; needs L*H*N*N*8 bytes for the attention weights."""
+    layers: list[LayerActivations] = []
+    _run(model, _row(input_ids), layers.append)
+    return layers
+
+
+def _row(input_ids: Any) -> Tensor:
+    ids = torch.as_tensor(input_ids)
+    return ids.reshape(1, -1)
+
+
+def as_float64(model: Any) -> Any:
+    """The model in float64: itself if it is already, else a converted copy.
+
+    Convert once and pass the result where the oracle runs several times.
+    """
+    if model.dtype == torch.float64:
+        return model
+    return copy.deepcopy(model).double()
+
+
+def _run(model: Any, ids: Tensor, consume: Callable[[LayerActivations], Any]) -> None:
+    model = as_float64(model).eval()
+    with torch.no_grad(), _recording(model, consume):
+        model.model(input_ids=ids, use_cache=False)
+
+
+@contextmanager
+def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterator[None]:
+    """Hands each layer's activations to consume as soon as its attention block has run."""
+    state: dict[str, Any] = {}
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        alpha, output = _attention(query[0], key[0], value[0], mask, scaling)
+        state.update(query=query[0], key=key[0], value=value[0], alpha=alpha, scale=scaling)
+        return output.transpose(0, 1).unsqueeze(0), None
+
+    def before_layer(_: Any, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        state.clear()
+        state["x_prev"] = hidden[0]
+
+    def after_attention(module: Any, _: Any, output: Any) -> None:
+        x_prev = state["x_prev"]
+        consume(
+            LayerActivations(
+                x_prev=x_prev,
+                x_mid=x_prev + output[0][0],
+                query=state["query"].transpose(0, 1),
+                key=state["key"].transpose(0, 1),
+                value=state["value"].transpose(0, 1),
+                alpha=state["alpha"],
+                o_proj=module.o_proj.weight.detach(),
+                scale=float(state["scale"]),
+            )
+        )
+        state.clear()
+
+    hooks = []
+    for layer in model.model.layers:
+        hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
+        hooks.append(layer.self_attn.register_forward_hook(after_attention))
+    with _attention_implementation(model, attention):
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Float64 attention weights [H, N, N] and output [H, N, d], one head at a time."""
+    heads, length, _ = query.shape
+    shared = heads // key.shape[0]
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+    alpha = torch.empty(heads, length, length, dtype=torch.float64)
+    output = torch.empty_like(query)
+    for h in range(heads):
+        logits = (query[h] * scaling) @ key[h // shared].T
+        if mask is not None:
+            logits = logits + mask[0, 0, :, :length]
+        logits = logits.masked_fill_(causal, float("-inf"))
+        torch.softmax(logits, dim=-1, out=alpha[h])
+        output[h] = alpha[h] @ value[h // shared]
+    return alpha, output
+
+
+@contextmanager
+def _attention_implementation(model: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Lets transformers call this attention function, with the additive mask "eager" gets.
+
+    Grouped GEMMs do not take float64, so mixture-of-experts layers run expert by expert meanwhile.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, eager_mask)
+    ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, function)
+    before = model.config._attn_implementation
+    experts_before = model.get_experts_implementation()
+    model.set_attn_implementation(_IMPLEMENTATION)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation(experts_before)

@@ -1,0 +1,116 @@
+"""Two small tokenizers of the usual kinds, trained on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from vllm_flashtrace.records import Completion
+
+CORPUS = [
+    "The secret code is 4821 and the cat sat on the mat. Which code is it?",
+    "You are a helpful assistant. Think step by step, then give the answer.",
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_byte_level() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def make_metaspace() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.train_from_iterator(
+        CORPUS * 3,
+        trainers.BpeTrainer(
+            vocab_size=700,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            initial_alphabet=[],
+            show_progress=False,
+        ),
+    )
+    # Byte pieces are ordinary entries of the vocabulary, as in a converted SentencePiece model.
+    model = tokenizer.model.__getstate__()
+    vocabulary, merges = read_bpe(model)
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    tokenizer.model = models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def read_bpe(state: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    import json
+
+    model = json.loads(state)
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    return dict(model["vocab"]), merges
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> PreTrainedTokenizerFast:
+    return make_byte_level()
+
+
+@pytest.fixture(scope="session")
+def metaspace() -> PreTrainedTokenizerFast:
+    return make_metaspace()
+
+
+@pytest.fixture(scope="session")
+def chat(byte_level) -> Callable[..., Completion]:
+    """Builds the completion that answers a chat."""
+
+    def build(messages, generated: str, *, text: str | None = None, eos: bool = True) -> Completion:
+        prompt = byte_level.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = byte_level.encode(generated, add_special_tokens=False)
+        return Completion(
+            prompt_token_ids=byte_level.encode(prompt, add_special_tokens=False),
+            generated_token_ids=[*ids, byte_level.eos_token_id] if eos else ids,
+            text=generated if text is None else text,
+            messages=messages,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def render(byte_level):
+    """Renders messages as the ``chat`` fixture does."""
+
+    def run(messages):
+        return byte_level.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+
+    return run

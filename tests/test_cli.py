@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm_flashtrace
+from tests.test_attribution import failed, flashtrace
+from vllm_flashtrace import Attribution, TraceError, cli, engine_log
+
+
+def run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    return int(stopped.value.code or 0)
+
+
+def only_error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("vllm-flashtrace: ")
+    return err
+
+
+class FakeEngine:
+    """Answers at once and remembers what it was asked."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+        self.model = ""
+        self.engine_args: dict[str, Any] = {}
+        self.asked: dict[str, Any] = {}
+
+    def generate(self, prompt: Any, params: Any, flashtrace: Any) -> list[Attribution]:
+        self.asked = {"prompt": prompt, "params": params, "flashtrace": flashtrace}
+        return [Attribution(self.result, text="It is 7306.")]
+
+    def attribute(self, prompt: Any, completion: str, flashtrace: Any) -> Attribution:
+        self.asked = {"prompt": prompt, "completion": completion, "flashtrace": flashtrace}
+        return Attribution(self.result, text=completion)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine(flashtrace())
+
+    @contextmanager
+    def command_engine(model: str, **engine_args: Any) -> Iterator[FakeEngine]:
+        fake.model, fake.engine_args = model, engine_args
+        yield fake
+
+    monkeypatch.setattr(engine_log, "command_engine", command_engine)
+    monkeypatch.setitem(
+        sys.modules, "vllm", types.SimpleNamespace(SamplingParams=types.SimpleNamespace)
+    )
+    return fake
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> str:
+    path = tmp_path / "prompt.txt"
+    path.write_text("The code is 7306. Code?", "utf-8")
+    return str(path)
+
+
+def trace(prompt_file: str, *options: str) -> int:
+    return run("trace", "--model", "m", "--prompt-file", prompt_file, *options)
+
+
+@pytest.mark.parametrize("command", [[], ["trace"], ["demo"]])
+def test_help_needs_neither_torch_nor_vllm(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom vllm_flashtrace.cli import main\n"
+        f"try:\n    main({[*command, '--help']})\n"
+        "except SystemExit as stopped:\n    print('exit', stopped.code)\n"
+        "print('loaded', sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-2:] == ["exit 0", "loaded []"]
+    assert "Usage: vllm-flashtrace" in result.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"vllm-flashtrace {vllm_flashtrace.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["trace", "--model", "m"], "--prompt-file"),
+        (["trace", "--model", "m", "--prompt-file", "p", "--top-k", "x"], "top-k"),
+        (["demo", "--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_usage_errors(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 2
+    assert message in only_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["model", "--port", "8000", "-tp", "2", "--additional-config", '{"a": 1}'],
+        ["--help"],
+        ["--", "--version"],
+        ["--model=x", "-h"],
+        [],
+    ],
+)
+def test_serve_passes_everything_on(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Sequence[str]] = []
+    launcher = types.SimpleNamespace(main=calls.append)
+    monkeypatch.setitem(sys.modules, "vllm_flashtrace.serving.launcher", launcher)
+    assert run("serve", *argv) == 0
+    assert calls == [argv]
+
+
+class TestTrace:
+    def test_generates_and_shows(
+        self, engine: FakeEngine, prompt_file: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert trace(prompt_file, "--max-tokens", "7", "--max-model-len", "99") == 0
+        assert engine.model == "m"
+        assert engine.engine_args["max_model_len"] == 99
+        assert engine.asked["prompt"] == "The code is 7306. Code?"
+        assert vars(engine.asked["params"]) == {"temperature": 0.0, "max_tokens": 7}
+        assert engine.asked["flashtrace"]["top_k"] is None
+        assert "06" in capsys.readouterr().out
+
+    def test_writes_files(self, engine: FakeEngine, prompt_file: str, tmp_path: Path) -> None:
+        json_file, html_file = tmp_path / "a.json", tmp_path / "a.html"
+        assert trace(prompt_file, "--json", str(json_file), "--html", str(html_file)) == 0
+        assert json.loads(json_file.read_text("utf-8"))["text"] == "It is 7306."
+        assert "7306" in html_file.read_text("utf-8")
+
+    def test_existing_completion_is_not_generated(
+        self, engine: FakeEngine, prompt_file: str, tmp_path: Path
+    ) -> None:
+        completion = tmp_path / "completion.txt"
+        completion.write_text("7306, of course", "utf-8")
+        options = ("--hops", "auto", "--target-text", "7306")
+        assert trace(prompt_file, "--completion-file", str(completion), *options) == 0
+        assert engine.asked["completion"] == "7306, of course"
+        assert engine.asked["flashtrace"]["target"] == {"text": "7306"}
+        assert engine.asked["flashtrace"]["hops"] == "auto"
+
+    def test_messages(self, engine: FakeEngine, tmp_path: Path) -> None:
+        messages = [{"role": "user", "content": "Code?"}]
+        path = tmp_path / "messages.json"
+        path.write_text(json.dumps(messages), "utf-8")
+        assert trace(str(path), "--system", "Be brief.") == 0
+        assert engine.asked["prompt"] == [{"role": "system", "content": "Be brief."}, *messages]
+
+    def test_text_as_chat(self, engine: FakeEngine, prompt_file: str) -> None:
+        assert trace(prompt_file, "--chat") == 0
+        assert engine.asked["prompt"] == [{"role": "user", "content": "The code is 7306. Code?"}]
+
+    def test_json_that_is_no_list_of_messages_is_text(
+        self, engine: FakeEngine, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "numbers.json"
+        path.write_text("[1, 2]", "utf-8")
+        assert trace(str(path)) == 0
+        assert engine.asked["prompt"] == "[1, 2]"
+
+    def test_failed_trace_still_shows_and_writes(
+        self,
+        engine: FakeEngine,
+        prompt_file: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        engine.result = failed()
+        assert trace(prompt_file, "--json", str(tmp_path / "a.json")) == 2
+        assert "target_not_found" in capsys.readouterr().err
+        assert json.loads((tmp_path / "a.json").read_text("utf-8"))["text"] == "It is 7306."
+
+    @pytest.mark.parametrize(
+        ("content", "options", "message"),
+        [
+            (None, [], "prompt"),
+            (b"", [], "empty"),
+            (b"\xff\xfe", [], "UTF-8"),
+            (b'[{"content": "x"}]', [], "message 0 has no role"),
+            (b'[{"role": "system", "content": "x"}]', ["--system", "y"], "--system"),
+            (b"x", ["--hops", "-1"], "--hops"),
+            (b"x", ["--hops", "999"], "flashtrace.hops"),
+            (b"x", ["--target-text", ""], "flashtrace.target.text"),
+            (b"x", ["--completion-file", "/nonexistent/c"], "/nonexistent/c"),
+            (b"x", ["--json", "/nonexistent/a.json"], "/nonexistent"),
+            (b"x", ["--html", "/"], "is a folder"),
+        ],
+    )
+    def test_mistakes_are_found_before_an_engine_starts(
+        self,
+        content: bytes | None,
+        options: list[str],
+        message: str,
+        engine: FakeEngine,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path = tmp_path / "prompt"
+        if content is not None:
+            path.write_bytes(content)
+        assert trace(str(path), *options) == 2
+        assert message in only_error_line(capsys)
+        assert engine.model == ""
+
+
+class TestDemo:
+    def test_model_path_is_the_last_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from vllm_flashtrace import models
+
+        monkeypatch.setattr(models, "prepare_smollm2", lambda: Path("/cache/model"))
+        assert run("demo", "--model-path") == 0
+        assert capsys.readouterr().out == "/cache/model\n"
+
+    def test_model_that_cannot_be_prepared(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from vllm_flashtrace import models
+        from vllm_flashtrace.models.smollm2 import ModelPreparationError
+
+        def refuse() -> Path:
+            raise ModelPreparationError("no network")
+
+        monkeypatch.setattr(models, "prepare_smollm2", refuse)
+        assert run("demo", "--model-path") == 2
+        assert "no network" in only_error_line(capsys)
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_exit_code_is_the_demos(self, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm_flashtrace.demo import run as demo
+
+        calls: list[tuple[Path, bool]] = []
+
+        def run_demo(html_path: Path, *, full: bool) -> int:
+            calls.append((html_path, full))
+            return code
+
+        monkeypatch.setattr(demo, "run_demo", run_demo)
+        assert run("demo", "--html", "page.html", "--full") == code
+        assert calls == [(Path("page.html"), True)]
+
+    def test_missing_dependency_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delitem(sys.modules, "vllm_flashtrace.demo.run", raising=False)
+        monkeypatch.setitem(sys.modules, "vllm_flashtrace.demo.run", None)
+        assert run("demo") == 2
+        assert "vllm_flashtrace.demo.run" in only_error_line(capsys)
+
+
+class TestEngineLog:
+    @pytest.fixture(autouse=True)
+    def _settings(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+        monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def test_output_of_child_processes_is_kept_apart(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        with engine_log.engine_log():
+            subprocess.run([sys.executable, "-c", "import os; os.write(2, b'noise')"], check=True)
+            [log] = tmp_path.iterdir()
+            assert log.read_text() == "noise"
+        assert list(tmp_path.iterdir()) == []
+        os.write(2, b"ours")
+        assert capfd.readouterr().err == "ours"
+
+    def test_a_failure_names_the_log(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(RuntimeError) as caught, engine_log.engine_log():
+            os.write(2, b"reason")
+            raise RuntimeError("boom")
+        [log] = tmp_path.iterdir()
+        assert log.read_text() == "reason"
+        assert caught.value.__notes__ == [f"engine log: {log}"]
+        assert capfd.readouterr().err == ""
+
+    def test_a_chosen_level_is_respected(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        with engine_log.engine_log():
+            os.write(2, b"wanted")
+        assert capfd.readouterr().err == "wanted"
+
+    def test_an_engine_that_does_not_start_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from vllm_flashtrace import offline
+
+        def refuse(model: str, **engine_args: Any) -> None:
+            raise ValueError("2 errors:\n  no such model")
+
+        monkeypatch.setattr(offline, "FlashTrace", refuse)
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text("x", "utf-8")
+        assert trace(str(prompt)) == 2
+        message = only_error_line(capsys)
+        assert "the engine of m failed: 2 errors: no such model; engine log: " in message
+
+    def test_the_engine_is_stopped_when_its_work_fails(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from vllm_flashtrace import offline
+
+        stopped: list[bool] = []
+        core = types.SimpleNamespace(shutdown=lambda: stopped.append(True))
+        llm = types.SimpleNamespace(llm_engine=types.SimpleNamespace(engine_core=core))
+        monkeypatch.setattr(
+            offline, "FlashTrace", lambda model, **_: types.SimpleNamespace(llm=llm)
+        )
+        with pytest.raises(TraceError, match="too long"), engine_log.command_engine("m"):
+            raise ValueError("prompt too long")
+        assert stopped == [True]

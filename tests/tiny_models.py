@@ -1,0 +1,134 @@
+"""Tiny random models of each supported family, for tests that need a real checkpoint.
+
+Run as a module to write one: ``python -m tests.tiny_models qwen3 FOLDER``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+VOCABULARY = 512
+MAX_POSITION = 2048
+
+_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_THINK = ["<think>", "</think>"]
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_CORPUS = [
+    "The harbour master wrote the tide times on a slate every morning before the boats went out.",
+    "If the train leaves at seven and the journey takes two hours, it arrives at nine.",
+    "The secret number of the northern lighthouse is 4821, and nobody else on the island knows it.",
+    "Question: which box holds the key? Answer: the small green box under the window.",
+    "She counted 12 apples, 7 pears and 30 plums, then divided them among the children.",
+    "You are a helpful assistant. Think step by step, then give the final answer.",
+    "def add(first, second): return first + second  # the sum of both numbers",
+    "Therefore the total is 49, because twelve plus seven plus thirty makes forty-nine.",
+    "What is the capital of the country where the river begins? Let me think about that again.",
+    "Wait, the second clue said that the bridge was closed, so they must have taken the ferry.",
+]
+
+
+def make_tiny_model(family: Family, folder: Path, *, seed: int = 0) -> Path:
+    """Writes a random 4-layer float32 model with its tokenizer into folder and returns folder.
+
+    Hidden size 128, 4 query and 2 key/value heads of size 32, vocabulary 512, 2048 positions. The
+    weights are scaled so that attention is far from uniform; norms and biases are random too.
+    """
+    folder = Path(folder)
+    model = _model(family)
+    _randomise(model, seed)
+    model.generation_config.eos_token_id = _SPECIALS.index("<|im_end|>")
+    model.generation_config.pad_token_id = _SPECIALS.index("<|endoftext|>")
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _model(family: Family) -> Any:
+    import transformers as hf
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_POSITION,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": _SPECIALS.index("<|im_end|>"),
+        "pad_token_id": _SPECIALS.index("<|endoftext|>"),
+        "dtype": "float32",
+    }
+    if family == "llama":
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**common, head_dim=32))
+    if family == "qwen2":
+        return hf.Qwen2ForCausalLM(hf.Qwen2Config(**common))
+    if family == "qwen3":
+        return hf.Qwen3ForCausalLM(hf.Qwen3Config(**common, head_dim=32))
+    if family == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        config = hf.Qwen3MoeConfig(**common, **experts, head_dim=32, norm_topk_prob=True)
+        return hf.Qwen3MoeForCausalLM(config)
+    raise ValueError(f"unknown family {family!r}; one of {', '.join(FAMILIES)}")
+
+
+def _randomise(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:  # before the projections: q_norm and k_norm are norms
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            elif "embed_tokens" in name:
+                parameter.copy_(noise)
+            elif "q_proj" in name or "k_proj" in name:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+
+
+def _tokenizer() -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(_THINK),
+        min_frequency=1,
+        special_tokens=_SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in _THINK])
+    if tokenizer.get_vocab_size() != VOCABULARY:
+        raise RuntimeError(f"the corpus gives {tokenizer.get_vocab_size()} tokens")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=MAX_POSITION,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+if __name__ == "__main__":
+    print(make_tiny_model(sys.argv[1], Path(sys.argv[2])))  # type: ignore[arg-type]

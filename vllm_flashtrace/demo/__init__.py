@@ -1,0 +1,1 @@
+"""The demo: a question whose answer is hidden in a long context."""

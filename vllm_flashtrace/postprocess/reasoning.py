@@ -1,0 +1,176 @@
+"""Which generated tokens are reasoning.
+
+Invariant: reasoning tokens are found by the first rule that applies (an explicit option, the
+server's reasoning parser, ``<think>`` tags), and markers around reasoning are neither reasoning nor
+answer. Where no rule applies, everything generated before the target is reasoning; that is for the
+caller to fill in, who knows the target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.postprocess.generated import GeneratedText
+from vllm_flashtrace.postprocess.offsets import TokenText
+from vllm_flashtrace.records import Completion, Span
+from vllm_flashtrace.schema import TextSpan, TokenSpans
+
+_TAG = re.compile(r"<(/?)think>")
+_CLOSING = re.compile(
+    r"\s*(?:</(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)>|\[/THINK\]"
+    r"|<\|END_THINKING\|>|◁/think▷|<channel\|>)"
+)
+
+
+class ReasoningParser(Protocol):
+    """The server's reasoning parser, as a finder of character spans."""
+
+    def __call__(self, text: str, token_ids: Sequence[int], /) -> list[Span] | None:
+        """Spans of `text` that are reasoning; ``[]`` for none, None if they cannot be located."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Reasoning among the generated tokens.
+
+    Attributes:
+        tokens: Positions of reasoning tokens, ascending, counted from the first generated token.
+        answer: Positions of tokens after the reasoning that show the client something, without
+            blank tokens at either end.
+        located: Whether a rule applied; if not, `tokens` is empty and `answer` is everything
+            visible.
+    """
+
+    tokens: list[int]
+    answer: list[int]
+    located: bool = True
+
+
+def find_reasoning(
+    option: str | TextSpan | TokenSpans,
+    generated: GeneratedText,
+    completion: Completion,
+    *,
+    prompt_text: str = "",
+    parser: ReasoningParser | None = None,
+) -> Reasoning:
+    """Finds reasoning by the request's ``reasoning`` option.
+
+    Args:
+        option: ``"auto"``, ``"none"``, a text or spans of generated tokens.
+        generated: The decoded generated tokens.
+        completion: The completion, for its text and ids.
+        prompt_text: The decoded prompt; templates may open a ``<think>`` block in it.
+        parser: The server's reasoning parser.
+
+    Raises:
+        TraceError: ``span_out_of_range`` or ``reasoning_not_found`` for an explicit option.
+    """
+    visible, full = generated.visible, generated.full
+    if isinstance(option, TokenSpans):
+        tokens = _explicit_tokens(option, len(generated))
+        return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
+    if isinstance(option, TextSpan):
+        return _explicit_text(option.text, visible, full)
+    if option == "none":
+        return Reasoning([], _answer_from(visible, 0))
+    if parser is not None:
+        spans = _parsed_spans(parser, visible.text, completion)
+        if spans is not None:
+            return _from_spans(spans, visible)
+    return _from_tags(generated, opened=prompt_text.rstrip().endswith("<think>"))
+
+
+def _explicit_tokens(option: TokenSpans, length: int) -> list[int]:
+    last = max(end for _, end in option.spans)
+    if last > length:
+        raise TraceError(
+            "span_out_of_range",
+            f"flashtrace.reasoning.tokens reaches token {last}, but {length} were generated",
+        )
+    return sorted({i for start, end in option.spans for i in range(start, end)})
+
+
+def _explicit_text(text: str, visible: TokenText, full: TokenText) -> Reasoning:
+    for view in (visible, full):
+        start = view.text.rfind(text)
+        if start >= 0:
+            tokens = view.overlapping(start, start + len(text))
+            return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
+    raise TraceError(
+        "reasoning_not_found",
+        f"flashtrace.reasoning.text {text[:80]!r} does not occur in the generated text",
+    )
+
+
+def _parsed_spans(parser: ReasoningParser, text: str, completion: Completion) -> list[Span] | None:
+    """The parser's spans as ranges of `text`, which may differ from the text that it read."""
+    spans = parser(completion.text, completion.generated_token_ids)
+    if spans is None or text == completion.text:
+        return spans
+    moved: list[Span] = []
+    for start, end in spans:
+        wanted = completion.text[start:end]
+        at = text.find(wanted)
+        if not wanted or at < 0 or text.find(wanted, at + 1) >= 0:
+            return None
+        moved.append((at, at + len(wanted)))
+    return moved
+
+
+def _from_spans(spans: Sequence[Span], visible: TokenText) -> Reasoning:
+    tokens = sorted({i for start, end in spans for i in visible.within(start, end)})
+    last = max((end for _, end in spans), default=0)
+    return Reasoning(tokens, _answer_from(visible, last))
+
+
+def _from_tags(generated: GeneratedText, *, opened: bool) -> Reasoning:
+    full = generated.full
+    blocks = _tagged_blocks(full.text, opened=opened)
+    if blocks is None:
+        return Reasoning([], _answer_from(generated.visible, 0), located=False)
+    tokens = sorted({i for start, end, _ in blocks for i in full.within(start, end)})
+    behind = _trimmed(full, full.within(blocks[-1][2], len(full.text)))
+    visible = generated.visible
+    shown = [i for i in behind if visible.starts[i] < visible.ends[i]]
+    return Reasoning([i for i in tokens if i not in generated.special], _trimmed(visible, shown))
+
+
+def _tagged_blocks(text: str, *, opened: bool) -> list[tuple[int, int, int]] | None:
+    """Start, end and end of the closing tag of each ``<think>`` block; None without any tag.
+
+    A block that is not closed reaches to the end. A closing tag without an opening one closes a
+    block that began in the prompt.
+    """
+    tags = list(_TAG.finditer(text))
+    if not tags and not opened:
+        return None
+    start: int | None = 0 if opened or tags[0].group(1) else None
+    blocks: list[tuple[int, int, int]] = []
+    for tag in tags:
+        closing = bool(tag.group(1))
+        if closing and start is not None:
+            blocks.append((start, tag.start(), tag.end()))
+            start = None
+        elif not closing and (start is None or not text[start : tag.start()].strip()):
+            start = tag.end()  # The model may repeat a tag that the prompt ends with.
+    if start is not None:
+        blocks.append((start, len(text), len(text)))
+    return blocks
+
+
+def _answer_from(visible: TokenText, start: int) -> list[int]:
+    """Visible tokens from a character on, behind a closing marker if there is one."""
+    marker = _CLOSING.match(visible.text, start)
+    start = marker.end() if marker else start
+    return _trimmed(visible, visible.within(start, len(visible.text)))
+
+
+def _trimmed(text: TokenText, tokens: list[int]) -> list[int]:
+    """Leaves out blank tokens at both ends."""
+    shown = [at for at, i in enumerate(tokens) if text.token(i).strip()]
+    return tokens[shown[0] : shown[-1] + 1] if shown else []

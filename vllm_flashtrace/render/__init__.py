@@ -1,0 +1,1 @@
+"""Heat-maps of attributions: HTML pages and terminal output."""
