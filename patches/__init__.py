@@ -8,6 +8,7 @@ does not fit the installed vLLM, nothing is patched and the server runs without 
 | ``cpu_attention``       | the CPU attention backend, via vLLM's registry |
 | ``model_runner_v1``     | two methods of the V1 model runner             |
 | ``prefix_cache``        | how far a trace request may hit the cache      |
+| ``weight_updates``      | forgets derived weights when weights change    |
 | ``worker_rpc``          | two methods added to the worker base class     |
 """
 
@@ -43,6 +44,12 @@ def applied() -> bool:
 
 
 def _modules() -> list[ModuleType]:
-    from vllm_flashtrace.patches import cpu_attention, model_runner_v1, prefix_cache, worker_rpc
+    from vllm_flashtrace.patches import (
+        cpu_attention,
+        model_runner_v1,
+        prefix_cache,
+        weight_updates,
+        worker_rpc,
+    )
 
-    return [cpu_attention, model_runner_v1, prefix_cache, worker_rpc]
+    return [cpu_attention, model_runner_v1, prefix_cache, weight_updates, worker_rpc]

@@ -51,7 +51,7 @@ def apply() -> None:
     def execute_model(
         self: GPUModelRunner, scheduler_output: Any, intermediate_tensors: Any = None
     ) -> Any:
-        capture = getattr(self, _ATTRIBUTE, None)
+        capture = existing_capture(self)
         if capture is None and _has_trace(scheduler_output):
             capture = capture_of(self)
         if capture is not None:
@@ -60,7 +60,7 @@ def apply() -> None:
 
     @functools.wraps(stock_forward)
     def _model_forward(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-        capture: RunnerCapture | None = getattr(self, _ATTRIBUTE, None)
+        capture = existing_capture(self)
         if capture is None or (step := capture.begin_forward()) is None:
             return stock_forward(self, *args, **kwargs)
         with capture.tapped(step):
@@ -74,11 +74,16 @@ def apply() -> None:
 
 def capture_of(runner: GPUModelRunner) -> RunnerCapture:
     """The runner's capture, made at first use (the model must be loaded)."""
-    capture = getattr(runner, _ATTRIBUTE, None)
+    capture = existing_capture(runner)
     if capture is None:
         capture = RunnerCapture(runner)
         setattr(runner, _ATTRIBUTE, capture)
     return capture
+
+
+def existing_capture(runner: Any) -> RunnerCapture | None:
+    """The runner's capture, if one was made."""
+    return getattr(runner, _ATTRIBUTE, None)
 
 
 def _has_trace(scheduler_output: Any) -> bool:

@@ -78,3 +78,11 @@ def test_leading_space_of_the_metaspace_tokenizer(metaspace):
     whole = metaspace.encode("The code is 4821", add_special_tokens=False)
     completion = Completion(prompt, whole[len(prompt) :], " 4821")
     assert decode_generated(metaspace, completion).visible.text == " 4821"
+
+
+def test_context_that_begins_inside_a_character_costs_no_space(metaspace):
+    smile = [metaspace.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    the = metaspace.encode("The the", add_special_tokens=False)
+    the = the[len(metaspace.encode("The", add_special_tokens=False)) :]
+    full = decode_generated(metaspace, Completion(smile * 3, the, " the")).full
+    assert full.text == " the"

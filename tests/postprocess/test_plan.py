@@ -258,3 +258,17 @@ def test_tags_hidden_from_the_client_are_found(byte_level, plan):
     assert texts(found, followed(found)) == "step by step"
     everything = plan_trace(parse(target="generated"), completion, byte_level)
     assert everything.target_text == shown
+
+
+def test_tag_that_repeats_the_end_of_the_prompt_is_no_reasoning(plan, byte_level):
+    generated = "<think>step by step</think>4821"
+    completion = Completion(
+        byte_level.encode("Which code? <think>\n"), byte_level.encode(generated), generated
+    )
+    found = plan(completion)
+    assert texts(found, followed(found)) == "step by step"
+
+
+def test_weight_of_zero_beyond_the_text_is_refused(plan, chat):
+    error = refusal(plan, chat(QUESTION, "The code"), target={"weights": {"0": 1, "99": 0}})
+    assert error.code == "span_out_of_range"

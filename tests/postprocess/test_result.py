@@ -177,6 +177,23 @@ def test_message_that_cannot_be_located_has_no_score_of_its_own(trace, byte_leve
     assert math.fsum(s["score"] for s in data["segments"]) == pytest.approx(data["input_mass"])
 
 
+def test_message_located_in_part_has_no_score_of_its_own(trace, byte_level, chat):
+    messages = [
+        {"role": "user", "content": "Which code?"},
+        {"role": "assistant", "content": "The cat", "reasoning_content": "step"},
+    ]
+    completion = chat(messages, "The code")
+    front = byte_level.encode("No rendering. ")
+    completion = dataclasses.replace(
+        completion, prompt_token_ids=[*front, *completion.prompt_token_ids]
+    )
+    plan, _, data = trace(completion, include=["segments"])
+    assert plan.prompt_map.of_role("assistant")
+    assert [s.get("message") for s in data["segments"]] == [0, None]
+    assert data["segments"][-1]["unlocated_messages"] == [1]
+    assert math.fsum(s["score"] for s in data["segments"]) == pytest.approx(data["input_mass"])
+
+
 @pytest.mark.parametrize("text", ["The cat sat", None])
 def test_plain_prompt(trace, byte_level, text):
     ids = byte_level.encode("<|endoftext|>The cat sat")

@@ -168,9 +168,29 @@ def test_call_with_values_in_an_unknown_form_is_named(locate):
         ({"n": 1}, "f n=1", None),
         ("not json", "f not json", (0, 10)),
         ("[1]", "f [ 1 ]", None),
+        ("f", "f f", (0, 3)),
+        ("f", "f", None),
         ("", "f", (0, 1)),
         (None, "f", (0, 1)),
     ],
 )
 def test_range_of_a_call(arguments, prompt, span):
     assert tool_call_range({"name": "f", "arguments": arguments}, prompt, 0, 1) == span
+
+
+def test_call_does_not_take_the_arguments_of_the_next(locate):
+    only_last = JSON_CALLS.replace("{{ c.function.arg", "{% if loop.last %}{{ c.function.arg")
+    only_last = only_last.replace("tojson }}", "tojson }}{% endif %}")
+    messages = [message("assistant", None, tool_calls=call(n=1) + call(n=1))]
+    found, _ = locate(messages, only_last)
+    assert found.unlocated == {0}
+
+
+def test_call_whose_marks_the_template_spoils_is_named(locate):
+    messages = [
+        message("assistant", "The cat", tool_calls=call(code="4821")),
+        message("user", "Which code?"),
+    ]
+    found, prompt = locate(messages, JSON_CALLS.replace("tojson", "string"))
+    assert text_of(prompt, found.of_role("assistant")) == "The cat"
+    assert found.unlocated == {0}

@@ -189,21 +189,3 @@ def test_an_attention_sink_in_the_template_does_not_wash_out_the_text() -> None:
 
 def test_a_vanishing_scale_does_not_overflow() -> None:
     assert heat_level(1.0, 5e-324) == LEVELS
-
-
-@pytest.mark.parametrize(
-    ("text", "rest"),
-    [
-        ("It is 7306, I think.", ", I think."),
-        ("7306, I think.", ", I think."),  # the reasoning was parsed away
-        ("It is 7306", None),
-        ("6 is the last digit", None),  # overlaps by less than the target
-    ],
-)
-def test_text_after_the_target_is_shown_without_a_score(text: str, rest: str | None) -> None:
-    tokens = ["It", " is", " ", "7306"]
-    generated = [{"index": i, "token": t, "score": 0.1} for i, t in enumerate(tokens)]
-    target = {"text": "7306", "tokens": [[3, 4]]}
-    page = sample(haystack(), text=text, generated=generated, target=target).to_html()
-    assert ("came after the target" in page) == (rest is not None)
-    assert rest is None or f'<span class="tpl">{rest}</span>' in page

@@ -55,6 +55,11 @@ class RunnerCapture:
             logger.warning("FlashTrace: this model is served without attribution: %s", self.refusal)
         self.recorder = Recorder(self._model or _NoModel(self.refusal), ttl)
 
+    def forget_weights(self) -> None:
+        """Drops what was derived from the model's weights."""
+        if self._model is not None:
+            self._model.forget_weights()
+
     def observe(self, scheduler_output: SchedulerOutput) -> None:
         """Learns about new and finished requests; must never raise."""
         self._scheduled = {}

@@ -152,7 +152,8 @@ async def _serve(
 
 def _recording_copy(stock: Any, flashtrace: FlashTraceRequest) -> tuple[Any, RecordingClient]:
     def check(sampling_params: Any) -> None:
-        check_against_limit(flashtrace, sampling_params.max_tokens)
+        if sampling_params.max_tokens is not None:
+            check_against_limit(flashtrace, sampling_params.max_tokens)
 
     handler = copy.copy(stock)
     handler.engine_client = RecordingClient(stock.engine_client, check)

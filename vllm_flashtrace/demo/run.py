@@ -87,7 +87,8 @@ def ask_vllm(folder: Path, scenario: Scenario) -> Attribution:
             [scenario.messages],
             sampling_params=SamplingParams(temperature=0.0, max_tokens=_MAX_ANSWER_TOKENS),
             flashtrace={
-                "target": "output",
+                # The code alone: the words around it repeat the question, and come from there.
+                "target": {"text": scenario.answer},
                 "hops": 1,
                 "top_k": None,
                 "include": ["tokens", "segments", "generated"],

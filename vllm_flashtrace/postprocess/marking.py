@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from vllm_flashtrace.postprocess.tool_calls import call_arguments
 
 MARK_BASE = 0xF0000
 _MARKS = 0xFFFE
+MARK = re.compile(f"[{chr(MARK_BASE)}-{chr(MARK_BASE + _MARKS - 1)}]")
 _REASONING_FIELDS = ("reasoning_content", "reasoning")
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
@@ -38,11 +40,6 @@ class MessageText:
     text: str
     path: tuple[str | int, ...] = ("content",)
     is_content: bool = True
-
-
-def is_mark(character: str) -> bool:
-    """Whether a character belongs to the plane that marks are taken from."""
-    return MARK_BASE <= ord(character) < MARK_BASE + _MARKS
 
 
 def message_texts(

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_flashtrace.postprocess.marking import (
+    MARK,
     MARK_BASE,
     MessageText,
     Render,
-    is_mark,
     marked_messages,
     message_texts,
 )
@@ -57,7 +57,7 @@ def place_by_marks(
     messages: Sequence[Mapping[str, Any]], prompt: str, render: Render | None
 ) -> Found | None:
     """Places by marks in a rendering; None unless one gives exactly the prompt without them."""
-    if render is None or any(is_mark(character) for character in prompt):
+    if render is None or MARK.search(prompt):
         return None
     plain = message_texts(messages)
     with_tool_calls = message_texts(messages, tool_calls=True)
@@ -90,14 +90,10 @@ def _read_marks(rendered: str, pieces: Sequence[MessageText], prompt: str) -> Fo
     A text that the template left out has no place; one that it took apart or repeated has none that
     is known.
     """
-    text: list[str] = []
+    plain = MARK.sub("", rendered)
     marks: dict[int, list[int]] = defaultdict(list)
-    for character in rendered:
-        if is_mark(character):
-            marks[ord(character) - MARK_BASE].append(len(text))
-        else:
-            text.append(character)
-    plain = "".join(text)
+    for earlier, mark in enumerate(MARK.finditer(rendered)):
+        marks[ord(mark.group()) - MARK_BASE].append(mark.start() - earlier)
     shift = prompt_offset(prompt, plain)
     if shift is None or not marks:
         return None

@@ -41,7 +41,10 @@ def tool_call_range(function: Mapping[str, Any], prompt: str, start: int, end: i
         return start, end
     for form in _forms(arguments, values):
         at = prompt.find(form, start)
-        if at >= 0 and at + len(form) >= end:
+        # Arguments end behind the texts in them; a form that ends earlier is part of the name.
+        while 0 <= at <= end - len(form):
+            at = prompt.find(form, at + 1)
+        if at >= 0:
             return start, at + len(form)
     return None
 

@@ -69,7 +69,6 @@ def _context(attribution: Attribution) -> dict[str, Any]:
     scale = heat_scale(attribution.scores)
     prompt = prompt_heat(attribution)
     mass = attribution.mass
-    generated = _generated_heat(attribution)
     return {
         "status": attribution.status,
         "id": attribution.id,
@@ -79,8 +78,7 @@ def _context(attribution: Attribution) -> dict[str, Any]:
         "complete": attribution.is_complete,
         "returned": len(attribution.scores),
         "completion": completion_parts(attribution),
-        "generated": generated,
-        "after_generated": _after(generated, attribution),
+        "generated": _generated_heat(attribution),
         "mass": [
             ("input", "Prompt", mass.input),
             ("reasoning", "Left on reasoning", mass.reasoning),
@@ -135,20 +133,6 @@ def _generated_heat(attribution: Attribution) -> list[tuple[HeatToken, bool]]:
         token = HeatToken(index, str(entry["token"]), value, heat_level(value, scale))
         rows.append((token, any(start <= index < end for start, end in spans)))
     return rows
-
-
-def _after(generated: list[tuple[HeatToken, bool]], attribution: Attribution) -> str:
-    """The completion's text after the last scored token, which the trace ends with.
-
-    Empty where the text does not continue the tokens, or overlaps them by less than the target.
-    """
-    text = attribution.text or ""
-    scored = "".join(token.text for token, _ in generated)
-    shortest = max(1, len(str(attribution.target.get("text") or "")))
-    for overlap in range(min(len(text), len(scored)), shortest - 1, -1):
-        if scored.endswith(text[:overlap]):
-            return text[overlap:]
-    return ""
 
 
 def _format_score(score: float) -> str:

@@ -42,7 +42,6 @@ _CLIENT_ERRORS = {
     "span_out_of_range": "flashtrace",
     "target_beyond_context": "flashtrace.target",
     "target_not_found": "flashtrace.target",
-    "target_skipped": "flashtrace.skip_tokens",
 }
 _PROMPT_OPTIONS = ("add_special_tokens", "cache_salt", "priority")
 _CHAT_OPTIONS = (
