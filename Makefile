@@ -39,7 +39,8 @@ test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --ignore tests/engine --ignore tests/serving
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.trace_overhead --small
+	$(BIN)/python -m benchmarks.trace_latency --eager
+	$(BIN)/python -m benchmarks.parity --tokens 600
 
 clean:
 	rm -rf $(VENV) build *.egg-info

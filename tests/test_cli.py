@@ -323,11 +323,15 @@ class TestEngineLog:
         from vllm_flashtrace import offline
 
         stopped: list[bool] = []
-        core = types.SimpleNamespace(shutdown=lambda: stopped.append(True))
-        llm = types.SimpleNamespace(llm_engine=types.SimpleNamespace(engine_core=core))
-        monkeypatch.setattr(
-            offline, "FlashTrace", lambda model, **_: types.SimpleNamespace(llm=llm)
-        )
+
+        @contextmanager
+        def engine(model: str, **_: Any) -> Iterator[None]:
+            try:
+                yield
+            finally:
+                stopped.append(True)
+
+        monkeypatch.setattr(offline, "FlashTrace", engine)
         with pytest.raises(TraceError, match="too long"), engine_log.command_engine("m"):
             raise ValueError("prompt too long")
         assert stopped == [True]

@@ -11,14 +11,11 @@ from pydantic import ValidationError
 from vllm_flashtrace.errors import InvalidRequestError
 from vllm_flashtrace.schema import (
     FlashTraceRequest,
-    RegexTarget,
     RequestLimits,
-    TextTarget,
-    TokensTarget,
-    WeightsTarget,
     check_against_limit,
     parse_flashtrace_field,
 )
+from vllm_flashtrace.schema_options import RegexTarget, TextTarget, TokensTarget, WeightsTarget
 
 LIMITS = RequestLimits()
 NAN, INF = math.nan, math.inf

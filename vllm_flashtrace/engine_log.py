@@ -36,11 +36,8 @@ def command_engine(model: str, **engine_args: Any) -> Iterator[FlashTrace]:
         try:
             from vllm_flashtrace.offline import FlashTrace
 
-            engine = FlashTrace(model, **engine_args)
-            try:
+            with FlashTrace(model, **engine_args) as engine:
                 yield engine
-            finally:
-                engine.llm.llm_engine.engine_core.shutdown()
         except FlashTraceError:
             raise
         except (ImportError, OSError, ValueError, RuntimeError) as error:

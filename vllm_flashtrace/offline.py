@@ -6,18 +6,16 @@ is a result with status ``failed`` — its completion is still there.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 from vllm_flashtrace.attribution import Attribution
-from vllm_flashtrace.config import SECTION, FlashTraceConfig
-from vllm_flashtrace.environment import default_kv_cache_bytes, prepare_environment
-from vllm_flashtrace.errors import FlashTraceError, TraceError, UnsupportedModelError
-from vllm_flashtrace.postprocess.plan import TracePlan, plan_trace
-from vllm_flashtrace.postprocess.result import build_result, failed_result
+from vllm_flashtrace.config import FlashTraceConfig
+from vllm_flashtrace.engine import engine_refusal, start_engine, stop_engine
+from vllm_flashtrace.errors import FlashTraceError, UnsupportedModelError
+from vllm_flashtrace.offline_jobs import TraceJob, run_jobs
+from vllm_flashtrace.postprocess.plan import plan_trace
 from vllm_flashtrace.prompts import (
     Messages,
     Prompt,
@@ -26,27 +24,16 @@ from vllm_flashtrace.prompts import (
     engine_input,
     is_chat,
 )
-from vllm_flashtrace.records import Completion, TraceUsage
+from vllm_flashtrace.records import Completion
 from vllm_flashtrace.schema import FlashTraceRequest, parse_flashtrace_field
-
-
-@dataclass(slots=True)
-class _Job:
-    """One attribution under way; without a plan it has failed already."""
-
-    completion: Completion
-    trace_id: str
-    plan: TracePlan | None = None
-    usage: TraceUsage = field(default_factory=TraceUsage)
-    error: FlashTraceError | None = None
 
 
 class FlashTrace:
     """Generates completions and tells which prompt tokens they came from.
 
     Example:
-        >>> ft = FlashTrace("Qwen/Qwen3-0.6B", max_model_len=4096)
-        >>> [answer] = ft.generate(["The code is 7306. What is the code?"])
+        >>> with FlashTrace("Qwen/Qwen3-0.6B", max_model_len=4096) as ft:
+        ...     [answer] = ft.generate(["The code is 7306. What is the code?"])
         >>> answer.top(3)
     """
 
@@ -54,7 +41,7 @@ class FlashTrace:
         self,
         model: str | None = None,
         *,
-        llm: Any | None = None,
+        llm: Any = None,
         flashtrace_config: Mapping[str, Any] | None = None,
         **engine_args: Any,
     ) -> None:
@@ -73,18 +60,35 @@ class FlashTrace:
         """
         if (model is None) == (llm is None):
             raise ValueError("give either a model or an existing llm")
-        if llm is None:
-            llm = _start_engine(model, flashtrace_config, engine_args)
+        self._owns_engine = model is not None
+        if model is not None:
+            llm = start_engine(model, flashtrace_config, engine_args)
         elif flashtrace_config or engine_args:
             raise ValueError("engine arguments have no effect on an existing llm")
-        self.llm = llm
-        vllm_config = llm.llm_engine.vllm_config
+        self.llm: Any = llm
+        if (refusal := engine_refusal(self.llm)) is not None:
+            self.close()  # The caller gets no object to close.
+            raise UnsupportedModelError(refusal)
+        vllm_config = self.llm.llm_engine.vllm_config
         self.config = FlashTraceConfig.from_additional_config(vllm_config.additional_config)
         self._max_trace_tokens = vllm_config.model_config.max_model_len - 1
-        self._tokenizer = llm.get_tokenizer()
+        self._tokenizer = self.llm.get_tokenizer()
         self._ids = (f"ft-offline-{i}" for i in count())
-        if (refusal := self._refusal()) is not None:
-            raise UnsupportedModelError(refusal)
+
+    def close(self) -> None:
+        """Stops the engine if this object started it; an existing ``llm`` goes on.
+
+        Closing again does nothing.
+        """
+        if self._owns_engine:
+            self._owns_engine = False
+            stop_engine(self.llm)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def generate(
         self,
@@ -147,14 +151,6 @@ class FlashTrace:
             raise ValueError("flashtrace must be true or an object of options")
         return request
 
-    def _refusal(self) -> str | None:
-        from vllm_flashtrace.hop import decode_status
-
-        try:
-            return decode_status(self.llm.collective_rpc("flashtrace_status"))["refusal"]
-        except Exception as error:
-            return f"the engine runs without the FlashTrace plugin ({error})"
-
     def _complete(
         self, prompts: Sequence[Prompt], sampling_params: Any, chat_args: Mapping[str, Any]
     ) -> list[Completion]:
@@ -179,14 +175,12 @@ class FlashTrace:
     def _attribute(
         self, request: FlashTraceRequest, completions: Sequence[Completion]
     ) -> list[Attribution]:
-        """Runs all attributions hop by hop, every hop as one batch."""
         jobs = [self._plan(request, completion) for completion in completions]
-        while self._advance(jobs):
-            pass
-        return [Attribution(_outcome(job), text=job.completion.text) for job in jobs]
+        run_jobs(jobs, self.llm, self.config)
+        return [Attribution(job.outcome(), text=job.completion.text) for job in jobs]
 
-    def _plan(self, request: FlashTraceRequest, completion: Completion) -> _Job:
-        job = _Job(completion, next(self._ids))
+    def _plan(self, request: FlashTraceRequest, completion: Completion) -> TraceJob:
+        job = TraceJob(completion, next(self._ids))
         try:
             job.plan = plan_trace(
                 request,
@@ -201,42 +195,6 @@ class FlashTrace:
             job.error = error
         return job
 
-    def _advance(self, jobs: Sequence[_Job]) -> bool:
-        """Runs the next hop of every unfinished job; False when all are done."""
-        from vllm_flashtrace.hop import trace_call
-
-        calls = [
-            (job, plan, trace_call(plan, weights, self.config, None))
-            for job, plan in _unfinished(jobs)
-            if (weights := plan.recursion.next_weights()) is not None
-        ]
-        limit = self.config.max_concurrent_traces
-        for first in range(0, len(calls), limit):
-            batch = calls[first : first + limit]
-            began = time.monotonic()
-            self.llm.generate(
-                [call.prompt for _, _, call in batch],
-                [call.params for _, _, call in batch],
-                use_tqdm=False,
-            )
-            seconds = time.monotonic() - began
-            for job, plan, call in batch:
-                self._collect(job, plan, call.spec.nonce, seconds)
-        return bool(calls)
-
-    def _collect(self, job: _Job, plan: TracePlan, nonce: str, seconds: float) -> None:
-        from vllm_flashtrace.hop import decode_rpc, padded_scores, with_phases
-
-        try:
-            replies = self.llm.collective_rpc("flashtrace_collect", args=(nonce,))
-            report = with_phases(decode_rpc(replies), seconds, 0.0)
-            plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
-            job.usage.add(report)
-        except FlashTraceError as error:
-            job.error = error
-        except ValueError as error:
-            job.error = TraceError("bad_scores", str(error))
-
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return list(self._tokenizer.encode(prompt))
@@ -249,34 +207,3 @@ class FlashTrace:
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
         return str(rendered)
-
-
-def _start_engine(
-    model: str | None, config: Mapping[str, Any] | None, engine_args: dict[str, Any]
-) -> Any:
-    if config is not None:
-        additional = {**(engine_args.get("additional_config") or {}), SECTION: dict(config)}
-        engine_args = {**engine_args, "additional_config": additional}
-    FlashTraceConfig.from_additional_config(engine_args.get("additional_config"))
-    prepare_environment()
-    if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & engine_args.keys():
-        engine_args = {**engine_args, "kv_cache_memory_bytes": default_kv_cache_bytes()}
-    from vllm import LLM
-
-    return LLM(model=model, **engine_args)
-
-
-def _unfinished(jobs: Sequence[_Job]) -> Iterator[tuple[_Job, TracePlan]]:
-    for job in jobs:
-        if job.error is None and job.plan is not None:
-            yield job, job.plan
-
-
-def _outcome(job: _Job) -> dict[str, Any]:
-    """The attribution object of a job that has run all its hops or failed."""
-    if job.error is None and job.plan is not None:
-        try:
-            return build_result(job.plan, job.plan.recursion.result(), job.usage, job.trace_id)
-        except FlashTraceError as error:
-            job.error = error
-    return failed_result(job.trace_id, job.error or TraceError("internal_error", "no plan"))

@@ -7,158 +7,42 @@ is refused by an :class:`InvalidRequestError` that names the field and the value
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from vllm_flashtrace.errors import InvalidRequestError
-from vllm_flashtrace.postprocess.pattern import PatternError, check_pattern
+from vllm_flashtrace.limits import RequestLimits
 from vllm_flashtrace.schema_checks import (
     RefusedError,
-    as_span,
     as_tuple,
-    as_weights,
     check_integer,
     check_string,
     listed,
     shortened,
     shown,
 )
+from vllm_flashtrace.schema_options import (
+    REASONING,
+    TARGETS,
+    Position,
+    ReasoningObject,
+    StrictModel,
+    TargetObject,
+    TokensTarget,
+    WeightsTarget,
+    limits_of,
+    word_or_object,
+)
 
 FIELD = "flashtrace"
 
 Include: TypeAlias = Literal["hops", "generated", "segments", "layers", "tokens"]
 
-_Position: TypeAlias = Annotated[int, Field(ge=0)]
-_TokenSpan: TypeAlias = tuple[_Position, _Position]
-
 _INCLUDES = get_args(Include)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """The most one request may ask for; lengths are in characters."""
-
-    max_hops: int = 8
-    max_top_k: int = 100_000
-    max_spans: int = 256
-    max_skip_tokens: int = 256
-    max_regex_length: int = 512
-    max_text_length: int = 65_536
-    max_weights: int = 65_536
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        validate_default=True,  # A server's limits may be below a default.
-    )
-
-
-class TextTarget(_Model):
-    """The last occurrence of a text among the generated tokens."""
-
-    text: str = Field(
-        min_length=1, description="Text to look for; its last occurrence in the generated text."
-    )
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _check(cls, value: Any, info: ValidationInfo) -> Any:
-        check_string(value, _limits(info).max_text_length)
-        return value
-
-
-class RegexTarget(_Model):
-    """The last match of a regular expression in the generated text."""
-
-    regex: str = Field(
-        min_length=1,
-        description="Regular expression; its last match in the generated text, or what its group "
-        "matched if it has exactly one capturing group.",
-    )
-
-    @field_validator("regex", mode="before")
-    @classmethod
-    def _check(cls, value: Any, info: ValidationInfo) -> Any:
-        check_string(value, _limits(info).max_regex_length)
-        try:
-            check_pattern(value)
-        except PatternError as error:
-            raise RefusedError(f"is refused: the pattern {error}") from None
-        return value
-
-
-class TokensTarget(_Model):
-    """Ranges of generated tokens."""
-
-    tokens: tuple[_TokenSpan, ...] = Field(
-        min_length=1,
-        description="Half-open ranges [start, end) of generated tokens, counted from 0.",
-    )
-
-    @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """The ranges, as given: they may overlap and come in any order."""
-        return self.tokens
-
-    @field_validator("tokens", mode="before")
-    @classmethod
-    def _check(cls, value: Any, info: ValidationInfo) -> Any:
-        spans = as_tuple(value, _limits(info).max_spans, "[start, end) pairs")
-        if not spans:
-            raise RefusedError("must hold at least one [start, end) pair")
-        return tuple(as_span(index, span) for index, span in enumerate(spans))
-
-
-class WeightsTarget(_Model):
-    """A weight for every generated token that matters."""
-
-    weights: dict[_Position, Annotated[float, Field(ge=0.0)]] = Field(
-        min_length=1,
-        description="Weight of each generated token by its index, counted from 0. Weights are "
-        "finite, not negative and not all 0; only their proportions matter.",
-    )
-
-    @property
-    def by_index(self) -> dict[int, float]:
-        """The weights, as given: not normalised, and in any order."""
-        return self.weights
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _check(cls, value: Any, info: ValidationInfo) -> Any:
-        return as_weights(value, _limits(info).max_weights)
-
-
-# The same two kinds of object say where the reasoning is.
-TextSpan: TypeAlias = TextTarget
-TokenSpans: TypeAlias = TokensTarget
-
-TargetObject: TypeAlias = TextTarget | RegexTarget | TokensTarget | WeightsTarget
-ReasoningObject: TypeAlias = TokensTarget | TextTarget
-
-_TARGETS: dict[str, type[_Model]] = {
-    "text": TextTarget,
-    "regex": RegexTarget,
-    "tokens": TokensTarget,
-    "weights": WeightsTarget,
-}
-_REASONING: dict[str, type[_Model]] = {"tokens": TokensTarget, "text": TextTarget}
-
-
-class FlashTraceRequest(_Model):
+class FlashTraceRequest(StrictModel):
     """Asks which prompt tokens a completion, or a part of it, came from."""
 
     target: Literal["output", "generated"] | TargetObject = Field(
@@ -166,7 +50,7 @@ class FlashTraceRequest(_Model):
         description="What to explain: 'output' (the answer after reasoning), 'generated' "
         "(everything generated), or a part of the generated text.",
     )
-    hops: _Position | Literal["auto"] = Field(
+    hops: Position | Literal["auto"] = Field(
         default=1, description="Number of recursive hops through the reasoning, or 'auto'."
     )
     reasoning: Literal["auto", "none"] | ReasoningObject = Field(
@@ -200,18 +84,18 @@ class FlashTraceRequest(_Model):
         if isinstance(value, dict) and not value.keys().isdisjoint(("tool_call", "argument")):
             key = "tool_call" if "tool_call" in value else "argument"
             raise RefusedError("is not supported yet", key, value[key])
-        return _choice(value, ("output", "generated"), _TARGETS, info)
+        return word_or_object(value, ("output", "generated"), TARGETS, info)
 
     @field_validator("reasoning", mode="before")
     @classmethod
     def _check_reasoning(cls, value: Any, info: ValidationInfo) -> Any:
-        return _choice(value, ("auto", "none"), _REASONING, info)
+        return word_or_object(value, ("auto", "none"), REASONING, info)
 
     @field_validator("hops", mode="before")
     @classmethod
     def _check_hops(cls, value: Any, info: ValidationInfo) -> Any:
         if not (isinstance(value, str) and value == "auto"):
-            check_integer(value, 0, _limits(info).max_hops, alternative=" or 'auto'")
+            check_integer(value, 0, limits_of(info).max_hops, alternative=" or 'auto'")
         return value
 
     @field_validator("skip_tokens", mode="before")
@@ -219,7 +103,7 @@ class FlashTraceRequest(_Model):
     def _check_skip_tokens(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str) and value in ("none", "punctuation"):
             return value
-        limits = _limits(info)
+        limits = limits_of(info)
         strings = as_tuple(value, limits.max_skip_tokens, "strings, 'none' or 'punctuation'")
         for index, string in enumerate(strings):
             check_string(string, limits.max_text_length, index, string)
@@ -229,7 +113,7 @@ class FlashTraceRequest(_Model):
     @classmethod
     def _check_top_k(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
-            check_integer(value, 1, _limits(info).max_top_k, alternative=" or null")
+            check_integer(value, 1, limits_of(info).max_top_k, alternative=" or null")
         return value
 
     @field_validator("include", mode="before")
@@ -299,27 +183,6 @@ def _positions(part: Any) -> Iterator[tuple[tuple[int | str, ...], int, Any]]:
     elif isinstance(part, WeightsTarget):
         for position in part.weights:
             yield ("weights",), position + 1, position
-
-
-def _limits(info: ValidationInfo) -> RequestLimits:
-    return info.context if isinstance(info.context, RequestLimits) else RequestLimits()
-
-
-def _choice(
-    value: Any, words: tuple[str, ...], models: Mapping[str, type[_Model]], info: ValidationInfo
-) -> Any:
-    """A word, or an object read by the model that its one key names."""
-    if isinstance(value, _Model) or (isinstance(value, str) and value in words):
-        return value
-    expected = f"{listed(words)}, or an object with exactly one key out of {listed(models)}"
-    if not isinstance(value, dict):
-        raise RefusedError(f"must be {expected}")
-    for key in value:
-        if key not in models:
-            raise RefusedError("is not a known key", str(key), value[key])
-    if len(value) != 1:
-        raise RefusedError(f"must be {expected}")
-    return models[next(iter(value))].model_validate(value, context=info.context)
 
 
 def _translated(error: ValidationError) -> InvalidRequestError:

@@ -6,7 +6,7 @@ from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.generated import decode_generated, runs
 from vllm_flashtrace.postprocess.reasoning import find_reasoning
 from vllm_flashtrace.records import Completion
-from vllm_flashtrace.schema import TextSpan, TokenSpans
+from vllm_flashtrace.schema_options import TextTarget, TokensTarget
 
 
 @pytest.fixture
@@ -68,25 +68,25 @@ def test_none_ignores_tags(find):
 
 
 def test_explicit_text_is_the_last_occurrence(find):
-    assert find("step, step, 4821", TextSpan(text="step"))[0].strip() == "step"
-    assert find("step, step, 4821", TextSpan(text="step"))[1] == ", 4821"
+    assert find("step, step, 4821", TextTarget(text="step"))[0].strip() == "step"
+    assert find("step, step, 4821", TextTarget(text="step"))[1] == ", 4821"
     with pytest.raises(TraceError) as error:
-        find("4821", TextSpan(text="step"))
+        find("4821", TextTarget(text="step"))
     assert error.value.code == "reasoning_not_found"
     assert "step" in error.value.message
 
 
 def test_explicit_text_may_be_hidden_from_the_client(find):
-    assert find("step<|im_end|> 4821", TextSpan(text="<|im_end|>"), visible="step 4821")[0] == (
+    assert find("step<|im_end|> 4821", TextTarget(text="<|im_end|>"), visible="step 4821")[0] == (
         "<|im_end|>"
     )
 
 
 def test_explicit_tokens(find):
-    reasoning, answer, _ = find("the cat", TokenSpans(tokens=((0, 1), (0, 1))))
+    reasoning, answer, _ = find("the cat", TokensTarget(tokens=((0, 1), (0, 1))))
     assert reasoning + answer == "the cat"
     with pytest.raises(TraceError) as error:
-        find("the cat", TokenSpans(tokens=((0, 99),)))
+        find("the cat", TokensTarget(tokens=((0, 99),)))
     assert error.value.code == "span_out_of_range"
     assert "99" in error.value.message
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+
+from vllm_flashtrace.serving import attributions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -113,3 +117,18 @@ async def test_unknown_model_is_a_404(app):
         "/v1/attributions", json={"model": "other", "prompt": "a", "completion": "b"}
     )
     assert response.status_code == 404
+
+
+async def test_earlier_turns_that_cannot_be_located_are_the_clients_mistake(app, monkeypatch):
+    locate = attributions.existing_chat
+
+    async def without_render(*args):
+        return dataclasses.replace(await locate(*args), render=None)
+
+    monkeypatch.setattr(attributions, "existing_chat", without_render)
+    turns = [QUESTION[0], {"role": "assistant", "content": "user"}, *answered()]
+    response = await post(app, messages=turns, flashtrace={"recurse_over": "assistant"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "flashtrace.recurse_over"
+    assert "assistant message 1" in error["message"]

@@ -17,7 +17,7 @@ from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.generated import GeneratedText
 from vllm_flashtrace.postprocess.offsets import TokenText
 from vllm_flashtrace.records import Completion, Span
-from vllm_flashtrace.schema import TextSpan, TokenSpans
+from vllm_flashtrace.schema_options import TextTarget, TokensTarget
 
 _TAG = re.compile(r"<(/?)think>")
 _CLOSING = re.compile(
@@ -51,7 +51,7 @@ class Reasoning:
 
 
 def find_reasoning(
-    option: str | TextSpan | TokenSpans,
+    option: str | TextTarget | TokensTarget,
     generated: GeneratedText,
     completion: Completion,
     *,
@@ -71,10 +71,10 @@ def find_reasoning(
         TraceError: ``span_out_of_range`` or ``reasoning_not_found`` for an explicit option.
     """
     visible, full = generated.visible, generated.full
-    if isinstance(option, TokenSpans):
+    if isinstance(option, TokensTarget):
         tokens = _explicit_tokens(option, len(generated))
         return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
-    if isinstance(option, TextSpan):
+    if isinstance(option, TextTarget):
         return _explicit_text(option.text, visible, full)
     if option == "none":
         return Reasoning([], _answer_from(visible, 0))
@@ -85,14 +85,14 @@ def find_reasoning(
     return _from_tags(generated, opened=prompt_text.rstrip().endswith("<think>"))
 
 
-def _explicit_tokens(option: TokenSpans, length: int) -> list[int]:
-    last = max(end for _, end in option.spans)
+def _explicit_tokens(option: TokensTarget, length: int) -> list[int]:
+    last = max(end for _, end in option.tokens)
     if last > length:
         raise TraceError(
             "span_out_of_range",
             f"flashtrace.reasoning.tokens reaches token {last}, but {length} were generated",
         )
-    return sorted({i for start, end in option.spans for i in range(start, end)})
+    return sorted({i for start, end in option.tokens for i in range(start, end)})
 
 
 def _explicit_text(text: str, visible: TokenText, full: TokenText) -> Reasoning:

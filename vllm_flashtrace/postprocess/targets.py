@@ -13,7 +13,8 @@ from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.generated import GeneratedText
 from vllm_flashtrace.postprocess.pattern import last_match
 from vllm_flashtrace.postprocess.reasoning import Reasoning
-from vllm_flashtrace.schema import FlashTraceRequest, RegexTarget, TextSpan, TokenSpans
+from vllm_flashtrace.schema import FlashTraceRequest
+from vllm_flashtrace.schema_options import RegexTarget, TextTarget, TokensTarget
 
 _REGEX_SECONDS = 0.25
 
@@ -52,7 +53,7 @@ def resolve_target(
     target = request.target
     visible = generated.visible
     text: str | None = None
-    if isinstance(target, TextSpan):
+    if isinstance(target, TextTarget):
         start = visible.text.rfind(target.text)
         if start < 0:
             raise TraceError(
@@ -65,16 +66,16 @@ def resolve_target(
         start, end = _search(target.regex, visible.text)
         text = visible.text[start:end]
         weights = _ones(visible.overlapping(start, end))
-    elif isinstance(target, TokenSpans):
-        _require_generated(max(end for _, end in target.spans) - 1, len(generated))
-        weights = _ones([i for start, end in target.spans for i in range(start, end)])
+    elif isinstance(target, TokensTarget):
+        _require_generated(max(end for _, end in target.tokens) - 1, len(generated))
+        weights = _ones([i for start, end in target.tokens for i in range(start, end)])
     elif target == "output":
         weights = _ones(reasoning.answer)
     elif target == "generated":
         weights = _ones(visible.overlapping(0, len(visible.text)))
     else:
-        weights = target.by_index
-        _require_generated(max(map(int, target.weights)), len(generated))
+        weights = target.weights
+        _require_generated(max(target.weights), len(generated))
     if not weights:
         shown = "answer after its reasoning" if target == "output" else "text"
         raise TraceError("empty_target", f"flashtrace.target: the completion shows no {shown}")

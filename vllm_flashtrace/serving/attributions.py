@@ -36,6 +36,7 @@ TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 # Failures that the text itself explains, with the field at fault: after a generation they could
 # not be foreseen, here they are the client's mistake.
 _CLIENT_ERRORS = {
+    "assistant_not_located": "flashtrace.recurse_over",
     "empty_target": "flashtrace.target",
     "reasoning_not_found": "flashtrace.reasoning",
     "regex_timeout": "flashtrace.target.regex",

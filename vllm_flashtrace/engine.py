@@ -1,0 +1,52 @@
+"""A ``vllm.LLM`` to trace on: started, asked whether it can trace, and stopped.
+
+Invariant: a bad option is refused before anything starts, and what the user chose is never
+overridden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_flashtrace.config import SECTION, FlashTraceConfig
+from vllm_flashtrace.environment import default_kv_cache_bytes, prepare_environment
+
+
+def start_engine(model: str, config: Mapping[str, Any] | None, engine_args: dict[str, Any]) -> Any:
+    """Starts a ``vllm.LLM`` that this package can trace on.
+
+    Args:
+        model: Model name or folder.
+        config: Options of :class:`~vllm_flashtrace.config.FlashTraceConfig`; None leaves those in
+            ``additional_config`` alone.
+        engine_args: Arguments of ``vllm.LLM``.
+
+    Raises:
+        ValueError: An option is bad; nothing was started.
+    """
+    if config is not None:
+        additional = {**(engine_args.get("additional_config") or {}), SECTION: dict(config)}
+        engine_args = {**engine_args, "additional_config": additional}
+    FlashTraceConfig.from_additional_config(engine_args.get("additional_config"))
+    prepare_environment()
+    if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & engine_args.keys():
+        engine_args = {**engine_args, "kv_cache_memory_bytes": default_kv_cache_bytes()}
+    from vllm import LLM
+
+    return LLM(model=model, **engine_args)
+
+
+def stop_engine(llm: Any) -> None:
+    """Ends the engine's processes; the ``vllm.LLM`` is of no use afterwards."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def engine_refusal(llm: Any) -> str | None:
+    """Why this engine cannot trace its model; None if it can."""
+    from vllm_flashtrace.hop import decode_status
+
+    try:
+        return decode_status(llm.collective_rpc("flashtrace_status"))["refusal"]
+    except Exception as error:
+        return f"the engine runs without the FlashTrace plugin ({error})"
