@@ -8,54 +8,11 @@ import pytest
 
 from tests.engine.conftest import text_tokens
 from tests.engine.harness import Engine, TraceJob
+from tests.faults import PHASES, break_function, mend_function
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
 
 TARGET = TargetWeights.from_spans([(300, 340)])
-
-
-def break_function(_: Any, module: str, owner: str | None, name: str) -> None:
-    """Runs in the worker: makes ``module[.owner].name`` raise."""
-    import importlib
-
-    holder: Any = importlib.import_module(module)
-    if owner is not None:
-        holder = getattr(holder, owner)
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(f"injected into {name}")
-
-    broken.original = getattr(holder, name)  # type: ignore[attr-defined]
-    setattr(holder, name, broken)
-
-
-def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
-    import importlib
-
-    holder: Any = importlib.import_module(module)
-    if owner is not None:
-        holder = getattr(holder, owner)
-    setattr(holder, name, getattr(holder, name).original)
-
-
-CAPTURE = "vllm_flashtrace.capture"
-PHASES = {
-    "registration": (f"{CAPTURE}.recorder", None, "Trace"),
-    "batch": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_batch"),
-    "taps": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_tap"),
-    "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
-    "attention": (f"{CAPTURE}.step", None, "weighted_column_sums"),
-    "key read": ("vllm_flashtrace.adapter.cpu_model", None, "read_blocks"),
-    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
-    "attention output": (f"{CAPTURE}.step", "StepRecorder", "record_attention_output"),
-    "proximity": (f"{CAPTURE}.recorder", None, "layer_scores"),
-    "output projection": (
-        "vllm_flashtrace.adapter.cpu_model",
-        "CPUTracedModel",
-        "output_projection",
-    ),
-    "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
-}
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,5 +51,7 @@ def server(
 ) -> Iterator[Server]:
     """One server with the plugin for the whole session; the stock one has stopped by then."""
     log = tmp_path_factory.mktemp("ours") / "server.log"
-    with serve(OURS, model_path, log) as running:
+    faults = "--worker-extension-cls=tests.faults.WorkerFaults"
+    env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with serve(OURS, model_path, log, faults, **env) as running:
         yield running

@@ -91,11 +91,11 @@ class Recorder:
             self.fail(req_id, error)
 
     def begin_step(self, batch: Sequence[BatchRow]) -> StepRecorder | None:
-        """The recorder of a step, or None when no trace has rows in it."""
+        """The recorder of a step, or None when it computes no target row of any trace."""
         if not any(row.req_id in self._traces for row in batch):
             return None
         step = StepRecorder(batch, self._traces, self.fail)
-        return step if step.segments else None
+        return step if any(segment.rows.numel() for segment in step.segments) else None
 
     def finish_step(self, step: StepRecorder) -> None:
         """Runs the proximity pass of every trace whose last target row is recorded.

@@ -1,0 +1,59 @@
+"""Faults injected into a worker process, one per phase of a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def break_function(_: Any, module: str, owner: str | None, name: str) -> None:
+    """Runs in the worker: makes ``module[.owner].name`` raise."""
+    import importlib
+
+    holder: Any = importlib.import_module(module)
+    if owner is not None:
+        holder = getattr(holder, owner)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"injected into {name}")
+
+    broken.original = getattr(holder, name)  # type: ignore[attr-defined]
+    setattr(holder, name, broken)
+
+
+def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
+    import importlib
+
+    holder: Any = importlib.import_module(module)
+    if owner is not None:
+        holder = getattr(holder, owner)
+    setattr(holder, name, getattr(holder, name).original)
+
+
+CAPTURE = "vllm_flashtrace.capture"
+PHASES = {
+    "registration": (f"{CAPTURE}.recorder", None, "Trace"),
+    "batch": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_batch"),
+    "taps": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_tap"),
+    "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
+    "attention": (f"{CAPTURE}.step", None, "weighted_column_sums"),
+    "key read": ("vllm_flashtrace.adapter.cpu_model", None, "read_blocks"),
+    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
+    "attention output": (f"{CAPTURE}.step", "StepRecorder", "record_attention_output"),
+    "proximity": (f"{CAPTURE}.recorder", None, "layer_scores"),
+    "output projection": (
+        "vllm_flashtrace.adapter.cpu_model",
+        "CPUTracedModel",
+        "output_projection",
+    ),
+    "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
+}
+
+
+class WorkerFaults:
+    """``--worker-extension-cls`` of test servers."""
+
+    def break_phase(self, phase: str) -> None:
+        break_function(self, *PHASES[phase])
+
+    def mend_phase(self, phase: str) -> None:
+        mend_function(self, *PHASES[phase])
