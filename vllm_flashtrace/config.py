@@ -7,14 +7,12 @@ server at start instead of being ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
-
-if TYPE_CHECKING:
-    from vllm_flashtrace.schema import RequestLimits
+from vllm_flashtrace.limits import RequestLimits
 
 SECTION = "flashtrace"
 
@@ -66,6 +64,4 @@ class FlashTraceConfig(BaseModel):
     @property
     def limits(self) -> RequestLimits:
         """What a request's ``flashtrace`` field may ask for."""
-        from vllm_flashtrace.schema import RequestLimits
-
         return RequestLimits(max_hops=self.max_hops)
