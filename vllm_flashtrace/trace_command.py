@@ -122,7 +122,7 @@ def run_trace(
             model; a note names the engine's log.
     """
     from vllm_flashtrace.engine_log import command_engine
-    from vllm_flashtrace.environment import default_kv_cache_bytes, is_cpu_build
+    from vllm_flashtrace.environment import is_cpu_build
 
     engine_args: dict[str, Any] = {"disable_log_stats": True}
     if max_model_len is not None:
@@ -130,7 +130,6 @@ def run_trace(
     if is_cpu_build():
         # Compiling takes longer than one trace.
         engine_args["enforce_eager"] = True
-        engine_args["kv_cache_memory_bytes"] = default_kv_cache_bytes()
     with command_engine(model, **engine_args) as engine:
         if completion is not None:
             return engine.attribute(prompt, completion, flashtrace=field)

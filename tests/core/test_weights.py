@@ -119,3 +119,8 @@ def test_without_and_below_drop_positions() -> None:
 def test_without_refuses_a_mask_that_does_not_fit(mask) -> None:
     with pytest.raises(ValueError, match="mask"):
         TargetWeights.from_spans([(2, 6)]).without(mask)
+
+
+def test_spans_are_the_contiguous_runs() -> None:
+    target = TargetWeights.from_mapping(dict.fromkeys([1, 2, 3, 7, 9, 10], 1.0))
+    assert target.spans == [(1, 4), (7, 8), (9, 11)]

@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine
-
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
+from vllm_flashtrace.demo.scenario import FILLER
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +53,7 @@ def trace_tokens(smollm2: Engine) -> list[int]:
 def text_tokens(engine: Engine, count: int, salt: str = "") -> list[int]:
     """Deterministic prose of exactly ``count`` tokens; ``salt`` makes it a different text."""
     words = [
-        f"{salt}In the year {1200 + 7 * i} the town number {i} had {13 * i % 97} bridges. {FILLER}"
+        f"{salt}In the year {1200 + 7 * i} the town number {i} had {13 * i % 97} bridges. {FILLER} "
         for i in range(count)
     ]
     tokenizer = engine.llm.get_tokenizer()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
-import jinja2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja_templates import template
 
 from vllm_flashtrace.postprocess.locate import locate_prompt
 from vllm_flashtrace.postprocess.offsets import token_offsets
@@ -38,14 +36,6 @@ TOOLS = (
     "{% set a = c.function.arguments %}{{ a if a is string else a | tojson }}"
     "</call>{% endfor %}<|im_end|>\n{% endfor %}"
 )
-
-
-def template(source):
-    environment = jinja2.Environment()
-    # As in chat templates: no escaping for HTML, and none of characters outside ASCII.
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    compiled = environment.from_string(source)
-    return lambda messages: compiled.render(messages=messages)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.postprocess.generated import decode_generated, runs
+from vllm_flashtrace.postprocess.generated import decode_generated
 from vllm_flashtrace.postprocess.reasoning import find_reasoning
 from vllm_flashtrace.records import Completion
 from vllm_flashtrace.schema_options import TextTarget, TokensTarget
@@ -125,8 +125,3 @@ def test_spans_of_another_text_are_moved_only_if_unambiguous(find, span, reasoni
     found = find("step e, 4821", visible="step! e, 4821", parser=lambda text, ids: [span])
     assert found[0].strip() == (reasoning or "")
     assert found[2] is (reasoning is not None)
-
-
-def test_runs():
-    assert runs([1, 2, 3, 7, 9, 10]) == [(1, 4), (7, 8), (9, 11)]
-    assert runs([]) == []

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import jinja2
 import pytest
+from jinja_templates import template
 
 from vllm_flashtrace.postprocess.locate import locate_prompt
 from vllm_flashtrace.postprocess.offsets import token_offsets
@@ -26,13 +25,6 @@ XML_CALLS = CALLS.replace(
     "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>"
     "{% endfor %}",
 )
-
-
-def template(source):
-    environment = jinja2.Environment()
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    compiled = environment.from_string(source)
-    return lambda messages: compiled.render(messages=messages)
 
 
 @pytest.fixture

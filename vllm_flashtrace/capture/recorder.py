@@ -92,8 +92,6 @@ class Recorder:
 
     def begin_step(self, batch: Sequence[BatchRow]) -> StepRecorder | None:
         """The recorder of a step, or None when it computes no target row of any trace."""
-        if not any(row.req_id in self._traces for row in batch):
-            return None
         step = StepRecorder(batch, self._traces, self.fail)
         return step if any(segment.rows.numel() for segment in step.segments) else None
 
@@ -114,10 +112,12 @@ class Recorder:
 
     def fail(self, req_id: str, error: BaseException) -> None:
         """Ends a trace with a reason; the request itself goes on."""
-        code = error.code if isinstance(error, FlashTraceError) else "recording_failed"
-        known = isinstance(error, FlashTraceError)
-        logger.warning("Trace of request %s failed: %s", req_id, error, exc_info=not known)
-        message = error.message if isinstance(error, FlashTraceError) else _describe(error)
+        if isinstance(error, FlashTraceError):
+            code, message = error.code, error.message
+            logger.warning("Trace of request %s failed: %s", req_id, error)
+        else:
+            code, message = "recording_failed", f"{type(error).__name__}: {error}"
+            logger.warning("Trace of request %s failed: %s", req_id, error, exc_info=error)
         self._store(req_id, WireReport(status="failed", code=code, message=message))
 
     def drop(self, req_ids: Iterable[str]) -> None:
@@ -177,7 +177,3 @@ class Recorder:
                 "proximity": now - began,
             },
         )
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

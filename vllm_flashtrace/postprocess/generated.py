@@ -5,7 +5,6 @@ Invariant: both views have one range per generated token, so a token index means
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +89,3 @@ def _with_empty(plain: TokenText, empty: frozenset[int], length: int) -> TokenTe
             starts.append(start)
             ends.append(at)
     return TokenText(plain.text, starts, ends)
-
-
-def runs(positions: Sequence[int]) -> list[tuple[int, int]]:
-    """Contiguous half-open runs of ascending positions."""
-    spans: list[tuple[int, int]] = []
-    for position in positions:
-        if spans and spans[-1][1] == position:
-            spans[-1] = (spans[-1][0], position + 1)
-        else:
-            spans.append((position, position + 1))
-    return spans

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.postprocess.generated import GeneratedText, decode_generated, runs
+from vllm_flashtrace.postprocess.generated import GeneratedText, decode_generated
 from vllm_flashtrace.postprocess.locate import PromptMap, locate_prompt
 from vllm_flashtrace.postprocess.marking import Render
 from vllm_flashtrace.postprocess.offsets import TokenText, token_offsets
@@ -209,10 +209,8 @@ def _target_text(
     """The target's text: what was looked for, or what its tokens say."""
     if exact is not None and not dropped:
         return exact
-    relative = [int(position) - prompt_length for position in target.positions]
-    visible, full = generated.visible, generated.full
-    if all(visible.starts[i] < visible.ends[i] for i in relative):
-        return "".join(
-            visible.text[visible.starts[s] : visible.ends[e - 1]] for s, e in runs(relative)
-        )
-    return "".join(full.text[full.starts[s] : full.ends[e - 1]] for s, e in runs(relative))
+    spans = [(start - prompt_length, end - prompt_length) for start, end in target.spans]
+    visible = generated.visible
+    shown = all(visible.starts[i] < visible.ends[i] for span in spans for i in range(*span))
+    view = visible if shown else generated.full
+    return "".join(view.text[view.starts[start] : view.ends[end - 1]] for start, end in spans)
