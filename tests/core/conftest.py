@@ -73,12 +73,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def always_prune(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small inputs are evaluated exactly where that is cheap; this shows the pruning itself."""
-    monkeypatch.setattr("vllm_flashtrace.core.proximity._CHEAP_MULTIPLY_ADDS", 0)
-
-
 @pytest.fixture(scope="package")
 def smollm2_activations(smollm2_folder: Path) -> list[LayerActivations]:
     """Activations of real weights on 300 tokens of English."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_flashtrace.core import column_sums, weighted_column_sums
+from vllm_flashtrace.core import TargetRowBlocks, column_sums, weighted_column_sums
 
 SCALE = 0.3
 
@@ -90,6 +90,36 @@ def test_large_logits_do_not_overflow() -> None:
     query, key = torch.full((1, 1, 2), 1e4), torch.tensor([[[1e4, 0.0]], [[-1e4, 0.0]]])
     sums = weighted_column_sums(query, key, torch.ones(1), torch.tensor([1]), 1.0)
     assert sums.tolist() == [[1.0, 0.0]]
+
+
+def test_first_key_far_below_the_others_does_not_overflow() -> None:
+    # The logit of the first key is the reference of a row's exponentials; here it misleads.
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(12, 2, 8, generator=generator)
+    key = torch.randn(30, 1, 8, generator=generator)
+    query[3:9] = 40.0
+    key[0] = -40.0
+    weights, positions = torch.rand(12, generator=generator), torch.arange(18, 30)
+    ours = weighted_column_sums(query, key, weights, positions, SCALE)
+    torch.testing.assert_close(
+        ours.double(), dense(query, key, weights, positions), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("apart", [1, 3])
+def test_rows_among_those_of_other_requests(apart: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    step = torch.randn(40, 4, 8, generator=generator)
+    key = torch.randn(20, 2, 8, generator=generator)
+    rows, positions = torch.arange(5, 5 + 12 * apart, apart), torch.arange(8, 20)
+    weights = torch.rand(12, generator=generator)
+    out = torch.zeros(4, 20)
+    blocks = TargetRowBlocks(weights, positions, 4, 2, rows=rows, block_rows=5)
+    assert blocks.columns == 20
+    blocks.add(step, key.permute(1, 2, 0), SCALE, out)
+    torch.testing.assert_close(
+        out.double(), dense(step[rows], key, weights, positions), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_low_precision_inputs_are_computed_in_float32() -> None:

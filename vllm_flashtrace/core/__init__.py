@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from vllm_flashtrace.core.column_sums import weighted_column_sums
+from vllm_flashtrace.core.column_sums import TargetRowBlocks, weighted_column_sums
 from vllm_flashtrace.core.hop_result import HopMass, HopResult
 from vllm_flashtrace.core.hops import HopRecursion
-from vllm_flashtrace.core.proximity import l1_proximity, proximity_bounds, token_proximity
+from vllm_flashtrace.core.proximity import (
+    OutputProjection,
+    l1_proximity,
+    proximity_bounds,
+    token_proximity,
+)
 from vllm_flashtrace.core.scores import LayerSums, layer_scores
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -14,6 +19,8 @@ __all__ = [
     "HopRecursion",
     "HopResult",
     "LayerSums",
+    "OutputProjection",
+    "TargetRowBlocks",
     "TargetWeights",
     "l1_proximity",
     "layer_scores",

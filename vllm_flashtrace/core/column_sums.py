@@ -6,11 +6,149 @@ order, and the sum over the pieces is the column sums of the whole target.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 _BLOCK_FLOATS = 1 << 22
 """Largest block of attention weights held at a time (16 MiB of float32)."""
+
+_BLOCK_ROWS = 128
+"""Rows of a matrix product per key/value head: enough for its speed, few enough for the cache."""
+
+_LARGEST_DENOMINATOR = 1e25
+# Far below overflow, and its reciprocal times a small weight is far from float32's subnormals.
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some ascending rows and the columns they can see.
+
+    Attributes:
+        rows: Rows of the query tensor, a slice where they are adjacent.
+        weights: float32 ``[B]``.
+        columns: Number of columns that the last row sees.
+        common: Number of columns that every row sees.
+        hidden: bool ``[B, columns - common]``, True where a row may not look; None if nowhere.
+    """
+
+    rows: Tensor | slice
+    weights: Tensor
+    columns: int
+    common: int
+    hidden: Tensor | None
+
+
+class TargetRowBlocks:
+    """The rows of a target cut into blocks; the same for every layer, so made once.
+
+    Rows of weight zero are left out.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        positions: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        rows: Tensor | None = None,
+        block_rows: int | None = None,
+    ) -> None:
+        """Cuts the rows.
+
+        Args:
+            weights: float32 ``[R]``, non-negative target weight of each row.
+            positions: int64 ``[R]``, absolute position of each row; row ``i`` attends to keys
+                ``j <= positions[i]``. Any order.
+            num_heads: Query heads H.
+            num_kv_heads: Key/value heads G.
+            rows: int64 ``[R]``, where the rows lie in the query tensor; ``0..R-1`` if None.
+            block_rows: Upper limit on the rows of a block; chosen by the head counts if None.
+
+        Raises:
+            ValueError: The shapes do not fit together, or a position is negative.
+        """
+        if num_kv_heads == 0 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads"
+            )
+        if weights.dim() != 1 or weights.shape != positions.shape:
+            raise ValueError(
+                f"weights and positions must be of one length; "
+                f"got {tuple(weights.shape)} and {tuple(positions.shape)}"
+            )
+        if block_rows is None:
+            block_rows = max(1, _BLOCK_ROWS * num_kv_heads // num_heads)
+        if block_rows < 1:
+            raise ValueError(f"block_rows must be at least 1, got {block_rows}")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.num_rows = int(weights.shape[0])
+        kept = weights.nonzero().squeeze(1)
+        kept = kept[positions[kept].argsort()]  # ascending, so early blocks see few columns
+        places = kept if rows is None else rows[kept]
+        visible = (positions[kept] + 1).tolist()
+        if visible and visible[0] < 1:
+            raise ValueError(f"positions must not be negative, got {visible[0] - 1}")
+        self.columns: int = visible[-1] if visible else 0
+        """Number of keys needed: one more than the last position."""
+        self._blocks: list[_Block] = []
+        start = 0
+        while start < len(visible):
+            limit = min(start + block_rows, len(visible))
+            fitting = _BLOCK_FLOATS // (num_heads * visible[limit - 1])
+            stop = start + max(1, min(limit - start, fitting))
+            self._blocks.append(
+                _Block(
+                    rows=as_slice(places[start:stop]),
+                    weights=weights[kept[start:stop]].float(),
+                    columns=visible[stop - 1],
+                    common=visible[start],
+                    hidden=_hidden(visible[start:stop], weights.device),
+                )
+            )
+            start = stop
+        self._largest = max((len(b.weights) * b.columns for b in self._blocks), default=0)
+
+    def add(self, query: Tensor, keys: Tensor, scale: float, out: Tensor) -> None:
+        """Adds ``c_h[j] = sum_i w_i softmax_j(scale * q_ih . k_j)`` for every head and token.
+
+        Softmax does not change when one number is subtracted from all logits of a row. Taking the
+        logit of the first key, which every row sees, turns that into one subtraction per key
+        vector: ``q.k_j - q.k_0 = q.(k_j - k_0)``. Rows in which this does not keep the exponentials
+        within float32 are computed again with their largest logit subtracted.
+
+        Args:
+            query: ``[tokens, H, d]``, queries after position encoding, any float dtype.
+            keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token.
+            scale: Factor on the dot products before the softmax.
+            out: float32 ``[H, >= n]``, added to in place.
+        """
+        if not self._blocks:
+            return
+        groups, dim = keys.shape[:2]
+        keys = keys[:, :, : self.columns]
+        shifted = keys - keys[:, :, :1]
+        memory = torch.empty(
+            self.num_heads * self._largest, dtype=torch.float32, device=keys.device
+        )
+        for block in self._blocks:
+            count = len(block.weights)
+            queries = query[block.rows].float().mul(scale).view(count, groups, -1, dim)
+            queries = queries.permute(1, 2, 0, 3).reshape(groups, -1, dim)
+            attention = memory[: self.num_heads * count * block.columns]
+            shape = (self.num_heads, count, block.columns)
+            _logits(queries, shifted, block, attention.view(groups, -1, block.columns))
+            attention = attention.view(shape).exp_()
+            denominators = attention.sum(dim=-1)  # [H, B]
+            if not bool((denominators <= _LARGEST_DENOMINATOR).all()):
+                _logits(queries, keys, block, attention.view(groups, -1, block.columns))
+                attention.sub_(attention.amax(dim=-1, keepdim=True)).exp_()
+                denominators = attention.sum(dim=-1)
+            # The softmax denominator is folded into the row weights: one pass less over the block.
+            row_weights = block.weights / denominators
+            out[:, : block.columns] += torch.bmm(row_weights[:, None], attention).squeeze(1)
 
 
 def weighted_column_sums(
@@ -21,7 +159,7 @@ def weighted_column_sums(
     scale: float,
     *,
     out: Tensor | None = None,
-    block_rows: int = 128,
+    block_rows: int | None = None,
 ) -> Tensor:
     """Computes ``c_h[j] = sum_i w_i softmax_j(scale * q_ih . k_j)`` for every head and token.
 
@@ -47,61 +185,40 @@ def weighted_column_sums(
     Raises:
         ValueError: The shapes do not fit together, or a position lies outside the context.
     """
-    _check(query, key, weights, positions, out, block_rows)
-    heads, context = query.shape[1], key.shape[0]
+    _check(query, key, weights, positions, out)
+    heads, (context, groups, _) = query.shape[1], key.shape
     if out is None:
         out = torch.zeros(heads, context, dtype=torch.float32, device=query.device)
-    sums = out[:, :context]
-
-    rows = weights.nonzero().squeeze(1)
-    if rows.numel() == 0:
-        return sums
-    rows = rows[positions[rows].argsort()]  # ascending, so early blocks see few columns
-    visible = positions[rows].tolist()
-    keys = key[: visible[-1] + 1].permute(1, 2, 0).float()  # [G, d, n]
-
-    start = 0
-    while start < len(visible):
-        limit = min(start + block_rows, len(visible))
-        stop = start + max(1, min(limit - start, _BLOCK_FLOATS // (heads * visible[limit - 1] + 1)))
-        block = rows[start:stop]
-        columns = visible[stop - 1] + 1
-        sums[:, :columns] += _block_sums(
-            query[block], keys[:, :, :columns], weights[block], positions[block], scale
-        )
-        start = stop
-    return sums
+    blocks = TargetRowBlocks(weights, positions, heads, groups, block_rows=block_rows)
+    blocks.add(query, key.permute(1, 2, 0).float(), scale, out)
+    return out[:, :context]
 
 
-def _block_sums(
-    query: Tensor, keys: Tensor, weights: Tensor, positions: Tensor, scale: float
-) -> Tensor:
-    """Column sums ``[H, n]`` of one block: query ``[B, H, d]``, keys ``[G, d, n]``."""
-    rows, heads, dim = query.shape
-    groups, _, columns = keys.shape
-    stacked = (query.float() * scale).view(rows, groups, heads // groups, dim)
-    stacked = stacked.permute(1, 2, 0, 3).reshape(groups, -1, dim)
-    attention = torch.bmm(stacked, keys).view(heads, rows, columns)
+def _logits(queries: Tensor, keys: Tensor, block: _Block, out: Tensor) -> None:
+    """Writes the logits of a block, ``-inf`` where a row may not look, to ``out [G, r*B, n]``."""
+    torch.bmm(queries, keys[:, :, : block.columns], out=out)
+    if block.hidden is not None:
+        later = out.view(-1, len(block.weights), block.columns)[:, :, block.common :]
+        later.masked_fill_(block.hidden, float("-inf"))
 
-    # Rows ascend: every row sees all columns up to the first row's position.
-    hidden_from = int(positions[0]) + 1
-    if hidden_from < columns:
-        later = torch.arange(hidden_from, columns, device=keys.device) > positions[:, None]
-        attention[:, :, hidden_from:].masked_fill_(later, float("-inf"))
 
-    attention.sub_(attention.amax(dim=-1, keepdim=True)).exp_()
-    # The softmax denominator is folded into the row weights: one pass less over the block.
-    row_weights = weights.float() / attention.sum(dim=-1)  # [H, B]
-    return torch.bmm(row_weights[:, None, :], attention).squeeze(1)
+def _hidden(visible: list[int], device: torch.device) -> Tensor | None:
+    """Columns beyond the common ones that a row may not see, bool ``[B, last - first]``."""
+    if visible[0] == visible[-1]:
+        return None
+    ends = torch.tensor(visible, device=device)
+    return torch.arange(visible[0], visible[-1], device=device) >= ends[:, None]
+
+
+def as_slice(rows: Tensor) -> Tensor | slice:
+    """Adjacent ascending rows as a slice, which is a view and not a copy."""
+    first, last = int(rows[0]), int(rows[-1])
+    adjacent = last - first + 1 == rows.numel() and bool((rows.diff() == 1).all())
+    return slice(first, last + 1) if adjacent else rows
 
 
 def _check(
-    query: Tensor,
-    key: Tensor,
-    weights: Tensor,
-    positions: Tensor,
-    out: Tensor | None,
-    block_rows: int,
+    query: Tensor, key: Tensor, weights: Tensor, positions: Tensor, out: Tensor | None
 ) -> None:
     if query.dim() != 3 or key.dim() != 3 or query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -109,16 +226,12 @@ def _check(
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     rows, heads, _ = query.shape
-    context, groups, _ = key.shape
-    if groups == 0 or heads % groups:
-        raise ValueError(f"{heads} query heads are not a multiple of {groups} key/value heads")
+    context = key.shape[0]
     if weights.shape != (rows,) or positions.shape != (rows,):
         raise ValueError(
             f"weights and positions must be [{rows}]; "
             f"got {tuple(weights.shape)} and {tuple(positions.shape)}"
         )
-    if block_rows < 1:
-        raise ValueError(f"block_rows must be at least 1, got {block_rows}")
     if out is not None and (
         out.dim() != 2
         or out.shape[0] != heads

@@ -39,6 +39,7 @@ def layer_scores(
     out_proj: Tensor,
     *,
     exact_fraction: float = DEFAULT_EXACT_FRACTION,
+    column_norms: Tensor | None = None,
 ) -> Tensor:
     """Computes the share of the attention block's output that flows from each token.
 
@@ -51,6 +52,7 @@ def layer_scores(
         values: ``[N, G, d]``, value vectors with their bias, as cached.
         out_proj: ``[H, d, D]``, the output projection of each head, so ``v @ out_proj[h]``.
         exact_fraction: See `token_proximity`.
+        column_norms: See `token_proximity`.
 
     Returns:
         float32 ``[N]``, non-negative, summing to at most one; zeros if nothing is aligned with the
@@ -63,7 +65,12 @@ def layer_scores(
     _check_shapes(sums, values, out_proj)
     _check_numbers(sums, values, out_proj)
     tokens = token_proximity(
-        sums.column_sums, values, out_proj, sums.stream, exact_fraction=exact_fraction
+        sums.column_sums,
+        values,
+        out_proj,
+        sums.stream,
+        exact_fraction=exact_fraction,
+        column_norms=column_norms,
     )
     residual = l1_proximity(sums.residual.float(), sums.stream.float())
     total = tokens.sum() + residual
