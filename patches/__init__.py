@@ -6,8 +6,10 @@ does not fit the installed vLLM, nothing is patched and the server runs without 
 | module                  | changes                                        |
 | ----------------------- | ---------------------------------------------- |
 | ``cpu_attention``       | the CPU attention backend, via vLLM's registry |
+| ``model_load``          | taps are placed on a model as it is loaded     |
 | ``model_runner_v1``     | two methods of the V1 model runner             |
 | ``prefix_cache``        | how far a trace request may hit the cache      |
+| ``scheduler_share``     | how much of a step trace prefills may take     |
 | ``weight_updates``      | forgets derived weights when weights change    |
 | ``worker_rpc``          | two methods added to the worker base class     |
 """
@@ -46,10 +48,20 @@ def applied() -> bool:
 def _modules() -> list[ModuleType]:
     from vllm_flashtrace.patches import (
         cpu_attention,
+        model_load,
         model_runner_v1,
         prefix_cache,
+        scheduler_share,
         weight_updates,
         worker_rpc,
     )
 
-    return [cpu_attention, model_runner_v1, prefix_cache, weight_updates, worker_rpc]
+    return [
+        cpu_attention,
+        model_load,
+        model_runner_v1,
+        prefix_cache,
+        scheduler_share,
+        weight_updates,
+        worker_rpc,
+    ]

@@ -1,8 +1,8 @@
 """Registers a CPU attention backend that lets a trace see each layer's queries.
 
 What it changes: vLLM's registry entry for ``CPU_ATTN`` names a subclass of the stock backend. After
-the stock ``forward`` the subclass calls ``on_attention`` if one is set, which happens only during
-the forward pass of a step that holds a trace.
+the stock ``forward`` the subclass calls the current observer, of which there is one only during the
+forward pass of a step that computes target rows of a trace.
 
 Why here: ``register_backend`` is vLLM's public extension point and overriding a member keeps vLLM's
 own backend selection. The method signature of ``forward`` is private.
@@ -12,7 +12,6 @@ Tested on: vLLM 0.32.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm_flashtrace.patches._check import require_parameters
 
+from vllm_flashtrace.capture.observer import current
+
 
 class RecordingCPUAttentionImpl(CPUAttentionBackendImpl):
-    """The stock implementation with a place for an observer."""
-
-    on_attention: Callable[[torch.Tensor], None] | None = None
+    """The stock implementation, watched by the forward pass's observer if there is one."""
 
     def forward(
         self,
@@ -42,8 +41,9 @@ class RecordingCPUAttentionImpl(CPUAttentionBackendImpl):
         result = super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
-        if self.on_attention is not None and attn_metadata is not None:
-            self.on_attention(query)
+        observer = current()
+        if observer is not None and attn_metadata is not None:
+            observer.on_attention(layer.layer_name, query)
         return result
 
 

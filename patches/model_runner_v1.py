@@ -1,8 +1,8 @@
 """Lets the V1 model runner record traces.
 
 What it changes: ``GPUModelRunner.execute_model`` (which the CPU runner inherits) first shows the
-scheduler's output to the capture, and ``_model_forward`` runs with taps when the step holds rows of
-a trace. Both always call the stock method with unchanged arguments.
+scheduler's output to the capture, and ``_model_forward`` runs with an observer when the step holds
+target rows of a trace. Both always call the stock method with unchanged arguments.
 
 Why here: vLLM has no public hook around a step; ``_model_forward`` is documented in vLLM as the
 method to override for inspecting the forward pass, and runs with the forward context set and the
@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_flashtrace.patches._check import require_parameters
 
 from vllm_flashtrace.adapter.runner_v1 import RunnerCapture
+from vllm_flashtrace.capture.observer import observing
 from vllm_flashtrace.wire import sealed_spec
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,11 @@ def apply() -> None:
     @functools.wraps(stock_forward)
     def _model_forward(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
         capture = existing_capture(self)
-        if capture is None or (step := capture.begin_forward()) is None:
+        if capture is None or (observer := capture.begin_forward()) is None:
             return stock_forward(self, *args, **kwargs)
-        with capture.tapped(step):
+        with observing(observer):
             output = stock_forward(self, *args, **kwargs)
-        capture.end_forward(step)
+        capture.end_forward(observer)
         return output
 
     GPUModelRunner.execute_model = execute_model

@@ -35,12 +35,14 @@ def apply() -> None:
 
     def flashtrace_status(self: Any) -> bytes:
         capture = capture_of(self.model_runner)
+        budget = capture.recorder.budget
         return msgspec.msgpack.encode(
             {
                 "refusal": capture.refusal,
                 "recording": len(capture.recorder.active_requests),
                 "waiting_results": capture.recorder.waiting_results,
                 "accumulator_bytes": capture.recorder.accumulator_bytes,
+                **(budget.to_status() if budget is not None else {}),
             }
         )
 

@@ -33,12 +33,14 @@ CAPTURE = "vllm_flashtrace.capture"
 PHASES = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
     "batch": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_batch"),
-    "taps": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_tap"),
+    "observer": ("vllm_flashtrace.adapter.runner_v1", None, "StepObserver"),
     "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
-    "attention": (f"{CAPTURE}.step", None, "weighted_column_sums"),
-    "key read": ("vllm_flashtrace.adapter.cpu_model", None, "read_blocks"),
+    "row blocks": (f"{CAPTURE}.step", None, "TargetRowBlocks"),
+    "block table": ("vllm_flashtrace.adapter.cpu_model", "CPUTracedModel", "block_ids"),
+    "attention": ("vllm_flashtrace.core.column_sums", "TargetRowBlocks", "add"),
+    "key read": ("vllm_flashtrace.adapter.cpu_model", None, "read_keys"),
+    "value read": ("vllm_flashtrace.adapter.cpu_model", None, "read_values"),
     "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
-    "attention output": (f"{CAPTURE}.step", "StepRecorder", "record_attention_output"),
     "proximity": (f"{CAPTURE}.recorder", None, "layer_scores"),
     "output projection": (
         "vllm_flashtrace.adapter.cpu_model",

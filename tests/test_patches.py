@@ -62,7 +62,16 @@ def test_kill_switch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cpu_attention", "model_runner_v1", "prefix_cache", "weight_updates", "worker_rpc"]
+    "module",
+    [
+        "cpu_attention",
+        "model_load",
+        "model_runner_v1",
+        "prefix_cache",
+        "scheduler_share",
+        "weight_updates",
+        "worker_rpc",
+    ],
 )
 def test_every_patch_explains_itself(module: str) -> None:
     import importlib

@@ -24,8 +24,13 @@ class FlashTraceConfig(BaseModel):
         exact_fraction: Share of the proximity bound's mass evaluated exactly; 1.0 is exact.
         max_hops: Largest ``hops`` a request may ask for, and where ``"auto"`` stops at the latest.
         auto_threshold: ``"auto"`` stops when less than this share of the mass is on reasoning.
-        max_concurrent_traces: Trace requests in the engine at once, per API server.
+        max_concurrent_traces: Attributions in the engine at once, per API server.
         max_waiting_traces: Attributions that may wait for a place; above it they are ``skipped``.
+        max_waiting_seconds: Longest wait for a place; after it they are ``skipped``.
+        max_accumulator_mib: Memory that the accumulators of all traces may take together; None for
+            a sixteenth of the machine's memory.
+        trace_token_share: Part of a step's token budget that trace prefills may take while other
+            requests are there.
         trace_timeout_seconds: Longest time one attribution may take before it fails.
         result_ttl_seconds: How long a worker keeps a result that nobody picks up.
     """
@@ -37,6 +42,9 @@ class FlashTraceConfig(BaseModel):
     auto_threshold: float = Field(default=0.05, gt=0.0, lt=1.0)
     max_concurrent_traces: int = Field(default=8, ge=1)
     max_waiting_traces: int = Field(default=256, ge=0)
+    max_waiting_seconds: float = Field(default=60.0, gt=0.0)
+    max_accumulator_mib: int | None = Field(default=None, gt=0)
+    trace_token_share: float = Field(default=0.25, gt=0.0, le=1.0)
     trace_timeout_seconds: float = Field(default=300.0, gt=0.0)
     result_ttl_seconds: float = Field(default=60.0, gt=0.0)
 

@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.records import TraceReport
+from vllm_flashtrace.records import TraceReport, TraceUsage
 from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
 
 if TYPE_CHECKING:
@@ -70,14 +70,37 @@ def decode_status(replies: list[Any]) -> dict[str, Any]:
     return msgspec.msgpack.decode(replies[0])
 
 
-def with_phases(report: TraceReport, engine_seconds: float, queue_seconds: float) -> TraceReport:
-    """Adds what only the caller can time: waiting, and the share of the engine's own phases."""
+def take_report(
+    plan: TracePlan, usage: TraceUsage, replies: list[Any], engine_seconds: float
+) -> None:
+    """Adds a hop's scores to the recursion and its cost to the usage.
+
+    Args:
+        plan: The plan whose recursion awaits the hop.
+        usage: Cost of the attribution so far.
+        replies: What ``flashtrace_collect`` returned.
+        engine_seconds: Time from handing the hop to the engine to its report.
+
+    Raises:
+        TraceError: The trace failed in the worker; ``bad_scores`` when the recursion refuses the
+            scores.
+    """
+    report = decode_rpc(replies)
+    try:
+        plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
+    except ValueError as error:
+        raise TraceError("bad_scores", str(error)) from error
+    usage.add(with_phases(report, engine_seconds))
+
+
+def with_phases(report: TraceReport, engine_seconds: float) -> TraceReport:
+    """Adds what only the caller can time: how long the request waited inside the engine."""
     phases = report.seconds
     attribution = phases.get("recording", 0.0) + phases.get("proximity", 0.0)
     return dataclasses.replace(
         report,
         seconds={
-            "queue": queue_seconds + max(0.0, engine_seconds - sum(phases.values())),
+            "queue": max(0.0, engine_seconds - sum(phases.values())),
             "prefill": phases.get("prefill", 0.0),
             "attribution": attribution,
         },
@@ -87,7 +110,7 @@ def with_phases(report: TraceReport, engine_seconds: float, queue_seconds: float
 def padded_scores(report: TraceReport, length: int) -> tuple[Tensor, Tensor | None]:
     """A hop's scores over the whole trace: tokens after its last target contribute nothing."""
     missing = length - report.scores.shape[0]
-    if missing == 0:
+    if missing <= 0:  # Too many scores are for the recursion to refuse.
         return report.scores, report.layer_scores
     scores = report.scores.new_zeros(length)
     scores[:-missing] = report.scores

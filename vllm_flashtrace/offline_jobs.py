@@ -8,13 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vllm_flashtrace.accumulator_budget import AccumulatorBudget
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.errors import FlashTraceError, TraceError
 from vllm_flashtrace.postprocess.plan import TracePlan
 from vllm_flashtrace.postprocess.result import build_result, failed_result
 from vllm_flashtrace.records import Completion, TraceUsage
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.hop import TraceCall
 
 
 @dataclass(slots=True)
@@ -39,48 +43,82 @@ class TraceJob:
         return failed_result(self.trace_id, self.error or TraceError("internal_error", "no plan"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The next hop of a job."""
+
+    job: TraceJob
+    plan: TracePlan
+    trace: TraceCall
+
+
 def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> None:
     """Runs all hops of all jobs; afterwards every job has its ``outcome``."""
-    while _advance(jobs, llm, config):
+    from vllm_flashtrace.hop import decode_status
+
+    status = decode_status(llm.collective_rpc("flashtrace_status"))
+    budget = AccumulatorBudget.from_status(status)
+    while _advance(jobs, llm, config, budget):
         pass
 
 
-def _advance(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> bool:
+def _advance(
+    jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig, budget: AccumulatorBudget | None
+) -> bool:
     """Runs the next hop of every unfinished job; False when all are done."""
     from vllm_flashtrace.hop import trace_call
 
     calls = [
-        (job, plan, trace_call(plan, weights, config, None))
+        _Call(job, plan, trace_call(plan, weights, config, None))
         for job, plan in _unfinished(jobs)
         if (weights := plan.recursion.next_weights()) is not None
     ]
-    limit = config.max_concurrent_traces
-    for first in range(0, len(calls), limit):
-        batch = calls[first : first + limit]
+    for batch in _batches(calls, config.max_concurrent_traces, budget):
         began = time.monotonic()
         llm.generate(
-            [call.prompt for _, _, call in batch],
-            [call.params for _, _, call in batch],
+            [call.trace.prompt for call in batch],
+            [call.trace.params for call in batch],
             use_tqdm=False,
         )
         seconds = time.monotonic() - began
-        for job, plan, call in batch:
-            _collect(llm, job, plan, call.spec.nonce, seconds)
+        for call in batch:
+            _collect(llm, call, seconds)
     return bool(calls)
 
 
-def _collect(llm: Any, job: TraceJob, plan: TracePlan, nonce: str, seconds: float) -> None:
-    from vllm_flashtrace.hop import decode_rpc, padded_scores, with_phases
+def _batches(
+    calls: Sequence[_Call], places: int, budget: AccumulatorBudget | None
+) -> Iterator[list[_Call]]:
+    """Cuts ``calls`` into batches that fit the engine; what never fits fails its job."""
+    batch: list[_Call] = []
+    held = 0
+    for call in calls:
+        cost = 0
+        if budget is not None:
+            try:
+                budget.check(call.trace.spec.length)
+            except TraceError as error:
+                call.job.error = error
+                continue
+            cost = budget.cost(call.trace.spec.length)
+        full = len(batch) == places or (budget is not None and held + cost > budget.limit_bytes)
+        if batch and full:
+            yield batch
+            batch, held = [], 0
+        batch.append(call)
+        held += cost
+    if batch:
+        yield batch
+
+
+def _collect(llm: Any, call: _Call, seconds: float) -> None:
+    from vllm_flashtrace.hop import take_report
 
     try:
-        replies = llm.collective_rpc("flashtrace_collect", args=(nonce,))
-        report = with_phases(decode_rpc(replies), seconds, 0.0)
-        plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
-        job.usage.add(report)
+        replies = llm.collective_rpc("flashtrace_collect", args=(call.trace.spec.nonce,))
+        take_report(call.plan, call.job.usage, replies, seconds)
     except FlashTraceError as error:
-        job.error = error
-    except ValueError as error:
-        job.error = TraceError("bad_scores", str(error))
+        call.job.error = error
 
 
 def _unfinished(jobs: Sequence[TraceJob]) -> Iterator[tuple[TraceJob, TracePlan]]:

@@ -14,19 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_flashtrace.accumulator_budget import AccumulatorBudget
+from vllm_flashtrace.admission import Admission
 from vllm_flashtrace.config import FlashTraceConfig
-from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import FlashTraceError, TraceError
-from vllm_flashtrace.hop import (
-    decode_rpc,
-    decode_status,
-    padded_scores,
-    trace_call,
-    with_phases,
-)
+from vllm_flashtrace.hop import TraceCall, decode_status, take_report, trace_call
 from vllm_flashtrace.postprocess.plan import TracePlan, plan_trace
 from vllm_flashtrace.postprocess.result import build_result, failed_result
-from vllm_flashtrace.records import Completion, TraceReport, TraceUsage
+from vllm_flashtrace.records import Completion, TraceUsage
 from vllm_flashtrace.schema import FlashTraceRequest
 
 logger = logging.getLogger(__name__)
@@ -57,19 +52,27 @@ class AsyncTracer:
     def __init__(self, engine_client: Any, config: FlashTraceConfig) -> None:
         self._engine = engine_client
         self.config = config
-        self._places = asyncio.Semaphore(config.max_concurrent_traces)
+        self._admission = Admission(
+            config.max_concurrent_traces,
+            max_waiting=config.max_waiting_traces,
+            max_waiting_seconds=config.max_waiting_seconds,
+        )
+        self._budget: AccumulatorBudget | None = None
         # Planning runs in threads; a fast tokenizer must not be shared with the server's own.
         self._tokenizer = copy.deepcopy(engine_client.get_tokenizer())
-        self._waiting = 0
         self._refusal: str | None = None
         self._asked = False
 
     async def support(self) -> str | None:
-        """Why the served model cannot be traced, or None if it can; asked once."""
+        """Why the served model cannot be traced, or None if it can; asked once.
+
+        Also learns how much memory this server's traces may take.
+        """
         if not self._asked:
             try:
-                replies = await self._engine.collective_rpc("flashtrace_status")
-                self._refusal = decode_status(replies)["refusal"]
+                status = decode_status(await self._engine.collective_rpc("flashtrace_status"))
+                self._refusal = status["refusal"]
+                self._limit(AccumulatorBudget.from_status(status))
             except Exception as error:
                 logger.warning("FlashTrace is not active in the engine: %s", error)
                 self._refusal = "the engine runs without the FlashTrace plugin"
@@ -95,15 +98,13 @@ class AsyncTracer:
         Raises:
             asyncio.CancelledError: When the caller gave up; the engine request is aborted.
         """
-        if self._waiting >= self.config.max_waiting_traces and self._places.locked():
-            error = TraceError("overloaded", f"{self._waiting} attributions are waiting already")
-            return failed_result(trace_id, error, status="skipped")
         try:
+            self._admission.refuse_if_full()  # Before the work of planning.
             async with asyncio.timeout(self.config.trace_timeout_seconds):
                 plan = await asyncio.to_thread(
                     self._plan, request, completion, context, reasoning_parser, render
                 )
-                usage = await self._run(plan, context, trace_id)
+                usage = await self._admitted(plan, context, trace_id)
                 return await asyncio.to_thread(
                     build_result, plan, plan.recursion.result(), usage, trace_id
                 )
@@ -139,44 +140,48 @@ class AsyncTracer:
             max_hops=self.config.max_hops,
         )
 
-    async def _run(self, plan: TracePlan, context: EngineContext, trace_id: str) -> TraceUsage:
-        usage = TraceUsage()
-        hop = 0
-        while (weights := plan.recursion.next_weights()) is not None:
-            report = await self._hop(plan, weights, context, f"{trace_id}-hop{hop}")
-            plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
-            usage.add(report)
-            hop += 1
+    def _limit(self, budget: AccumulatorBudget | None) -> None:
+        if budget is not None:
+            servers = getattr(self._engine.vllm_config.parallel_config, "_api_process_count", 1)
+            self._budget = budget.shared_by(servers)
+            self._admission.budget_bytes = self._budget.limit_bytes
+
+    async def _admitted(self, plan: TracePlan, context: EngineContext, trace_id: str) -> TraceUsage:
+        """Runs all hops in one place, so that later hops do not queue behind new attributions."""
+        cost = 0
+        if self._budget is not None:
+            # Hops run one after the other, and none is longer than the plan.
+            self._budget.check(len(plan.token_ids))
+            cost = self._budget.cost(len(plan.token_ids))
+        async with self._admission.place(cost) as waited:
+            usage = TraceUsage(seconds={"queue": waited})
+            hop = 0
+            while (weights := plan.recursion.next_weights()) is not None:
+                call = trace_call(plan, weights, self.config, context.cache_salt)
+                began = time.monotonic()
+                replies = await self._hop(call, context, f"{trace_id}-hop{hop}")
+                take_report(plan, usage, replies, time.monotonic() - began)
+                hop += 1
         return usage
 
-    async def _hop(
-        self, plan: TracePlan, weights: TargetWeights, context: EngineContext, request_id: str
-    ) -> TraceReport:
-        call = trace_call(plan, weights, self.config, context.cache_salt)
-        asked = time.monotonic()
-        self._waiting += 1
-        try:
-            await self._places.acquire()
-        finally:
-            self._waiting -= 1
-        try:
-            began = time.monotonic()
-            async for _ in self._engine.generate(
-                call.prompt,
-                call.params,
-                request_id,
-                trace_headers=context.trace_headers,
-                priority=context.priority,
-                data_parallel_rank=context.data_parallel_rank,
-            ):
-                pass
-            replies = await self._engine.collective_rpc(
-                "flashtrace_collect", args=(call.spec.nonce,)
-            )
-        finally:
-            self._places.release()
-        return with_phases(decode_rpc(replies), time.monotonic() - began, began - asked)
+    async def _hop(self, call: TraceCall, context: EngineContext, request_id: str) -> list[Any]:
+        async for _ in self._engine.generate(
+            call.prompt,
+            call.params,
+            request_id,
+            trace_headers=context.trace_headers,
+            priority=context.priority,
+            data_parallel_rank=context.data_parallel_rank,
+        ):
+            pass
+        replies: list[Any] = await self._engine.collective_rpc(
+            "flashtrace_collect", args=(call.spec.nonce,)
+        )
+        return replies
 
     def _failed(self, trace_id: str, error: FlashTraceError) -> dict[str, Any]:
-        logger.warning("Trace %s failed (%s): %s", trace_id, error.code, error.message)
-        return failed_result(trace_id, error)
+        result = failed_result(trace_id, error)
+        logger.warning(
+            "Trace %s %s (%s): %s", trace_id, result["status"], error.code, error.message
+        )
+        return result

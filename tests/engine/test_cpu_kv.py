@@ -11,25 +11,31 @@ KV_HEADS, NUM_BLOCKS = 2, 6
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128, 256])
 @pytest.mark.parametrize("block_size", [32, 128, 512])
-def test_what_was_written_is_read(dtype: torch.dtype, head_size: int, block_size: int) -> None:
+@pytest.mark.parametrize("block_ids", [[4, 1, 3], [2, 3, 4]])
+def test_what_was_written_is_read(
+    dtype: torch.dtype, head_size: int, block_size: int, block_ids: list[int]
+) -> None:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from vllm_flashtrace.adapter.cpu_kv import learn_block_order, read_blocks
+    from vllm_flashtrace.adapter.cpu_kv import learn_block_order, read_keys, read_values
 
     isa = _get_attn_isa(dtype, block_size, head_size)
     length = 2 * block_size + 7
-    block_ids = torch.tensor([4, 1, 3])
+    blocks = torch.tensor(block_ids)
     keys = torch.randn(length, KV_HEADS, head_size).to(dtype)
     values = torch.randn(length, KV_HEADS, head_size).to(dtype)
     cache = torch.zeros(NUM_BLOCKS, KV_HEADS, block_size, 2 * head_size, dtype=dtype)
     halves = cache.view(NUM_BLOCKS, KV_HEADS, 2 * block_size, head_size).chunk(2, dim=2)
     positions = torch.arange(length)
-    slots = block_ids[positions // block_size] * block_size + positions % block_size
+    slots = blocks[positions // block_size] * block_size + positions % block_size
     ops.cpu_attn_reshape_and_cache(
         keys, values, *halves, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
     )
 
-    order = learn_block_order(isa, dtype, block_size, head_size)
-    assert torch.equal(read_blocks(cache, block_ids, length, order, keys=True), keys)
-    assert torch.equal(read_blocks(cache, block_ids, length, order, keys=False), values)
+    orders = learn_block_order(isa, dtype, block_size, head_size)
+    read = read_keys(cache, blocks, length, orders)
+    assert read.dtype == torch.float32
+    assert torch.equal(read, keys.float().permute(1, 2, 0))
+    read = read_values(cache, blocks, length, orders)
+    assert torch.equal(read, values.float())

@@ -35,20 +35,20 @@ def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[
     def poison(worker: Any) -> None:
         import vllm_flashtrace.capture.step as step
 
-        stock = step.StepRecorder.record_attention_output
+        stock = step.StepRecorder.record_residual
 
-        def poisoned(self: Any, layer: int, output: Any) -> None:
-            stock(self, layer, output * float("nan") if layer == 3 else output)
+        def poisoned(self: Any, update: Any, residual: Any) -> None:
+            stock(self, update * float("nan") if self._residuals == 3 else update, residual)
 
         poisoned.original = stock  # type: ignore[attr-defined]
-        step.StepRecorder.record_attention_output = poisoned  # type: ignore[method-assign]
+        step.StepRecorder.record_residual = poisoned  # type: ignore[method-assign]
 
     smollm2.on_worker(poison)
     try:
         with pytest.raises(TraceError, match="finite"):
             smollm2.trace(TraceJob(trace_tokens, TARGET))
     finally:
-        smollm2.on_worker(mend_function, *PHASES["attention output"])
+        smollm2.on_worker(mend_function, *PHASES["residual"])
     assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
 
 

@@ -46,11 +46,15 @@ class FakeEngine:
         fail_after: Tokens after which a streamed generation raises, or None.
         before_step: Awaited with the index of each step of a streamed generation, if set.
         refusal: What the workers report about the model.
+        status: What else the workers report.
+        trace_scores: Makes the scores of a trace from its length.
     """
 
     vllm_config: Any
     answers: list[str] = field(default_factory=lambda: ["The code is 4821."])
     refusal: str | None = None
+    status: dict[str, Any] = field(default_factory=dict)
+    trace_scores: Callable[[int], torch.Tensor] = torch.ones
     fail_after: int | None = None
     before_step: Callable[[int], Awaitable[None]] | None = None
     calls: list[Call] = field(default_factory=list)
@@ -70,6 +74,7 @@ class FakeEngine:
         self.answers = ["The code is 4821."]
         self.fail_after = None
         self.before_step = None
+        self.trace_scores = torch.ones
         self.calls.clear()
         self.trace_gate = asyncio.Event()
         self.trace_gate.set()
@@ -94,7 +99,7 @@ class FakeEngine:
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[bytes]:
         if method == "flashtrace_status":
-            return [msgspec.msgpack.encode({"refusal": self.refusal})]
+            return [msgspec.msgpack.encode({"refusal": self.refusal, **self.status})]
         assert method == "flashtrace_collect"
         missing = WireReport(status="missing").encode()
         return [self._reports.pop(args[0], missing)]
@@ -118,7 +123,7 @@ class FakeEngine:
         assert len(call.prompt["prompt_token_ids"]) == spec.length
         self._reports[spec.nonce] = WireReport(
             status="completed",
-            scores=tensor_bytes(torch.ones(spec.length)),
+            scores=tensor_bytes(self.trace_scores(spec.length)),
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},

@@ -34,11 +34,12 @@ class App:
         return await self.post("/v1/completions", **body)
 
 
-async def build(model_path: str, *options: str, refusal: str | None = None) -> App:
+async def build(model_path: str, *options: str, **worker: Any) -> App:
+    """The server's own options; ``worker`` is what :class:`FakeEngine` says of its workers."""
     arguments = ["--model", model_path, "--served-model-name", "m", "--max-model-len", "2048"]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([*arguments, *options])
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    engine = FakeEngine(config, refusal=refusal)
+    engine = FakeEngine(config, **worker)
     app = build_app(args, ("generate",), config.model_config)
     await init_app_state(engine, app.state, args, ("generate",))
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -5,12 +5,14 @@ Invariant: what is read equals what the attention layer wrote, element by elemen
 The CPU attention kernels keep a block as two halves, K then V, each ``block_size * head_size``
 elements in an order that depends on the instruction set, the dtype and the sizes. The order is not
 public. It is learned instead: a scratch block is written through vLLM's own cache-write operator
-with values that encode their own index, and read back raw.
+with values that encode their own index, and read back raw. Every order seen so far splits positions
+and dimensions into digits of fixed strides (tiles), so that reading is a view and a copy.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,23 +26,57 @@ _DIGIT = 128
 
 @dataclass(frozen=True, slots=True)
 class BlockOrder:
-    """Where element ``(position, dim)`` of a block lies, for K and for V.
+    """How one half of a block is laid out.
 
     Attributes:
-        keys: int64 ``[block_size * head_size]``; entry ``p * head_size + d`` is an offset.
-        values: The same for the V half.
+        sizes: Shape of the half as stored, outermost digit first.
+        positions: Axes of ``sizes`` that make up the position, most significant first.
+        dims: Axes of ``sizes`` that make up the dimension, most significant first.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    sizes: tuple[int, ...]
+    positions: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    @classmethod
+    def from_offsets(cls, offsets: torch.Tensor) -> BlockOrder | None:
+        """Finds the digits of an order, or None if it has none.
+
+        Args:
+            offsets: int64 ``[block_size, head_size]``, where each element lies in the half.
+        """
+        if not torch.equal(offsets, offsets[:, :1] + offsets[:1]):
+            return None
+        positions, dims = _digits(offsets[:, 0].tolist()), _digits(offsets[0].tolist())
+        if positions is None or dims is None:
+            return None
+        digits = sorted(positions + dims, key=lambda digit: -digit.stride)
+        stride = 1
+        for digit in reversed(digits):
+            if digit.stride != stride:
+                return None
+            stride *= digit.size
+        return cls(
+            tuple(digit.size for digit in digits),
+            tuple(digits.index(digit) for digit in positions),
+            tuple(digits.index(digit) for digit in dims),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOrders:
+    """The orders of both halves of a block."""
+
+    keys: BlockOrder
+    values: BlockOrder
 
 
 @functools.cache
-def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> BlockOrder:
+def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> BlockOrders:
     """Learns the element order of a cache block.
 
     Raises:
-        UnsupportedModelError: The read-back is not a permutation.
+        UnsupportedModelError: The read-back is not a permutation made of tiles.
     """
     size = block_size * head_size
     index = torch.arange(size)
@@ -52,40 +88,100 @@ def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: 
         place *= _DIGIT
     orders = []
     for half in code:
-        order = torch.full((size,), -1, dtype=torch.int64)
+        offsets = torch.full((size,), -1, dtype=torch.int64)
         valid = (half >= 0) & (half < size)
-        order[half[valid]] = index[valid]
-        if bool((order < 0).any()):
+        offsets[half[valid]] = index[valid]
+        order = None
+        if bool((offsets >= 0).all()):
+            order = BlockOrder.from_offsets(offsets.view(block_size, head_size))
+        if order is None:
             raise UnsupportedModelError(
                 f"the KV cache layout of the CPU kernel {isa!r} ({dtype}, block size {block_size}, "
                 f"head size {head_size}) could not be learned"
             )
         orders.append(order)
-    return BlockOrder(keys=orders[0], values=orders[1])
+    return BlockOrders(keys=orders[0], values=orders[1])
 
 
-def read_blocks(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, length: int, order: BlockOrder, *, keys: bool
+def read_keys(
+    kv_cache: torch.Tensor, block_ids: torch.Tensor, length: int, orders: BlockOrders
 ) -> torch.Tensor:
-    """Gathers the first ``length`` tokens of a request from its blocks.
+    """Gathers the keys of a request's first ``length`` tokens from its blocks.
 
     Args:
         kv_cache: A layer's cache, ``[num_blocks, G, block_size, 2 * head_size]``.
-        block_ids: int64 ``[ceil(length / block_size)]``.
+        block_ids: int64, at least ``ceil(length / block_size)`` of them.
         length: Number of tokens.
-        order: Element order of a block.
-        keys: Read K if true, else V.
+        orders: Element orders of a block.
 
     Returns:
-        ``[length, G, head_size]`` in the cache's dtype.
+        float32 ``[G, head_size, length]``, ready for a product with queries.
     """
+    raw = _gather(kv_cache, block_ids, length, 0).unflatten(2, orders.keys.sizes)
+    dims, positions = _shifted(orders.keys.dims), _shifted(orders.keys.positions)
+    plain = raw.permute(0, *dims, 1, *positions).reshape(len(raw), kv_cache.shape[3] // 2, -1)
+    return plain[:, :, :length].float()
+
+
+def read_values(
+    kv_cache: torch.Tensor, block_ids: torch.Tensor, length: int, orders: BlockOrders
+) -> torch.Tensor:
+    """Gathers the values of a request's first ``length`` tokens; arguments as `read_keys`.
+
+    Returns:
+        float32 ``[length, G, head_size]`` that lies in memory as ``[G, length, head_size]``.
+    """
+    raw = _gather(kv_cache, block_ids, length, 1).unflatten(2, orders.values.sizes)
+    dims, positions = _shifted(orders.values.dims), _shifted(orders.values.positions)
+    plain = raw.permute(0, 1, *positions, *dims).reshape(len(raw), -1, kv_cache.shape[3] // 2)
+    return plain[:, :length].float().transpose(0, 1)
+
+
+def _gather(
+    kv_cache: torch.Tensor, block_ids: torch.Tensor, length: int, half: int
+) -> torch.Tensor:
+    """Raw halves of a request's blocks, ``[G, blocks, block_size * head_size]``."""
     num_blocks, num_kv_heads, block_size, double = kv_cache.shape
-    head_size = double // 2
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * head_size)
-    raw = halves[block_ids, :, 0 if keys else 1]
-    plain = raw[..., order.keys if keys else order.values]
-    plain = plain.view(-1, num_kv_heads, block_size, head_size)
-    return plain.permute(0, 2, 1, 3).reshape(-1, num_kv_heads, head_size)[:length]
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * double // 2)[:, :, half]
+    ids = block_ids[: -(-length // block_size)]
+    first = int(ids[0])
+    if bool((ids.diff() == 1).all()):  # adjacent blocks need no copy here
+        return halves[first : first + len(ids)].transpose(0, 1)
+    return halves[ids].transpose(0, 1)
+
+
+def _shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of a half among ``[G, blocks, *sizes]``."""
+    return tuple(axis + 2 for axis in axes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Digit:
+    size: int
+    stride: int
+
+
+def _digits(offsets: list[int]) -> list[_Digit] | None:
+    """Writes ``offsets[i]`` as a sum of ``digit * stride``, most significant digit first."""
+    if offsets[0] != 0:
+        return None
+    digits: list[_Digit] = []
+    rest = offsets
+    while len(rest) > 1:
+        stride = rest[1]
+        size = 2
+        while size < len(rest) and rest[size] == size * stride:
+            size += 1
+        size = math.gcd(size, len(rest))
+        if size < 2:
+            return None
+        digits.append(_Digit(size, stride))
+        rest = rest[::size]
+    digits.reverse()
+    rebuilt = [0]
+    for digit in reversed(digits):
+        rebuilt = [i * digit.stride + low for i in range(digit.size) for low in rebuilt]
+    return digits if rebuilt == offsets else None
 
 
 def _write_and_read_raw(

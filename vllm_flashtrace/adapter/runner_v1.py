@@ -1,25 +1,20 @@
 """Connects a V1 model runner with the recorder.
 
-Invariant: outside :meth:`RunnerCapture.tapped` the model carries no hook and no attention layer has
-a recorder, so a step without traces runs exactly vLLM's code.
+Invariant: nothing here raises into the runner, and a step without target rows has no observer.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from vllm.forward_context import get_forward_context
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_flashtrace.accumulator_budget import AccumulatorBudget, accumulator_limit_bytes
 from vllm_flashtrace.adapter.cpu_model import CPUTracedModel
-from vllm_flashtrace.adapter.model import TracedLayer
 from vllm_flashtrace.capture.recorder import Recorder
 from vllm_flashtrace.capture.step import BatchRow, StepRecorder
 from vllm_flashtrace.config import FlashTraceConfig
@@ -38,6 +33,7 @@ class RunnerCapture:
         self.refusal: str | None = None
         self._model: CPUTracedModel | None = None
         ttl = FlashTraceConfig().result_ttl_seconds
+        budget: AccumulatorBudget | None = None
         try:
             config = FlashTraceConfig.from_additional_config(runner.vllm_config.additional_config)
             ttl = config.result_ttl_seconds
@@ -49,11 +45,13 @@ class RunnerCapture:
                 raise UnsupportedModelError(
                     f"traces are not supported with {groups} KV cache groups"
                 )
+            limit = accumulator_limit_bytes(config.max_accumulator_mib)
+            budget = AccumulatorBudget.of_model(limit, self._model.shape)
         except Exception as error:
             self._model = None
             self.refusal = error.message if isinstance(error, FlashTraceError) else repr(error)
             logger.warning("FlashTrace: this model is served without attribution: %s", self.refusal)
-        self.recorder = Recorder(self._model or _NoModel(self.refusal), ttl)
+        self.recorder = Recorder(self._model or _NoModel(self.refusal), ttl, budget)
 
     def forget_weights(self) -> None:
         """Drops what was derived from the model's weights."""
@@ -74,77 +72,28 @@ class RunnerCapture:
         except Exception:
             logger.exception("FlashTrace: could not read the scheduler's output")
 
-    def begin_forward(self) -> StepRecorder | None:
-        """The recorder of the forward pass about to run, or None; must never raise."""
+    def begin_forward(self) -> StepObserver | None:
+        """What watches the forward pass about to run, or None; must never raise."""
         try:
             active = self.recorder.active_requests
             if active.isdisjoint(self._scheduled):
                 return None
-            return self.recorder.begin_step(list(self._batch()))
+            step = self.recorder.begin_step(list(self._batch()))
+            if step is None or self._model is None:
+                return None
+            return StepObserver(self._model, step, self._fail_scheduled)
         except Exception as error:
             logger.exception("FlashTrace: could not prepare a step")
             self._fail_scheduled(error)
             return None
 
-    def end_forward(self, step: StepRecorder) -> None:
+    def end_forward(self, observer: StepObserver) -> None:
         """Finishes traces while their KV blocks are held; must never raise."""
         try:
-            self.recorder.finish_step(step)
+            self.recorder.finish_step(observer.step)
         except Exception as error:
             logger.exception("FlashTrace: could not finish a step")
             self._fail_scheduled(error)
-
-    @contextmanager
-    def tapped(self, step: StepRecorder) -> Iterator[None]:
-        """Runs the enclosed forward pass eagerly, with taps on every layer.
-
-        Compiled code does not call module hooks, hence the eager forward.
-        """
-        assert self._model is not None
-        with ExitStack() as stack:
-            try:
-                for layer in self._model.layers:
-                    self._tap(stack, step, layer)
-                get_forward_context().skip_compiled = True
-            except Exception as error:
-                logger.exception("FlashTrace: could not place taps")
-                self._fail_scheduled(error)
-            yield
-
-    def _tap(self, stack: ExitStack, step: StepRecorder, layer: TracedLayer) -> None:
-        assert self._model is not None
-        signature = inspect.signature(layer.decoder.forward)
-        read_keys = self._model.key_reader(layer)
-        scale = layer.attention.impl.scale
-
-        def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments = signature.bind(*args, **kwargs).arguments
-            residual = arguments["residual"]
-            hidden = arguments["hidden_states"]
-            step.record_residual(layer.index, hidden, *(() if residual is None else (residual,)))
-
-        def after_block(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> None:
-            step.record_attention_output(layer.index, output)
-
-        def attention(query: torch.Tensor) -> None:
-            step.record_attention(layer.index, query, read_keys, scale)
-
-        pre = layer.decoder.register_forward_pre_hook(self._guard(before_layer), with_kwargs=True)
-        stack.callback(pre.remove)
-        stack.callback(layer.block.register_forward_hook(self._guard(after_block)).remove)
-        layer.attention.impl.on_attention = self._guard(attention)
-        stack.callback(setattr, layer.attention.impl, "on_attention", None)
-
-    def _guard(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """Turns an exception in a hook into failed traces instead of a dead engine."""
-
-        def guarded(*args: Any) -> None:
-            try:
-                hook(*args)
-            except Exception as error:
-                self._fail_scheduled(error)
-
-        return guarded
 
     def _fail_scheduled(self, error: BaseException) -> None:
         for req_id in self.recorder.active_requests.intersection(self._scheduled):
@@ -159,6 +108,33 @@ class RunnerCapture:
             start = int(batch.num_computed_tokens_cpu[index])
             yield BatchRow(req_id, index, first_row, start, start + count)
             first_row += count
+
+
+class StepObserver:
+    """Shows a forward pass to a step's recorder; an exception there becomes failed traces."""
+
+    def __init__(
+        self, model: CPUTracedModel, step: StepRecorder, fail: Callable[[BaseException], None]
+    ) -> None:
+        self._model = model
+        self.step = step
+        self._fail = fail
+
+    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
+        """See :class:`~vllm_flashtrace.capture.observer.ForwardObserver`."""
+        try:
+            layer = self._model.layer_index(layer_name)
+            if layer is not None:
+                self.step.record_attention(layer, query)
+        except Exception as error:
+            self._fail(error)
+
+    def on_residual(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """See :class:`~vllm_flashtrace.capture.observer.ForwardObserver`."""
+        try:
+            self.step.record_residual(update, residual)
+        except Exception as error:
+            self._fail(error)
 
 
 class _NoModel:

@@ -14,8 +14,10 @@ from typing import Protocol
 
 import torch
 
-from vllm_flashtrace.capture.step import BatchRow, Segment, StepRecorder
-from vllm_flashtrace.capture.trace import ModelShape, Trace
+from vllm_flashtrace.accumulator_budget import AccumulatorBudget
+from vllm_flashtrace.capture.step import BatchRow, Segment, StepModel, StepRecorder
+from vllm_flashtrace.capture.trace import Trace
+from vllm_flashtrace.core.proximity import OutputProjection
 from vllm_flashtrace.core.scores import layer_scores
 from vllm_flashtrace.errors import FlashTraceError
 from vllm_flashtrace.wire import WireReport, tensor_bytes, unseal
@@ -23,22 +25,18 @@ from vllm_flashtrace.wire import WireReport, tensor_bytes, unseal
 logger = logging.getLogger(__name__)
 
 
-class TracedModel(Protocol):
+class TracedModel(StepModel, Protocol):
     """What the recorder needs to know of the model on this worker."""
-
-    @property
-    def shape(self) -> ModelShape:
-        """Sizes of the model."""
 
     @property
     def device(self) -> torch.device:
         """Where accumulators live."""
 
-    def read_values(self, layer: int, row: BatchRow, length: int) -> torch.Tensor:
+    def read_values(self, layer: int, block_ids: torch.Tensor, length: int) -> torch.Tensor:
         """float32 values ``[length, G, d]`` of a request's first ``length`` tokens."""
 
-    def output_projection(self, layer: int) -> torch.Tensor:
-        """float32 ``W_O`` as ``[H, d, D]``."""
+    def output_projection(self, layer: int) -> OutputProjection:
+        """``W_O`` of a layer."""
 
 
 @dataclass(slots=True)
@@ -50,8 +48,14 @@ class _Stored:
 class Recorder:
     """All traces of one worker."""
 
-    def __init__(self, model: TracedModel, result_ttl_seconds: float) -> None:
+    def __init__(
+        self,
+        model: TracedModel,
+        result_ttl_seconds: float,
+        budget: AccumulatorBudget | None = None,
+    ) -> None:
         self._model = model
+        self.budget = budget
         self._ttl = result_ttl_seconds
         self._traces: dict[str, Trace] = {}
         self._nonces: dict[str, str] = {}
@@ -84,22 +88,24 @@ class Recorder:
         try:
             if spec.length != num_prompt_tokens:
                 raise ValueError(f"spec is for {spec.length} tokens, not {num_prompt_tokens}")
-            self._traces[req_id] = Trace(
-                spec, spec.target_weights(), self._model.shape, self._model.device
-            )
+            weights = spec.target_weights()
+            if self.budget is not None:
+                self.budget.check(weights.last + 1, self.accumulator_bytes)
+            self._traces[req_id] = Trace(spec, weights, self._model.shape, self._model.device)
         except Exception as error:
             self.fail(req_id, error)
 
     def begin_step(self, batch: Sequence[BatchRow]) -> StepRecorder | None:
         """The recorder of a step, or None when it computes no target row of any trace."""
-        step = StepRecorder(batch, self._traces, self.fail)
-        return step if any(segment.rows.numel() for segment in step.segments) else None
+        step = StepRecorder(batch, self._traces, self._model, self.fail)
+        return step if step.segments else None
 
     def finish_step(self, step: StepRecorder) -> None:
         """Runs the proximity pass of every trace whose last target row is recorded.
 
         Must be called while the step's KV blocks are still held by their requests.
         """
+        step.check_complete()
         for segment in step.segments:
             req_id = segment.batch_row.req_id
             if segment.trace.complete and req_id in self._traces:
@@ -149,11 +155,13 @@ class Recorder:
         began = time.monotonic()
         per_layer = torch.zeros(self._model.shape.num_layers, trace.context)
         for layer in range(self._model.shape.num_layers):
+            projection = self._model.output_projection(layer)
             per_layer[layer] = layer_scores(
                 trace.layer_sums(layer),
-                self._model.read_values(layer, segment.batch_row, trace.context),
-                self._model.output_projection(layer),
+                self._model.read_values(layer, segment.block_ids, trace.context),
+                projection.weight,
                 exact_fraction=trace.spec.exact_fraction,
+                column_norms=projection.column_norms,
             )
         scores = torch.zeros(trace.spec.length)
         scores[: trace.context] = per_layer.sum(0)

@@ -24,6 +24,7 @@ class ModelShape:
 
     num_layers: int
     num_heads: int
+    num_kv_heads: int
     hidden_size: int
 
 

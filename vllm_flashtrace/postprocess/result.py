@@ -18,6 +18,8 @@ from vllm_flashtrace.postprocess.plan import TracePlan
 from vllm_flashtrace.records import TraceUsage
 
 OBJECT = "flashtrace.attribution"
+# Refusals that say nothing about the trace: the same request may succeed later.
+_SKIPPED = frozenset({"overloaded"})
 _TOLERANCE = 1e-4
 
 
@@ -67,9 +69,11 @@ def build_result(
 
 
 def failed_result(
-    trace_id: str, error: FlashTraceError, status: Literal["failed", "skipped"] = "failed"
+    trace_id: str, error: FlashTraceError, status: Literal["failed", "skipped"] | None = None
 ) -> dict[str, Any]:
-    """The object of an attribution that has no result."""
+    """The object of an attribution that has no result; by default its code decides the status."""
+    if status is None:
+        status = "skipped" if error.code in _SKIPPED else "failed"
     return {"id": trace_id, "object": OBJECT, "status": status, "error": error.to_dict()}
 
 

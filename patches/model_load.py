@@ -1,0 +1,48 @@
+"""Places taps on a model as soon as it is loaded, before vLLM compiles it.
+
+What it changes: ``Worker.load_model`` (which the CPU worker inherits) is followed by
+``adapter.taps.place_taps``. A model that cannot be traced is left as it is.
+
+Why here: vLLM has no public hook between loading and compiling a model.
+
+Tested on: vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+from vllm_flashtrace.patches._check import require_parameters
+
+from vllm_flashtrace.adapter.taps import place_taps
+from vllm_flashtrace.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+
+def check() -> None:
+    """Raises PatchError unless ``load_model`` takes the expected parameters."""
+    require_parameters(
+        getattr(Worker, "load_model", None), "Worker.load_model", "self", "load_dummy_weights"
+    )
+
+
+def apply() -> None:
+    """Wraps ``load_model``."""
+    stock = Worker.load_model
+
+    @functools.wraps(stock)
+    def load_model(self: Worker, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, *args, **kwargs)
+        try:
+            place_taps(self.model_runner.get_model(), self.vllm_config)
+        except UnsupportedModelError as error:
+            logger.info("FlashTrace: no taps are placed: %s", error.message)
+        except Exception:
+            logger.exception("FlashTrace: no taps are placed")
+        return result
+
+    Worker.load_model = load_model
