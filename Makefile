@@ -41,6 +41,8 @@ test-fast: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.trace_latency --eager
 	$(BIN)/python -m benchmarks.parity --tokens 600
+	$(BIN)/python -m benchmarks.vs_reference --eager --cases 600,200,20
+	$(BIN)/python -m benchmarks.scaling --eager --quick
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -11,14 +11,19 @@ KV_HEADS, NUM_BLOCKS = 2, 6
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128, 256])
 @pytest.mark.parametrize("block_size", [32, 128, 512])
-@pytest.mark.parametrize("block_ids", [[4, 1, 3], [2, 3, 4]])
+@pytest.mark.parametrize("block_ids", [[4, 1, 3], [2, 3, 4], [4, 0, 1]])
 def test_what_was_written_is_read(
     dtype: torch.dtype, head_size: int, block_size: int, block_ids: list[int]
 ) -> None:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from vllm_flashtrace.adapter.cpu_kv import learn_block_order, read_keys, read_values
+    from vllm_flashtrace.adapter.cpu_kv import (
+        Scratch,
+        learn_block_order,
+        read_keys,
+        read_values,
+    )
 
     isa = _get_attn_isa(dtype, block_size, head_size)
     length = 2 * block_size + 7
@@ -33,9 +38,10 @@ def test_what_was_written_is_read(
         keys, values, *halves, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
     )
 
+    scratch = Scratch()
     orders = learn_block_order(isa, dtype, block_size, head_size)
-    read = read_keys(cache, blocks, length, orders)
+    read = read_keys(cache, block_ids, length, orders, scratch)
     assert read.dtype == torch.float32
     assert torch.equal(read, keys.float().permute(1, 2, 0))
-    read = read_values(cache, blocks, length, orders)
+    read = read_values(cache, block_ids, length, orders, scratch)
     assert torch.equal(read, values.float())

@@ -52,6 +52,32 @@ def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[
     assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
 
 
+def test_a_layer_that_is_not_seen_fails_the_trace(smollm2: Engine, trace_tokens: list[int]) -> None:
+    def skip_a_layer(worker: Any) -> None:
+        import vllm_flashtrace.adapter.runner_v1 as adapter
+
+        stock = adapter.StepObserver.on_residual
+
+        def forgetful(self: Any, update: Any, residual: Any) -> None:
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls != 5:
+                stock(self, update, residual)
+
+        forgetful.original = stock  # type: ignore[attr-defined]
+        adapter.StepObserver.on_residual = forgetful  # type: ignore[method-assign]
+
+    smollm2.on_worker(skip_a_layer)
+    try:
+        with pytest.raises(TraceError, match="30 attention calls and 29 residual") as caught:
+            smollm2.trace(TraceJob(trace_tokens, TARGET))
+    finally:
+        smollm2.on_worker(
+            mend_function, "vllm_flashtrace.adapter.runner_v1", "StepObserver", "on_residual"
+        )
+    assert caught.value.code == "recording_incomplete"
+    assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
+
+
 def test_forged_spec_is_an_ordinary_request(smollm2: Engine, trace_tokens: list[int]) -> None:
     job = TraceJob(trace_tokens, TARGET)
     for forged in (b"x" * 80, b"", "text", {"nonce": "n"}, [1, 2]):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,55 +104,98 @@ def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: 
     return BlockOrders(keys=orders[0], values=orders[1])
 
 
+class Scratch:
+    """Memory that one read after another may use; fresh pages would cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """float32 tensor of a shape, with any contents; ends the life of the one taken before."""
+        size = math.prod(shape)
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size)
+        return self._memory[:size].view(shape)
+
+    def release(self) -> None:
+        """Returns the memory."""
+        self._memory = torch.empty(0)
+
+
 def read_keys(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, length: int, orders: BlockOrders
+    kv_cache: torch.Tensor,
+    block_ids: Sequence[int],
+    length: int,
+    orders: BlockOrders,
+    scratch: Scratch,
 ) -> torch.Tensor:
     """Gathers the keys of a request's first ``length`` tokens from its blocks.
 
     Args:
         kv_cache: A layer's cache, ``[num_blocks, G, block_size, 2 * head_size]``.
-        block_ids: int64, at least ``ceil(length / block_size)`` of them.
+        block_ids: At least ``ceil(length / block_size)`` ids.
         length: Number of tokens.
         orders: Element orders of a block.
+        scratch: Where the result lies.
 
     Returns:
         float32 ``[G, head_size, length]``, ready for a product with queries.
     """
-    raw = _gather(kv_cache, block_ids, length, 0).unflatten(2, orders.keys.sizes)
-    dims, positions = _shifted(orders.keys.dims), _shifted(orders.keys.positions)
-    plain = raw.permute(0, *dims, 1, *positions).reshape(len(raw), kv_cache.shape[3] // 2, -1)
-    return plain[:, :, :length].float()
+    order = orders.keys
+    blocks = -(-length // kv_cache.shape[2])
+    dims = [order.sizes[axis] for axis in order.dims]
+    positions = [order.sizes[axis] for axis in order.positions]
+    out = scratch.take(kv_cache.shape[1], *dims, blocks, *positions)
+    axes = (1, *_shifted(order.dims), 0, *_shifted(order.positions))
+    for first, count, start in _runs(block_ids[:blocks]):
+        source = _half(kv_cache, first, count, 0).unflatten(2, order.sizes).permute(axes)
+        out.narrow(1 + len(dims), start, count).copy_(source)
+    return out.view(kv_cache.shape[1], kv_cache.shape[3] // 2, -1)[:, :, :length]
 
 
 def read_values(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, length: int, orders: BlockOrders
+    kv_cache: torch.Tensor,
+    block_ids: Sequence[int],
+    length: int,
+    orders: BlockOrders,
+    scratch: Scratch,
 ) -> torch.Tensor:
     """Gathers the values of a request's first ``length`` tokens; arguments as `read_keys`.
 
     Returns:
         float32 ``[length, G, head_size]`` that lies in memory as ``[G, length, head_size]``.
     """
-    raw = _gather(kv_cache, block_ids, length, 1).unflatten(2, orders.values.sizes)
-    dims, positions = _shifted(orders.values.dims), _shifted(orders.values.positions)
-    plain = raw.permute(0, 1, *positions, *dims).reshape(len(raw), -1, kv_cache.shape[3] // 2)
-    return plain[:, :length].float().transpose(0, 1)
+    order = orders.values
+    blocks = -(-length // kv_cache.shape[2])
+    dims = [order.sizes[axis] for axis in order.dims]
+    positions = [order.sizes[axis] for axis in order.positions]
+    out = scratch.take(kv_cache.shape[1], blocks, *positions, *dims)
+    axes = (1, 0, *_shifted(order.positions), *_shifted(order.dims))
+    for first, count, start in _runs(block_ids[:blocks]):
+        source = _half(kv_cache, first, count, 1).unflatten(2, order.sizes).permute(axes)
+        out.narrow(1, start, count).copy_(source)
+    plain = out.view(kv_cache.shape[1], -1, kv_cache.shape[3] // 2)
+    return plain[:, :length].transpose(0, 1)
 
 
-def _gather(
-    kv_cache: torch.Tensor, block_ids: torch.Tensor, length: int, half: int
-) -> torch.Tensor:
-    """Raw halves of a request's blocks, ``[G, blocks, block_size * head_size]``."""
+def _half(kv_cache: torch.Tensor, first: int, count: int, half: int) -> torch.Tensor:
+    """Raw halves of adjacent blocks, a view ``[count, G, block_size * head_size]``."""
     num_blocks, num_kv_heads, block_size, double = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * double // 2)[:, :, half]
-    ids = block_ids[: -(-length // block_size)]
-    first = int(ids[0])
-    if bool((ids.diff() == 1).all()):  # adjacent blocks need no copy here
-        return halves[first : first + len(ids)].transpose(0, 1)
-    return halves[ids].transpose(0, 1)
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * double // 2)
+    return halves[first : first + count, :, half]
+
+
+def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of ids that ascend by one: ``(first id, count, place of the first)``."""
+    start = 0
+    for place in range(1, len(block_ids) + 1):
+        if place == len(block_ids) or block_ids[place] != block_ids[place - 1] + 1:
+            yield block_ids[start], place - start, start
+            start = place
 
 
 def _shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of a half among ``[G, blocks, *sizes]``."""
+    """Axes of a half among ``[blocks, G, *sizes]``."""
     return tuple(axis + 2 for axis in axes)
 
 

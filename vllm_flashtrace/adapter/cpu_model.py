@@ -15,6 +15,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_flashtrace.adapter.cpu_kv import (
     BlockOrders,
+    Scratch,
     learn_block_order,
     read_keys,
     read_values,
@@ -56,6 +57,7 @@ class CPUTracedModel:
         )
         self._names = {layer.name: layer.index for layer in self.layers}
         self._projections: dict[int, _Projection] = {}
+        self._scratch = Scratch()
 
     def layer_index(self, layer_name: str) -> int | None:
         """Index of an attention layer of this model; None for one of another model."""
@@ -78,22 +80,28 @@ class CPUTracedModel:
         """Drops derived weights, for when the model's weights are about to change."""
         self._projections.clear()
 
-    def block_ids(self, row: BatchRow) -> torch.Tensor:
-        """int64 ids of the KV blocks that hold a request's tokens up to the end of the step."""
+    def block_ids(self, row: BatchRow) -> list[int]:
+        """Ids of the KV blocks that hold a request's tokens up to the end of the step."""
         layer = self.layers[0]
         metadata = get_forward_context().attn_metadata[layer.name]
         num_blocks = -(-row.stop // layer.attention.kv_cache.shape[2])
-        return metadata.block_table[row.index, :num_blocks].long()
+        return metadata.block_table[row.index, :num_blocks].tolist()
 
-    def read_keys(self, layer: int, block_ids: torch.Tensor, length: int) -> torch.Tensor:
-        """float32 keys ``[G, d, length]`` of a request, from the paged cache."""
+    def read_keys(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
+        """float32 keys ``[G, d, length]`` of a request, until the next read."""
         attention = self.layers[layer].attention
-        return read_keys(attention.kv_cache, block_ids, length, self._order(attention))
+        orders = self._order(attention)
+        return read_keys(attention.kv_cache, block_ids, length, orders, self._scratch)
 
-    def read_values(self, layer: int, block_ids: torch.Tensor, length: int) -> torch.Tensor:
-        """float32 values ``[length, G, d]`` of a request, from the paged cache."""
+    def read_values(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
+        """float32 values ``[length, G, d]`` of a request, until the next read."""
         attention = self.layers[layer].attention
-        return read_values(attention.kv_cache, block_ids, length, self._order(attention))
+        orders = self._order(attention)
+        return read_values(attention.kv_cache, block_ids, length, orders, self._scratch)
+
+    def end_step(self) -> None:
+        """Returns memory that only a step with traces needs."""
+        self._scratch.release()
 
     @staticmethod
     def _order(attention: Any) -> BlockOrders:

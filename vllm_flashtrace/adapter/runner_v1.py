@@ -91,6 +91,7 @@ class RunnerCapture:
         """Finishes traces while their KV blocks are held; must never raise."""
         try:
             self.recorder.finish_step(observer.step)
+            observer.model.end_step()
         except Exception as error:
             logger.exception("FlashTrace: could not finish a step")
             self._fail_scheduled(error)
@@ -116,14 +117,14 @@ class StepObserver:
     def __init__(
         self, model: CPUTracedModel, step: StepRecorder, fail: Callable[[BaseException], None]
     ) -> None:
-        self._model = model
+        self.model = model
         self.step = step
         self._fail = fail
 
     def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
         """See :class:`~vllm_flashtrace.capture.observer.ForwardObserver`."""
         try:
-            layer = self._model.layer_index(layer_name)
+            layer = self.model.layer_index(layer_name)
             if layer is not None:
                 self.step.record_attention(layer, query)
         except Exception as error:

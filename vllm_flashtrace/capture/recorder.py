@@ -32,8 +32,11 @@ class TracedModel(StepModel, Protocol):
     def device(self) -> torch.device:
         """Where accumulators live."""
 
-    def read_values(self, layer: int, block_ids: torch.Tensor, length: int) -> torch.Tensor:
-        """float32 values ``[length, G, d]`` of a request's first ``length`` tokens."""
+    def read_values(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
+        """float32 values ``[length, G, d]`` of a request, valid until the next read."""
+
+    def end_step(self) -> None:
+        """Returns memory that only a step with traces needs."""
 
     def output_projection(self, layer: int) -> OutputProjection:
         """``W_O`` of a layer."""

@@ -45,7 +45,7 @@ class Segment:
         rows: Rows among the step's tokens; a slice where they are adjacent.
         weights: float32 ``[R]``, their target weights.
         blocks: The same rows, ready for the attention sums.
-        block_ids: int64, KV blocks of the request up to the end of the step.
+        block_ids: KV blocks of the request up to the end of the step.
     """
 
     trace: Trace
@@ -53,7 +53,7 @@ class Segment:
     rows: torch.Tensor | slice
     weights: torch.Tensor
     blocks: TargetRowBlocks
-    block_ids: torch.Tensor
+    block_ids: list[int]
 
 
 class StepModel(Protocol):
@@ -63,11 +63,14 @@ class StepModel(Protocol):
     def shape(self) -> ModelShape:
         """Sizes of the model."""
 
-    def block_ids(self, row: BatchRow) -> torch.Tensor:
-        """int64 ids of the KV blocks that hold a request's tokens up to the end of the step."""
+    def block_ids(self, row: BatchRow) -> list[int]:
+        """Ids of the KV blocks that hold a request's tokens up to the end of the step."""
 
-    def read_keys(self, layer: int, block_ids: torch.Tensor, length: int) -> torch.Tensor:
-        """float32 keys ``[G, d, length]`` of a request's first ``length`` tokens."""
+    def read_keys(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
+        """float32 keys ``[G, d, length]`` of a request's first tokens, valid until the next read.
+
+        The caller may overwrite them.
+        """
 
     def softmax_scale(self, layer: int) -> float:
         """Factor on the dot products of a layer."""

@@ -43,7 +43,8 @@ class _Block:
 class TargetRowBlocks:
     """The rows of a target cut into blocks; the same for every layer, so made once.
 
-    Rows of weight zero are left out.
+    Rows of weight zero are left out. Memory for one block of attention weights is kept from layer
+    to layer.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class TargetRowBlocks:
                 )
             )
             start = stop
-        self._largest = max((len(b.weights) * b.columns for b in self._blocks), default=0)
+        largest = max((len(b.weights) * b.columns for b in self._blocks), default=0)
+        self._memory_size = num_heads * largest
+        self._memory: Tensor | None = None
 
     def add(self, query: Tensor, keys: Tensor, scale: float, out: Tensor) -> None:
         """Adds ``c_h[j] = sum_i w_i softmax_j(scale * q_ih . k_j)`` for every head and token.
@@ -121,7 +124,8 @@ class TargetRowBlocks:
 
         Args:
             query: ``[tokens, H, d]``, queries after position encoding, any float dtype.
-            keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token.
+            keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token;
+                overwritten.
             scale: Factor on the dot products before the softmax.
             out: float32 ``[H, >= n]``, added to in place.
         """
@@ -129,17 +133,16 @@ class TargetRowBlocks:
             return
         groups, dim = keys.shape[:2]
         keys = keys[:, :, : self.columns]
-        shifted = keys - keys[:, :, :1]
-        memory = torch.empty(
-            self.num_heads * self._largest, dtype=torch.float32, device=keys.device
-        )
+        keys -= keys[:, :, :1].clone()
+        if self._memory is None or self._memory.device != keys.device:
+            self._memory = torch.empty(self._memory_size, device=keys.device)
         for block in self._blocks:
             count = len(block.weights)
             queries = query[block.rows].float().mul(scale).view(count, groups, -1, dim)
             queries = queries.permute(1, 2, 0, 3).reshape(groups, -1, dim)
-            attention = memory[: self.num_heads * count * block.columns]
+            attention = self._memory[: self.num_heads * count * block.columns]
             shape = (self.num_heads, count, block.columns)
-            _logits(queries, shifted, block, attention.view(groups, -1, block.columns))
+            _logits(queries, keys, block, attention.view(groups, -1, block.columns))
             attention = attention.view(shape).exp_()
             denominators = attention.sum(dim=-1)  # [H, B]
             if not bool((denominators <= _LARGEST_DENOMINATOR).all()):
@@ -190,7 +193,7 @@ def weighted_column_sums(
     if out is None:
         out = torch.zeros(heads, context, dtype=torch.float32, device=query.device)
     blocks = TargetRowBlocks(weights, positions, heads, groups, block_rows=block_rows)
-    blocks.add(query, key.permute(1, 2, 0).float(), scale, out)
+    blocks.add(query, key.permute(1, 2, 0).to(torch.float32, copy=True), scale, out)
     return out[:, :context]
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 _TEMPORARY_FLOATS = 1 << 22
 """Largest block of contributions held at a time (16 MiB of float32)."""
 
+_FEW_COLUMNS, _SOME_COLUMNS = 8, 32
+"""Coordinates that are computed for every pair, and for those that reach further."""
+
 # Rounding of the reach must never hide a coordinate.
 _REACH_SLACK = 1 + 1e-5
 
@@ -68,7 +71,9 @@ def proximity_bounds(
     Returns:
         float32 ``[N, H]``.
     """
-    return _alignment(column_sums, values, out_proj, stream).clamp_(min=0).T
+    directions = out_proj.float() @ _signs(stream.float())  # [H, d]
+    aligned = _products(directions[:, None], values.float()).squeeze(1)
+    return aligned.mul_(column_sums).clamp_(min=0).T
 
 
 def token_proximity(
@@ -105,73 +110,81 @@ def token_proximity(
         float32 ``[N]``: ``sum_h prox(c_h[j] v_j W_O^h)``.
 
     Raises:
-        ValueError: `exact_fraction` is not within 0..1.
+        ValueError: `exact_fraction` is not within 0..1, or a value vector is not finite.
     """
     if not 0 <= exact_fraction <= 1:
         raise ValueError(f"exact_fraction must be within 0..1, got {exact_fraction}")
     values, out_proj, stream = values.float(), out_proj.float(), stream.float()
-    totals = _alignment(column_sums, values, out_proj, stream)  # [H, N]
-    groups = values.shape[1]
-    lengths = torch.linalg.vector_norm(values, dim=2).T  # [G, N]
-    reach = column_sums.view(groups, -1, lengths.shape[1]) * (lengths * _REACH_SLACK)[:, None]
-    reach = reach.view_as(totals)
-    chosen = totals > 0 if exact_fraction == 1 else _largest(totals, exact_fraction)
-    reach.mul_(chosen)
-
     if column_norms is None:
         column_norms = torch.linalg.vector_norm(out_proj, dim=1)
-    size = stream.abs()
+    size, signs = stream.abs(), _signs(stream)
     limits = torch.where(column_norms > 0, size / column_norms, torch.inf)  # [H, D]
-    hidden = size.shape[0]
-    few = min(max(32, hidden // 16), hidden)
-    near, columns = limits.topk(few, dim=1, largest=False)
-    count = _longest(reach > near[:, :1])
-    if count == 0:
-        return totals.clamp_(min=0).sum(dim=0)
+    near, columns = limits.topk(min(_SOME_COLUMNS, len(size)), dim=1, largest=False)
+    heads = torch.arange(len(out_proj), device=out_proj.device)[:, None]
+    picked = out_proj.transpose(1, 2)[heads, columns] * signs[columns][:, :, None]  # [H, M, d]
+    sizes = size[columns]
 
-    # For every head the tokens that reach furthest; heads with fewer are padded with tokens that
-    # reach no coordinate, which is harmless.
-    reach, tokens = reach.topk(count, dim=1)  # [H, P]
-    kv_head = torch.arange(len(totals), device=totals.device) // (len(totals) // groups)
-    rows = values[tokens, kv_head[:, None]] * column_sums.gather(1, tokens)[:, :, None]
-    signs = _signs(stream)
-    picked = out_proj.gather(2, columns[:, None].expand(-1, out_proj.shape[1], -1))
-    overshoot = _overshoot(rows, picked * signs[columns][:, None], size[columns])
-    if few < hidden and (further := _longest(reach > near[:, -1:])):
-        every = size.expand(len(rows), -1)
-        overshoot[:, :further] = _overshoot(rows[:, :further], out_proj * signs, every)
-    overshoot.mul_(reach > near[:, :1])
-    totals.scatter_add_(1, tokens, overshoot.mul_(-2))
-    return totals.clamp_(min=0).sum(dim=0)
+    # Every pair: the sum over all coordinates, and the overshoot at the few nearest ones.
+    few = min(_FEW_COLUMNS, near.shape[1])
+    directions = torch.cat([(out_proj @ signs)[:, None], picked[:, :few]], dim=1)
+    aligned = _products(directions, values).mul_(column_sums[:, None])  # [H, 1 + few, N]
+    totals = aligned[:, 0]
+    overshoot = (aligned[:, 1:] - sizes[:, :few, None]).clamp_(min=0).sum(dim=1)  # [H, N]
+
+    # Pairs that reach further: for every head the tokens that reach furthest. Heads with fewer of
+    # them are padded with tokens that need no more than they have, which is harmless.
+    reach = _reach(column_sums, values)
+    chosen = totals > 0 if exact_fraction == 1 else _largest(totals, exact_fraction)
+    reach *= chosen
+    overshoot *= chosen
+    if few < len(size) and (count := _longest(reach > near[:, few - 1 : few])):
+        reach, tokens = reach.topk(count, dim=1)  # [H, P]
+        kv_heads = heads // (len(heads) // values.shape[1])
+        rows = values[tokens, kv_heads] * column_sums.gather(1, tokens)[:, :, None]
+        further = _overshoot(rows, picked.transpose(1, 2), sizes)
+        if columns.shape[1] < len(size) and (count := _longest(reach > near[:, -1:])):
+            every = size.expand(len(rows), -1)
+            further[:, :count] = _overshoot(rows[:, :count], out_proj, every, signs)
+        overshoot.scatter_(1, tokens, further * (reach > 0))
+    return totals.sub_(overshoot.mul_(2)).clamp_(min=0).sum(dim=0)
 
 
-def _alignment(column_sums: Tensor, values: Tensor, out_proj: Tensor, stream: Tensor) -> Tensor:
-    """``sum_i s_i z_i`` of every pair, float32 ``[H, N]``."""
-    directions = out_proj.float() @ _signs(stream.float())  # [H, d]
+def _products(directions: Tensor, values: Tensor) -> Tensor:
+    """``directions [H, M, d]`` times every value vector ``[N, G, d]``: ``[H, M, N]``."""
     groups, dim = values.shape[1:]
-    aligned = torch.bmm(directions.view(groups, -1, dim), values.float().permute(1, 2, 0))
-    return aligned.view_as(column_sums).mul_(column_sums)
+    products = torch.bmm(directions.view(groups, -1, dim), values.permute(1, 2, 0))
+    return products.view(len(directions), -1, len(values))
 
 
-def _overshoot(rows: Tensor, aligned: Tensor, size: Tensor) -> Tensor:
-    """``sum_i max(0, t_i - |x_i|)`` with ``t = rows @ aligned``, in bounded blocks of rows.
+def _reach(column_sums: Tensor, values: Tensor) -> Tensor:
+    """``c_h[j] ||v_j||`` of every pair, rounded up, ``[H, N]``."""
+    lengths = torch.linalg.vector_norm(values, dim=2).T.mul_(_REACH_SLACK)  # [G, N]
+    if not lengths.sum().isfinite():
+        raise ValueError("values of the layer is not finite")
+    grouped = column_sums.view(len(lengths), -1, lengths.shape[1])
+    return (grouped * lengths[:, None]).view_as(column_sums)
+
+
+def _overshoot(rows: Tensor, matrix: Tensor, size: Tensor, signs: Tensor | None = None) -> Tensor:
+    """``sum_i max(0, t_i - |x_i|)`` with ``t = signs * (rows @ matrix)``, in bounded blocks.
 
     Args:
         rows: ``[H, P, d]``, weighted value vectors.
-        aligned: ``[H, d, M]``, columns of the output projection times the stream's signs.
+        matrix: ``[H, d, M]``, columns of the output projection.
         size: ``[H, M]``, absolute values of the stream there.
+        signs: ``[M]``; None if they are in the matrix.
 
     Returns:
         ``[H, P]``.
     """
     block = max(1, _TEMPORARY_FLOATS // size.numel())
-    return torch.cat(
-        [
-            torch.baddbmm(size[:, None], part, aligned, beta=-1).clamp_(min=0).sum(dim=2)
-            for part in rows.split(block, dim=1)
-        ],
-        dim=1,
-    )
+    parts = []
+    for part in rows.split(block, dim=1):
+        aligned = torch.bmm(part, matrix)
+        if signs is not None:
+            aligned *= signs
+        parts.append(aligned.sub_(size[:, None]).clamp_(min=0).sum(dim=2))
+    return torch.cat(parts, dim=1)
 
 
 def _longest(mask: Tensor) -> int:

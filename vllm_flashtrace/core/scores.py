@@ -63,7 +63,7 @@ def layer_scores(
             the column sums) a negative number; the message names it.
     """
     _check_shapes(sums, values, out_proj)
-    _check_numbers(sums, values, out_proj)
+    _check_numbers(sums, out_proj if column_norms is None else column_norms)
     tokens = token_proximity(
         sums.column_sums,
         values,
@@ -100,18 +100,22 @@ def _check_shapes(sums: LayerSums, values: Tensor, out_proj: Tensor) -> None:
         raise ValueError(f"the layer's tensors do not fit together: {listing}")
 
 
-def _check_numbers(sums: LayerSums, values: Tensor, out_proj: Tensor) -> None:
+def _check_numbers(sums: LayerSums, projection: Tensor) -> None:
+    """Refuses what is not finite; `projection` is the matrix or the norms of its columns.
+
+    Values are checked where their norms are computed anyway, in `token_proximity`.
+    """
     tensors = {
         "column_sums": sums.column_sums,
         "residual": sums.residual,
         "stream": sums.stream,
-        "values": values,
-        "out_proj": out_proj,
+        "out_proj": projection,
     }
-    # One pass and no temporary per tensor; NaN propagates through aminmax.
-    extremes = torch.stack([torch.stack(torch.aminmax(t)).float() for t in tensors.values()]).cpu()
-    for name, (low, high) in zip(tensors, extremes, strict=True):
-        if not (low.isfinite() and high.isfinite()):
+    # A sum is one pass without a temporary, and neither a NaN nor an infinity leaves it finite.
+    totals = torch.stack([t.sum().float() for t in tensors.values()] + [sums.column_sums.min()])
+    *finite, _ = totals.isfinite().tolist()
+    for name, fine in zip(tensors, finite, strict=True):
+        if not fine:
             raise ValueError(f"{name} of the layer is not finite")
-    if extremes[0, 0] < 0:
-        raise ValueError(f"column_sums of the layer has a negative entry: {float(extremes[0, 0])}")
+    if (lowest := float(totals[-1])) < 0:
+        raise ValueError(f"column_sums of the layer has a negative entry: {lowest}")
