@@ -118,7 +118,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
 
 
 def output_projection(layer: TracedLayer) -> torch.Tensor:
-    """``W_O`` of a layer as ``[H, d, D]`` in the model's dtype.
+    """``W_O`` of a layer as ``[H, d, D]``, a view of ``[D, H * d]``, in the model's dtype.
 
     The CPU backend empties ``weight`` after packing it for its kernels, so the matrix is got by
     applying the projection to the identity. The bias is not part of it: it belongs to no token.
@@ -127,12 +127,12 @@ def output_projection(layer: TracedLayer) -> torch.Tensor:
     rows = attention.num_heads * attention.head_size
     weight = projection.weight
     if weight.ndim == 2 and weight.shape[1] == rows:
-        matrix = weight.t()
+        matrix = weight.detach()
     else:
         identity = torch.eye(rows, dtype=projection.params_dtype)
         with torch.inference_mode():
-            matrix = projection.quant_method.apply(projection, identity)
-    return matrix.reshape(attention.num_heads, attention.head_size, -1)
+            matrix = projection.quant_method.apply(projection, identity).t().contiguous()
+    return matrix.t().unflatten(0, (attention.num_heads, attention.head_size))
 
 
 def _check_attention(name: str, attention: Attention, block: nn.Module) -> None:

@@ -99,7 +99,8 @@ def token_proximity(
         column_sums: float32 ``[H, N]``, non-negative.
         values: ``[N, G, d]``, value vectors with their bias, as cached. Fastest where the memory
             order is ``[G, N, d]``.
-        out_proj: ``[H, d, D]``, the output projection of each head.
+        out_proj: ``[H, d, D]``, the output projection of each head. Fastest as a view of a linear
+            layer's own weight, ``[D, H * d]``.
         stream: ``[D]``, the residual stream after attention, in the weighting of `column_sums`.
         exact_fraction: Below 1.0, the pairs with the largest bounds, which together hold this share
             of the bounds' total, are exact; the rest count with their bound. 0.0 gives the bound.
@@ -121,12 +122,14 @@ def token_proximity(
     limits = torch.where(column_norms > 0, size / column_norms, torch.inf)  # [H, D]
     near, columns = limits.topk(min(_SOME_COLUMNS, len(size)), dim=1, largest=False)
     heads = torch.arange(len(out_proj), device=out_proj.device)[:, None]
-    picked = out_proj.transpose(1, 2)[heads, columns] * signs[columns][:, :, None]  # [H, M, d]
+    by_column = out_proj.permute(2, 0, 1)  # [D, H, d]
+    picked = by_column[columns, heads] * signs[columns][:, :, None]  # [H, M, d]
     sizes = size[columns]
 
     # Every pair: the sum over all coordinates, and the overshoot at the few nearest ones.
     few = min(_FEW_COLUMNS, near.shape[1])
-    directions = torch.cat([(out_proj @ signs)[:, None], picked[:, :few]], dim=1)
+    whole = (signs @ by_column.flatten(1)).view(len(out_proj), 1, -1)
+    directions = torch.cat([whole, picked[:, :few]], dim=1)
     aligned = _products(directions, values).mul_(column_sums[:, None])  # [H, 1 + few, N]
     totals = aligned[:, 0]
     overshoot = (aligned[:, 1:] - sizes[:, :few, None]).clamp_(min=0).sum(dim=1)  # [H, N]
@@ -158,7 +161,7 @@ def _products(directions: Tensor, values: Tensor) -> Tensor:
 
 def _reach(column_sums: Tensor, values: Tensor) -> Tensor:
     """``c_h[j] ||v_j||`` of every pair, rounded up, ``[H, N]``."""
-    lengths = torch.linalg.vector_norm(values, dim=2).T.mul_(_REACH_SLACK)  # [G, N]
+    lengths = torch.linalg.vector_norm(values.transpose(0, 1), dim=2).mul_(_REACH_SLACK)  # [G, N]
     if not lengths.sum().isfinite():
         raise ValueError("values of the layer is not finite")
     grouped = column_sums.view(len(lengths), -1, lengths.shape[1])
