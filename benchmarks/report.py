@@ -39,6 +39,7 @@ KINDS = {
     ),
     "scaling": Kind("scaling.json", {"scaling": tables.scaling}),
     "serving": Kind("serving.json", {"serving": tables.serving}),
+    "cap": Kind("cap.json", {"cap": tables.cap}),
 }
 
 

@@ -95,8 +95,7 @@ def parity(result: Result) -> str:
     return markdown(
         [
             Column("tokens", "tokens", count),
-            Column("ours through vLLM, exact", "engine_exact", error),
-            Column("ours, default pruning", "engine_default", error),
+            Column("ours through vLLM", "engine", error),
             Column("authors' package, float32", "package_float32", error),
             Column("authors' package, float64", "package_float64", error),
         ],
@@ -229,6 +228,26 @@ def serving(result: Result) -> str:
         ],
         result["rows"],
     )
+
+
+def cap(result: Result) -> str:
+    """What untraced requests feel of attributions beside them, by the traces' token share."""
+    caption = (
+        "Untraced requests while long existing texts are attributed beside them, by "
+        "`trace_token_share` (`python -m benchmarks.serving --shares 1.0 0.25`):"
+    )
+    table = markdown(
+        [
+            Column("server", "variant", str),
+            Column("between tokens, ms (p50 / p95 / p99)", "untraced_itl_ms", percentiles),
+            Column("p99 to stock", "untraced_itl_p99_ratio_to_stock", decimals(2)),
+            Column("longest gap, ms", "untraced_longest_gap_ms", count),
+            Column("attributions", "attributions", count),
+            Column("attribution, ms", "attribution_ms", percentiles),
+        ],
+        result["cap"],
+    )
+    return f"{_wrapped(caption)}\n\n{table}"
 
 
 def _wrapped(text: str) -> str:
