@@ -103,7 +103,8 @@ def token_proximity(
             layer's own weight, ``[D, H * d]``.
         stream: ``[D]``, the residual stream after attention, in the weighting of `column_sums`.
         exact_fraction: Below 1.0, the pairs with the largest bounds, which together hold this share
-            of the bounds' total, are exact; the rest count with their bound. 0.0 gives the bound.
+            of the bounds' total, are exact; the rest count with the overshoot of few coordinates,
+            which is at least their proximity and at most their bound.
         column_norms: ``[H, D]``, Euclidean norms of the columns of `out_proj` where the caller
             keeps them; computed if None.
 
@@ -139,7 +140,6 @@ def token_proximity(
     reach = _reach(column_sums, values)
     chosen = totals > 0 if exact_fraction == 1 else _largest(totals, exact_fraction)
     reach *= chosen
-    overshoot *= chosen
     if few < len(size) and (count := _longest(reach > near[:, few - 1 : few])):
         reach, tokens = reach.topk(count, dim=1)  # [H, P]
         kv_heads = heads // (len(heads) // values.shape[1])
@@ -148,7 +148,8 @@ def token_proximity(
         if columns.shape[1] < len(size) and (count := _longest(reach > near[:, -1:])):
             every = size.expand(len(rows), -1)
             further[:, :count] = _overshoot(rows[:, :count], out_proj, every, signs)
-        overshoot.scatter_(1, tokens, further * (reach > 0))
+        known = overshoot.gather(1, tokens)
+        overshoot.scatter_(1, tokens, torch.where(reach > 0, further, known))
     return totals.sub_(overshoot.mul_(2)).clamp_(min=0).sum(dim=0)
 
 
