@@ -15,12 +15,17 @@ def test_bfloat16_against_float32(
     reference = smollm2.trace(job).scores
     engine = Engine(smollm2_folder, dtype="bfloat16")
     try:
-        scores = engine.trace(job).scores
+        cold = engine.trace(job).scores  # the whole trace in one step
+        scores = engine.trace(job).scores  # what the prefix cache does not hold
         pruned = engine.trace(TraceJob(job.token_ids, job.weights, 0.9)).scores
     finally:
         engine.close()
     error, overlap = relative_l1(scores, reference), top_overlap(scores, reference)
     print(f"bfloat16 against float32: relative L1 {error:.2e}, top-10 overlap {overlap}/10")
+    print(f"whole trace against cached prefix: {relative_l1(cold, scores):.2e}")
+    print(f"pruned against exact: {relative_l1(pruned, scores):.2e}")
     assert error <= 5e-2
+    # Products of other sizes round differently in bfloat16.
+    assert relative_l1(cold, scores) <= 1e-2
     assert overlap >= 9
     assert relative_l1(pruned, scores) <= 2e-3
