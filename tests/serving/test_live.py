@@ -123,13 +123,17 @@ def test_stream_accumulator_keeps_the_attribution(client):
 
 
 def test_first_token_of_a_stream_does_not_wait_for_the_trace(client):
-    began = time.monotonic()
-    first = end = 0.0
-    for chunk in chat(client, {"hops": 2}, stream=True):
-        if not first and chunk.choices and chunk.choices[0].delta.content:
-            first = time.monotonic() - began
-        end = time.monotonic() - began
-    assert 0 < first < end / 2
+    def comes_early() -> bool:
+        began = time.monotonic()
+        first = end = 0.0
+        for chunk in chat(client, {"hops": 2}, stream=True):
+            if not first and chunk.choices and chunk.choices[0].delta.content:
+                first = time.monotonic() - began
+            end = time.monotonic() - began
+        return 0 < first < end / 2
+
+    # A busy machine may keep this client from reading, never make the server hold tokens back.
+    assert any(comes_early() for _ in range(3))
 
 
 def test_text_stream(client):
