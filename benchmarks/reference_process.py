@@ -34,13 +34,13 @@ class Captured:
 
     shared: dict[str, Any]
 
-    def hops(self, target: Span, reasoning: Span) -> Any:
-        """Hop 0 from the target and hop 1 from the reasoning."""
+    def hops(self, target: Span, reasoning: Span, hops: int = 1) -> Any:
+        """Hop 0 from the target and later hops from the reasoning."""
         return package.compute_multi_hop_ifr(
             sink_start=target[0],
             sink_end=target[1] - 1,
             thinking_span=(reasoning[0], reasoning[1] - 1),
-            n_hops=1,
+            n_hops=hops,
             **self.shared,
         )
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from flashtrace import core as package
 from torch import nn
 
-Span = tuple[int, int]
+from benchmarks.reference import Span
+from benchmarks.reference_process import capture
 
 
 @dataclass(frozen=True)
@@ -32,39 +32,8 @@ def reference_scores(
     hops: int = 0,
 ) -> ReferenceHops:
     """Runs the package on a HF model that was loaded with ``attn_implementation="eager"``."""
-    dtype = next(model.parameters()).dtype
-    metadata = package.extract_model_metadata(model)
-    cache, handles = package.attach_hooks(metadata.layers, dtype)
-    try:
-        outputs = model(
-            input_ids=torch.tensor([token_ids]), output_attentions=True, use_cache=False
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    params = package.IFRParameters(
-        n_layers=metadata.n_layers,
-        n_heads_q=metadata.n_heads_q,
-        n_kv_heads=metadata.n_kv_heads,
-        head_dim=metadata.head_dim,
-        group_size=metadata.group_size,
-        d_model=metadata.d_model,
-        sequence_length=len(token_ids),
-        model_dtype=dtype,
-        chunk_tokens=128,
-        sink_chunk_tokens=32,
-    )
-    begin, end = reasoning or (target[0] - 1, target[0])
-    result = package.compute_multi_hop_ifr(
-        sink_start=target[0],
-        sink_end=target[1] - 1,
-        thinking_span=(begin, end - 1),
-        n_hops=hops,
-        cache=cache,
-        attentions=outputs.attentions,
-        weight_pack=package.build_weight_pack(metadata, dtype),
-        params=params,
-    )
+    captured = capture(model, token_ids, recompute=False)
+    result = captured.hops(target, reasoning or (target[0] - 1, target[0]), hops)
     return ReferenceHops(
         hops=[hop.token_importance_total.float() for hop in result.raw_attributions],
         observation=result.observation["sum"],

@@ -141,15 +141,9 @@ def read_keys(
     Returns:
         float32 ``[G, head_size, length]``, ready for a product with queries.
     """
-    order = orders.keys
-    blocks = -(-length // kv_cache.shape[2])
-    dims = [order.sizes[axis] for axis in order.dims]
-    positions = [order.sizes[axis] for axis in order.positions]
-    out = scratch.take(kv_cache.shape[1], *dims, blocks, *positions)
-    axes = (1, *_shifted(order.dims), 0, *_shifted(order.positions))
-    for first, count, start in _runs(block_ids[:blocks]):
-        source = _half(kv_cache, first, count, 0).unflatten(2, order.sizes).permute(axes)
-        out.narrow(1 + len(dims), start, count).copy_(source)
+    dims, positions = _shifted(orders.keys.dims), _shifted(orders.keys.positions)
+    axes = (1, *dims, 0, *positions)
+    out = _gather(kv_cache, block_ids, length, 0, orders.keys, axes, scratch)
     return out.view(kv_cache.shape[1], kv_cache.shape[3] // 2, -1)[:, :, :length]
 
 
@@ -165,17 +159,30 @@ def read_values(
     Returns:
         float32 ``[length, G, head_size]`` that lies in memory as ``[G, length, head_size]``.
     """
-    order = orders.values
-    blocks = -(-length // kv_cache.shape[2])
-    dims = [order.sizes[axis] for axis in order.dims]
-    positions = [order.sizes[axis] for axis in order.positions]
-    out = scratch.take(kv_cache.shape[1], blocks, *positions, *dims)
-    axes = (1, 0, *_shifted(order.positions), *_shifted(order.dims))
-    for first, count, start in _runs(block_ids[:blocks]):
-        source = _half(kv_cache, first, count, 1).unflatten(2, order.sizes).permute(axes)
-        out.narrow(1, start, count).copy_(source)
+    dims, positions = _shifted(orders.values.dims), _shifted(orders.values.positions)
+    axes = (1, 0, *positions, *dims)
+    out = _gather(kv_cache, block_ids, length, 1, orders.values, axes, scratch)
     plain = out.view(kv_cache.shape[1], -1, kv_cache.shape[3] // 2)
     return plain[:, :length].transpose(0, 1)
+
+
+def _gather(
+    kv_cache: torch.Tensor,
+    block_ids: Sequence[int],
+    length: int,
+    half: int,
+    order: BlockOrder,
+    axes: tuple[int, ...],
+    scratch: Scratch,
+) -> torch.Tensor:
+    """Copies halves of a request's blocks, ``[blocks, G, *sizes]``, with their axes permuted."""
+    ids = block_ids[: -(-length // kv_cache.shape[2])]
+    shape = (len(ids), kv_cache.shape[1], *order.sizes)
+    out = scratch.take(*(shape[axis] for axis in axes))
+    for first, count, start in _runs(ids):
+        source = _half(kv_cache, first, count, half).unflatten(2, order.sizes).permute(axes)
+        out.narrow(axes.index(0), start, count).copy_(source)
+    return out
 
 
 def _half(kv_cache: torch.Tensor, first: int, count: int, half: int) -> torch.Tensor:

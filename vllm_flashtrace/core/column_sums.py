@@ -85,7 +85,6 @@ class TargetRowBlocks:
         if block_rows < 1:
             raise ValueError(f"block_rows must be at least 1, got {block_rows}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.num_rows = int(weights.shape[0])
         kept = weights.nonzero().squeeze(1)
         kept = kept[positions[kept].argsort()]  # ascending, so early blocks see few columns
         places = kept if rows is None else rows[kept]

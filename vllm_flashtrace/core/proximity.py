@@ -138,8 +138,7 @@ def token_proximity(
     # Pairs that reach further: for every head the tokens that reach furthest. Heads with fewer of
     # them are padded with tokens that need no more than they have, which is harmless.
     reach = _reach(column_sums, values)
-    chosen = totals > 0 if exact_fraction == 1 else _largest(totals, exact_fraction)
-    reach *= chosen
+    reach *= _largest(totals, exact_fraction)
     if few < len(size) and (count := _longest(reach > near[:, few - 1 : few])):
         reach, tokens = reach.topk(count, dim=1)  # [H, P]
         kv_heads = heads // (len(heads) // values.shape[1])
