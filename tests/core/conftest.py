@@ -12,7 +12,13 @@ from torch import Tensor
 
 from tests.oracle import LayerActivations, activation_scores, as_float64, capture_hf, dense_weights
 from tests.tiny_models import FAMILIES, make_tiny_model
-from vllm_flashtrace.core import LayerSums, TargetWeights, layer_scores, weighted_column_sums
+from vllm_flashtrace.core import (
+    AttentionForm,
+    LayerSums,
+    TargetWeights,
+    layer_scores,
+    weighted_column_sums,
+)
 
 LENGTH = 160
 PROMPT = 100
@@ -51,7 +57,7 @@ def layer_sums(layer: LayerActivations, target: TargetWeights) -> LayerSums:
     rows, weights = target.positions, target.weights
     return LayerSums(
         column_sums=weighted_column_sums(
-            layer.query[rows].float(), layer.key.float(), weights, rows, layer.scale
+            layer.query[rows].float(), layer.key.float(), weights, rows, AttentionForm(layer.scale)
         ),
         residual=weights @ layer.x_prev[rows].float(),
         stream=weights @ layer.x_mid[rows].float(),

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_flashtrace.core import TargetRowBlocks, column_sums, weighted_column_sums
+from vllm_flashtrace.core import AttentionForm, TargetRowBlocks, column_sums, weighted_column_sums
 
 SCALE = 0.3
+FORM = AttentionForm(SCALE)
 
 
 def dense(query: Tensor, key: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @given(cases(), st.integers(1, 25))
 def test_equals_the_definition_for_any_block_size(case, block_rows) -> None:
     query, key, weights, positions = case
-    ours = weighted_column_sums(query, key, weights, positions, SCALE, block_rows=block_rows)
+    ours = weighted_column_sums(query, key, weights, positions, FORM, block_rows=block_rows)
     torch.testing.assert_close(
         ours.double(), dense(query, key, weights, positions), rtol=1e-5, atol=1e-6
     )
@@ -59,9 +60,9 @@ def test_pieces_in_any_order_add_up(case, cut, random) -> None:
         # As in chunked prefill: later keys do not exist yet.
         seen = int(positions[piece].max()) + 1 if len(piece) else 0
         weighted_column_sums(
-            query[piece], key[:seen], weights[piece], positions[piece], SCALE, out=out
+            query[piece], key[:seen], weights[piece], positions[piece], FORM, out=out
         )
-    whole = weighted_column_sums(query, key, weights, positions, SCALE)
+    whole = weighted_column_sums(query, key, weights, positions, FORM)
     torch.testing.assert_close(out[:, : len(key)], whole, rtol=1e-5, atol=1e-6)
     assert not out[:, len(key) :].any()
 
@@ -70,7 +71,7 @@ def test_each_row_spreads_its_weight_over_the_tokens_it_sees() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(3, 2, 8, generator=generator), torch.randn(9, 1, 8)
     sums = weighted_column_sums(
-        query, key, torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 5, 5]), SCALE
+        query, key, torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 5, 5]), FORM
     )
     torch.testing.assert_close(sums.sum(1), torch.tensor([7.0, 7.0]))
     assert (sums[:, :6] > 0).all() and not sums[:, 6:].any()
@@ -80,7 +81,7 @@ def test_small_memory_budget_changes_nothing(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(30, 4, 8, generator=generator)
     key = torch.randn(50, 2, 8, generator=generator)
-    args = (query, key, torch.rand(30, generator=generator), torch.arange(20, 50), SCALE)
+    args = (query, key, torch.rand(30, generator=generator), torch.arange(20, 50), FORM)
     whole = weighted_column_sums(*args)
     monkeypatch.setattr(column_sums, "_BLOCK_FLOATS", 1)
     torch.testing.assert_close(weighted_column_sums(*args), whole)
@@ -88,7 +89,7 @@ def test_small_memory_budget_changes_nothing(monkeypatch) -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     query, key = torch.full((1, 1, 2), 1e4), torch.tensor([[[1e4, 0.0]], [[-1e4, 0.0]]])
-    sums = weighted_column_sums(query, key, torch.ones(1), torch.tensor([1]), 1.0)
+    sums = weighted_column_sums(query, key, torch.ones(1), torch.tensor([1]), AttentionForm(1.0))
     assert sums.tolist() == [[1.0, 0.0]]
 
 
@@ -100,7 +101,7 @@ def test_first_key_far_below_the_others_does_not_overflow() -> None:
     query[3:9] = 40.0
     key[0] = -40.0
     weights, positions = torch.rand(12, generator=generator), torch.arange(18, 30)
-    ours = weighted_column_sums(query, key, weights, positions, SCALE)
+    ours = weighted_column_sums(query, key, weights, positions, FORM)
     torch.testing.assert_close(
         ours.double(), dense(query, key, weights, positions), rtol=1e-5, atol=1e-6
     )
@@ -116,7 +117,7 @@ def test_rows_among_those_of_other_requests(apart: int) -> None:
     out = torch.zeros(4, 20)
     blocks = TargetRowBlocks(weights, positions, 4, 2, rows=rows, block_rows=5)
     assert blocks.columns == 20
-    blocks.add(step, key.permute(1, 2, 0).clone(), SCALE, out)
+    blocks.add(step, key.permute(1, 2, 0).clone(), FORM, out)
     torch.testing.assert_close(
         out.double(), dense(step[rows], key, weights, positions), rtol=1e-5, atol=1e-6
     )
@@ -127,7 +128,7 @@ def test_low_precision_inputs_are_computed_in_float32() -> None:
     query = torch.randn(5, 2, 16, generator=generator).bfloat16()
     key = torch.randn(20, 1, 16, generator=generator).bfloat16()
     weights, positions = torch.ones(5), torch.arange(15, 20)
-    ours = weighted_column_sums(query, key, weights, positions, SCALE)
+    ours = weighted_column_sums(query, key, weights, positions, FORM)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(
         ours.double(), dense(query, key, weights, positions), rtol=1e-5, atol=1e-6
@@ -136,7 +137,7 @@ def test_low_precision_inputs_are_computed_in_float32() -> None:
 
 def test_a_row_of_weight_zero_is_not_read() -> None:
     query = torch.full((1, 1, 4), float("nan"))
-    sums = weighted_column_sums(query, torch.ones(3, 1, 4), torch.zeros(1), torch.tensor([2]), 1.0)
+    sums = weighted_column_sums(query, torch.ones(3, 1, 4), torch.zeros(1), torch.tensor([2]), FORM)
     assert not sums.any()
 
 
@@ -159,7 +160,7 @@ def test_misfits_are_refused(change, message) -> None:
         "key": torch.ones(8, 2, 4),
         "weights": torch.ones(2),
         "positions": torch.tensor([3, 4]),
-        "scale": 1.0,
+        "form": AttentionForm(1.0),
     }
     with pytest.raises(ValueError, match=message):
         weighted_column_sums(**{**args, **change})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_flashtrace.core.attention_form import AttentionForm
 from vllm_flashtrace.core.column_sums import TargetRowBlocks, weighted_column_sums
 from vllm_flashtrace.core.hop_result import HopMass, HopResult
 from vllm_flashtrace.core.hops import HopRecursion
@@ -11,10 +12,11 @@ from vllm_flashtrace.core.proximity import (
     proximity_bounds,
     token_proximity,
 )
-from vllm_flashtrace.core.scores import LayerSums, layer_scores
+from vllm_flashtrace.core.scores import LayerSums, layer_scores, token_shares
 from vllm_flashtrace.core.weights import TargetWeights
 
 __all__ = [
+    "AttentionForm",
     "HopMass",
     "HopRecursion",
     "HopResult",
@@ -26,5 +28,6 @@ __all__ = [
     "layer_scores",
     "proximity_bounds",
     "token_proximity",
+    "token_shares",
     "weighted_column_sums",
 ]

@@ -6,38 +6,17 @@ order, and the sum over the pieces is the column sums of the whole target.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from vllm_flashtrace.core.attention_form import AttentionForm
+from vllm_flashtrace.core.row_block import RowBlock
 
 _BLOCK_FLOATS = 1 << 22
 """Largest block of attention weights held at a time (16 MiB of float32)."""
 
 _BLOCK_ROWS = 128
 """Rows of a matrix product per key/value head: enough for its speed, few enough for the cache."""
-
-_LARGEST_DENOMINATOR = 1e25
-# Far below overflow, and its reciprocal times a small weight is far from float32's subnormals.
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Some ascending rows and the columns they can see.
-
-    Attributes:
-        rows: Rows of the query tensor, a slice where they are adjacent.
-        weights: float32 ``[B]``.
-        columns: Number of columns that the last row sees.
-        common: Number of columns that every row sees.
-        hidden: bool ``[B, columns - common]``, True where a row may not look; None if nowhere.
-    """
-
-    rows: Tensor | slice
-    weights: Tensor
-    columns: int
-    common: int
-    hidden: Tensor | None
 
 
 class TargetRowBlocks:
@@ -93,64 +72,77 @@ class TargetRowBlocks:
             raise ValueError(f"positions must not be negative, got {visible[0] - 1}")
         self.columns: int = visible[-1] if visible else 0
         """Number of keys needed: one more than the last position."""
-        self._blocks: list[_Block] = []
+        self._blocks: list[RowBlock] = []
         start = 0
         while start < len(visible):
             limit = min(start + block_rows, len(visible))
             fitting = _BLOCK_FLOATS // (num_heads * visible[limit - 1])
             stop = start + max(1, min(limit - start, fitting))
             self._blocks.append(
-                _Block(
+                RowBlock(
                     rows=as_slice(places[start:stop]),
-                    weights=weights[kept[start:stop]].float(),
+                    row_weights=weights[kept[start:stop]].float(),
+                    positions=positions[kept[start:stop]],
                     columns=visible[stop - 1],
                     common=visible[start],
                     hidden=_hidden(visible[start:stop], weights.device),
                 )
             )
             start = stop
-        largest = max((len(b.weights) * b.columns for b in self._blocks), default=0)
+        largest = max((len(b.row_weights) * b.columns for b in self._blocks), default=0)
         self._memory_size = num_heads * largest
         self._memory: Tensor | None = None
 
-    def add(self, query: Tensor, keys: Tensor, scale: float, out: Tensor) -> None:
-        """Adds ``c_h[j] = sum_i w_i softmax_j(scale * q_ih . k_j)`` for every head and token.
-
-        Softmax does not change when one number is subtracted from all logits of a row. Taking the
-        logit of the first key, which every row sees, turns that into one subtraction per key
-        vector: ``q.k_j - q.k_0 = q.(k_j - k_0)``. Rows in which this does not keep the exponentials
-        within float32 are computed again with their largest logit subtracted.
+    def add(self, query: Tensor, keys: Tensor, form: AttentionForm, out: Tensor) -> None:
+        """Adds ``c_h[j] = sum_i w_i alpha^h_ij`` for every head and token.
 
         Args:
             query: ``[tokens, H, d]``, queries after position encoding, any float dtype.
             keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token;
                 overwritten.
-            scale: Factor on the dot products before the softmax.
+            form: How the layer makes attention weights ``alpha`` of queries and keys.
             out: float32 ``[H, >= n]``, added to in place.
         """
         if not self._blocks:
             return
-        groups, dim = keys.shape[:2]
         keys = keys[:, :, : self.columns]
-        keys -= keys[:, :, :1].clone()
-        if self._memory is None or self._memory.device != keys.device:
-            self._memory = torch.empty(self._memory_size, device=keys.device)
+        if form.is_plain:
+            keys -= keys[:, :, :1].clone()
+        memory = self._block_memory(keys)
         for block in self._blocks:
-            count = len(block.weights)
-            queries = query[block.rows].float().mul(scale).view(count, groups, -1, dim)
-            queries = queries.permute(1, 2, 0, 3).reshape(groups, -1, dim)
-            attention = self._memory[: self.num_heads * count * block.columns]
-            shape = (self.num_heads, count, block.columns)
-            _logits(queries, keys, block, attention.view(groups, -1, block.columns))
-            attention = attention.view(shape).exp_()
-            denominators = attention.sum(dim=-1)  # [H, B]
-            if not bool((denominators <= _LARGEST_DENOMINATOR).all()):
-                _logits(queries, keys, block, attention.view(groups, -1, block.columns))
-                attention.sub_(attention.amax(dim=-1, keepdim=True)).exp_()
-                denominators = attention.sum(dim=-1)
+            queries = block.queries(query, self.num_kv_heads, form.scale)
+            if form.is_plain:
+                first, attention, denominators = 0, *block.plain_weights(queries, keys, memory)
+            else:
+                first = form.first_visible(int(block.positions[0]))
+                attention, denominators, _ = block.weights_of(form, queries, keys, first, memory)
             # The softmax denominator is folded into the row weights: one pass less over the block.
-            row_weights = block.weights / denominators
-            out[:, : block.columns] += torch.bmm(row_weights[:, None], attention).squeeze(1)
+            row_weights = block.row_weights / denominators
+            sums = torch.bmm(row_weights[:, None], attention).squeeze(1)
+            out[:, first : block.columns] += sums
+
+    def log_sum_exp(self, query: Tensor, keys: Tensor, form: AttentionForm) -> Tensor:
+        """Computes ``log sum_j exp(logit_ij)`` of every row and head, a sink included.
+
+        Arguments as `add`; ``keys`` are left as they are.
+
+        Returns:
+            float32 ``[R, H]``, the rows ascending by position.
+        """
+        parts = [keys.new_empty(0, self.num_heads)]
+        memory = self._block_memory(keys)
+        for block in self._blocks:
+            queries = block.queries(query, self.num_kv_heads, form.scale)
+            first = form.first_visible(int(block.positions[0]))
+            _, denominators, largest = block.weights_of(form, queries, keys, first, memory)
+            parts.append((largest + denominators.log()).t())
+        return torch.cat(parts)
+
+    def _block_memory(self, like: Tensor) -> Tensor:
+        """Memory for one block of attention weights, made at first use."""
+        if self._memory is None or self._memory.device != like.device:
+            self._memory = torch.empty(self._memory_size, device=like.device)
+        return self._memory
 
 
 def weighted_column_sums(
@@ -158,12 +150,12 @@ def weighted_column_sums(
     key: Tensor,
     weights: Tensor,
     positions: Tensor,
-    scale: float,
+    form: AttentionForm,
     *,
     out: Tensor | None = None,
     block_rows: int | None = None,
 ) -> Tensor:
-    """Computes ``c_h[j] = sum_i w_i softmax_j(scale * q_ih . k_j)`` for every head and token.
+    """Computes ``c_h[j] = sum_i w_i alpha^h_ij`` for every head and token.
 
     This is the only part of FlashTrace (arXiv 2602.01914) that touches the attention matrix. Rows
     are taken block by block, so at most ``H * block_rows * N`` attention weights exist at a time
@@ -177,7 +169,7 @@ def weighted_column_sums(
         weights: float32 ``[R]``, non-negative target weight of each row.
         positions: int64 ``[R]``, absolute position of each row; row ``i`` attends to keys
             ``j <= positions[i]``. Any order.
-        scale: Factor on the dot products before the softmax.
+        form: How the layer makes attention weights ``alpha`` of queries and keys.
         out: float32 ``[H, >= N]`` accumulator; its first ``N`` columns are added to in place.
         block_rows: Upper limit on the rows of a block.
 
@@ -192,16 +184,8 @@ def weighted_column_sums(
     if out is None:
         out = torch.zeros(heads, context, dtype=torch.float32, device=query.device)
     blocks = TargetRowBlocks(weights, positions, heads, groups, block_rows=block_rows)
-    blocks.add(query, key.permute(1, 2, 0).to(torch.float32, copy=True), scale, out)
+    blocks.add(query, key.permute(1, 2, 0).to(torch.float32, copy=True), form, out)
     return out[:, :context]
-
-
-def _logits(queries: Tensor, keys: Tensor, block: _Block, out: Tensor) -> None:
-    """Writes the logits of a block, ``-inf`` where a row may not look, to ``out [G, r*B, n]``."""
-    torch.bmm(queries, keys[:, :, : block.columns], out=out)
-    if block.hidden is not None:
-        later = out.view(-1, len(block.weights), block.columns)[:, :, block.common :]
-        later.masked_fill_(block.hidden, float("-inf"))
 
 
 def _hidden(visible: list[int], device: torch.device) -> Tensor | None:

@@ -73,8 +73,21 @@ def layer_scores(
         column_norms=column_norms,
     )
     residual = l1_proximity(sums.residual.float(), sums.stream.float())
-    total = tokens.sum() + residual
-    return torch.where(total > 0, tokens / total, torch.zeros_like(tokens))
+    return token_shares(tokens, tokens.sum() + residual)
+
+
+def token_shares(proximities: Tensor, denominators: Tensor) -> Tensor:
+    """Computes ``e_j``, each token's share of a layer's proximity.
+
+    Args:
+        proximities: ``[..., N]``, summed over heads; over some of the heads gives their part.
+        denominators: ``[...]``, the proximity of all tokens through all heads and of the residual.
+
+    Returns:
+        ``[..., N]``, zeros where nothing is aligned with the stream.
+    """
+    shares = proximities / denominators[..., None]
+    return torch.where(denominators[..., None] > 0, shares, torch.zeros_like(shares))
 
 
 def _check_shapes(sums: LayerSums, values: Tensor, out_proj: Tensor) -> None:
