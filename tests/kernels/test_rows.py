@@ -1,0 +1,156 @@
+"""Target rows: what is refused, how their work is cut, and their sums of the stream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.attention import CPU, HIDDEN, Shape, make_case
+from vllm_flashtrace.kernels import Accumulators, PagedRows, RowSegment, add_row_sums, triton_rows
+from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+
+SHAPE = Shape(groups=2, shared=1, dim=64)
+
+
+@st.composite
+def targets(draw: st.DrawFn) -> list[list[int]]:
+    position = st.integers(0, 200)
+    one = st.lists(position, min_size=1, max_size=40, unique=True).map(sorted)
+    return draw(st.lists(one, min_size=1, max_size=3))
+
+
+def paged_rows(positions: list[list[int]]) -> PagedRows:
+    segments = []
+    for own in positions:
+        sums = Accumulators(
+            torch.zeros(1, 2, own[-1] + 1), torch.zeros(1, HIDDEN), torch.zeros(1, HIDDEN)
+        )
+        table = torch.zeros(13, dtype=torch.int32)
+        weights = torch.ones(len(own))
+        segments.append(RowSegment(torch.arange(len(own)), torch.tensor(own), weights, table, sums))
+    return PagedRows.build(segments, 2, 2, CPU)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    targets(),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([4, 16]),
+    st.sampled_from([0, 1, 5, 1000]),
+    st.sampled_from([1, 40, 4096]),
+)
+def test_every_pair_is_in_one_piece_of_work(positions, row_tile, key_tile, window, enough) -> None:
+    rows = paged_rows(positions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_rows, "_ENOUGH_PROGRAMS", enough)
+        by_rows = rows.on_device.row_tiles(row_tile, key_tile, window)
+        by_keys = rows.on_device.key_tiles(key_tile, row_tile, window)
+    for work, is_split in ((by_rows, True), (by_keys, False)):
+        times = [torch.zeros(len(own), own[-1] + 1, dtype=torch.int64) for own in positions]
+        for segment, first, last, start, stop, slot, full in work.items.tolist():
+            first, last = first - rows.first_row(segment), last - rows.first_row(segment)
+            assert 0 <= first < last <= len(positions[segment])
+            own = positions[segment][full - rows.first_row(segment) : last]
+            assert full >= first + rows.first_row(segment)
+            assert all(position >= stop - 1 for position in own) and not (own and window)
+            assert 0 <= start < stop <= positions[segment][-1] + 1
+            assert slot < max(1, work.slots)
+            times[segment][first:last, start:stop] += 1
+            if is_split:
+                assert last - first <= row_tile and start % key_tile == 0 and slot >= 0
+            else:
+                assert stop - start <= key_tile and start % key_tile == 0
+        for count, own in zip(times, positions, strict=True):
+            distances = torch.tensor(own)[:, None] - torch.arange(own[-1] + 1)
+            seen = (distances >= 0) & ((distances < window) if window else distances >= 0)
+            assert (count[seen] == 1).all() and (count <= 1).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(targets(), st.sampled_from([1, 40, 4096]))
+def test_parts_of_a_key_tile_are_found_again(positions, enough) -> None:
+    rows = paged_rows(positions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_rows, "_ENOUGH_PROGRAMS", enough)
+        work = rows.on_device.key_tiles(16, 8, 0)
+    written = {
+        slot: (s, start, stop) for s, _, _, start, stop, slot, _ in work.items.tolist() if slot >= 0
+    }
+    assert sorted(written) == list(range(work.slots))
+    found = {}
+    for segment, start, stop, first_slot, slots in work.reductions.tolist():
+        assert slots > 1
+        for slot in range(first_slot, first_slot + slots):
+            found[slot] = (segment, start, stop)
+    assert found == written
+
+
+@settings(deadline=None, max_examples=30)
+@given(targets(), st.sampled_from([1, 4096]))
+def test_work_of_a_segment_does_not_depend_on_the_others(positions, enough) -> None:
+    def cut(rows: PagedRows, index: int) -> list[list[int]]:
+        work = rows.on_device.key_tiles(16, 8, 0)
+        return [
+            [first - rows.first_row(index), last - rows.first_row(index), start, stop]
+            for segment, first, last, start, stop, *_ in work.items.tolist()
+            if segment == index
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_rows, "_ENOUGH_PROGRAMS", enough)
+        together = paged_rows(positions)
+        for index, own in enumerate(positions):
+            assert cut(together, index) == cut(paged_rows([own]), 0)
+
+
+@pytest.mark.parametrize("to", ["residual", "stream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_row_sums(to, dtype: torch.dtype, strided: bool) -> None:
+    """More rows than a chunk holds, few rows, one row; some rows of the stream are NaN."""
+    case = make_case(SHAPE, [[*range(10, 300)], [3, 9], [7]])
+    tokens = len(case.query)
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.full((tokens, 2 * HIDDEN), torch.nan)
+    for segment in case.rows.segments:
+        stream[segment.rows] = torch.randn(len(segment.rows), 2 * HIDDEN, generator=generator)
+    stream = stream.to(dtype)[:, ::2] if strided else stream.to(dtype)[:, :HIDDEN]
+    for layer, function in ((1, add_row_sums), (2, triton_row_sums), (2, triton_row_sums)):
+        function(stream, case.rows, layer, to)
+    for segment in case.rows.segments:
+        expected = segment.weights.double() @ stream[segment.rows].double()
+        sums = getattr(segment.sums, to)
+        torch.testing.assert_close(sums[1].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums[2].double(), 2 * expected, rtol=1e-5, atol=1e-5)
+        other = segment.sums.stream if to == "residual" else segment.sums.residual
+        assert not other.any() and not sums[0].any()
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    segment = make_case(SHAPE, [[3, 4, 9]]).rows.segments[0]
+    sums = segment.sums
+    wrong = {
+        "of one length": {"weights": torch.ones(2)},
+        "at least 1": {
+            "rows": segment.rows[:0],
+            "positions": segment.rows[:0],
+            "weights": torch.ones(0),
+        },
+        "ascend": {"positions": torch.tensor([4, 3, 9])},
+        "not be negative": {"positions": torch.tensor([-1, 3, 9])},
+        "block table": {"block_table": segment.block_table.long()},
+        "do not fit 2 heads": {"sums": sums._replace(column_sums=sums.column_sums[:, :1])},
+        "9 columns|10 columns": {"sums": sums._replace(column_sums=sums.column_sums[..., :9])},
+        "accumulators": {"sums": sums._replace(stream=sums.stream.double())},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            PagedRows.build([replace(segment, **change)], 2, 2, CPU)
+    with pytest.raises(ValueError, match="no target rows"):
+        PagedRows.build([], 2, 2, CPU)
+    with pytest.raises(ValueError, match="not a multiple of 3"):
+        PagedRows.build([segment], 2, 3, CPU)

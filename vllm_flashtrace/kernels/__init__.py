@@ -1,0 +1,21 @@
+"""What a trace computes from paged KV caches: Triton on CUDA, torch elsewhere; no vLLM."""
+
+from __future__ import annotations
+
+from vllm_flashtrace.core.attention_form import AttentionForm
+from vllm_flashtrace.kernels.column_sums import paged_column_sums, paged_lse
+from vllm_flashtrace.kernels.proximity import l1_proximity, proximity
+from vllm_flashtrace.kernels.row_sums import add_row_sums
+from vllm_flashtrace.kernels.rows import Accumulators, PagedRows, RowSegment
+
+__all__ = [
+    "Accumulators",
+    "AttentionForm",
+    "PagedRows",
+    "RowSegment",
+    "add_row_sums",
+    "l1_proximity",
+    "paged_column_sums",
+    "paged_lse",
+    "proximity",
+]
