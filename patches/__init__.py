@@ -1,17 +1,23 @@
 """Every change this package makes to a private vLLM interface, one module each.
 
-Invariant: all patches are applied or none. Each module checks the signatures it relies on; if one
-does not fit the installed vLLM, nothing is patched and the server runs without attribution.
+Invariant: all patches for a platform are applied or none. Each module checks the signatures it
+relies on; if one does not fit the installed vLLM, nothing is patched and the server runs without
+attribution.
 
-| module                  | changes                                        |
-| ----------------------- | ---------------------------------------------- |
-| ``cpu_attention``       | the CPU attention backend, via vLLM's registry |
-| ``model_load``          | taps are placed on a model as it is loaded     |
-| ``model_runner_v1``     | two methods of the V1 model runner             |
-| ``prefix_cache``        | how far a trace request may hit the cache      |
-| ``scheduler_share``     | how much of a step trace prefills may take     |
-| ``weight_updates``      | forgets derived weights when weights change    |
-| ``worker_rpc``          | two methods added to the worker base class     |
+| module                  | platform | changes                                         |
+| ----------------------- | -------- | ----------------------------------------------- |
+| ``cpu_attention``       | CPU      | the CPU attention backend, via vLLM's registry  |
+| ``cuda_attention``      | CUDA     | three attention backends, via vLLM's registry   |
+| ``model_load``          | all      | taps are placed on a model as it is loaded      |
+| ``model_runner_v1``     | all      | three methods of the V1 model runner            |
+| ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
+| ``prefix_cache``        | all      | how far a trace request may hit the cache       |
+| ``scheduler_share``     | all      | how much of a step trace prefills may take      |
+| ``weight_updates``      | all      | forgets derived weights when weights change     |
+| ``worker_rpc``          | all      | methods added to the worker base class          |
+
+``recording_attention`` and the ``recording_*`` modules of single backends hold the classes that the
+first two register.
 """
 
 from __future__ import annotations
@@ -47,7 +53,6 @@ def applied() -> bool:
 
 def _modules() -> list[ModuleType]:
     from vllm_flashtrace.patches import (
-        cpu_attention,
         model_load,
         model_runner_v1,
         prefix_cache,
@@ -57,7 +62,7 @@ def _modules() -> list[ModuleType]:
     )
 
     return [
-        cpu_attention,
+        *_platform_modules(),
         model_load,
         model_runner_v1,
         prefix_cache,
@@ -65,3 +70,18 @@ def _modules() -> list[ModuleType]:
         weight_updates,
         worker_rpc,
     ]
+
+
+def _platform_modules() -> list[ModuleType]:
+    """What only one platform needs; elsewhere traces are refused by the worker, by name."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm_flashtrace.patches import cpu_attention
+
+        return [cpu_attention]
+    if current_platform.is_cuda():
+        from vllm_flashtrace.patches import cuda_attention, model_runner_v2
+
+        return [cuda_attention, model_runner_v2]
+    return []

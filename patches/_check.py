@@ -22,3 +22,13 @@ def require_parameters(function: Callable[..., Any] | None, name: str, *paramete
     found = list(inspect.signature(inspect.unwrap(function)).parameters)
     if found[: len(parameters)] != list(parameters):
         raise PatchError(f"{name} takes {found}, expected it to begin with {list(parameters)}")
+
+
+def require_keyword(function: Callable[..., Any] | None, name: str, keyword: str) -> None:
+    """Raises PatchError unless ``function`` exists and can be given ``keyword`` by name."""
+    if function is None:
+        raise PatchError(f"{name} does not exist in this vLLM")
+    parameters = inspect.signature(inspect.unwrap(function)).parameters
+    found = parameters.get(keyword)
+    if found is None or found.kind is inspect.Parameter.POSITIONAL_ONLY:
+        raise PatchError(f"{name} takes {list(parameters)}, expected {keyword!r} among them")

@@ -12,39 +12,14 @@ Tested on: vLLM 0.32.0.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm_flashtrace.patches._check import require_parameters
+from vllm_flashtrace.patches.recording_attention import FORWARD_PARAMETERS, RecordingAttention
 
-from vllm_flashtrace.capture.observer import current
 
-
-class RecordingCPUAttentionImpl(CPUAttentionBackendImpl):
+class RecordingCPUAttentionImpl(RecordingAttention, CPUAttentionBackendImpl):
     """The stock implementation, watched by the forward pass's observer if there is one."""
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Runs the stock kernel, then shows the queries ``[tokens, H, d]`` to the observer."""
-        result = super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-        )
-        observer = current()
-        if observer is not None and attn_metadata is not None:
-            observer.on_attention(layer.layer_name, query)
-        return result
 
 
 class RecordingCPUAttentionBackend(CPUAttentionBackend):
@@ -59,9 +34,7 @@ class RecordingCPUAttentionBackend(CPUAttentionBackend):
 def check() -> None:
     """Raises PatchError unless the stock ``forward`` has the expected parameters."""
     require_parameters(
-        CPUAttentionBackendImpl.forward,
-        "CPUAttentionBackendImpl.forward",
-        *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        CPUAttentionBackendImpl.forward, "CPUAttentionBackendImpl.forward", *FORWARD_PARAMETERS
     )
 
 

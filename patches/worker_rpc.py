@@ -1,7 +1,7 @@
-"""Adds the two methods by which an API server reaches the traces of a worker.
+"""Adds the methods by which an API server reaches the traces of a worker.
 
-What it changes: ``WorkerBase`` gains ``flashtrace_collect`` and ``flashtrace_status``, called by
-name through ``collective_rpc``. Both return msgpack ``bytes``.
+What it changes: ``WorkerBase`` gains ``flashtrace_collect``, ``flashtrace_discard`` and
+``flashtrace_status``, called by name through ``collective_rpc``. They return msgpack ``bytes``.
 
 Why here: ``--worker-extension-cls`` takes a single class and belongs to the user.
 
@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 from vllm.v1.worker.worker_base import WorkerBase
 from vllm_flashtrace.patches._check import PatchError
-from vllm_flashtrace.patches.model_runner_v1 import capture_of
 
-_METHODS = ("flashtrace_collect", "flashtrace_status")
+from vllm_flashtrace.adapter.runner import capture_of
+
+_METHODS = ("flashtrace_collect", "flashtrace_discard", "flashtrace_status")
 
 
 def check() -> None:
@@ -30,8 +31,12 @@ def check() -> None:
 def apply() -> None:
     """Adds the methods."""
 
-    def flashtrace_collect(self: Any, nonce: str) -> bytes:
-        return capture_of(self.model_runner).recorder.collect(nonce)
+    def flashtrace_collect(self: Any, nonce: str, denominators: bytes = b"") -> bytes:
+        return capture_of(self.model_runner).recorder.collect(nonce, denominators)
+
+    def flashtrace_discard(self: Any, nonce: str) -> bytes:
+        capture_of(self.model_runner).recorder.discard(nonce)
+        return b""
 
     def flashtrace_status(self: Any) -> bytes:
         capture = capture_of(self.model_runner)
@@ -47,4 +52,5 @@ def apply() -> None:
         )
 
     WorkerBase.flashtrace_collect = flashtrace_collect
+    WorkerBase.flashtrace_discard = flashtrace_discard
     WorkerBase.flashtrace_status = flashtrace_status

@@ -32,22 +32,22 @@ def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
 CAPTURE = "vllm_flashtrace.capture"
 PHASES = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
-    "batch": ("vllm_flashtrace.adapter.runner_v1", "RunnerCapture", "_batch"),
-    "observer": ("vllm_flashtrace.adapter.runner_v1", None, "StepObserver"),
+    "batch": ("vllm_flashtrace.patches.model_runner_v1", None, "batch_rows"),
+    "observer": ("vllm_flashtrace.adapter.runner", None, "StepObserver"),
     "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
-    "row blocks": (f"{CAPTURE}.step", None, "TargetRowBlocks"),
-    "block table": ("vllm_flashtrace.adapter.cpu_model", "CPUTracedModel", "block_ids"),
+    "row plan": ("vllm_flashtrace.adapter.cpu_model", "CPUTracedModel", "plan_rows"),
     "attention": ("vllm_flashtrace.core.column_sums", "TargetRowBlocks", "add"),
     "key read": ("vllm_flashtrace.adapter.cpu_model", None, "read_keys"),
     "value read": ("vllm_flashtrace.adapter.cpu_model", None, "read_values"),
     "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
-    "proximity": (f"{CAPTURE}.recorder", None, "layer_scores"),
+    "proximity": ("vllm_flashtrace.adapter.cpu_model", None, "proximity"),
     "output projection": (
         "vllm_flashtrace.adapter.cpu_model",
         "CPUTracedModel",
         "output_projection",
     ),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
+    "scores": (f"{CAPTURE}.finished", None, "token_shares"),
 }
 
 

@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from vllm_flashtrace.accumulator_budget import AccumulatorBudget, accumulator_limit_bytes
+from vllm_flashtrace.accumulator_budget import AccumulatorBudget, part_of_memory
+from vllm_flashtrace.capture.clock import HostClock
 from vllm_flashtrace.capture.recorder import Recorder
 from vllm_flashtrace.capture.trace import ModelShape, Trace
 from vllm_flashtrace.config import FlashTraceConfig
@@ -42,9 +43,8 @@ def test_status_carries_the_budget() -> None:
     assert BUDGET.shared_by(3).cost(50) == BUDGET.cost(50)
 
 
-def test_the_limit_comes_from_the_option_or_the_machine() -> None:
-    assert accumulator_limit_bytes(3) == 3 << 20
-    assert accumulator_limit_bytes(None) == psutil.virtual_memory().total // 16
+def test_the_default_limit_comes_from_the_machine() -> None:
+    assert part_of_memory() == psutil.virtual_memory().total // 16
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,9 @@ def test_good_options() -> None:
 
 
 def test_a_worker_refuses_what_does_not_fit_beside_the_others() -> None:
-    model: Any = types.SimpleNamespace(shape=SHAPE, device=torch.device("cpu"))
+    model: Any = types.SimpleNamespace(
+        shape=SHAPE, device=torch.device("cpu"), clock=HostClock, num_ranks=1
+    )
     recorder = Recorder(model, 60.0, BUDGET)
     half, more = spec(95), spec(96)
     for name, one in (("a", half), ("b", half), ("c", more)):

@@ -38,14 +38,15 @@ _CORPUS = [
 ]
 
 
-def make_tiny_model(family: Family, folder: Path, *, seed: int = 0) -> Path:
+def make_tiny_model(family: Family, folder: Path, *, seed: int = 0, num_kv_heads: int = 2) -> Path:
     """Writes a random 4-layer float32 model with its tokenizer into folder and returns folder.
 
-    Hidden size 128, 4 query and 2 key/value heads of size 32, vocabulary 512, 2048 positions. The
-    weights are scaled so that attention is far from uniform; norms and biases are random too.
+    Hidden size 128, 4 query and, by default, 2 key/value heads of size 32, vocabulary 512, 2048
+    positions. The weights are scaled so that attention is far from uniform; norms and biases are
+    random too.
     """
     folder = Path(folder)
-    model = _model(family)
+    model = _model(family, num_kv_heads)
     _randomise(model, seed)
     model.generation_config.eos_token_id = _SPECIALS.index("<|im_end|>")
     model.generation_config.pad_token_id = _SPECIALS.index("<|endoftext|>")
@@ -54,7 +55,7 @@ def make_tiny_model(family: Family, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def _model(family: Family) -> Any:
+def _model(family: Family, num_kv_heads: int) -> Any:
     import transformers as hf
 
     common: dict[str, Any] = {
@@ -63,7 +64,7 @@ def _model(family: Family) -> Any:
         "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": num_kv_heads,
         "max_position_embeddings": MAX_POSITION,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,

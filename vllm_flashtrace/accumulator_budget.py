@@ -16,7 +16,6 @@ from vllm_flashtrace.errors import TraceError
 if TYPE_CHECKING:
     from vllm_flashtrace.capture.trace import ModelShape
 
-_MIB = 1 << 20
 _FLOAT_BYTES = 4
 _DEFAULT_PART_OF_MEMORY = 16
 
@@ -87,10 +86,8 @@ class AccumulatorBudget:
             )
 
 
-def accumulator_limit_bytes(max_accumulator_mib: int | None) -> int:
-    """The configured limit, by default a sixteenth of the machine's memory."""
-    if max_accumulator_mib is not None:
-        return max_accumulator_mib * _MIB
+def part_of_memory() -> int:
+    """The default limit where accumulators live in the machine's memory, a sixteenth of it."""
     import psutil  # type: ignore[import-untyped]
 
     total: int = psutil.virtual_memory().total

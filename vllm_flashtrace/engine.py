@@ -44,7 +44,7 @@ def stop_engine(llm: Any) -> None:
 
 def engine_refusal(llm: Any) -> str | None:
     """Why this engine cannot trace its model; None if it can."""
-    from vllm_flashtrace.hop import decode_status
+    from vllm_flashtrace.pickup import decode_status
 
     try:
         return decode_status(llm.collective_rpc("flashtrace_status"))["refusal"]

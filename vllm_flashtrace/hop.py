@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 from torch import Tensor
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
@@ -19,7 +18,7 @@ from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.records import TraceReport, TraceUsage
-from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
+from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 if TYPE_CHECKING:
     from vllm_flashtrace.postprocess.plan import TracePlan
@@ -58,34 +57,20 @@ def trace_call(
     return TraceCall(spec, prompt, params)
 
 
-def decode_rpc(replies: list[Any]) -> TraceReport:
-    """The report in a ``collective_rpc`` reply (one worker holds the whole model)."""
-    if len(replies) != 1 or not isinstance(replies[0], bytes):
-        raise TraceError("result_missing", f"expected one worker's result, got {len(replies)}")
-    return decode_report(replies[0])
-
-
-def decode_status(replies: list[Any]) -> dict[str, Any]:
-    """The status in a ``collective_rpc`` reply."""
-    return msgspec.msgpack.decode(replies[0])
-
-
 def take_report(
-    plan: TracePlan, usage: TraceUsage, replies: list[Any], engine_seconds: float
+    plan: TracePlan, usage: TraceUsage, report: TraceReport, engine_seconds: float
 ) -> None:
     """Adds a hop's scores to the recursion and its cost to the usage.
 
     Args:
         plan: The plan whose recursion awaits the hop.
         usage: Cost of the attribution so far.
-        replies: What ``flashtrace_collect`` returned.
+        report: What the engine measured.
         engine_seconds: Time from handing the hop to the engine to its report.
 
     Raises:
-        TraceError: The trace failed in the worker; ``bad_scores`` when the recursion refuses the
-            scores.
+        TraceError: ``bad_scores`` when the recursion refuses the scores.
     """
-    report = decode_rpc(replies)
     try:
         plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
     except ValueError as error:

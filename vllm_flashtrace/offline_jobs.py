@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_flashtrace.accumulator_budget import AccumulatorBudget
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.errors import FlashTraceError, TraceError
+from vllm_flashtrace.pickup import decode_status, pick_up
 from vllm_flashtrace.postprocess.plan import TracePlan
 from vllm_flashtrace.postprocess.result import build_result, failed_result
-from vllm_flashtrace.records import Completion, TraceUsage
+from vllm_flashtrace.records import Completion, TraceReport, TraceUsage
 
 if TYPE_CHECKING:
     from vllm_flashtrace.hop import TraceCall
@@ -54,8 +55,6 @@ class _Call:
 
 def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> None:
     """Runs all hops of all jobs; afterwards every job has its ``outcome``."""
-    from vllm_flashtrace.hop import decode_status
-
     status = decode_status(llm.collective_rpc("flashtrace_status"))
     budget = AccumulatorBudget.from_status(status)
     while _advance(jobs, llm, config, budget):
@@ -115,10 +114,22 @@ def _collect(llm: Any, call: _Call, seconds: float) -> None:
     from vllm_flashtrace.hop import take_report
 
     try:
-        replies = llm.collective_rpc("flashtrace_collect", args=(call.trace.spec.nonce,))
-        take_report(call.plan, call.job.usage, replies, seconds)
+        report = pick_up_now(llm, call.trace.spec.nonce)
+        take_report(call.plan, call.job.usage, report, seconds)
     except FlashTraceError as error:
         call.job.error = error
+
+
+def pick_up_now(llm: Any, nonce: str) -> TraceReport:
+    """Picks up a trace's report from the workers of a ``vllm.LLM``; see `pickup.pick_up`."""
+    pickup = pick_up(nonce)
+    request = next(pickup)
+    while True:
+        try:
+            request = pickup.send(llm.collective_rpc(request.method, args=request.args))
+        except StopIteration as done:
+            report: TraceReport = done.value
+            return report
 
 
 def _unfinished(jobs: Sequence[TraceJob]) -> Iterator[tuple[TraceJob, TracePlan]]:

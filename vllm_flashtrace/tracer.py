@@ -18,10 +18,11 @@ from vllm_flashtrace.accumulator_budget import AccumulatorBudget
 from vllm_flashtrace.admission import Admission
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.errors import FlashTraceError, TraceError
-from vllm_flashtrace.hop import TraceCall, decode_status, take_report, trace_call
+from vllm_flashtrace.hop import TraceCall, take_report, trace_call
+from vllm_flashtrace.pickup import decode_status, pick_up
 from vllm_flashtrace.postprocess.plan import TracePlan, plan_trace
 from vllm_flashtrace.postprocess.result import build_result, failed_result
-from vllm_flashtrace.records import Completion, TraceUsage
+from vllm_flashtrace.records import Completion, TraceReport, TraceUsage
 from vllm_flashtrace.schema import FlashTraceRequest
 
 logger = logging.getLogger(__name__)
@@ -159,12 +160,12 @@ class AsyncTracer:
             while (weights := plan.recursion.next_weights()) is not None:
                 call = trace_call(plan, weights, self.config, context.cache_salt)
                 began = time.monotonic()
-                replies = await self._hop(call, context, f"{trace_id}-hop{hop}")
-                take_report(plan, usage, replies, time.monotonic() - began)
+                report = await self._hop(call, context, f"{trace_id}-hop{hop}")
+                take_report(plan, usage, report, time.monotonic() - began)
                 hop += 1
         return usage
 
-    async def _hop(self, call: TraceCall, context: EngineContext, request_id: str) -> list[Any]:
+    async def _hop(self, call: TraceCall, context: EngineContext, request_id: str) -> TraceReport:
         async for _ in self._engine.generate(
             call.prompt,
             call.params,
@@ -174,10 +175,15 @@ class AsyncTracer:
             data_parallel_rank=context.data_parallel_rank,
         ):
             pass
-        replies: list[Any] = await self._engine.collective_rpc(
-            "flashtrace_collect", args=(call.spec.nonce,)
-        )
-        return replies
+        pickup = pick_up(call.spec.nonce)
+        request = next(pickup)
+        while True:
+            replies = await self._engine.collective_rpc(request.method, args=request.args)
+            try:
+                request = pickup.send(replies)
+            except StopIteration as done:
+                report: TraceReport = done.value
+                return report
 
     def _failed(self, trace_id: str, error: FlashTraceError) -> dict[str, Any]:
         result = failed_result(trace_id, error)

@@ -73,8 +73,8 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
 
     def target_weights(self) -> TargetWeights:
         """The target as tensors; raises ValueError when malformed or outside the trace."""
-        positions = _tensor(self.positions, torch.int32).to(torch.int64)
-        weights = TargetWeights(positions=positions, weights=_tensor(self.weights, torch.float32))
+        positions = tensor_of(self.positions, torch.int32).to(torch.int64)
+        weights = TargetWeights(positions=positions, weights=tensor_of(self.weights, torch.float32))
         if weights.last >= self.length:
             raise ValueError(f"target position {weights.last} lies beyond {self.length} tokens")
         return weights
@@ -120,9 +120,11 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """A finished or failed trace as a worker returns it.
 
     Attributes:
-        status: ``completed``, ``failed`` or ``missing`` (unknown nonce, or expired).
+        status: ``completed``, ``partial``, ``failed`` or ``missing`` (unknown nonce, or expired).
         scores: float32 ``[length]``.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
+        totals: Of a ``partial`` report, float64 ``[L]``, the proximity of all tokens.
+        residual: Of a ``partial`` report, float64 ``[L]``, the proximity of the residual.
     """
 
     status: str
@@ -135,28 +137,40 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     cached_tokens: int = 0
     restarts: int = 0
     seconds: dict[str, float] = {}
+    totals: bytes = b""
+    residual: bytes = b""
 
     def encode(self) -> bytes:
         """Msgpack form."""
         return msgspec.msgpack.encode(self)
 
 
-def decode_report(data: bytes) -> TraceReport:
-    """Turns a worker's answer into a report.
+def decode_wire(data: Any) -> WireReport:
+    """A worker's answer to a pick-up.
 
     Raises:
         TraceError: The trace failed in the worker, or the worker no longer knows it.
     """
+    if not isinstance(data, bytes):
+        raise TraceError("result_missing", f"a worker answered {type(data).__name__}")
     wire = msgspec.msgpack.decode(data, type=WireReport)
     if wire.status == "missing":
         raise TraceError("result_missing", "the engine holds no result for this trace")
-    if wire.status != "completed":
+    if wire.status not in ("completed", "partial"):
         raise TraceError(wire.code or "trace_failed", wire.message or "the trace failed")
+    return wire
+
+
+def decode_report(data: bytes) -> TraceReport:
+    """Turns a worker's final answer into a report; raises TraceError as `decode_wire` does."""
+    wire = decode_wire(data)
+    if wire.status != "completed":
+        raise TraceError("result_missing", f"the worker's result is {wire.status}")
     layers = None
     if wire.num_layers:
-        layers = _tensor(wire.layer_scores, torch.float32).view(wire.num_layers, -1)
+        layers = tensor_of(wire.layer_scores, torch.float32).view(wire.num_layers, -1)
     return TraceReport(
-        scores=_tensor(wire.scores, torch.float32),
+        scores=tensor_of(wire.scores, torch.float32),
         layer_scores=layers,
         recomputed_tokens=wire.recomputed_tokens,
         cached_tokens=wire.cached_tokens,
@@ -165,12 +179,13 @@ def decode_report(data: bytes) -> TraceReport:
     )
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """float32 little-endian bytes of ``tensor``."""
-    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
+def tensor_bytes(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> bytes:
+    """Little-endian bytes of ``tensor``."""
+    return tensor.detach().to(device="cpu", dtype=dtype).contiguous().numpy().tobytes()
 
 
-def _tensor(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+def tensor_of(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in the result of `tensor_bytes`."""
     if not data:
         return torch.empty(0, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype)

@@ -16,7 +16,7 @@ from vllm_flashtrace.core.hop_result import HopResult
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.records import TraceReport
-from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
+from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 SMALL = {
     "dtype": "float32",
@@ -93,10 +93,12 @@ class Engine:
                 raise AssertionError("the engine finished before the condition held")
 
     def collect(self, nonce: str) -> TraceReport:
-        return decode_report(self.llm.collective_rpc("flashtrace_collect", args=(nonce,))[0])
+        from vllm_flashtrace.offline_jobs import pick_up_now
+
+        return pick_up_now(self.llm, nonce)
 
     def status(self) -> dict[str, Any]:
-        from vllm_flashtrace.hop import decode_status
+        from vllm_flashtrace.pickup import decode_status
 
         return decode_status(self.llm.collective_rpc("flashtrace_status"))
 

@@ -37,8 +37,8 @@ def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[
 
         stock = step.StepRecorder.record_residual
 
-        def poisoned(self: Any, update: Any, residual: Any) -> None:
-            stock(self, update * float("nan") if self._residuals == 3 else update, residual)
+        def poisoned(self: Any, residual: Any) -> None:
+            stock(self, residual * float("nan") if self._residuals == 7 else residual)
 
         poisoned.original = stock  # type: ignore[attr-defined]
         step.StepRecorder.record_residual = poisoned  # type: ignore[method-assign]
@@ -54,25 +54,25 @@ def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[
 
 def test_a_layer_that_is_not_seen_fails_the_trace(smollm2: Engine, trace_tokens: list[int]) -> None:
     def skip_a_layer(worker: Any) -> None:
-        import vllm_flashtrace.adapter.runner_v1 as adapter
+        import vllm_flashtrace.adapter.runner as adapter
 
         stock = adapter.StepObserver.on_residual
 
-        def forgetful(self: Any, update: Any, residual: Any) -> None:
+        def forgetful(self: Any, residual: Any) -> None:
             self.calls = getattr(self, "calls", 0) + 1
             if self.calls != 5:
-                stock(self, update, residual)
+                stock(self, residual)
 
         forgetful.original = stock  # type: ignore[attr-defined]
         adapter.StepObserver.on_residual = forgetful  # type: ignore[method-assign]
 
     smollm2.on_worker(skip_a_layer)
     try:
-        with pytest.raises(TraceError, match="30 attention calls and 29 residual") as caught:
+        with pytest.raises(TraceError, match="30 attention calls and 59 of 60 residual") as caught:
             smollm2.trace(TraceJob(trace_tokens, TARGET))
     finally:
         smollm2.on_worker(
-            mend_function, "vllm_flashtrace.adapter.runner_v1", "StepObserver", "on_residual"
+            mend_function, "vllm_flashtrace.adapter.runner", "StepObserver", "on_residual"
         )
     assert caught.value.code == "recording_incomplete"
     assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
@@ -116,7 +116,7 @@ def test_abort_returns_the_accumulators(crowded: Engine) -> None:
 
 def test_results_nobody_fetches_expire(smollm2: Engine, trace_tokens: list[int]) -> None:
     def set_ttl(worker: Any, seconds: float) -> None:
-        from vllm_flashtrace.patches.model_runner_v1 import capture_of
+        from vllm_flashtrace.adapter.runner import capture_of
 
         capture_of(worker.model_runner).recorder._ttl = seconds
 

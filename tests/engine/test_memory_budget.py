@@ -21,7 +21,7 @@ TARGET = TargetWeights.from_spans([(500, 540)])
 
 def set_budget(worker: Any, limit_bytes: int) -> int:
     """Runs in the worker; returns the former limit."""
-    from vllm_flashtrace.patches.model_runner_v1 import capture_of
+    from vllm_flashtrace.adapter.runner import capture_of
 
     recorder = capture_of(worker.model_runner).recorder
     former = recorder.budget.limit_bytes

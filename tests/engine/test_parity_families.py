@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.oracle import oracle_scores
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILIES, Family, make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
-def test_family(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: Family, tmp_path: Path) -> None:
+    folder = make_tiny_model(family, tmp_path / family)
+    _compare(folder, folder)
+
+
+def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
+    """A window of 64 in two of four layers, whose cache keeps every token."""
+    folder = make_tiny_model("llama", tmp_path / "windowed")
+    windows = {
+        "sliding_window": 64,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    }
+    # The same weights under the name by which transformers knows a Llama with windows.
+    reference = tmp_path / "reference"
+    shutil.copytree(folder, reference)
+    names = {"architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
+    for place, changes in ((folder, windows), (reference, windows | names)):
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | changes))
+    _compare(folder, reference, disable_hybrid_kv_cache_manager=True)
+
+
+def _compare(folder: Path, reference: Path, **engine_args: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = make_tiny_model(family, tmp_path / family)
     token_ids = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     weights = TargetWeights.from_mapping(
         {i: 1.0 + i % 3 for i in [*range(150, 170), *range(250, 300)]}
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
+        reference, attn_implementation="eager", dtype=torch.float32
     )
     expected = oracle_scores(model, token_ids, weights.positions, weights.weights)
-    engine = Engine(folder, max_model_len=1024)
+    engine = Engine(folder, max_model_len=1024, **engine_args)
     try:
         exact = engine.trace(TraceJob(token_ids, weights)).scores
         pruned = engine.trace(TraceJob(token_ids, weights, exact_fraction=0.9)).scores
     finally:
         engine.close()
     errors = relative_l1(exact, expected), relative_l1(pruned, expected)
-    print(f"{family}: relative L1 exact {errors[0]:.2e}, pruned {errors[1]:.2e}")
+    print(f"{folder.name}: relative L1 exact {errors[0]:.2e}, pruned {errors[1]:.2e}")
     assert errors[0] <= LIMIT
     assert errors[1] <= LIMIT

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engine.harness import Engine, TraceJob
 from tests.tiny_models import make_tiny_model
@@ -14,7 +15,8 @@ from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError, UnsupportedModelError
 
 
-def test_sliding_window_layers(tmp_path: Path) -> None:
+def test_a_cache_that_forgets_tokens(tmp_path: Path) -> None:
+    """With nothing but sliding windows vLLM frees blocks that a trace's values are in."""
     folder = make_tiny_model("qwen3", tmp_path / "windowed")
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -26,24 +28,43 @@ def test_sliding_window_layers(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     engine = Engine(folder, max_model_len=1024)
     try:
-        assert "sliding-window attention" in engine.status()["refusal"]
+        assert "SlidingWindowSpec" in engine.status()["refusal"]
         token_ids = list(range(10, 210))
         assert len(engine.generate(token_ids, 4)) == 4
-        with pytest.raises(TraceError, match="sliding-window attention") as caught:
+        with pytest.raises(TraceError, match="SlidingWindowSpec") as caught:
             engine.trace(TraceJob(token_ids, TargetWeights.from_spans([(150, 200)])))
         assert caught.value.code == "unsupported_model"
-        with pytest.raises(UnsupportedModelError, match="sliding-window attention"):
+        with pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"):
             FlashTrace(llm=engine.llm)
         assert len(engine.generate(token_ids, 4)) == 4
     finally:
         engine.close()
 
 
+def test_full_and_windowed_layers_in_two_caches(tmp_path: Path) -> None:
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+    )
+
+    from vllm_flashtrace.adapter.model import check_cache
+
+    sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    full = KVCacheGroupSpec(["layers.0"], FullAttentionSpec(**sizes))
+    windowed = KVCacheGroupSpec(["layers.1"], SlidingWindowSpec(**sizes, sliding_window=64))
+    with pytest.raises(UnsupportedModelError, match="--disable-hybrid-kv-cache-manager"):
+        check_cache(KVCacheConfig(4, [], [full, windowed]))
+    with pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"):
+        check_cache(KVCacheConfig(4, [], [windowed]))
+    check_cache(KVCacheConfig(4, [], [full]))
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "engine_args", "reason"),
     [
         ("llama", {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, {}, "Gemma"),
-        ("llama", {}, {"tensor_parallel_size": 2}, "tensor parallelism"),
         ("llama", {}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ("llama", {}, {"quantization": "fp8"}, "quantized"),
         ("llama", {}, {"runner": "pooling"}, "pooling"),

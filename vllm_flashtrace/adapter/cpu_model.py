@@ -1,18 +1,20 @@
 """The loaded model of a CPU worker, as the recorder sees it.
 
-Invariant: keys and values come from the paged cache of the forward pass that is running, so they
-may be read only while its forward context is set.
+Invariant: keys and values are read from the paged cache while the traced requests hold their
+blocks, and are gathered once per layer into memory that the next read may overwrite.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
 
+from vllm_flashtrace.accumulator_budget import part_of_memory
 from vllm_flashtrace.adapter.cpu_kv import (
     BlockOrders,
     Scratch,
@@ -20,16 +22,26 @@ from vllm_flashtrace.adapter.cpu_kv import (
     read_keys,
     read_values,
 )
-from vllm_flashtrace.adapter.model import check_config, find_layers, output_projection
+from vllm_flashtrace.adapter.model import (
+    attention_form,
+    check_config,
+    find_layers,
+    output_projection,
+)
 from vllm_flashtrace.adapter.taps import has_taps
-from vllm_flashtrace.capture.step import BatchRow
+from vllm_flashtrace.capture.clock import HostClock
+from vllm_flashtrace.capture.step import RowGroup, Segment
 from vllm_flashtrace.capture.trace import ModelShape
-from vllm_flashtrace.core.proximity import OutputProjection
+from vllm_flashtrace.core.scores import LayerSums
 from vllm_flashtrace.errors import UnsupportedModelError
+from vllm_flashtrace.kernels import PagedRows, paged_column_sums, proximity
+
+# What is gathered looks to the kernels like a cache of one large block.
+_ONE_BLOCK = torch.zeros(1, dtype=torch.int32)
 
 
 class _Projection(NamedTuple):
-    """``W_O`` ``[H, d, D]`` in the model's dtype, and float32 norms of its columns."""
+    """``W_O`` ``[D, H * d]`` in the model's dtype, and float32 norms of its rows per head."""
 
     weight: torch.Tensor
     column_norms: torch.Tensor
@@ -37,6 +49,9 @@ class _Projection(NamedTuple):
 
 class CPUTracedModel:
     """Reads what traces need from a vLLM model on the CPU backend."""
+
+    # Each trace is recorded by itself, so that a fault stays with it.
+    batched = False
 
     def __init__(self, model: nn.Module, config: VllmConfig) -> None:
         """Inspects the model; raises UnsupportedModelError naming what is in the way."""
@@ -48,56 +63,102 @@ class CPUTracedModel:
             backend = layer.attention.attn_backend.get_name()
             if backend != "CPU_ATTN":
                 raise UnsupportedModelError(f"traces are not supported on the {backend} backend")
+            if not layer.attention.kv_cache.dtype.is_floating_point or (
+                layer.attention.kv_cache.dtype.itemsize < 2
+            ):
+                raise UnsupportedModelError(
+                    "traces are not supported with KV cache dtype "
+                    f"{layer.attention.kv_cache_dtype} on the CPU"
+                )
         self.device = torch.device("cpu")
+        self.num_ranks = config.parallel_config.tensor_parallel_size
         self.shape = ModelShape(
             num_layers=len(self.layers),
             num_heads=self.layers[0].attention.num_heads,
             num_kv_heads=self.layers[0].attention.num_kv_heads,
             hidden_size=config.model_config.get_hidden_size(),
         )
+        self._forms = [attention_form(layer) for layer in self.layers]
         self._names = {layer.name: layer.index for layer in self.layers}
         self._projections: dict[int, _Projection] = {}
         self._scratch = Scratch()
+        self._clock = HostClock()
 
     def layer_index(self, layer_name: str) -> int | None:
         """Index of an attention layer of this model; None for one of another model."""
         return self._names.get(layer_name)
 
-    def softmax_scale(self, layer: int) -> float:
-        """Factor on the dot products of a layer."""
-        return float(self.layers[layer].attention.impl.scale)
+    def clock(self) -> HostClock:
+        """The host's clock."""
+        return self._clock
 
-    def output_projection(self, layer: int) -> OutputProjection:
-        """``W_O`` of a layer; kept in the model's dtype once computed."""
+    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
+        """The configured limit, or a part of the machine's memory."""
+        return part_of_memory() if max_accumulator_mib is None else max_accumulator_mib << 20
+
+    def plan_rows(self, segments: Sequence[Segment]) -> PagedRows:
+        """Target rows over a cache of one block, which is what the reads below make."""
+        rows = [
+            dataclasses.replace(segment.row_segment, block_table=_ONE_BLOCK) for segment in segments
+        ]
+        return PagedRows.build(rows, self.shape.num_heads, self.shape.num_kv_heads, self.device)
+
+    def add_column_sums(self, layer: int, query: torch.Tensor, group: RowGroup) -> None:
+        """See :class:`~vllm_flashtrace.capture.step.StepModel`."""
+        [segment] = group.segments
+        attention = self.layers[layer].attention
+        keys = read_keys(
+            attention.kv_cache,
+            segment.batch_row.block_table.tolist(),
+            group.rows.columns(0),
+            self._order(attention),
+            self._scratch,
+        )
+        paged_column_sums(
+            query,
+            keys.transpose(1, 2)[None],
+            group.rows,
+            self._forms[layer],
+            layer,
+            overwrite_keys=True,
+        )
+
+    def token_proximity(
+        self, layer: int, sums: LayerSums, block_table: torch.Tensor, exact_fraction: float
+    ) -> torch.Tensor:
+        """See :class:`~vllm_flashtrace.capture.recorder.TracedModel`."""
+        attention = self.layers[layer].attention
+        values = read_values(
+            attention.kv_cache,
+            block_table.tolist(),
+            sums.column_sums.shape[1],
+            self._order(attention),
+            self._scratch,
+        )
+        projection = self.output_projection(layer)
+        return proximity(
+            sums.column_sums,
+            values.transpose(0, 1)[None],
+            _ONE_BLOCK,
+            projection.weight,
+            projection.column_norms,
+            sums.stream,
+            exact_fraction=exact_fraction,
+        )
+
+    def output_projection(self, layer: int) -> _Projection:
+        """``W_O`` of a layer and its norms; kept in the model's dtype once computed."""
         kept = self._projections.get(layer)
         if kept is None:
             weight = output_projection(self.layers[layer])
-            norms = torch.linalg.vector_norm(weight.float(), dim=1)
+            by_head = weight.float().unflatten(1, (self.shape.num_heads, -1))
+            norms = torch.linalg.vector_norm(by_head, dim=2).t().contiguous()
             kept = self._projections[layer] = _Projection(weight, norms)
-        return OutputProjection(kept.weight.float(), kept.column_norms)
+        return kept
 
     def forget_weights(self) -> None:
         """Drops derived weights, for when the model's weights are about to change."""
         self._projections.clear()
-
-    def block_ids(self, row: BatchRow) -> list[int]:
-        """Ids of the KV blocks that hold a request's tokens up to the end of the step."""
-        layer = self.layers[0]
-        metadata = get_forward_context().attn_metadata[layer.name]
-        num_blocks = -(-row.stop // layer.attention.kv_cache.shape[2])
-        return metadata.block_table[row.index, :num_blocks].tolist()
-
-    def read_keys(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
-        """float32 keys ``[G, d, length]`` of a request, until the next read."""
-        attention = self.layers[layer].attention
-        orders = self._order(attention)
-        return read_keys(attention.kv_cache, block_ids, length, orders, self._scratch)
-
-    def read_values(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
-        """float32 values ``[length, G, d]`` of a request, until the next read."""
-        attention = self.layers[layer].attention
-        orders = self._order(attention)
-        return read_values(attention.kv_cache, block_ids, length, orders, self._scratch)
 
     def end_step(self) -> None:
         """Returns memory that only a step with traces needs."""

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from vllm_flashtrace.errors import UnsupportedModelError
+from vllm_flashtrace.kernels import AttentionForm
 
 # Architectures whose decoder layer is pre-norm, adds the attention block's output to the residual
 # stream unscaled, and is called as (positions, hidden_states, residual).
@@ -57,7 +59,6 @@ def check_config(config: VllmConfig) -> None:
     """
     parallel = config.parallel_config
     refusals = {
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
@@ -65,6 +66,7 @@ def check_config(config: VllmConfig) -> None:
         "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
         "speculative decoding": config.speculative_config is not None,
         "KV transfer": config.kv_transfer_config is not None,
+        "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
         "a pooling model": config.model_config.runner_type != "generate",
         "a quantized model": config.model_config.quantization is not None,
         "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
@@ -90,6 +92,10 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     names = {id(module): name for name, module in modules.items()}
     layers = []
     for context_name, attention in config.compilation_config.static_forward_context.items():
+        if isinstance(attention, MLAAttention):
+            raise UnsupportedModelError(
+                f"traces are not supported with multi-head latent attention (MLA) ({context_name})"
+            )
         if not isinstance(attention, Attention):
             continue
         name = names.get(id(attention))
@@ -118,35 +124,62 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
 
 
 def output_projection(layer: TracedLayer) -> torch.Tensor:
-    """``W_O`` of a layer as ``[H, d, D]``, a view of ``[D, H * d]``, in the model's dtype.
+    """``W_O`` of a layer as the linear layer keeps it, ``[D, H * d]``, in the model's dtype.
 
-    The CPU backend empties ``weight`` after packing it for its kernels, so the matrix is got by
-    applying the projection to the identity. The bias is not part of it: it belongs to no token.
+    With tensor parallelism these are the columns of this rank's own heads. The CPU backend empties
+    ``weight`` after packing it for its kernels, so the matrix is got by applying the projection to
+    the identity. The bias is not part of it: it belongs to no token.
     """
     projection, attention = layer.out_proj, layer.attention
     rows = attention.num_heads * attention.head_size
     weight = projection.weight
     if weight.ndim == 2 and weight.shape[1] == rows:
-        matrix = weight.detach()
-    else:
-        identity = torch.eye(rows, dtype=projection.params_dtype)
-        with torch.inference_mode():
-            matrix = projection.quant_method.apply(projection, identity).t().contiguous()
-    return matrix.t().unflatten(0, (attention.num_heads, attention.head_size))
+        return weight.detach()
+    identity = torch.eye(rows, dtype=projection.params_dtype)
+    with torch.inference_mode():
+        return projection.quant_method.apply(projection, identity).t().contiguous()
+
+
+def attention_form(layer: TracedLayer) -> AttentionForm:
+    """How a layer of the CPU backend forms its attention weights."""
+    impl: Any = layer.attention.impl
+    return AttentionForm(
+        scale=float(impl.scale),
+        sliding_window=layer.attention.sliding_window,
+        soft_cap=float(impl.logits_soft_cap or 0),
+        alibi_slopes=impl.alibi_slopes,
+        sinks=impl.sinks.float() if impl.sinks is not None else None,
+    )
+
+
+def check_cache(config: KVCacheConfig) -> None:
+    """Refuses KV caches in which a trace's first tokens may be gone when it ends.
+
+    Raises:
+        UnsupportedModelError: Naming the reason.
+    """
+    groups = config.kv_cache_groups
+    if len(groups) != 1:
+        raise UnsupportedModelError(
+            f"traces are not supported with {len(groups)} KV cache groups; models that mix full "
+            "and sliding-window attention need --disable-hybrid-kv-cache-manager"
+        )
+    spec = groups[0].kv_cache_spec
+    if getattr(spec, "attention_chunk_size", None) or getattr(spec, "non_causal", False):
+        raise UnsupportedModelError("traces are supported with causal attention only")
+    if type(spec) is not FullAttentionSpec:
+        raise UnsupportedModelError(
+            f"traces are not supported with a {type(spec).__name__}: its cache does not keep every "
+            "token"
+        )
 
 
 def _check_attention(name: str, attention: Attention, block: nn.Module) -> None:
-    impl: Any = attention.impl
     out_proj = getattr(block, "o_proj", None)
     refusals = {
-        "sliding-window attention": attention.sliding_window is not None,
-        "logit soft-capping": bool(getattr(impl, "logits_soft_cap", 0)),
-        "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
-        "attention sinks": attention.has_sink,
-        f"KV cache dtype {attention.kv_cache_dtype}": attention.kv_cache_dtype.startswith(
-            ("fp8", "nvfp4", "int8", "turboquant")
-        ),
-        f"{attention.attn_type} attention": attention.attn_type != AttentionType.DECODER,
+        f"{type(attention).__name__} layers": type(attention) is not Attention,
+        f"{AttentionType(attention.attn_type).value} attention": attention.attn_type
+        != AttentionType.DECODER,
         "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
         "values of another size than keys": attention.head_size_v != attention.head_size,
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,

@@ -1,10 +1,13 @@
 """Taps on the residual stream that survive compilation.
 
-A tap is a custom operator, placed before the model is compiled, on two tensors that exist anyway:
-the inputs of the norm behind the attention block, which are the residual stream ``x_prev`` and
-what the attention block adds to it. Compiled code calls the operator like eager code does, so a
-step with a trace runs the same compiled forward as every other step. With no observer the operator
-returns at once; under CUDA graphs it launches nothing and is not part of the graph.
+A tap is a custom operator, placed before the model is compiled, on a tensor that exists anyway: the
+residual stream as it enters the norm behind a layer's attention block (``x_prev``) and as it enters
+the next norm, that of the following layer or the model's last (``x_mid``). Compiled code calls the
+operator like eager code does, so a step with a trace runs the same compiled forward as every other
+step. With no observer the operator returns at once; under CUDA graphs it launches nothing and is
+not part of the graph. The other input of these norms, what a block adds to the stream, is left
+alone: with tensor parallelism it comes out of an all-reduce that vLLM fuses with the norm, and a
+tap between the two would undo that.
 
 Invariant: an operator call carries nothing that differs between layers, so that compilers may
 share code between them; layers are told apart by the order of the calls.
@@ -12,32 +15,34 @@ share code between them; layers are told apart by the order of the calls.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_flashtrace.adapter.model import check_config, find_layers
+from vllm_flashtrace.adapter.model import TracedLayer, check_config, find_layers
 from vllm_flashtrace.capture.observer import current
 from vllm_flashtrace.errors import UnsupportedModelError
 
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
+_VERSION = 2  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
-# ``update`` is declared as mutated, though it is not, so that no compiler pass drops or moves the
-# call: it stays between the attention block and the norm.
-_library.define("observe_residual(Tensor(a!) update, Tensor residual) -> ()")
+# ``residual`` is declared as mutated, though it is not, so that no compiler pass drops or moves the
+# call: it stays in front of the norm.
+_library.define("observe_residual(Tensor(a!) residual) -> ()")
 
 
-def _observe_residual(update: torch.Tensor, residual: torch.Tensor) -> None:
+def _observe_residual(residual: torch.Tensor) -> None:
     observer = current()
     if observer is not None:
-        observer.on_residual(update, residual)
+        observer.on_residual(residual)
 
 
-def _observe_nothing(update: torch.Tensor, residual: torch.Tensor) -> None:
+def _observe_nothing(residual: torch.Tensor) -> None:
     pass
 
 
@@ -55,17 +60,11 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
         UnsupportedModelError: The model cannot be traced; it is left as it is.
     """
     check_config(config)
-    layers = find_layers(model, config)
-    norms = []
-    for layer in layers:
-        norm = getattr(layer.decoder, "post_attention_layernorm", None)
-        if not isinstance(norm, nn.Module):
-            raise UnsupportedModelError(f"{layer.name} has no norm behind its attention block")
-        norms.append(norm)
+    norms = _norms(model, find_layers(model, config))
     additional = config.additional_config or {}
     if not isinstance(additional, dict):
         raise UnsupportedModelError("additional_config is not a dictionary")
-    config.additional_config = {**additional, _CACHE_KEY: 1}
+    config.additional_config = {**additional, _CACHE_KEY: _VERSION}
     for norm in norms:
         norm.register_forward_pre_hook(_tap)
     setattr(model, _MARK, len(norms))
@@ -76,5 +75,21 @@ def has_taps(model: nn.Module) -> bool:
     return hasattr(model, _MARK)
 
 
+def _norms(model: nn.Module, layers: Sequence[TracedLayer]) -> list[nn.Module]:
+    """The norms that see the stream before and after each attention block, in order of calls."""
+    last = getattr(getattr(model, "model", None), "norm", None)
+    following = [*(getattr(layer.decoder, "input_layernorm", None) for layer in layers[1:]), last]
+    norms = []
+    for layer, after in zip(layers, following, strict=True):
+        before = getattr(layer.decoder, "post_attention_layernorm", None)
+        for norm in (before, after):
+            if not isinstance(norm, nn.Module):
+                raise UnsupportedModelError(f"{layer.name} has no norm behind its attention block")
+            norms.append(norm)
+    return norms
+
+
 def _tap(_: nn.Module, args: tuple[Any, ...]) -> None:
-    torch.ops.flashtrace.observe_residual(args[0], args[1])
+    """Norms are called as ``norm(update, residual)`` wherever there is a stream to add to."""
+    if len(args) > 1 and args[1] is not None:
+        torch.ops.flashtrace.observe_residual(args[1])

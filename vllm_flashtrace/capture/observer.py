@@ -21,12 +21,11 @@ class ForwardObserver(Protocol):
     def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
         """Called after an attention kernel with its queries ``[tokens, H, d]``."""
 
-    def on_residual(self, update: torch.Tensor, residual: torch.Tensor) -> None:
-        """Called once per decoder layer, in order.
+    def on_residual(self, residual: torch.Tensor) -> None:
+        """Called twice per decoder layer: before and after the attention block is added.
 
         Args:
-            update: ``[tokens, D]``, what the attention block adds to the residual stream.
-            residual: ``[tokens, D]``, the residual stream before it is added.
+            residual: ``[tokens, D]``, the residual stream.
         """
 
 

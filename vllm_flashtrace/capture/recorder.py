@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from vllm_flashtrace.accumulator_budget import AccumulatorBudget
+from vllm_flashtrace.capture.finished import FinishedTrace, TraceFacts, to_host
 from vllm_flashtrace.capture.step import BatchRow, Segment, StepModel, StepRecorder
 from vllm_flashtrace.capture.trace import Trace
-from vllm_flashtrace.core.proximity import OutputProjection
-from vllm_flashtrace.core.scores import layer_scores
+from vllm_flashtrace.core.proximity import l1_proximity
+from vllm_flashtrace.core.scores import LayerSums
 from vllm_flashtrace.errors import FlashTraceError
-from vllm_flashtrace.wire import WireReport, tensor_bytes, unseal
+from vllm_flashtrace.wire import WireReport, tensor_of, unseal
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +33,23 @@ class TracedModel(StepModel, Protocol):
     def device(self) -> torch.device:
         """Where accumulators live."""
 
-    def read_values(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
-        """float32 values ``[length, G, d]`` of a request, valid until the next read."""
+    @property
+    def num_ranks(self) -> int:
+        """Workers that share each layer's heads (tensor parallelism)."""
 
-    def end_step(self) -> None:
-        """Returns memory that only a step with traces needs."""
+    def token_proximity(
+        self, layer: int, sums: LayerSums, block_table: torch.Tensor, exact_fraction: float
+    ) -> torch.Tensor:
+        """Each context token's proximity summed over this rank's heads, float32 ``[N]``.
 
-    def output_projection(self, layer: int) -> OutputProjection:
-        """``W_O`` of a layer."""
+        Reads the values from the cache blocks, so it must be called, or on a GPU queued, while the
+        request still holds them. Never waits for a GPU.
+        """
 
 
 @dataclass(slots=True)
 class _Stored:
-    data: bytes
+    report: WireReport | FinishedTrace
     expires: float
 
 
@@ -79,29 +84,43 @@ class Recorder:
         """Results that nobody has picked up yet."""
         return len(self._results)
 
+    def first_target(self, req_id: str) -> int | None:
+        """First target position of a request that is being recorded."""
+        trace = self._traces.get(req_id)
+        return trace.target.first if trace is not None else None
+
     def register(self, req_id: str, sealed: bytes, num_prompt_tokens: int) -> None:
-        """Starts recording a new trace request; a bad spec becomes a failed result."""
+        """Starts recording a new trace request; a bad spec becomes a failed result.
+
+        A preempted request may come back as a new one: its trace goes on and starts again by
+        itself, see :meth:`Trace.begin_chunk`.
+        """
         self.expire()
         try:
             spec = unseal(sealed)
         except FlashTraceError as error:
             logger.warning("Request %s carries a trace spec that is refused: %s", req_id, error)
             return
+        if req_id in self._traces and self._nonces.get(req_id) == spec.nonce:
+            return
         self._nonces[req_id] = spec.nonce
+        self._traces.pop(req_id, None)
         try:
             if spec.length != num_prompt_tokens:
                 raise ValueError(f"spec is for {spec.length} tokens, not {num_prompt_tokens}")
             weights = spec.target_weights()
             if self.budget is not None:
                 self.budget.check(weights.last + 1, self.accumulator_bytes)
-            self._traces[req_id] = Trace(spec, weights, self._model.shape, self._model.device)
+            self._traces[req_id] = Trace(
+                spec, weights, self._model.shape, self._model.device, self._model.clock()
+            )
         except Exception as error:
             self.fail(req_id, error)
 
     def begin_step(self, batch: Sequence[BatchRow]) -> StepRecorder | None:
         """The recorder of a step, or None when it computes no target row of any trace."""
         step = StepRecorder(batch, self._traces, self._model, self.fail)
-        return step if step.segments else None
+        return step if step.groups else None
 
     def finish_step(self, step: StepRecorder) -> None:
         """Runs the proximity pass of every trace whose last target row is recorded.
@@ -113,21 +132,15 @@ class Recorder:
             req_id = segment.batch_row.req_id
             if segment.trace.complete and req_id in self._traces:
                 try:
-                    report = self._report(segment)
+                    finished = self._finish(segment)
                 except Exception as error:
                     self.fail(req_id, error)
                 else:
-                    self._store(req_id, report)
+                    self._store(req_id, finished)
 
     def fail(self, req_id: str, error: BaseException) -> None:
         """Ends a trace with a reason; the request itself goes on."""
-        if isinstance(error, FlashTraceError):
-            code, message = error.code, error.message
-            logger.warning("Trace of request %s failed: %s", req_id, error)
-        else:
-            code, message = "recording_failed", f"{type(error).__name__}: {error}"
-            logger.warning("Trace of request %s failed: %s", req_id, error, exc_info=error)
-        self._store(req_id, WireReport(status="failed", code=code, message=message))
+        self._store(req_id, _failure(f"request {req_id}", error))
 
     def drop(self, req_ids: Iterable[str]) -> None:
         """Forgets the accumulators of requests that finished or were aborted."""
@@ -135,11 +148,35 @@ class Recorder:
             self._traces.pop(req_id, None)
             self._nonces.pop(req_id, None)
 
-    def collect(self, nonce: str) -> bytes:
-        """Hands out and forgets a result, encoded; status ``missing`` when there is none."""
+    def collect(self, nonce: str, denominators: bytes = b"") -> bytes:
+        """Hands out a result, encoded; status ``missing`` when there is none.
+
+        A rank that shares the heads with others first gives its totals, status ``partial``, and
+        keeps the trace until it is called with the sums over all ranks. Every other answer is
+        given once.
+
+        Args:
+            nonce: The trace's nonce.
+            denominators: float64 ``[L]``, see :meth:`FinishedTrace.report`; empty for the totals.
+        """
         self.expire()
         stored = self._results.pop(nonce, None)
-        return stored.data if stored is not None else WireReport(status="missing").encode()
+        if stored is None:
+            return WireReport(status="missing").encode()
+        report = stored.report
+        if isinstance(report, WireReport):
+            return report.encode()
+        if denominators:
+            sums = tensor_of(denominators, torch.float64)
+            return self._answer(nonce, lambda: report.report(sums))
+        if self._model.num_ranks == 1:
+            return self._answer(nonce, report.report)
+        self._results[nonce] = stored
+        return self._answer(nonce, report.totals)
+
+    def discard(self, nonce: str) -> None:
+        """Forgets a result that will not be picked up."""
+        self._results.pop(nonce, None)
 
     def expire(self) -> None:
         """Drops results that nobody picked up in time."""
@@ -147,44 +184,41 @@ class Recorder:
         for nonce in [n for n, stored in self._results.items() if stored.expires <= now]:
             del self._results[nonce]
 
-    def _store(self, req_id: str, report: WireReport) -> None:
+    def _answer(self, nonce: str, report: Callable[[], WireReport]) -> bytes:
+        try:
+            return report().encode()
+        except Exception as error:
+            self._results.pop(nonce, None)
+            return _failure(f"nonce {nonce}", error).encode()
+
+    def _store(self, req_id: str, report: WireReport | FinishedTrace) -> None:
         self._traces.pop(req_id, None)
         nonce = self._nonces.pop(req_id, None)
         if nonce is not None:
-            self._results[nonce] = _Stored(report.encode(), time.monotonic() + self._ttl)
+            self._results[nonce] = _Stored(report, time.monotonic() + self._ttl)
 
-    def _report(self, segment: Segment) -> WireReport:
+    def _finish(self, segment: Segment) -> FinishedTrace:
         trace = segment.trace
-        began = time.monotonic()
-        per_layer = torch.zeros(self._model.shape.num_layers, trace.context)
-        for layer in range(self._model.shape.num_layers):
-            projection = self._model.output_projection(layer)
-            per_layer[layer] = layer_scores(
-                trace.layer_sums(layer),
-                self._model.read_values(layer, segment.block_ids, trace.context),
-                projection.weight,
-                exact_fraction=trace.spec.exact_fraction,
-                column_norms=projection.column_norms,
+        recorded = trace.clock.mark()
+        layers = self._model.shape.num_layers
+        tokens = torch.zeros(layers, trace.context, device=self._model.device)
+        residual = torch.zeros(layers, device=self._model.device)
+        for layer in range(layers):
+            sums = trace.layer_sums(layer)
+            tokens[layer] = self._model.token_proximity(
+                layer, sums, segment.batch_row.block_table, trace.spec.exact_fraction
             )
-        scores = torch.zeros(trace.spec.length)
-        scores[: trace.context] = per_layer.sum(0)
-        layers = torch.zeros(0)
-        if trace.spec.layers:
-            layers = torch.zeros(self._model.shape.num_layers, trace.spec.length)
-            layers[:, : trace.context] = per_layer
-        now = time.monotonic()
-        started = trace.started if trace.started is not None else trace.created
-        return WireReport(
-            status="completed",
-            scores=tensor_bytes(scores),
-            layer_scores=tensor_bytes(layers),
-            num_layers=layers.shape[0] if trace.spec.layers else 0,
-            recomputed_tokens=trace.recomputed_tokens,
-            cached_tokens=trace.cached_tokens,
-            restarts=trace.restarts,
-            seconds={
-                "prefill": began - started - trace.recording_seconds,
-                "recording": trace.recording_seconds,
-                "proximity": now - began,
-            },
-        )
+            residual[layer] = l1_proximity(sums.residual, sums.stream)
+        ended = trace.clock.mark()
+        on_host, wait = to_host(tokens, residual)
+        return FinishedTrace(TraceFacts.of(trace), on_host, wait, recorded, ended)
+
+
+def _failure(what: str, error: BaseException) -> WireReport:
+    if isinstance(error, FlashTraceError):
+        code, message = error.code, error.message
+        logger.warning("Trace of %s failed: %s", what, error)
+    else:
+        code, message = "recording_failed", f"{type(error).__name__}: {error}"
+        logger.warning("Trace of %s failed: %s", what, error, exc_info=error)
+    return WireReport(status="failed", code=code, message=message)

@@ -1,21 +1,21 @@
 """Records one engine step: which rows of the batch belong to which trace, and their sums.
 
-Invariant: a fault while recording fails the trace it concerns and nothing else; the step itself,
+Invariant: a fault while recording fails the traces it concerns and nothing else; the step itself,
 its other requests and the other traces go on.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from vllm_flashtrace.capture.clock import Clock
 from vllm_flashtrace.capture.trace import ModelShape, Trace
-from vllm_flashtrace.core.column_sums import TargetRowBlocks, as_slice
 from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.kernels import Accumulators, PagedRows, RowSegment, add_row_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,36 +24,35 @@ class BatchRow:
 
     Attributes:
         req_id: The engine's request id.
-        index: Row of the request in the batch (and in block tables).
         first_row: Its first row among the step's tokens.
         start: Absolute position of that row, i.e. tokens computed before this step.
         stop: Absolute position after its last row.
+        block_table: int32, ids of the request's KV blocks as the attention kernel counts them, on
+            the step's device.
     """
 
     req_id: str
-    index: int
     first_row: int
     start: int
     stop: int
+    block_table: torch.Tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
-    """A trace's target rows within a step.
-
-    Attributes:
-        rows: Rows among the step's tokens; a slice where they are adjacent.
-        weights: float32 ``[R]``, their target weights.
-        blocks: The same rows, ready for the attention sums.
-        block_ids: KV blocks of the request up to the end of the step.
-    """
+    """A trace's target rows within a step."""
 
     trace: Trace
     batch_row: BatchRow
-    rows: torch.Tensor | slice
-    weights: torch.Tensor
-    blocks: TargetRowBlocks
-    block_ids: list[int]
+    row_segment: RowSegment
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Segments that one call records; what fails it fails all their traces."""
+
+    segments: list[Segment]
+    rows: PagedRows
 
 
 class StepModel(Protocol):
@@ -63,17 +62,24 @@ class StepModel(Protocol):
     def shape(self) -> ModelShape:
         """Sizes of the model."""
 
-    def block_ids(self, row: BatchRow) -> list[int]:
-        """Ids of the KV blocks that hold a request's tokens up to the end of the step."""
+    @property
+    def batched(self) -> bool:
+        """Whether one call records all segments of a step, or each has its own."""
 
-    def read_keys(self, layer: int, block_ids: list[int], length: int) -> torch.Tensor:
-        """float32 keys ``[G, d, length]`` of a request's first tokens, valid until the next read.
+    def clock(self) -> Clock:
+        """Times the device's work."""
 
-        The caller may overwrite them.
+    def plan_rows(self, segments: Sequence[Segment]) -> PagedRows:
+        """Readies target rows for recording; made once per step and used for every layer."""
+
+    def add_column_sums(self, layer: int, query: torch.Tensor, group: RowGroup) -> None:
+        """Adds ``c_h[j] += sum_i w_i alpha^h_ij`` of one layer to the group's traces.
+
+        Args:
+            layer: Layer index.
+            query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
+            group: The target rows.
         """
-
-    def softmax_scale(self, layer: int) -> float:
-        """Factor on the dot products of a layer."""
 
 
 class StepRecorder:
@@ -90,84 +96,95 @@ class StepRecorder:
         self._on_failure = on_failure
         self._residuals = 0
         self._attentions = 0
-        self.segments: list[Segment] = []
+        self.groups: list[RowGroup] = []
+        segments = []
         for row in batch:
-            trace = traces.get(row.req_id)
-            if trace is None:
-                continue
-            try:
-                self._begin(trace, row)
-            except Exception as error:
-                on_failure(row.req_id, error)
+            if row.req_id in traces and (segment := self._begin(traces[row.req_id], row)):
+                segments.append(segment)
+        for members in [segments] if model.batched else [[segment] for segment in segments]:
+            self._plan(members)
 
-    def _begin(self, trace: Trace, row: BatchRow) -> None:
-        target = trace.begin_chunk(row.start, row.stop)
-        if target.offsets.numel() == 0:
-            return
-        shape, rows = self._model.shape, target.offsets + row.first_row
-        blocks = TargetRowBlocks(
-            target.weights, target.positions, shape.num_heads, shape.num_kv_heads, rows=rows
-        )
-        block_ids = self._model.block_ids(row)
-        segment = Segment(trace, row, as_slice(rows), target.weights, blocks, block_ids)
-        self.segments.append(segment)
+    @property
+    def segments(self) -> list[Segment]:
+        """The target rows that are still being recorded."""
+        return [segment for group in self.groups for segment in group.segments]
 
     def record_attention(self, layer: int, query: torch.Tensor) -> None:
-        """Adds ``c_h[j] += sum_i w_i alpha^h_ij`` of one layer.
-
-        Args:
-            layer: Layer index.
-            query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
-        """
+        """Adds one layer's column sums; arguments as `StepModel.add_column_sums`."""
         self._attentions += 1
+        self._each(lambda group: self._model.add_column_sums(layer, query, group))
 
-        def add(segment: Segment) -> None:
-            segment.blocks.add(
-                query,
-                self._model.read_keys(layer, segment.block_ids, segment.blocks.columns),
-                self._model.softmax_scale(layer),
-                segment.trace.column_sums[layer],
-            )
+    def record_residual(self, residual: torch.Tensor) -> None:
+        """Adds ``sum_i w_i x_prev_i`` to ``r`` or ``sum_i w_i x_mid_i`` to ``x`` of a layer.
 
-        self._each(add)
-
-    def record_residual(self, update: torch.Tensor, residual: torch.Tensor) -> None:
-        """Adds ``sum_i w_i x_prev_i`` to ``r``, ``sum_i w_i x_mid_i`` to ``x`` of the next layer.
+        The stream is seen twice per layer, before and after the attention block's output has been
+        added to it, in this order.
 
         Args:
-            update: ``[tokens, D]``, ``x_mid - x_prev``: what the attention block adds.
-            residual: ``[tokens, D]``, ``x_prev``.
+            residual: ``[tokens, D]``.
         """
-        layer = self._residuals
+        layer, after = divmod(self._residuals, 2)
         self._residuals += 1
-
-        def add(segment: Segment) -> None:
-            before = segment.weights @ residual[segment.rows].float()
-            segment.trace.residual[layer] += before
-            segment.trace.stream[layer] += before
-            segment.trace.stream[layer] += segment.weights @ update[segment.rows].float()
-
-        self._each(add)
+        self._each(
+            lambda group: add_row_sums(
+                residual, group.rows, layer, "stream" if after else "residual"
+            )
+        )
 
     def check_complete(self) -> None:
         """Fails the step's traces unless every layer was seen exactly once."""
         layers = self._model.shape.num_layers
-        if self._attentions == self._residuals == layers:
+        if self._attentions == layers and self._residuals == 2 * layers:
             return
         message = (
-            f"of {layers} layers {self._attentions} attention calls and {self._residuals} "
-            "residual streams were seen"
+            f"of {layers} layers {self._attentions} attention calls and {self._residuals} of "
+            f"{2 * layers} residual streams were seen"
         )
-        for segment in self.segments:
-            self._on_failure(segment.batch_row.req_id, TraceError("recording_incomplete", message))
-        self.segments.clear()
+        error = TraceError("recording_incomplete", message)
+        for group in list(self.groups):
+            self._fail(group.segments, error)
+        self.groups.clear()
 
-    def _each(self, add: Callable[[Segment], None]) -> None:
-        for segment in list(self.segments):
-            began = time.perf_counter()
+    def _begin(self, trace: Trace, row: BatchRow) -> Segment | None:
+        try:
+            target = trace.begin_chunk(row.start, row.stop)
+            if target.offsets.numel() == 0:
+                return None
+            sums = Accumulators(trace.column_sums, trace.residual, trace.stream)
+            rows = RowSegment(
+                target.offsets + row.first_row,
+                target.positions,
+                target.weights,
+                row.block_table,
+                sums,
+            )
+            return Segment(trace, row, rows)
+        except Exception as error:
+            self._on_failure(row.req_id, error)
+            return None
+
+    def _plan(self, segments: list[Segment]) -> None:
+        if not segments:
+            return
+        try:
+            self.groups.append(RowGroup(segments, self._model.plan_rows(segments)))
+        except Exception as error:
+            self._fail(segments, error)
+
+    def _each(self, add: Callable[[RowGroup], None]) -> None:
+        for group in list(self.groups):
+            clock = self._model.clock()
+            began = clock.mark()
             try:
-                add(segment)
+                add(group)
             except Exception as error:
-                self.segments.remove(segment)
-                self._on_failure(segment.batch_row.req_id, error)
-            segment.trace.recording_seconds += time.perf_counter() - began
+                self.groups.remove(group)
+                self._fail(group.segments, error)
+            else:
+                spent = (began, clock.mark())
+                for segment in group.segments:
+                    segment.trace.recordings.append(spent)
+
+    def _fail(self, segments: Sequence[Segment], error: BaseException) -> None:
+        for segment in segments:
+            self._on_failure(segment.batch_row.req_id, error)

@@ -6,12 +6,13 @@ position exactly once, or the trace has failed. They cost O(layers * heads * con
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
+from vllm_flashtrace.capture.clock import Clock, HostClock
 from vllm_flashtrace.core.scores import LayerSums
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
@@ -20,7 +21,7 @@ from vllm_flashtrace.wire import TraceSpec
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of the traced model on this worker."""
+    """Sizes of the traced model on this worker; heads are those of its tensor-parallel rank."""
 
     num_layers: int
     num_heads: int
@@ -47,7 +48,12 @@ class Trace:
     """One trace request's sums, ``c``, ``r`` and ``x`` of every layer (arXiv 2602.01914, 3.2)."""
 
     def __init__(
-        self, spec: TraceSpec, weights: TargetWeights, shape: ModelShape, device: torch.device
+        self,
+        spec: TraceSpec,
+        weights: TargetWeights,
+        shape: ModelShape,
+        device: torch.device,
+        clock: Clock | None = None,
     ) -> None:
         self.spec = spec
         self.target = weights.normalised()
@@ -56,9 +62,9 @@ class Trace:
         self.cached_tokens = 0
         self.recomputed_tokens = 0
         self.restarts = 0
-        self.created = time.monotonic()
-        self.started: float | None = None
-        self.recording_seconds = 0.0
+        self.clock: Clock = clock if clock is not None else HostClock()
+        self.started: Any = None
+        self.recordings: list[tuple[Any, Any]] = []
         layers, heads, hidden = shape.num_layers, shape.num_heads, shape.hidden_size
         zeros = partial(torch.zeros, dtype=torch.float32, device=device)
         self.column_sums = zeros(layers, heads, self.context)
@@ -85,7 +91,7 @@ class Trace:
             TraceError: ``recording_gap`` when target positions were computed unseen.
         """
         if self.started is None:
-            self.started = time.monotonic()
+            self.started = self.clock.mark()
         if start != self.next_position:
             if start > self.target.first:
                 raise TraceError(

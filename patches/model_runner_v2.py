@@ -1,0 +1,150 @@
+"""Lets the V2 model runner record traces.
+
+What it changes: of ``vllm.v1.worker.gpu.model_runner``, ``GPUModelRunner.execute_model`` first
+shows the scheduler's output to the capture. While such a step runs, ``dispatch_cg_and_sync_dp`` of
+that module keeps it out of CUDA graphs if it holds target rows of a trace, and ``prepare_attn``,
+which knows the batch and its block tables, sets the observer, which leaves with ``execute_model``.
+After ``reload_weights`` derived weights are forgotten. All of them always call the stock function,
+with unchanged arguments but for ``need_eager``; dummy runs are not touched.
+
+Why here: vLLM has no public hook around a step. A step outside CUDA graphs still runs compiled code
+(``skip_compiled`` is left alone): attention and taps are custom operators inside it.
+
+Tested on: vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm_flashtrace.patches._check import require_keyword, require_parameters
+
+from vllm_flashtrace.adapter.runner import (
+    RunnerCapture,
+    StepObserver,
+    existing_capture,
+    observe_step,
+)
+from vllm_flashtrace.adapter.runner_v2 import batch_rows
+from vllm_flashtrace.capture.observer import observing
+
+_METHODS: dict[str, tuple[str, ...]] = {
+    "execute_model": ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),
+    "prepare_attn": ("self", "input_batch"),
+    "reload_weights": ("self",),
+}
+_DISPATCH = "dispatch_cg_and_sync_dp"
+
+
+class _Step:
+    """A step of a runner that has, or once had, a trace."""
+
+    def __init__(self, runner: GPUModelRunner, capture: RunnerCapture) -> None:
+        self.runner = runner
+        self.capture = capture
+        self.observer: StepObserver | None = None
+        self.observed = ExitStack()
+
+    def begin_forward(self, input_batch: Any, block_tables: Sequence[Any]) -> None:
+        """Sets the observer if the step computes target rows."""
+        self.observer = self.capture.begin_forward(
+            lambda: batch_rows(self.runner, input_batch, block_tables)
+        )
+        if self.observer is not None:
+            self.observed.enter_context(observing(self.observer))
+
+
+# The step that is running, if it is to be watched; a worker runs one at a time.
+_running: _Step | None = None
+
+
+def check() -> None:
+    """Raises PatchError unless the methods and the function have the expected parameters."""
+    for name, parameters in _METHODS.items():
+        method = getattr(GPUModelRunner, name, None)
+        require_parameters(method, f"GPUModelRunner.{name} (V2)", *parameters)
+    require_keyword(getattr(model_runner, _DISPATCH, None), _DISPATCH, "need_eager")
+
+
+def apply() -> None:
+    """Wraps the methods and the function."""
+    GPUModelRunner.execute_model = execute_wrapper(GPUModelRunner.execute_model)
+    GPUModelRunner.prepare_attn = prepare_wrapper(GPUModelRunner.prepare_attn)
+    GPUModelRunner.reload_weights = reload_wrapper(GPUModelRunner.reload_weights)
+    setattr(model_runner, _DISPATCH, dispatch_wrapper(getattr(model_runner, _DISPATCH)))
+
+
+def execute_wrapper(stock: Any) -> Any:
+    """``execute_model`` with a step that the other wrappers know of."""
+
+    @functools.wraps(stock)
+    def execute_model(
+        self: GPUModelRunner,
+        scheduler_output: Any,
+        intermediate_tensors: Any = None,
+        dummy_run: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        arguments = (self, scheduler_output, intermediate_tensors, dummy_run, *args)
+        capture = None if dummy_run else observe_step(self, scheduler_output)
+        if capture is None:
+            return stock(*arguments, **kwargs)
+        global _running
+        _running = step = _Step(self, capture)
+        try:
+            with step.observed:
+                result = stock(*arguments, **kwargs)
+            if step.observer is not None:
+                capture.end_forward(step.observer)
+            return result
+        finally:
+            _running = None
+            capture.forget_step()
+
+    return execute_model
+
+
+def prepare_wrapper(stock: Any) -> Any:
+    """``prepare_attn`` followed by the beginning of a watched forward pass."""
+
+    @functools.wraps(stock)
+    def prepare_attn(self: GPUModelRunner, input_batch: Any) -> Any:
+        prepared = stock(self, input_batch)
+        if _running is not None and _running.runner is self:
+            _running.begin_forward(input_batch, prepared[0])
+        return prepared
+
+    return prepare_attn
+
+
+def dispatch_wrapper(stock: Any) -> Any:
+    """``dispatch_cg_and_sync_dp`` that forces steps with target rows out of CUDA graphs."""
+
+    @functools.wraps(stock)
+    def dispatch_cg_and_sync_dp(*args: Any, **kwargs: Any) -> Any:
+        if _running is not None and _running.capture.records_step:
+            kwargs["need_eager"] = True
+        return stock(*args, **kwargs)
+
+    return dispatch_cg_and_sync_dp
+
+
+def reload_wrapper(stock: Any) -> Any:
+    """``reload_weights`` that drops what was derived from the old ones, also if it fails."""
+
+    @functools.wraps(stock)
+    def reload_weights(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            capture = existing_capture(self)
+            if capture is not None:
+                capture.forget_weights()
+
+    return reload_weights

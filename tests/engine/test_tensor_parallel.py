@@ -1,0 +1,134 @@
+"""Two tensor-parallel ranks give what one gives, and a rank that fails fails its trace alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.faults import PHASES, break_function, mend_function
+from tests.tiny_models import Family, make_tiny_model
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.records import TraceReport
+
+LIMIT = 1e-5
+TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+JOBS = [
+    TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
+    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True),
+]
+
+
+def start(folder: Path, ranks: int, patch: pytest.MonkeyPatch) -> Engine:
+    if ranks > 1:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in range(ranks)))
+    return Engine(folder, max_model_len=1024, tensor_parallel_size=ranks)
+
+
+def one_rank(folder: Path, patch: pytest.MonkeyPatch) -> list[TraceReport]:
+    engine = start(folder, 1, patch)
+    try:
+        return engine.trace_many(JOBS)
+    finally:
+        engine.close()
+
+
+def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
+    for ours, expected in zip(several, one, strict=True):
+        error = relative_l1(ours.scores, expected.scores)
+        print(f"two ranks against one: relative L1 {error:.1e}")
+        assert error <= LIMIT
+        assert ours.recomputed_tokens == expected.recomputed_tokens
+        assert ours.cached_tokens == expected.cached_tokens
+    with_layers, expected = several[1].layer_scores, one[1].layer_scores
+    assert with_layers is not None and expected is not None
+    assert with_layers.shape == expected.shape
+    for mine, theirs in zip(with_layers, expected, strict=True):
+        assert relative_l1(mine, theirs) <= LIMIT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("tp") / "qwen3")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        engine = start(folder, 2, patch)
+        yield engine
+        engine.close()
+
+
+def test_heads_shared_by_two_ranks(
+    two_ranks: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(two_ranks.trace_many(JOBS), one_rank(folder, monkeypatch))
+    nothing_left(two_ranks)
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_a_key_value_head_on_both_ranks(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more ranks than key/value heads each rank holds a copy; the heads count once."""
+    folder = make_tiny_model(family, tmp_path / family, num_kv_heads=1)
+    engine = start(folder, 2, monkeypatch)
+    try:
+        several = engine.trace_many(JOBS)
+    finally:
+        engine.close()
+    compare(several, one_rank(folder, monkeypatch))
+
+
+def on_rank(worker: Any, rank: int, function: Any, *args: Any) -> None:
+    """Runs in every worker: calls the function in one of them."""
+    if worker.rank == rank:
+        function(worker, *args)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rank_that_fails(two_ranks: Engine, phase: str, rank: int) -> None:
+    two_ranks.on_worker(on_rank, rank, break_function, *PHASES[phase])
+    try:
+        with pytest.raises(TraceError, match="injected") as caught:
+            two_ranks.trace(JOBS[0])
+        text = two_ranks.generate(TOKENS, 4)
+    finally:
+        two_ranks.on_worker(on_rank, rank, mend_function, *PHASES[phase])
+    assert caught.value.code == "recording_failed"
+    assert text == two_ranks.generate(TOKENS, 4)
+    assert two_ranks.trace(JOBS[0]).scores.sum() > 0
+    nothing_left(two_ranks)
+
+
+def test_a_rank_that_lost_its_result(two_ranks: Engine) -> None:
+    def lose(worker: Any) -> None:
+        if worker.rank == 1:
+            from vllm_flashtrace.adapter.runner import capture_of
+
+            capture_of(worker.model_runner).recorder._results.clear()
+
+    _, nonce = two_ranks.submit(JOBS[0])
+    two_ranks.run()
+    two_ranks.on_worker(lose)
+    with pytest.raises(TraceError) as caught:
+        two_ranks.collect(nonce)
+    assert caught.value.code == "result_missing"
+    nothing_left(two_ranks)
+
+
+def nothing_left(engine: Engine) -> None:
+    status = engine.status()
+    assert status["refusal"] is None
+    assert (status["recording"], status["waiting_results"], status["accumulator_bytes"]) == (
+        0,
+        0,
+        0,
+    )

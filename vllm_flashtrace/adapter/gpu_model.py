@@ -1,0 +1,303 @@
+"""The loaded model of a CUDA worker, as the recorder sees it.
+
+Invariant: nothing here waits for the device, and nothing is copied out of the KV cache or of the
+weights: kernels read both where vLLM keeps them. What is queued while a request holds its KV blocks
+reads them before a later step can write to them, because vLLM runs its steps on the same stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_flashtrace.accumulator_budget import part_of_memory
+from vllm_flashtrace.adapter.gpu_kv import (
+    CacheScales,
+    KeyValueViews,
+    cache_scales,
+    key_value_views,
+    quantized_dtype,
+)
+from vllm_flashtrace.adapter.model import TracedLayer, check_config, find_layers
+from vllm_flashtrace.adapter.taps import has_taps
+from vllm_flashtrace.capture.clock import Clock, CudaClock, HostClock
+from vllm_flashtrace.capture.step import RowGroup, Segment
+from vllm_flashtrace.capture.trace import ModelShape
+from vllm_flashtrace.core.scores import LayerSums
+from vllm_flashtrace.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.kernels import AttentionForm, PagedRows, paged_column_sums, proximity
+from vllm_flashtrace.patches.recording_attention import RecordingAttention
+
+_MIB = 1 << 20
+_PART_OF_FREE_MEMORY = 2
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a layer's numbers are to be read.
+
+    Attributes:
+        form: How it forms attention weights, with the scales of K and of quantised queries.
+        scales: All scales of its cache.
+        dtype: What a quantised cache's bytes are; None if it is not quantised.
+        quantized_queries: Whether queries reach the kernel in fp8.
+    """
+
+    form: AttentionForm
+    scales: CacheScales
+    dtype: torch.dtype | None
+    quantized_queries: bool
+
+
+class GPUTracedModel:
+    """Reads what traces need from a vLLM model on one of the recorded CUDA backends."""
+
+    # Kernels take the target rows of all traces of a step in one launch.
+    batched = True
+
+    def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
+        """Inspects the model; raises UnsupportedModelError naming what is in the way."""
+        check_config(config)
+        check_gpu_config(config)
+        self.layers = find_layers(model, config)
+        if not has_taps(model):
+            raise UnsupportedModelError("the model was loaded without taps")
+        self.device = device
+        self.num_ranks: int = config.parallel_config.tensor_parallel_size
+        self.shape = ModelShape(
+            num_layers=len(self.layers),
+            num_heads=self.layers[0].attention.num_heads,
+            num_kv_heads=self.layers[0].attention.num_kv_heads,
+            hidden_size=config.model_config.get_hidden_size(),
+        )
+        self._flashinfer_quantizes = flashinfer_quantizes_queries(config)
+        self._names = {layer.name: layer.index for layer in self.layers}
+        self._clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
+        self._readings: dict[int, _Reading] = {}
+        self._column_norms: dict[int, torch.Tensor] = {}
+        for layer in self.layers:
+            self._check_projection(layer)
+            self._reading(layer.index)
+
+    def layer_index(self, layer_name: str) -> int | None:
+        """Index of an attention layer of this model; None for one of another model."""
+        return self._names.get(layer_name)
+
+    def clock(self) -> Clock:
+        """The device's clock."""
+        return self._clock
+
+    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
+        """The configured limit, or half of what is free beside the norms that will be kept."""
+        if max_accumulator_mib is not None:
+            return max_accumulator_mib * _MIB
+        norms = self.shape.num_layers * self.shape.num_heads * self.shape.hidden_size * 4
+        return device_memory_limit(self.device, norms)
+
+    def plan_rows(self, segments: Sequence[Segment]) -> PagedRows:
+        """See :class:`~vllm_flashtrace.capture.step.StepModel`."""
+        rows = [segment.row_segment for segment in segments]
+        return PagedRows.build(rows, self.shape.num_heads, self.shape.num_kv_heads, self.device)
+
+    def add_column_sums(self, layer: int, query: torch.Tensor, group: RowGroup) -> None:
+        """See :class:`~vllm_flashtrace.capture.step.StepModel`; ``[tokens, H * d]`` will do."""
+        reading = self._reading(layer)
+        if (query.dtype in _FP8) != reading.quantized_queries:
+            raise TraceError("recording_failed", f"queries of layer {layer} are {query.dtype}")
+        keys = self._views(layer, reading).keys
+        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, keys.shape[3]))
+        paged_column_sums(heads, keys, group.rows, reading.form, layer)
+
+    def token_proximity(
+        self, layer: int, sums: LayerSums, block_table: torch.Tensor, exact_fraction: float
+    ) -> torch.Tensor:
+        """See :class:`~vllm_flashtrace.capture.recorder.TracedModel`."""
+        reading = self._reading(layer)
+        return proximity(
+            sums.column_sums,
+            self._views(layer, reading).values,
+            block_table,
+            self.layers[layer].out_proj.weight.detach(),
+            self._norms(layer),
+            sums.stream,
+            value_scale=reading.scales.value,
+            exact_fraction=exact_fraction,
+        )
+
+    def forget_weights(self) -> None:
+        """Drops what was derived from weights, for when they are about to change."""
+        self._column_norms.clear()
+        self._readings.clear()
+
+    def end_step(self) -> None:
+        """Nothing is kept for a step only."""
+
+    def _reading(self, layer: int) -> _Reading:
+        """Scales and sinks are weights: read when first needed, and again after a change."""
+        reading = self._readings.get(layer)
+        if reading is None:
+            traced = self.layers[layer]
+            attention = traced.attention
+            check_gpu_layer(traced, self._flashinfer_quantizes)
+            reading = self._readings[layer] = _Reading(
+                form=gpu_attention_form(traced),
+                scales=cache_scales(attention),
+                dtype=quantized_dtype(attention),
+                quantized_queries=attention.query_quant is not None,
+            )
+        return reading
+
+    def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
+        return key_value_views(self.layers[layer].attention, reading.dtype)
+
+    def _norms(self, layer: int) -> torch.Tensor:
+        """float32 ``[H, D]``, Euclidean norms of ``W_O``'s rows per head; kept once computed."""
+        norms = self._column_norms.get(layer)
+        if norms is None:
+            weight = self.layers[layer].out_proj.weight.detach()
+            by_head = weight.unflatten(1, (self.shape.num_heads, -1))
+            norms = torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32).t().contiguous()
+            self._column_norms[layer] = norms
+        return norms
+
+    def _check_projection(self, layer: TracedLayer) -> None:
+        weight = layer.out_proj.weight
+        width = self.shape.num_heads * layer.attention.head_size
+        if (
+            tuple(weight.shape) != (self.shape.hidden_size, width)
+            or weight.dtype not in _FLOATS
+            or weight.device.type != self.device.type
+        ):
+            raise UnsupportedModelError(
+                f"traces are not supported with an output projection of {weight.dtype} "
+                f"{tuple(weight.shape)} on {weight.device} ({layer.name})"
+            )
+
+
+def check_gpu_config(config: VllmConfig) -> None:
+    """Refuses engine configurations that only matter on a GPU.
+
+    Raises:
+        UnsupportedModelError: Naming the feature in the way.
+    """
+    offload = config.offload_config
+    refusals = {
+        "R-SWA attention": config.model_config.rswa_window is not None,
+        "attention to later image tokens": bool(config.model_config.is_mm_prefix_lm),
+        "non-causal attention": bool(config.attention_config.use_non_causal),
+        "weights offloaded to the host": (
+            offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
+        ),
+        "KV caches on the host (HiSparse)": config.attention_config.hisparse_config is not None,
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
+
+
+def check_gpu_layer(layer: TracedLayer, flashinfer_quantizes: bool) -> None:
+    """Refuses attention layers whose weights the recorder would not reproduce.
+
+    Args:
+        layer: The layer.
+        flashinfer_quantizes: Whether FlashInfer quantises queries by itself where the cache is fp8.
+
+    Raises:
+        UnsupportedModelError: Naming the feature in the way.
+    """
+    attention: Any = layer.attention
+    impl = attention.impl
+    backend = attention.attn_backend
+    # A backend derived from a recording one (chunked local attention, say) may build other block
+    # tables; only the classes that were registered are known.
+    if not isinstance(impl, RecordingAttention) or backend.get_impl_cls() is not type(impl):
+        raise UnsupportedModelError(
+            f"traces are not supported on the {backend.get_name()} backend ({layer.name})"
+        )
+    if "get_impl_cls" not in vars(backend):
+        raise UnsupportedModelError(
+            f"traces are not supported on the {backend.__name__} backend ({layer.name})"
+        )
+    flashinfer = backend.get_name() == "FLASHINFER"
+    quantized = quantized_dtype(attention) is not None
+    raw_queries = quantized and attention.query_quant is None
+    left, right = impl.sliding_window
+    refusals = {
+        "ALiBi of square roots": bool(getattr(impl, "use_alibi_sqrt", False)),
+        "ALiBi on the FLASHINFER backend": flashinfer and impl.alibi_slopes is not None,
+        "ALiBi and attention sinks": impl.alibi_slopes is not None and impl.sinks is not None,
+        "soft-capped logits on the FLASHINFER backend": flashinfer and bool(impl.logits_soft_cap),
+        "chunked local attention": getattr(impl, "chunk_lookback", -1) > -1,
+        "attention to later image tokens": bool(attention.use_mm_prefix),
+        f"a sliding window of {impl.sliding_window}": right > 0 or (left < 0) != (right < 0),
+        "an fp8 KV cache for which FlashInfer quantizes the queries": (
+            flashinfer and raw_queries and flashinfer_quantizes
+        ),
+        # Its kernels then apply the scales of quantised queries to queries that are not.
+        "fp8 scales on the FLASHINFER backend without quantized queries": (
+            flashinfer and raw_queries and cache_scales(attention) != CacheScales()
+        ),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature} ({layer.name})")
+
+
+def gpu_attention_form(layer: TracedLayer) -> AttentionForm:
+    """How a layer on a recorded CUDA backend forms its attention weights.
+
+    The scales that make numbers out of a quantised K cache and of quantised queries are part of the
+    factor on the dot products.
+    """
+    attention: Any = layer.attention
+    impl = attention.impl
+    scales = cache_scales(attention)
+    query_scale = scales.query if attention.query_quant is not None else 1.0
+    left, _ = impl.sliding_window
+    device = layer.out_proj.weight.device
+    slopes, sinks = impl.alibi_slopes, impl.sinks
+    return AttentionForm(
+        scale=float(impl.scale) * scales.key * query_scale,
+        sliding_window=left + 1 if left >= 0 else None,
+        soft_cap=float(impl.logits_soft_cap or 0.0),
+        alibi_slopes=slopes.to(device, torch.float32) if slopes is not None else None,
+        sinks=sinks.detach().to(device, torch.float32) if sinks is not None else None,
+    )
+
+
+def flashinfer_quantizes_queries(config: VllmConfig) -> bool:
+    """Whether FlashInfer turns queries into fp8 inside its ``forward`` where the cache is fp8.
+
+    The rule of ``FlashInferMetadataBuilder.get_q_data_type`` in vLLM 0.32.0.
+    """
+    if config.attention_config.disable_flashinfer_q_quantization:
+        return False
+    return bool(
+        current_platform.is_device_capability(90)
+        or current_platform.is_device_capability_family(100)
+    )
+
+
+def device_memory_limit(device: torch.device, reserved: int = 0) -> int:
+    """The default limit of accumulators: half of the memory nobody has taken.
+
+    vLLM has taken its share by the time this is asked: weights, KV cache and CUDA graphs. What is
+    left also serves activations beyond the profiled ones and the recorder's temporaries, hence
+    half.
+
+    Args:
+        device: Where accumulators live.
+        reserved: Bytes that will be taken beside them.
+    """
+    if device.type != "cuda":
+        return part_of_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - reserved) // _PART_OF_FREE_MEMORY
