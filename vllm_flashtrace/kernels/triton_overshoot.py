@@ -27,9 +27,9 @@ class _Tile(NamedTuple):
     stages: int
 
 
-# By bytes of an operand and padded head size. Shared memory stays below 99 KiB, the least of any GPU
-# in question, and lets two programs share a multiprocessor of an H100; float32 tiles are small
-# because its products come from registers, or from three matrices for one.
+# By bytes of an operand and padded head size. Shared memory stays below 99 KiB, the least of any
+# GPU in question, and lets two programs share a multiprocessor of an H100. Tiles of float32 are
+# small: its products are taken from registers, or in parts that need twice the memory.
 _TILES = {
     (2, 64): _Tile(128, 128, 8, 3),
     (2, 128): _Tile(128, 128, 8, 2),

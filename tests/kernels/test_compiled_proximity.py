@@ -1,0 +1,76 @@
+"""The proximity kernels as GPUs would get them, compiled without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.compiler import compiled_only
+from tests.kernels.layers import make_layer
+from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+KERNELS = {
+    "_total_direction_kernel",
+    "_nearest_kernel",
+    "_screen_kernel",
+    "_select_kernel",
+    "_overshoot_kernel",
+    "_sum_heads_kernel",
+}
+PRODUCTS = "_screen_kernel", "_overshoot_kernel"
+
+LEAST_SHARED_MEMORY = 99 * 1024
+"""Bytes that a program may have on every GPU from compute capability 8.0 on."""
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    """Nothing is interpreted here."""
+    yield
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("values", "weight", "dim"),
+    [
+        (torch.bfloat16, torch.bfloat16, 128),
+        (torch.float8_e4m3fn, torch.bfloat16, 80),
+        (torch.float8_e5m2, torch.float32, 256),
+    ],
+)
+def test_every_kernel_compiles(
+    capability: int, values: torch.dtype, weight: torch.dtype, dim: int
+) -> None:
+    layer = make_layer(values=values, weight=weight, dim=dim, shared=2, tokens=20)
+    with compiled_only(capability) as kernels:
+        triton_proximity(**layer.arguments(), exact_fraction=0.9)
+    assert kernels.keys() == KERNELS
+    for name, (kernel,) in kernels.items():
+        assert kernel.metadata.shared <= LEAST_SHARED_MEMORY, name
+        assert "cubin" in kernel.asm
+    # Tensor cores take the products, float32 in three parts included.
+    for name in PRODUCTS:
+        assert "mma" in kernels[name][0].asm["ptx"], name
+
+
+def test_one_compilation_serves_every_request() -> None:
+    layer = make_layer(values=torch.bfloat16, weight=torch.bfloat16, shared=2, tokens=400)
+    with compiled_only(90) as kernels:
+        for tokens in (1, 7, 16, 256, 400):
+            for first in range(3):  # rows of a block table are aligned anyhow
+                request = replace(
+                    layer,
+                    column_sums=layer.column_sums[:, :tokens].contiguous(),
+                    block_table=torch.zeros(40, dtype=torch.int32)[first:],
+                    value_scale=1.0 + first,
+                )
+                triton_proximity(**request.arguments())
+    assert kernels.keys() == KERNELS
+    for name, compiled in kernels.items():
+        assert len(compiled) == 15
+        assert len({kernel.hash for kernel in compiled}) == 1, name

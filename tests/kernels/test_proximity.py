@@ -1,0 +1,200 @@
+"""Both forms of the proximity pass against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.layers import Layer, make_layer, relative_error
+from tests.kernels.paged import DEVICE, paged_cache
+from vllm_flashtrace.kernels import proximity
+from vllm_flashtrace.kernels.torch_proximity import torch_proximity
+from vllm_flashtrace.kernels.triton_nearest import nearest_coordinates
+from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+from vllm_flashtrace.kernels.triton_screen import screen_pairs
+from vllm_flashtrace.kernels.triton_values import Operands, PagedValues
+
+F32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+Form = Callable[..., Tensor]
+FORMS = pytest.mark.parametrize("form", [torch_proximity, triton_proximity])
+
+# Together: every type, head size, ratio, block size and layout, and most pairs of them.
+LAYERS = [
+    dict(values=F32, weight=F32, dim=64, shared=1, block_size=16, layout="HND", tokens=1),
+    dict(values=F32, weight=F32, dim=80, shared=3, block_size=48, layout="NHD", tokens=131),
+    dict(values=F32, weight=F32, dim=256, shared=4, block_size=32, layout="HDN", tokens=70),
+    dict(values=B16, weight=B16, dim=128, shared=7, block_size=16, layout="NHD", tokens=200),
+    dict(values=B16, weight=B16, dim=96, shared=1, block_size=128, layout="HND", tokens=300),
+    dict(values=B16, weight=B16, dim=256, shared=3, block_size=48, layout="HND", tokens=33),
+    dict(values=F16, weight=F16, dim=64, shared=4, block_size=32, layout="NHD", tokens=129),
+    dict(values=F16, weight=F16, dim=80, shared=7, block_size=128, layout="HDN", tokens=128),
+    dict(values=E4M3, weight=B16, dim=128, shared=4, block_size=16, layout="NHD", tokens=150),
+    dict(values=E4M3, weight=F16, dim=96, shared=3, block_size=48, layout="HND", tokens=97),
+    dict(values=E4M3, weight=F32, dim=64, shared=7, block_size=32, layout="HDN", tokens=16),
+    dict(values=E5M2, weight=B16, dim=80, shared=1, block_size=32, layout="HND", tokens=65),
+    dict(values=E5M2, weight=F16, dim=256, shared=1, block_size=16, layout="NHD", tokens=17),
+    dict(values=E5M2, weight=F32, dim=128, shared=3, block_size=128, layout="HND", tokens=140),
+    dict(values=B16, weight=F32, dim=64, shared=3, block_size=128, layout="NHD", tokens=260),
+    dict(values=F32, weight=B16, dim=96, shared=4, block_size=16, layout="HDN", tokens=47),
+]
+
+
+def _layer(case: int, size: float) -> Layer:
+    spec = dict(LAYERS[case])
+    spec["value_scale"] = 0.37 if spec["values"] in (E4M3, E5M2) else 1.0
+    spec["hidden"] = (61, 100, 307, 201)[case % 4]
+    return make_layer(**spec, groups=1 + case % 2, size=size, seed=case)
+
+
+def _name(spec: dict) -> str:
+    return "-".join(str(value).removeprefix("torch.") for value in spec.values())
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0])
+@pytest.mark.parametrize("case", range(len(LAYERS)), ids=map(_name, LAYERS))
+def test_both_forms_are_the_definition(case: int, size: float) -> None:
+    # Narrow types are widened, never rounded to, so one limit holds for all.
+    layer = _layer(case, size)
+    exact = layer.pairs().sum(0)
+    for form in (torch_proximity, triton_proximity):
+        ours = form(**layer.arguments())
+        assert ours.shape == exact.shape and ours.dtype == torch.float32
+        assert relative_error(ours, exact) <= 1e-5, form.__name__
+
+
+def test_layers_here_take_every_way_through_the_kernels() -> None:
+    # Else the comparisons above would prove less than they seem to.
+    shares = []
+    for size in (0.1, 3.0):
+        layer = _layer(3, size)
+        operands = Operands.choose(B16, B16, 128)
+        values = PagedValues(layer.value_cache, layer.block_table, layer.value_scale)
+        nearest = nearest_coordinates(layer.weight, layer.column_norms, layer.stream, 128, B16)
+        screened = screen_pairs(layer.column_sums, values, nearest, operands)
+        over = layer.contributions() * torch.where(layer.stream < 0, -1.0, 1.0).double()
+        over = (over > layer.stream.abs()).sum(-1).cpu()
+        further = screened.further.cpu().bool()
+        aligned = screened.totals.cpu() > 0
+        assert (over[aligned & ~further] <= 8).all()  # nothing is missed
+        shares.append([float((over[aligned] > most).float().mean()) for most in (0, 8, 16)])
+    assert 0.2 < shares[0][2] < shares[0][1] < 0.9  # many coordinates for a good part of the pairs
+    assert shares[1][1] < 0.1 < shares[0][1]  # few
+
+
+@FORMS
+def test_coordinates_without_a_distance(form: Form) -> None:
+    # Fewer coordinates than are screened for every pair, zero columns and zeros of the stream.
+    layer = make_layer(hidden=5, tokens=20, shared=2, size=0.1)
+    layer.weight[2] = 0
+    layer.column_norms[:, 2] = 0
+    layer.stream[2:4] = 0
+    assert relative_error(form(**layer.arguments()), layer.pairs().sum(0)) <= 1e-5
+
+
+@FORMS
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("size", [0.1, 0.5, 3.0])
+def test_reach_leaves_no_coordinate_out(form: Form, dim: int, size: float) -> None:
+    # In so few dimensions a contribution comes as far as its length allows, or nearly.
+    layer = make_layer(dim=dim, hidden=30, tokens=200, groups=2, shared=2, size=size)
+    assert relative_error(form(**layer.arguments()), layer.pairs().sum(0)) <= 1e-5
+
+
+@FORMS
+def test_transposed_weight_and_wide_column_sums(form: Form) -> None:
+    layer = make_layer(weight=B16, values=B16, tokens=50, shared=2)
+    wide = torch.full((2, 150), torch.nan, device=DEVICE)
+    wide[:, 50:100] = layer.column_sums
+    strided = torch.full((2, 50, 2), torch.nan, device=DEVICE)
+    strided[..., 0] = layer.column_sums
+    plain = form(**layer.arguments())
+    for column_sums in (wide[:, 50:100], strided[..., 0]):
+        moved = replace(layer, weight=layer.weight.T.contiguous().T, column_sums=column_sums)
+        torch.testing.assert_close(form(**moved.arguments()), plain)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [F32, B16, E4M3])
+def test_same_bits_wherever_the_blocks_lie(form: Form, dtype: torch.dtype) -> None:
+    layer = make_layer(values=dtype, weight=B16, groups=2, shared=2, tokens=90, size=0.1)
+    results = []
+    for layout, seed in [("HND", 0), ("HND", 0), ("NHD", 1), ("HDN", 2)]:
+        cache, table = paged_cache(layer.values.to(dtype), 16, layout=layout, seed=seed)
+        moved = replace(layer, value_cache=cache, block_table=table)
+        results.append(form(**moved.arguments(), exact_fraction=0.9))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the memory would be touched")
+@FORMS
+def test_blocks_past_two_to_the_31_elements(form: Form) -> None:
+    layer = make_layer(values=E4M3, weight=B16, tokens=30, size=0.1)
+    blocks = 2**21 + 8  # of 1024 bytes; untouched pages take no memory
+    cache = torch.empty(blocks, 1, 16, 64, dtype=torch.uint8).view(E4M3)
+    table = torch.tensor([blocks - 1, blocks - 5], dtype=torch.int32)
+    for far, near in zip(table.tolist(), layer.block_table.tolist(), strict=False):
+        cache.view(torch.uint8)[far] = layer.value_cache.view(torch.uint8)[near]
+    moved = replace(layer, value_cache=cache, block_table=table)
+    assert torch.equal(form(**moved.arguments()), form(**layer.arguments()))
+
+
+# --- exact_fraction -----------------------------------------------------------------------------
+
+
+@FORMS
+@pytest.mark.parametrize("size", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_smaller_fractions_lie_between_proximity_and_bound(
+    form: Form, dtype: torch.dtype, size: float
+) -> None:
+    layer = make_layer(values=dtype, weight=dtype, groups=2, shared=2, tokens=90, size=size)
+    exact, bound = layer.pairs().sum(0), layer.bounds().sum(0)
+    slack = 1e-5 * layer.contributions().abs().sum((0, 2)) + 1e-9
+    before, sums = bound, []
+    for fraction in (0.0, 0.5, 0.9, 1.0):
+        ours = form(**layer.arguments(), exact_fraction=fraction).double()
+        assert (ours >= exact - slack).all() and (ours <= before + slack).all()
+        before = ours
+        sums.append(float(ours.sum()))
+    # Either fraction makes some pairs exact, and leaves some.
+    steps = [larger - smaller for larger, smaller in pairwise(sums[:3])]
+    assert min(steps) > 3 * float(slack.sum())
+
+
+@FORMS
+@pytest.mark.parametrize("power", [-90, 60])
+def test_fractions_do_not_depend_on_the_scale_of_the_weights(form: Form, power: int) -> None:
+    layer = make_layer(values=B16, weight=B16, shared=3, tokens=90, size=0.1)
+    scaled = replace(
+        layer, column_sums=layer.column_sums * 2.0**power, stream=layer.stream * 2.0**power
+    )
+    plain = form(**layer.arguments(), exact_fraction=0.5)
+    ours = form(**scaled.arguments(), exact_fraction=0.5) * 2.0**-power
+    assert relative_error(ours, plain.double()) < 1e-6
+
+
+# --- results and refusals that the public function promises -------------------------------------
+
+
+def test_tensors_on_the_cpu_take_the_torch_form() -> None:
+    layer = make_layer(values=B16, weight=B16, tokens=40)
+    arguments = {
+        name: value.cpu() if isinstance(value, Tensor) else value
+        for name, value in layer.arguments().items()
+    }
+    assert torch.equal(proximity(**arguments), torch_proximity(**arguments))
+
+
+@FORMS
+def test_no_tokens(form: Form) -> None:
+    layer = make_layer(tokens=20)
+    empty = replace(layer, column_sums=layer.column_sums[:, :0], block_table=layer.block_table[:0])
+    for result in (form(**empty.arguments()), proximity(**empty.arguments())):
+        assert result.shape == (0,) and result.dtype == torch.float32
