@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import gpu_tables, tables
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,6 +40,7 @@ KINDS = {
     "scaling": Kind("scaling.json", {"scaling": tables.scaling}),
     "serving": Kind("serving.json", {"serving": tables.serving}),
     "cap": Kind("cap.json", {"cap": tables.cap}),
+    "gpu_kernels": Kind("gpu_kernels.json", {"gpu_kernels": gpu_tables.gpu_kernels}),
 }
 
 

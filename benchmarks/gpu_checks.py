@@ -1,0 +1,229 @@
+"""Compares every kernel with float64 on one case.
+
+Invariant: a kernel passes only if its numbers are finite and within the case's tolerance, a second
+call gives the same bits, and nothing is written where nothing belongs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_cases import Case
+from benchmarks.gpu_forms import Forms, forms_on, triton_on
+from benchmarks.gpu_inputs import LAYER, UNTOUCHED, Inputs, make_inputs
+from benchmarks.gpu_oracle import lse_and_column_sums, pair_proximities
+from vllm_flashtrace.kernels import Accumulators, PagedRows
+
+EXACT_FRACTIONS = (1.0, 0.9)
+
+_TINY = 1e-30  # Nothing, where nothing is expected, is no error.
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a case showed.
+
+    Attributes:
+        name: Name of the case.
+        errors: Largest relative error of each kernel.
+        failures: One line for everything that is wrong.
+        seconds: Wall-clock time, compilation included.
+        crashed: Whether the case ended with an exception.
+    """
+
+    name: str
+    errors: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    crashed: bool = False
+
+
+def check_case(case: Case, device_name: str) -> Outcome:
+    """Runs all comparisons of a case; an exception becomes a failure."""
+    outcome = Outcome(case.name)
+    began = time.perf_counter()
+    try:
+        device = torch.device(device_name)
+        with triton_on(device):
+            for kernel, error, problem in _comparisons(forms_on(device), make_inputs(case, device)):
+                outcome.errors[kernel] = max(error, outcome.errors.get(kernel, 0.0))
+                if not error <= case.tolerance:
+                    outcome.failures.append(f"{kernel}: relative error {error:.1e}")
+                if problem:
+                    outcome.failures.append(f"{kernel}: {problem}")
+    except Exception as error:
+        outcome.crashed = True
+        outcome.failures.append(f"{type(error).__name__}: {str(error).strip()[:300]}")
+    outcome.seconds = time.perf_counter() - began
+    return outcome
+
+
+_Comparison = tuple[str, float, str]
+"""Kernel, relative error, and what else is wrong or ""."""
+
+
+def _comparisons(forms: Forms, inputs: Inputs) -> Iterator[_Comparison]:
+    device = inputs.query.device
+    expected = [
+        lse_and_column_sums(
+            _picked(inputs.query, trace.rows.to(device)),
+            trace.keys,
+            trace.positions.to(device),
+            trace.weights.to(device),
+            inputs.form,
+        )
+        for trace in inputs.traces
+    ]
+    yield from _check_lse(forms, inputs, torch.cat([lse for lse, _ in expected]))
+    column_sums = [sums for _, sums in expected]
+    yield from _check_column_sums(forms, inputs, column_sums)
+    yield from _check_row_sums(forms, inputs)
+    for fraction in EXACT_FRACTIONS:
+        yield _check_proximity(forms, inputs, fraction)
+
+
+def _check_lse(forms: Forms, inputs: Inputs, expected: Tensor) -> Iterator[_Comparison]:
+    rows = inputs.paged_rows(inputs.accumulators())
+    first, second = (forms.lse(inputs.query, inputs.key_cache, rows, inputs.form) for _ in range(2))
+    if first.shape != expected.shape:
+        raise AssertionError(f"lse has shape {tuple(first.shape)}, not {tuple(expected.shape)}")
+    error = (first.double() - expected).abs() / expected.abs().clamp(min=1)
+    yield "lse", _number(error.max()), _repeats(first, second)
+
+
+def _check_column_sums(
+    forms: Forms, inputs: Inputs, expected: list[Tensor]
+) -> Iterator[_Comparison]:
+    def add(rows: PagedRows) -> None:
+        forms.column_sums(inputs.query, inputs.key_cache, rows, inputs.form, LAYER)
+
+    whole, again, chunked = (inputs.accumulators() for _ in range(3))
+    add(inputs.paged_rows(whole))
+    add(inputs.paged_rows(again))
+    for rows in _halves(inputs, chunked):
+        add(rows)
+    for index, sums in enumerate(expected):
+        columns = sums.shape[1]
+        ours, repeated, parts = (
+            a[index].column_sums[LAYER, :, :columns] for a in (whole, again, chunked)
+        )
+        problem = _repeats(ours, repeated) or _untouched(whole[index], columns)
+        yield "column_sums", relative_error(ours, sums), problem
+        yield "column_sums_chunked", relative_error(parts, sums), ""
+
+
+def _halves(inputs: Inputs, sums: list[Accumulators]) -> Iterator[PagedRows]:
+    """Two calls that together cover every row; one where no trace has two rows."""
+    yield inputs.paged_rows(sums, half=0)
+    if any(part.rows > 1 for part in inputs.case.parts):
+        yield inputs.paged_rows(sums, half=1)
+
+
+def _untouched(sums: Accumulators, columns: int) -> str:
+    others = (
+        sums.column_sums[1 - LAYER],
+        sums.column_sums[LAYER, :, columns:],
+        sums.residual[1 - LAYER],
+        sums.stream[1 - LAYER],
+    )
+    if all(bool((other == UNTOUCHED).all()) for other in others):
+        return ""
+    return "wrote outside its columns or layer"
+
+
+def _check_row_sums(forms: Forms, inputs: Inputs) -> Iterator[_Comparison]:
+    first, second = inputs.accumulators(), inputs.accumulators()
+    for sums in (first, second):
+        rows = inputs.paged_rows(sums)
+        forms.row_sums(inputs.residual, rows, LAYER, "residual")
+        forms.row_sums(inputs.residual, rows, LAYER, "stream")
+    device = inputs.residual.device
+    for trace, ours, again in zip(inputs.traces, first, second, strict=True):
+        residual = inputs.residual[trace.rows.to(device)].double()
+        expected = trace.weights.to(device).double() @ residual
+        for name in ("residual", "stream"):
+            sums, repeated = getattr(ours, name)[LAYER], getattr(again, name)[LAYER]
+            problem = _repeats(sums, repeated) or _untouched(ours, trace.columns)
+            yield "row_sums", relative_error(sums, expected), problem
+
+
+def _check_proximity(forms: Forms, inputs: Inputs, fraction: float) -> _Comparison:
+    """The first trace; sums fall off steeply over tokens, and one in five is zero."""
+    case, trace, device = inputs.case, inputs.traces[0], inputs.query.device
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    context, width = case.parts[0].context, case.heads * case.head_dim
+    column_sums = draw(case.heads, context + 5)[:, :context]
+    column_sums.pow_(6).mul_(0.002).masked_fill_(draw(case.heads, context) < -0.84, 0)
+    weight = (draw(case.hidden, width) * width**-0.5).to(inputs.residual.dtype)
+    norms = weight.double().unflatten(1, (case.heads, -1)).norm(dim=2).t().contiguous().float()
+    stream = draw(case.hidden).masked_fill_(draw(case.hidden) < -2, 0)
+    first, second = (
+        forms.proximity(
+            column_sums,
+            inputs.value_cache,
+            trace.block_table,
+            weight,
+            norms,
+            stream,
+            value_scale=case.value_scale,
+            exact_fraction=fraction,
+        )
+        for _ in range(2)
+    )
+    exact, bounds = pair_proximities(column_sums, trace.values, weight, stream, case.value_scale)
+    name = "proximity" if fraction == 1 else f"proximity_{fraction}"
+    return name, proximity_error(first, exact, bounds, fraction), _repeats(first, second)
+
+
+def proximity_error(ours: Tensor, exact: Tensor, bounds: Tensor, fraction: float) -> float:
+    """How far tokens lie outside what they may be, relative to the proximities.
+
+    Args:
+        ours: ``[N]``.
+        exact: ``[H, N]``, proximity of every pair.
+        bounds: ``[H, N]``, bounds on them.
+        fraction: Pairs with the largest bounds, which together hold this share of the total, are
+            exact; others lie between proximity and bound.
+    """
+    highest = exact
+    if fraction < 1:
+        ranked = bounds.flatten().sort(descending=True).values
+        mass = ranked.cumsum(0)
+        last = int(torch.searchsorted(mass, fraction * mass[-1:]))
+        least = ranked[min(last, len(ranked) - 1)]
+        # A pair at the threshold may round to either side of it.
+        highest = torch.where(bounds < least * 1.001, bounds, exact)
+    low, high = exact.sum(dim=0), highest.sum(dim=0)
+    return relative_error(torch.minimum(torch.maximum(low, ours.double()), high), ours.double())
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    """The larger of the L1 and the largest difference, each relative to its own norm; worst row."""
+    ours, expected = ours.double(), expected.double()
+    difference, size = (ours - expected).abs(), expected.abs()
+    of_sum = difference.sum(dim=-1) / size.sum(dim=-1).clamp(min=_TINY)
+    of_largest = difference.amax(dim=-1) / size.amax(dim=-1).clamp(min=_TINY)
+    return _number(torch.maximum(of_sum, of_largest).max())
+
+
+def _number(error: Tensor) -> float:
+    """What is not a number is infinitely wrong."""
+    return float(error.nan_to_num(nan=float("inf")))
+
+
+def _repeats(first: Tensor, second: Tensor) -> str:
+    return "" if torch.equal(first, second) else "a second call gives other bits"
+
+
+def _picked(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a tensor of any float type; eight-bit floats cannot be indexed."""
+    return (tensor.float() if tensor.itemsize == 1 else tensor)[rows]
