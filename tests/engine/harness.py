@@ -29,12 +29,13 @@ SMALL = {
 
 @dataclass(frozen=True)
 class TraceJob:
-    """One trace request: the tokens, the target, and how exactly to evaluate."""
+    """One trace request: the tokens, the target, how exactly to evaluate, and the LoRA adapter."""
 
     token_ids: Sequence[int]
     weights: TargetWeights
     exact_fraction: float = 1.0
     layers: bool = False
+    lora_request: Any = None
 
 
 class Engine:
@@ -70,7 +71,12 @@ class Engine:
         while len(started) < len(decoding):  # so that they decode beside the traces
             started |= {out.request_id for out in engine.step() if out.outputs[0].token_ids}
         for job, spec in zip(jobs, specs, strict=True):
-            engine.add_request(self._id(), self._prompt(job.token_ids), self._record(spec))
+            engine.add_request(
+                self._id(),
+                self._prompt(job.token_ids),
+                self._record(spec),
+                lora_request=job.lora_request,
+            )
         self.run()
         return [self.collect(spec.nonce) for spec in specs]
 

@@ -7,7 +7,7 @@ blocks, and are gathered once per layer into memory that the next read may overw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from vllm_flashtrace.adapter.cpu_kv import (
     read_keys,
     read_values,
 )
+from vllm_flashtrace.adapter.lora import added_weight
 from vllm_flashtrace.adapter.model import (
     attention_form,
     check_config,
@@ -52,6 +53,7 @@ class CPUTracedModel:
 
     # Each trace is recorded by itself, so that a fault stays with it.
     batched = False
+    slot_of: Callable[[int], int] | None = None
 
     def __init__(self, model: nn.Module, config: VllmConfig) -> None:
         """Inspects the model; raises UnsupportedModelError naming what is in the way."""
@@ -124,7 +126,12 @@ class CPUTracedModel:
         )
 
     def token_proximity(
-        self, layer: int, sums: LayerSums, block_table: torch.Tensor, exact_fraction: float
+        self,
+        layer: int,
+        sums: LayerSums,
+        block_table: torch.Tensor,
+        exact_fraction: float,
+        adapter: int | None = None,
     ) -> torch.Tensor:
         """See :class:`~vllm_flashtrace.capture.recorder.TracedModel`."""
         attention = self.layers[layer].attention
@@ -136,6 +143,8 @@ class CPUTracedModel:
             self._scratch,
         )
         projection = self.output_projection(layer)
+        if adapter is not None:
+            projection = self._adapted(layer, projection, adapter)
         return proximity(
             sums.column_sums,
             values.transpose(0, 1)[None],
@@ -151,10 +160,20 @@ class CPUTracedModel:
         kept = self._projections.get(layer)
         if kept is None:
             weight = output_projection(self.layers[layer])
-            by_head = weight.float().unflatten(1, (self.shape.num_heads, -1))
-            norms = torch.linalg.vector_norm(by_head, dim=2).t().contiguous()
-            kept = self._projections[layer] = _Projection(weight, norms)
+            kept = self._projections[layer] = _Projection(weight, self._norms(weight))
         return kept
+
+    def _adapted(self, layer: int, base: _Projection, adapter: int) -> _Projection:
+        """``W_O`` as a LoRA adapter changes it; not kept, since slots change hands."""
+        added = added_weight(self.layers[layer], adapter, self.slot_of)
+        if added is None:
+            return base
+        weight = added.add_(base.weight)
+        return _Projection(weight, self._norms(weight))
+
+    def _norms(self, weight: torch.Tensor) -> torch.Tensor:
+        by_head = weight.float().unflatten(1, (self.shape.num_heads, -1))
+        return torch.linalg.vector_norm(by_head, dim=2).t().contiguous()
 
     def forget_weights(self) -> None:
         """Drops derived weights, for when the model's weights are about to change."""

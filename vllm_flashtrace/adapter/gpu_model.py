@@ -7,7 +7,7 @@ reads them before a later step can write to them, because vLLM runs its steps on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from vllm_flashtrace.adapter.gpu_kv import (
     key_value_views,
     quantized_dtype,
 )
+from vllm_flashtrace.adapter.lora import added_weight
 from vllm_flashtrace.adapter.model import TracedLayer, check_config, find_layers
 from vllm_flashtrace.adapter.taps import has_taps
 from vllm_flashtrace.capture.clock import Clock, CudaClock, HostClock
@@ -62,6 +63,7 @@ class GPUTracedModel:
 
     # Kernels take the target rows of all traces of a step in one launch.
     batched = True
+    slot_of: Callable[[int], int] | None = None
 
     def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
         """Inspects the model; raises UnsupportedModelError naming what is in the way."""
@@ -117,16 +119,28 @@ class GPUTracedModel:
         paged_column_sums(heads, keys, group.rows, reading.form, layer)
 
     def token_proximity(
-        self, layer: int, sums: LayerSums, block_table: torch.Tensor, exact_fraction: float
+        self,
+        layer: int,
+        sums: LayerSums,
+        block_table: torch.Tensor,
+        exact_fraction: float,
+        adapter: int | None = None,
     ) -> torch.Tensor:
         """See :class:`~vllm_flashtrace.capture.recorder.TracedModel`."""
         reading = self._reading(layer)
+        weight, norms = self.layers[layer].out_proj.weight.detach(), self._norms(layer)
+        if adapter is not None:
+            added = added_weight(self.layers[layer], adapter, self.slot_of)
+            if added is not None:
+                # In float32: an adapter's small changes would be lost in sixteen bits.
+                weight = added.add_(weight)
+                norms = self._norms_of(weight)
         return proximity(
             sums.column_sums,
             self._views(layer, reading).values,
             block_table,
-            self.layers[layer].out_proj.weight.detach(),
-            self._norms(layer),
+            weight,
+            norms,
             sums.stream,
             value_scale=reading.scales.value,
             exact_fraction=exact_fraction,
@@ -162,11 +176,13 @@ class GPUTracedModel:
         """float32 ``[H, D]``, Euclidean norms of ``W_O``'s rows per head; kept once computed."""
         norms = self._column_norms.get(layer)
         if norms is None:
-            weight = self.layers[layer].out_proj.weight.detach()
-            by_head = weight.unflatten(1, (self.shape.num_heads, -1))
-            norms = torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32).t().contiguous()
+            norms = self._norms_of(self.layers[layer].out_proj.weight.detach())
             self._column_norms[layer] = norms
         return norms
+
+    def _norms_of(self, weight: torch.Tensor) -> torch.Tensor:
+        by_head = weight.unflatten(1, (self.shape.num_heads, -1))
+        return torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32).t().contiguous()
 
     def _check_projection(self, layer: TracedLayer) -> None:
         weight = layer.out_proj.weight

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLine
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
+from vllm_flashtrace.adapter.lora import base_projection
 from vllm_flashtrace.errors import UnsupportedModelError
 from vllm_flashtrace.kernels import AttentionForm
 
@@ -40,7 +41,8 @@ class TracedLayer:
         decoder: The decoder layer; its input is the residual stream ``x_prev``.
         block: The attention block; its output is what is added to the residual stream.
         attention: vLLM's attention layer.
-        out_proj: The output projection ``W_O``.
+        out_proj: The output projection ``W_O``, without adapters.
+        adapters: What holds LoRA adapters of the output projection, or None.
     """
 
     index: int
@@ -49,6 +51,7 @@ class TracedLayer:
     block: nn.Module
     attention: Attention
     out_proj: RowParallelLinear
+    adapters: nn.Module | None = None
 
 
 def check_config(config: VllmConfig) -> None:
@@ -104,7 +107,8 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
         block_name = name.removesuffix(".attn")
         decoder_name = block_name.removesuffix(".self_attn")
         block = modules[block_name]
-        _check_attention(context_name, attention, block)
+        out_proj, adapters = base_projection(getattr(block, "o_proj", None))
+        _check_attention(context_name, attention, block, out_proj)
         layers.append(
             TracedLayer(
                 index=int(decoder_name.rsplit(".", 1)[1]),
@@ -112,7 +116,8 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
                 decoder=modules[decoder_name],
                 block=block,
                 attention=attention,
-                out_proj=block.o_proj,
+                out_proj=out_proj,
+                adapters=adapters,
             )
         )
     layers.sort(key=lambda layer: layer.index)
@@ -174,8 +179,9 @@ def check_cache(config: KVCacheConfig) -> None:
         )
 
 
-def _check_attention(name: str, attention: Attention, block: nn.Module) -> None:
-    out_proj = getattr(block, "o_proj", None)
+def _check_attention(
+    name: str, attention: Attention, block: nn.Module, out_proj: nn.Module | None
+) -> None:
     refusals = {
         f"{type(attention).__name__} layers": type(attention) is not Attention,
         f"{AttentionType(attention.attn_type).value} attention": attention.attn_type

@@ -5,6 +5,7 @@ Invariant: nothing here raises into the runner, and a step without target rows h
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_flashtrace.accumulator_budget import AccumulatorBudget
 from vllm_flashtrace.adapter.cpu_model import CPUTracedModel
+from vllm_flashtrace.adapter.lora import adapter_slot
 from vllm_flashtrace.adapter.model import check_cache
 from vllm_flashtrace.capture.recorder import Recorder, TracedModel
 from vllm_flashtrace.capture.step import BatchRow, StepRecorder
@@ -27,7 +29,13 @@ _ATTRIBUTE = "_flashtrace_capture"
 
 
 class RunnerModel(TracedModel, Protocol):
-    """A traced model as its runner uses it."""
+    """A traced model as its runner uses it.
+
+    Attributes:
+        slot_of: Tells where a LoRA adapter's weights are, by its id.
+    """
+
+    slot_of: Callable[[int], int] | None
 
     def layer_index(self, layer_name: str) -> int | None:
         """Index of an attention layer of this model; None for one of another model."""
@@ -67,6 +75,7 @@ class RunnerCapture:
             ttl = config.result_ttl_seconds
             check_cache(runner.kv_cache_config)
             self._model = _runner_model(runner)
+            self._model.slot_of = functools.partial(adapter_slot, runner)
             limit = self._model.accumulator_limit_bytes(config.max_accumulator_mib)
             budget = AccumulatorBudget.of_model(limit, self._model.shape)
         except Exception as error:
@@ -89,7 +98,13 @@ class RunnerCapture:
                 params = new.sampling_params
                 sealed = sealed_spec(params.extra_args) if params is not None else None
                 if sealed is not None:
-                    self.recorder.register(new.req_id, sealed, len(new.prompt_token_ids or ()))
+                    lora = new.lora_request
+                    self.recorder.register(
+                        new.req_id,
+                        sealed,
+                        len(new.prompt_token_ids or ()),
+                        lora.lora_int_id if lora is not None else None,
+                    )
             self.scheduled = scheduler_output.num_scheduled_tokens
             self.records_step = self._records(scheduler_output)
         except Exception:

@@ -38,12 +38,18 @@ class TracedModel(StepModel, Protocol):
         """Workers that share each layer's heads (tensor parallelism)."""
 
     def token_proximity(
-        self, layer: int, sums: LayerSums, block_table: torch.Tensor, exact_fraction: float
+        self,
+        layer: int,
+        sums: LayerSums,
+        block_table: torch.Tensor,
+        exact_fraction: float,
+        adapter: int | None = None,
     ) -> torch.Tensor:
         """Each context token's proximity summed over this rank's heads, float32 ``[N]``.
 
         Reads the values from the cache blocks, so it must be called, or on a GPU queued, while the
-        request still holds them. Never waits for a GPU.
+        request still holds them. Never waits for a GPU. ``adapter`` is the id of the LoRA adapter
+        that the request is computed with.
         """
 
 
@@ -89,7 +95,9 @@ class Recorder:
         trace = self._traces.get(req_id)
         return trace.target.first if trace is not None else None
 
-    def register(self, req_id: str, sealed: bytes, num_prompt_tokens: int) -> None:
+    def register(
+        self, req_id: str, sealed: bytes, num_prompt_tokens: int, adapter: int | None = None
+    ) -> None:
         """Starts recording a new trace request; a bad spec becomes a failed result.
 
         A preempted request may come back as a new one: its trace goes on and starts again by
@@ -112,7 +120,7 @@ class Recorder:
             if self.budget is not None:
                 self.budget.check(weights.last + 1, self.accumulator_bytes)
             self._traces[req_id] = Trace(
-                spec, weights, self._model.shape, self._model.device, self._model.clock()
+                spec, weights, self._model.shape, self._model.device, self._model.clock(), adapter
             )
         except Exception as error:
             self.fail(req_id, error)
@@ -206,7 +214,11 @@ class Recorder:
         for layer in range(layers):
             sums = trace.layer_sums(layer)
             tokens[layer] = self._model.token_proximity(
-                layer, sums, segment.batch_row.block_table, trace.spec.exact_fraction
+                layer,
+                sums,
+                segment.batch_row.block_table,
+                trace.spec.exact_fraction,
+                trace.adapter,
             )
             residual[layer] = l1_proximity(sums.residual, sums.stream)
         ended = trace.clock.mark()

@@ -54,8 +54,10 @@ class Trace:
         shape: ModelShape,
         device: torch.device,
         clock: Clock | None = None,
+        adapter: int | None = None,
     ) -> None:
         self.spec = spec
+        self.adapter = adapter
         self.target = weights.normalised()
         self.context = self.target.last + 1
         self.next_position = 0

@@ -1,0 +1,133 @@
+"""A completion made with a LoRA adapter is traced through what the adapter makes of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.oracle import oracle_scores
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.errors import TraceError
+
+LIMIT = 1e-3
+RANK, ALPHA = 8, 12
+TOKENS = torch.randint(5, 500, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 200)})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as vLLM is told of it, and the model it makes of the base."""
+
+    request: Any
+    model: Any
+
+
+def make_adapter(base: Path, folder: Path, number: int, targets: list[str]) -> Adapter:
+    from transformers import AutoModelForCausalLM
+    from vllm.lora.request import LoRARequest
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(number)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name.rpartition(".")[0].endswith(tuple(targets)):
+            down = 0.3 * torch.randn(RANK, weight.shape[1], generator=generator)
+            up = 0.1 * torch.randn(weight.shape[0], RANK, generator=generator)
+            weight += ALPHA / RANK * up @ down
+            place = f"base_model.model.{name.rpartition('.')[0]}"
+            tensors |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+    folder.mkdir()
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return Adapter(LoRARequest(folder.name, number, str(folder)), model)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("lora") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> list[Adapter]:
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    return [
+        make_adapter(base, base.parent / "all", 1, everything),
+        make_adapter(base, base.parent / "output", 2, ["o_proj"]),
+        make_adapter(base, base.parent / "queries", 3, ["q_proj"]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(base: Path) -> Iterator[Engine]:
+    engine = Engine(base, max_model_len=1024, enable_lora=True, max_loras=2, max_lora_rank=RANK)
+    yield engine
+    engine.close()
+
+
+def compare(engine: Engine, cases: list[Adapter]) -> None:
+    jobs = [TraceJob(TOKENS, TARGET, lora_request=case.request) for case in cases]
+    for case, report in zip(cases, engine.trace_many(jobs), strict=True):
+        expected = oracle_scores(case.model, TOKENS, TARGET.positions, TARGET.weights)
+        error = relative_l1(report.scores, expected)
+        print(f"{case.request and case.request.lora_name}: relative L1 {error:.2e}")
+        assert error <= LIMIT
+
+
+def test_more_adapters_than_slots(engine: Engine, adapters: list[Adapter]) -> None:
+    """Only two fit at a time, so that slots change hands between the traces of one batch."""
+    compare(engine, [*adapters, adapters[0]])
+
+
+def test_an_adapter_beside_the_base_model(
+    engine: Engine, base: Path, adapters: list[Adapter]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = Adapter(None, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    compare(engine, [adapters[1], plain])
+
+
+def test_an_adapter_that_is_gone_fails_its_trace(engine: Engine, adapters: list[Adapter]) -> None:
+    def forget(worker: Any) -> None:
+        from vllm_flashtrace.adapter.runner import capture_of
+
+        model = capture_of(worker.model_runner)._model
+        model.remembered = model.slot_of
+        model.slot_of = lambda adapter: model.remembered(adapter + 1000)
+
+    def remember(worker: Any) -> None:
+        from vllm_flashtrace.adapter.runner import capture_of
+
+        model = capture_of(worker.model_runner)._model
+        model.slot_of = model.remembered
+
+    job = TraceJob(TOKENS, TARGET, lora_request=adapters[0].request)
+    engine.on_worker(forget)
+    try:
+        with pytest.raises(TraceError, match="LoRA adapter 1001 is not active"):
+            engine.trace(job)
+        assert engine.trace(TraceJob(TOKENS, TARGET)).scores.sum() > 0
+    finally:
+        engine.on_worker(remember)
+    assert engine.trace(job).scores.sum() > 0
+
+
+def test_fully_sharded_adapters_are_refused(engine: Engine) -> None:
+    from vllm.lora.layers import RowParallelLinearWithShardedLoRA
+
+    from vllm_flashtrace.adapter.lora import base_projection
+    from vllm_flashtrace.errors import UnsupportedModelError
+
+    with pytest.raises(UnsupportedModelError, match="fully sharded"):
+        base_projection(object.__new__(RowParallelLinearWithShardedLoRA))
