@@ -27,9 +27,9 @@ def operands_of(query: Tensor, key_cache: Tensor) -> Operands:
     return Operands.choose(key_cache.dtype, dtype, query.shape[2])
 
 
-def row_bytes(operands: Operands) -> int:
-    """Bytes of one head's query or key in a tile, at least 128."""
-    return max(128, operands.padded_dim * operands.dtype.itemsize)
+def tile_key(operands: Operands) -> tuple[int, int]:
+    """What tiles are chosen by: bytes of an operand and padded head size, at least 64."""
+    return operands.dtype.itemsize, max(64, operands.padded_dim)
 
 
 def common_arguments(

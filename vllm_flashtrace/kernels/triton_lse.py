@@ -24,8 +24,8 @@ from vllm_flashtrace.kernels.triton_logits import (
     masked_logits,
     on_device_of,
     operands_of,
-    row_bytes,
     shaped_logits,
+    tile_key,
     unit_of,
     window_of,
 )
@@ -42,12 +42,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By bytes of a head's row of operands.
+# By bytes of an operand and padded head size. Products of float32 come out of registers, of which
+# larger tiles would need more than there are.
 _TILES = {
-    128: Tile(128, 64, 4, 3),
-    256: Tile(128, 64, 4, 3),
-    512: Tile(64, 32, 4, 2),
-    1024: Tile(32, 32, 4, 2),
+    (2, 64): Tile(128, 64, 4, 3),
+    (2, 128): Tile(128, 64, 4, 3),
+    (2, 256): Tile(64, 32, 4, 2),
+    (4, 64): Tile(64, 32, 8, 2),
+    (4, 128): Tile(32, 32, 8, 2),
+    (4, 256): Tile(32, 32, 8, 2),
 }
 _FEWEST_QUERIES = 16
 _JOINED = 256
@@ -72,7 +75,7 @@ def _launch(
 ) -> Tensor:
     """``[H, R]``: rows are adjacent, as who reads them a tile at a time wants them."""
     operands = operands_of(query, key_cache)
-    tile = _TILES[row_bytes(operands)]
+    tile = _TILES[tile_key(operands)]
     shared = rows.num_heads // rows.num_kv_heads
     longest = max(len(segment.rows) for segment in rows.segments)
     queries = triton.next_power_of_2(min(longest * shared, tile.queries))

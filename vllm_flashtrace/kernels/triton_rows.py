@@ -31,7 +31,8 @@ stride, address and layer stride of the residual, address and layer stride of th
 # Programs that keep any GPU in question busy; work of fewer programs is cut further.
 _ENOUGH_PROGRAMS = 512
 
-_TABLE_ALIGNMENT = 16
+# Kernels are compiled for addresses and strides that are multiples of so many bytes and entries.
+_ALIGNMENT = 16
 
 
 class Work(NamedTuple):
@@ -79,20 +80,11 @@ class DeviceRows:
         rows = torch.cat([s.rows for s in segments]).int()
         positions = torch.cat([s.positions for s in segments]).int()
         weights = torch.cat([s.weights for s in segments]).float()
-        floats = torch.cat([weights, weights.log2()]).view(torch.int32)
-        parts = [sums.flatten().view(torch.int32), rows, positions, floats]
-        packed = _to_device(torch.cat(parts), source.device)
-        table, rows, positions, floats = packed.split([len(part) for part in parts])
-        weights, log_weights = floats.view(torch.float32).chunk(2)
-        return cls(
-            source,
-            rows,
-            positions,
-            weights,
-            log_weights,
-            _stacked([s.block_table for s in segments]),
-            table.view(torch.int64).view(len(segments), SUMS.value),
+        table, rows, positions, weights, log_weights = _to_device(
+            [sums, rows, positions, weights, weights.log2()], source.device
         )
+        tables = _stacked([s.block_table for s in segments])
+        return cls(source, rows, positions, weights, log_weights, tables, table)
 
     def row_tiles(self, rows_per_tile: int, keys_per_tile: int, window: int) -> Work:
         """Work that goes over the keys of a tile of rows; slots are splits of the keys."""
@@ -111,12 +103,8 @@ class DeviceRows:
         work = self._work.get(key)
         if work is None:
             items, reductions, slots = cut(*sizes)
-            both = torch.cat([items.flatten(), reductions.flatten()]).int()
-            on_device = _to_device(both, self.source.device)
-            first, second = on_device.split([items.numel(), reductions.numel()])
-            work = self._work[key] = Work(
-                first.view(-1, WORK.value), second.view(-1, REDUCTION.value), slots
-            )
+            items, reductions = _to_device([items.int(), reductions.int()], self.source.device)
+            work = self._work[key] = Work(items, reductions, slots)
         return work
 
     def _row_tiles(self, rows_per_tile: int, keys_per_tile: int, window: int) -> _Cut:
@@ -221,15 +209,27 @@ def _counted(number: Tensor) -> Tensor:
 
 
 def _stacked(tables: Sequence[Tensor]) -> Tensor:
-    width = triton.cdiv(max(len(table) for table in tables), _TABLE_ALIGNMENT) * _TABLE_ALIGNMENT
+    width = triton.cdiv(max(len(table) for table in tables), _ALIGNMENT) * _ALIGNMENT
     stacked = tables[0].new_zeros(len(tables), width)
     for row, table in zip(stacked, tables, strict=True):
         row[: len(table)] = table
     return stacked
 
 
-def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; the host goes on at once."""
-    if device.type == "cpu":
-        return numbers
-    return numbers.pin_memory().to(device, non_blocking=True)
+def _to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies in one piece; the host goes on at once.
+
+    Each begins at a multiple of as many bytes as kernels are compiled for.
+    """
+    starts, end = [], 0
+    for table in tables:
+        starts.append(end)
+        end += triton.cdiv(table.nbytes, _ALIGNMENT) * _ALIGNMENT
+    packed = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for table, start in zip(tables, starts, strict=True):
+        packed[start : start + table.nbytes] = table.contiguous().flatten().view(torch.uint8)
+    packed = packed.to(device, non_blocking=True)
+    return [
+        packed[start : start + table.nbytes].view(table.dtype).view(table.shape)
+        for table, start in zip(tables, starts, strict=True)
+    ]
