@@ -1,8 +1,8 @@
 """Forgets what was derived from a model's weights when the weights change.
 
 What it changes: after ``GPUModelRunner.reload_weights``, ``Worker.update_weights``,
-``Worker.reset_weights`` and ``Worker.wake_up`` (also when they fail half-way), the output
-projections kept for traces are dropped and computed anew when next needed.
+``Worker.finish_weight_update``, ``Worker.reset_weights`` and ``Worker.wake_up`` (also when one
+fails half-way), what was derived from weights for traces is dropped and computed anew when needed.
 
 Why here: vLLM has no hook for weight changes, and on the CPU the packed weights cannot be compared.
 A trace with the projections of old weights would be well-formed and wrong.
@@ -24,6 +24,7 @@ from vllm_flashtrace.adapter.runner import existing_capture
 _METHODS: tuple[tuple[type, str], ...] = (
     (GPUModelRunner, "reload_weights"),
     (Worker, "update_weights"),
+    (Worker, "finish_weight_update"),
     (Worker, "reset_weights"),
     (Worker, "wake_up"),
 )

@@ -1,0 +1,166 @@
+"""Whole traces through vLLM's V2 runner, its batches and its caches, against the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from tests.engine.harness import relative_l1
+from tests.gpu.v2_engine import (
+    LIMIT,
+    V2Engine,
+    apply_patches,
+    assert_exact,
+    traced,
+    untraced,
+    v2_engine,
+)
+from vllm_flashtrace.adapter import runner as adapter
+from vllm_flashtrace.adapter.gpu_model import GPUTracedModel
+from vllm_flashtrace.capture.observer import current
+from vllm_flashtrace.errors import TraceError
+
+
+@pytest.mark.parametrize("chunks", [(100,), (70, 30), (99, 1), (60, 1, 1, 38), (32, 32, 36)])
+def test_chunks(engine: V2Engine, float64_llama: Any, chunks: tuple[int, ...]) -> None:
+    trace = traced(100, (58, 64), (90, 100))
+    new: dict[str, Any] = {"trace": trace.new}
+    for count in chunks:
+        engine.step({"trace": count}, new=new)
+        new = {}
+    report = assert_exact(engine, trace, float64_llama)
+    assert report.recomputed_tokens == 100 and report.cached_tokens == report.restarts == 0
+
+
+def test_place_in_the_batch_is_not_the_index(engine: V2Engine, float64_llama: Any) -> None:
+    """vLLM sorts a batch by its number of tokens; indices come from the request states."""
+    trace = traced(80, (60, 80))
+    others = {f"other-{i}": untraced(64, i) for i in range(3)}
+    engine.step({name: 10 + i for i, name in enumerate(others)}, new=others)
+    engine.step({"trace": 65, "other-0": 1, "other-2": 30}, new={"trace": trace.new})
+    engine.step({"other-1": 20, "trace": 15, "other-0": 17})
+    index = engine.runner.req_states.req_id_to_index
+    batch = ["other-0", "trace", "other-1"]
+    assert [index[name] for name in batch] != list(range(3))
+    assert_exact(engine, trace, float64_llama)
+
+
+def test_several_traces_in_a_step(engine: V2Engine, float64_llama: Any) -> None:
+    traces = {f"t{i}": traced(70 + 9 * i, (40 + 5 * i, 66 + 5 * i), seed=i) for i in range(3)}
+    engine.step({"t0": 50, "other": 3}, new={"t0": traces["t0"].new, "other": untraced(40, 9)})
+    new = {name: traces[name].new for name in ("t1", "t2")}
+    engine.step({"t1": 79, "t0": 10, "t2": 60, "other": 1}, new=new)
+    engine.step({"t2": 28, "other": 30, "t0": 10})
+    for trace in traces.values():
+        assert_exact(engine, trace, float64_llama)
+    assert not engine.capture.recorder.active_requests
+
+
+def test_rows_that_pad_a_step(
+    tiny_llama: Path, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded tokens and requests come last and are none of a trace's."""
+    stock = model_runner.dispatch_cg_and_sync_dp
+
+    @functools.wraps(stock)
+    def padded(*args: Any, **kwargs: Any) -> Any:
+        described, sync = stock(*args, **kwargs)
+        return dataclasses.replace(described, num_tokens=128, num_reqs=7), sync
+
+    monkeypatch.setattr(model_runner, "dispatch_cg_and_sync_dp", padded)
+    trace = traced(90, (50, 90))
+    with v2_engine(tiny_llama, monkeypatch) as engine:
+        apply_patches(monkeypatch)
+        engine.step({"trace": 60, "other": 4}, new={"trace": trace.new, "other": untraced(9, 1)})
+        engine.step({"other": 2, "trace": 30})
+        assert len(engine.runner.input_buffers.positions) >= 128
+        assert_exact(engine, trace, float64_llama)
+
+
+@pytest.mark.parametrize("hit", [0, 32])
+@pytest.mark.parametrize("computed", [40, 70])
+def test_preempted_request(engine: V2Engine, float64_llama: Any, computed: int, hit: int) -> None:
+    """The V2 scheduler sends a request that comes back as a new one, maybe with cached blocks."""
+    trace = traced(100, (60, 100))
+    new = {"trace": trace.new, "other": untraced(50, 1)}
+    engine.step({"trace": computed, "other": 10}, new=new)
+    engine.step({"other": 5}, preempted=["trace"])
+    engine.step({"other": 5})
+    engine.step({"trace": 40, "other": 1}, new={"trace": trace.new}, hits={"trace": hit})
+    engine.step({"trace": 60 - hit})
+    report = assert_exact(engine, trace, float64_llama)
+    assert report.restarts == 1
+    assert (report.cached_tokens, report.recomputed_tokens) == (hit, 100 - hit)
+
+
+def test_aborted_request(engine: V2Engine, float64_llama: Any) -> None:
+    gone, trace = traced(100, (40, 100)), traced(80, (50, 80), seed=3)
+    engine.step({"gone": 70}, new={"gone": gone.new})
+    assert engine.capture.recorder.accumulator_bytes > 0
+    engine.step({"trace": 80}, new={"trace": trace.new}, finished=["gone"])
+    with pytest.raises(TraceError) as caught:
+        engine.report(gone)
+    assert caught.value.code == "result_missing"
+    assert_exact(engine, trace, float64_llama)
+    assert engine.capture.recorder.accumulator_bytes == 0
+
+
+def test_a_runner_without_traces_keeps_nothing(engine: V2Engine) -> None:
+    engine.step({"other": 20}, new={"other": untraced(30, 1)})
+    engine.step({"other": 10})
+    assert adapter.existing_capture(engine.runner) is None and current() is None
+
+
+def test_no_token_is_scheduled(engine: V2Engine, float64_llama: Any) -> None:
+    """A step may only tell of finished requests; a trace in progress is not disturbed."""
+    trace = traced(60, (40, 60))
+    engine.step({"trace": 50, "other": 8}, new={"trace": trace.new, "other": untraced(8, 1)})
+    output = engine.steps.step({}, finished=["other"])
+    assert engine.runner.execute_model(output, None).req_ids == []
+    engine.step({"trace": 10})
+    assert_exact(engine, trace, float64_llama)
+
+
+def test_weights_that_changed_are_read_again(
+    engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``reload_weights`` drops what was derived, also when it fails half-way."""
+    first, second = traced(60, (40, 60)), traced(60, (40, 60))
+    engine.step({"a": 60}, new={"a": first.new})
+    before = assert_exact(engine, first, float64_llama).scores
+
+    def stock(runner: Any) -> None:
+        for layer in engine.capture._model.layers:  # type: ignore[union-attr]
+            layer.out_proj.weight.data.mul_(3)
+        raise RuntimeError("half-way")
+
+    from vllm_flashtrace.patches.model_runner_v2 import reload_wrapper
+
+    monkeypatch.setattr(GPUModelRunner, "reload_weights", reload_wrapper(stock))
+    with pytest.raises(RuntimeError, match="half-way"):
+        engine.runner.reload_weights()
+    model = engine.capture._model
+    assert isinstance(model, GPUTracedModel) and not model._column_norms and not model._readings
+    tripled = oracle_with(float64_llama, 3)
+    engine.step({"b": 60}, new={"b": second.new}, finished=["a"])
+    after = engine.report(second).scores
+    assert relative_l1(after, second.oracle(tripled)) < LIMIT
+    assert relative_l1(after, before) > 100 * LIMIT
+
+
+def oracle_with(model: Any, factor: float) -> Any:
+    """The model with its output projections multiplied."""
+    import copy
+
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(factor)
+    return model

@@ -1,0 +1,274 @@
+"""The recording CUDA backends are the stock ones in every respect but what they show to a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm_flashtrace.patches import cuda_attention
+from vllm_flashtrace.patches._check import PatchError
+
+from tests.gpu.standin import BACKENDS, backend_class, flashinfer_names
+from vllm_flashtrace import patches
+from vllm_flashtrace.capture.observer import current, observing
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def backends(request: pytest.FixtureRequest) -> Any:
+    """(name, recording backend, stock backend) of each registered member."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "FLASHINFER":
+            stack.enter_context(flashinfer_names())
+        stock = resolve_obj_by_qualname(AttentionBackendEnum[request.param].value)
+        yield request.param, backend_class(request.param), stock
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, torch.Tensor]] = []
+
+    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
+        self.seen.append((layer_name, query))
+
+    def on_residual(self, residual: torch.Tensor) -> None:
+        raise AssertionError("attention shows no residual stream")
+
+
+def test_everything_but_the_implementation_is_inherited(backends: Any) -> None:
+    name, recording, stock = backends
+    assert set(vars(recording)) - set(vars(type("Empty", (stock,), {}))) == {"get_impl_cls"}
+    assert recording.get_name() == name == AttentionBackendEnum[recording.get_name()].name
+    assert recording.get_builder_cls() is stock.get_builder_cls()
+    assert recording.get_builder_cls()._cudagraph_support == (
+        stock.get_builder_cls()._cudagraph_support
+    )
+    assert recording.forward_includes_kv_cache_update is False
+    assert not recording.__abstractmethods__
+    for capability in ("supports_sink", "supports_rswa", "supports_non_causal", "is_mla"):
+        assert getattr(recording, capability).__func__ is getattr(stock, capability).__func__
+
+
+def test_the_implementation_adds_only_the_mixin(backends: Any) -> None:
+    _, recording, stock = backends
+    impl, stock_impl = recording.get_impl_cls(), stock.get_impl_cls()
+    assert issubclass(impl, stock_impl) and not impl.__abstractmethods__
+    assert set(vars(impl)) - set(vars(type("Empty", (stock_impl,), {}))) <= {"__doc__"}
+    differing = {
+        attribute
+        for attribute in dir(stock_impl)
+        if not attribute.startswith("__")
+        and getattr(impl, attribute, None) is not getattr(stock_impl, attribute)
+        and getattr(impl, attribute) != getattr(stock_impl, attribute)
+    }
+    assert differing <= {"forward", "_abc_impl"}
+
+
+def test_vllm_finds_the_class_by_its_names(backends: Any) -> None:
+    """Platforms pass backends on as module and qualified name (``_backend_cls_path``)."""
+    name, recording, _ = backends
+    module, qualname = recording.full_cls_name()
+    assert f"{module}.{qualname}" == BACKENDS[name]
+    assert resolve_obj_by_qualname(BACKENDS[name]) is recording
+
+
+def test_derived_backends_differ_from_the_registered_ones(backends: Any) -> None:
+    """vLLM derives backends with other block tables; a trace must be able to tell."""
+    from vllm.v1.attention.backend import subclass_attention_backend
+
+    _, recording, _ = backends
+    derived = subclass_attention_backend("Chunked", recording, recording.get_builder_cls())
+    assert "get_impl_cls" in vars(recording) and "get_impl_cls" not in vars(derived)
+
+
+def call(impl_class: type, metadata: Any, **kwargs: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
+    impl = object.__new__(impl_class)
+    layer = SimpleNamespace(layer_name="model.layers.3.self_attn.attn")
+    query, key, value, cache = (torch.zeros(1) for _ in range(4))
+    arguments = (layer, query, key, value, cache, metadata)
+    return arguments, impl.forward(*arguments, **kwargs)  # type: ignore[attr-defined]
+
+
+def test_stock_forward_gets_the_same_arguments(
+    backends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, recording, stock = backends
+    calls: list[Any] = []
+    observer = Observer()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> str:
+        calls.append((args, kwargs))
+        assert not observer.seen, "the observer comes after the kernel"
+        return "result"
+
+    monkeypatch.setattr(stock.get_impl_cls(), "forward", forward)
+    options = {"output": torch.zeros(2), "output_scale": None, "output_block_scale": None}
+    with observing(observer):
+        arguments, result = call(recording.get_impl_cls(), object(), **options)
+    assert result == "result"
+    [(args, kwargs)] = calls
+    assert len(args) == len(arguments)
+    assert all(mine is theirs for mine, theirs in zip(arguments, args, strict=True))
+    assert kwargs.keys() == options.keys() and kwargs["output"] is options["output"]
+    [(layer_name, query)] = observer.seen
+    assert layer_name == "model.layers.3.self_attn.attn" and query is arguments[1]
+
+
+def test_nothing_is_shown_without_observer_or_metadata(
+    backends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, recording, stock = backends
+    monkeypatch.setattr(stock.get_impl_cls(), "forward", lambda self, *args, **kwargs: args[5])
+    metadata = object()
+    assert call(recording.get_impl_cls(), metadata)[1] is metadata
+    observer = Observer()
+    with observing(observer):
+        assert call(recording.get_impl_cls(), None)[1] is None
+    assert not observer.seen and current() is None
+
+
+def test_faults_of_the_stock_kernel_pass(backends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, recording, stock = backends
+    fault, observer = RuntimeError("kernel"), Observer()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(stock.get_impl_cls(), "forward", forward)
+    with observing(observer), pytest.raises(RuntimeError) as raised:
+        call(recording.get_impl_cls(), object())
+    assert raised.value is fault and not observer.seen and current() is None
+
+
+def test_registered_over_the_stock_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    cuda_attention.check()
+    cuda_attention.apply()
+    found = {name: AttentionBackendEnum[name].get_path() for name in BACKENDS}
+    assert found == BACKENDS
+
+
+def test_another_plugins_backend_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = {AttentionBackendEnum.FLASH_ATTN: "theirs.Backend"}
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", theirs)
+    cuda_attention.apply()
+    assert AttentionBackendEnum.FLASH_ATTN.get_path() == "theirs.Backend"
+    assert AttentionBackendEnum.TRITON_ATTN.get_path() == BACKENDS["TRITON_ATTN"]
+    assert "theirs.Backend" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("class Impl:\n    def forward(self, query, layer): ...", "takes"),
+        ("class Impl: ...", "does not exist"),
+        ("class Other: ...", "does not exist"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_moved_kernel_interface_is_refused(
+    source: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source is not None:
+        (tmp_path / "moved_backend.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = ("FLASH_ATTN", "moved_backend", "Impl", "path")
+    monkeypatch.setattr(cuda_attention, "_BACKENDS", (entry,))
+    with pytest.raises(PatchError, match=message):
+        cuda_attention.check()
+    assert "moved_backend" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [
+        ("cpu", {"cpu_attention"}),
+        ("cuda", {"cuda_attention", "model_runner_v2"}),
+        ("rocm", set()),
+    ],
+)
+def test_each_platform_has_its_patches(
+    platform: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = SimpleNamespace(is_cpu=lambda: platform == "cpu", is_cuda=lambda: platform == "cuda")
+    monkeypatch.setattr("vllm.platforms._current_platform", stand_in)
+    found = {module.__name__.rpartition(".")[2] for module in patches._platform_modules()}
+    assert found == expected
+    everywhere = {"model_load", "model_runner_v1", "prefix_cache", "worker_rpc"}
+    names = {module.__name__.rpartition(".")[2] for module in patches._modules()}
+    assert names >= everywhere | expected
+
+
+# What the process of a CUDA worker does, on a platform that says it is CUDA.
+_AS_CUDA = (
+    "import vllm.v1.worker.gpu_worker, vllm.v1.worker.gpu_model_runner\n"
+    "import vllm.v1.worker.gpu.model_runner as v2\n"
+    "from vllm.platforms import current_platform\n"
+    "type(current_platform).is_cuda = lambda self: True\n"
+    "type(current_platform).is_cpu = lambda self: False\n"
+    "from vllm.v1.attention.backends.registry import AttentionBackendEnum as B\n"
+    "execute, dispatch = v2.GPUModelRunner.execute_model, v2.dispatch_cg_and_sync_dp\n"
+)
+
+
+def _process(code: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "VLLM_TARGET_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_all_patches_for_cuda_fit_and_import_no_kernels() -> None:
+    done = _process(
+        _AS_CUDA + "import sys\n"
+        "before = set(sys.modules)\n"
+        "from vllm_flashtrace import patches, plugin; plugin.register()\n"
+        "assert patches.applied()\n"
+        "assert v2.GPUModelRunner.execute_model is not execute\n"
+        "assert v2.dispatch_cg_and_sync_dp is not dispatch\n"
+        "new = set(sys.modules) - before\n"
+        "assert not [m for m in new if 'flash_attn' in m or 'flashinfer' in m], new\n"
+        "print(B.FLASH_ATTN.get_path(), B.TRITON_ATTN.get_path(), B.FLASHINFER.get_path())\n"
+        "assert 'flashtrace' not in B.CPU_ATTN.get_path()\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("vllm_flashtrace.patches.recording_") == 3
+
+
+def test_a_moved_v2_runner_leaves_everything_untouched() -> None:
+    done = _process(
+        _AS_CUDA + "v2.GPUModelRunner.prepare_attn = lambda self, other: None\n"
+        "from vllm_flashtrace import patches, plugin; plugin.register()\n"
+        "assert not patches.applied()\n"
+        "assert v2.GPUModelRunner.execute_model is execute\n"
+        "assert v2.dispatch_cg_and_sync_dp is dispatch\n"
+        "assert 'flashtrace' not in B.FLASH_ATTN.get_path()\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FlashTrace is off" in done.stderr
+    assert "GPUModelRunner.prepare_attn (V2) takes" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["cuda_attention", "model_runner_v2"])
+def test_every_patch_explains_itself(module: str) -> None:
+    import importlib
+
+    text = importlib.import_module(f"vllm_flashtrace.patches.{module}").__doc__ or ""
+    for heading in ("What it changes:", "Why here:", "Tested on: vLLM 0.32.0"):
+        assert heading in text

@@ -1,0 +1,162 @@
+"""A fault in recording fails its trace; the V2 runner's own result does not change by a bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_flashtrace.patches import model_runner_v2
+
+from tests.faults import break_function, mend_function
+from tests.gpu.v2_engine import (
+    V2Engine,
+    apply_patches,
+    assert_exact,
+    traced,
+    untraced,
+    v2_engine,
+)
+from vllm_flashtrace.adapter import runner as adapter
+from vllm_flashtrace.capture.observer import current
+from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.wire import decode_report
+
+CAPTURE, ADAPTER = "vllm_flashtrace.capture", "vllm_flashtrace.adapter"
+PHASES: dict[str, tuple[str, str | None, str]] = {
+    "registration": (f"{CAPTURE}.recorder", None, "Trace"),
+    "batch": ("vllm_flashtrace.patches.model_runner_v2", None, "batch_rows"),
+    "kernel blocks": (f"{ADAPTER}.runner_v2", None, "kernel_block_table"),
+    "step": (f"{CAPTURE}.recorder", "Recorder", "begin_step"),
+    "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
+    "row plan": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "plan_rows"),
+    "observer": (f"{ADAPTER}.runner", None, "StepObserver"),
+    "layer name": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "layer_index"),
+    "attention": (f"{ADAPTER}.gpu_model", None, "paged_column_sums"),
+    "cache views": (f"{ADAPTER}.gpu_model", None, "key_value_views"),
+    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
+    "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
+    "norms": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "_norms"),
+    "proximity": (f"{ADAPTER}.gpu_model", None, "proximity"),
+    "end of step": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "end_step"),
+    "scores": (f"{CAPTURE}.finished", None, "token_shares"),
+}
+LATE = ("end of step",)  # The trace is complete by then.
+
+
+def steps(engine: V2Engine, trace: Any) -> list[torch.Tensor]:
+    """Hidden states of three steps; the trace's target is in the first two."""
+    new = {"trace": trace.new, "other": untraced(60, 1)}
+    return [
+        engine.step({"trace": 50, "other": 20}, new=new),
+        engine.step({"other": 30, "trace": 30}),
+        engine.step({"other": 10}, finished=["trace"]),
+    ]
+
+
+def nothing_left(engine: V2Engine) -> None:
+    assert current() is None and model_runner_v2._running is None
+    assert not engine.capture.records_step and not engine.capture.scheduled
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_fault_fails_the_trace_alone(
+    phase: str, tiny_llama: Path, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, after = traced(80, (40, 80)), traced(70, (30, 66), seed=2)
+    with v2_engine(tiny_llama, monkeypatch) as engine:
+        expected = steps(engine, trace)
+        apply_patches(monkeypatch)
+        engine = V2Engine(engine.model, engine.config, engine.layout)
+        break_function(None, *PHASES[phase])
+        try:
+            found = steps(engine, trace)
+            if phase not in LATE:
+                with pytest.raises(TraceError, match="injected") as caught:
+                    engine.report(trace)
+                assert caught.value.code == "recording_failed"
+        finally:
+            mend_function(None, *PHASES[phase])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        nothing_left(engine)
+        engine.step({"after": 70}, new={"after": after.new}, finished=["other"])
+        assert_exact(engine, after, float64_llama)
+        assert not engine.capture.recorder.active_requests
+
+
+@pytest.mark.parametrize(
+    "name", ["_has_trace", "RunnerCapture", "sealed_spec"], ids=lambda name: name.strip("_")
+)
+def test_scheduler_output_that_cannot_be_read(
+    name: str, engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, after = traced(80, (40, 80)), traced(70, (30, 66), seed=2)
+    with monkeypatch.context() as patch:
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("injected")
+
+        patch.setattr(adapter, name, broken)
+        engine.step({"trace": 80}, new={"trace": trace.new})
+    engine.step({"after": 70}, new={"after": after.new})
+    assert_exact(engine, after, float64_llama)
+
+
+def test_fault_in_one_trace_spares_the_other(
+    engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_flashtrace.capture.trace import Trace
+
+    bad, good = traced(80, (40, 80)), traced(70, (30, 66), seed=2)
+    stock = Trace.begin_chunk
+
+    def begin_chunk(self: Trace, start: int, stop: int) -> Any:
+        if self.spec.nonce == bad.spec.nonce:
+            raise RuntimeError("injected")
+        return stock(self, start, stop)
+
+    monkeypatch.setattr(Trace, "begin_chunk", begin_chunk)
+    engine.step({"bad": 80, "good": 70}, new={"bad": bad.new, "good": good.new})
+    with pytest.raises(TraceError, match="injected"):
+        engine.report(bad)
+    assert_exact(engine, good, float64_llama)
+
+
+@pytest.mark.parametrize("where", ["prepare_inputs", "layer"])
+def test_faults_of_the_runner_pass(
+    where: str, engine: V2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exception is vLLM's to handle; no observer and no step stay behind."""
+    fault = RuntimeError("of vLLM")
+
+    def broken(*_: Any) -> None:
+        assert (current() is None) == (where == "prepare_inputs")
+        raise fault
+
+    if where == "layer":
+        engine.model.model.layers[2].register_forward_pre_hook(broken)
+    else:
+        monkeypatch.setattr(engine.runner, "prepare_inputs", broken)
+    with pytest.raises(RuntimeError) as raised:
+        engine.step({"trace": 80}, new={"trace": traced(80, (40, 80)).new})
+    assert raised.value is fault
+    nothing_left(engine)
+
+
+def test_a_model_that_is_refused_is_served(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = traced(80, (40, 80))
+    with v2_engine(tiny_llama, monkeypatch) as engine:
+        expected = steps(engine, trace)
+        apply_patches(monkeypatch)
+        engine = V2Engine(engine.model, engine.config, engine.layout)
+        del engine.model._flashtrace_taps
+        found = steps(engine, trace)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    capture = adapter.existing_capture(engine.runner)
+    assert capture is not None and capture.refusal == "the model was loaded without taps"
+    with pytest.raises(TraceError, match="without taps") as caught:
+        decode_report(capture.recorder.collect(trace.spec.nonce))
+    assert caught.value.code == "unsupported_model"
