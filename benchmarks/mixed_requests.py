@@ -15,20 +15,6 @@ from typing import Any
 ABORTED, TRACED, STREAMED, DEFERRED = 0.2, 0.7, 0.5, 0.1
 LONGEST_STAY_SECONDS = 4.0
 _WORDS = ("river", "stone", "seven", "lamp", "north", "apple", "code", "4821", "green", "house")
-    "river",
-    "stone",
-    "seven",
-    "lamp",
-    "north",
-    "apple",
-    "code",
-    "4821",
-    "green",
-    "house",
-    "window",
-    "paper",
-    "salt",
-]
 _PATHS = {
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
