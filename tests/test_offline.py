@@ -22,7 +22,9 @@ class FakeLLM:
         self.llm_engine = types.SimpleNamespace(
             engine_core=types.SimpleNamespace(shutdown=self._stop),
             vllm_config=types.SimpleNamespace(
-                additional_config={}, model_config=types.SimpleNamespace(max_model_len=8)
+                additional_config={},
+                model_config=types.SimpleNamespace(max_model_len=8),
+                structured_outputs_config=types.SimpleNamespace(reasoning_parser=""),
             ),
         )
 
@@ -79,6 +81,14 @@ def test_an_engine_that_cannot_trace(
     with pytest.raises(UnsupportedModelError, match="sliding windows"):
         FlashTrace("m") if own else FlashTrace(llm=llm)
     assert llm.stopped == stopped
+
+
+def test_an_engine_without_such_a_parser_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FakeLLM()
+    started(monkeypatch, llm)
+    with pytest.raises(ValueError, match="nonesuch"):
+        FlashTrace("m", tool_call_parser="nonesuch")
+    assert llm.stopped == 1
 
 
 def test_an_existing_engine_takes_no_arguments() -> None:

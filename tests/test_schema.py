@@ -15,7 +15,13 @@ from vllm_flashtrace.schema import (
     check_against_limit,
     parse_flashtrace_field,
 )
-from vllm_flashtrace.schema_options import RegexTarget, TextTarget, TokensTarget, WeightsTarget
+from vllm_flashtrace.schema_options import (
+    RegexTarget,
+    TextTarget,
+    TokensTarget,
+    ToolCallTarget,
+    WeightsTarget,
+)
 
 LIMITS = RequestLimits()
 NAN, INF = math.nan, math.inf
@@ -70,6 +76,8 @@ def test_other_values_are_refused(value):
         ("target", {"tokens": [[0, 2], [5, 6]]}, TokensTarget(tokens=((0, 2), (5, 6)))),
         ("target", {"weights": {"0": 1, "7": 0.5}}, WeightsTarget(weights={0: 1.0, 7: 0.5})),
         ("target", {"weights": {3: 2, "4": 0}}, WeightsTarget(weights={3: 2.0, 4: 0.0})),
+        ("target", {"tool_call": 0}, ToolCallTarget(tool_call=0)),
+        ("target", {"argument": "to", "tool_call": 3}, ToolCallTarget(tool_call=3, argument="to")),
         ("hops", 0, 0),
         ("hops", 8, 8),
         ("hops", "auto", "auto"),
@@ -86,6 +94,7 @@ def test_other_values_are_refused(value):
         ("include", ["hops", "layers", "hops"], ("hops", "layers")),
         ("include", ("generated", "segments", "tokens"), ("generated", "segments", "tokens")),
         ("mode", "inline", "inline"),
+        ("mode", "deferred", "deferred"),
     ],
 )
 def test_accepted(field, value, parsed):
@@ -158,8 +167,17 @@ REFUSED = [
     ("target", {"weights": {"9" * 5000: 1}}, "target.weights", "'999"),
     ("target", {"weights": {True: 1}}, "target.weights", "True"),
     ("target", {"weights": {1: 1, "1": 2}}, "target.weights", "'1'"),
-    ("target", {"tool_call": 0}, "target.tool_call", "not supported yet, got 0"),
-    ("target", {"tool_call": 2, "argument": "x"}, "target.tool_call", "not supported yet, got 2"),
+    ("target", {"tool_call": -1}, "target.tool_call", "-1"),
+    ("target", {"tool_call": 65_536}, "target.tool_call", "65536"),
+    ("target", {"tool_call": "0"}, "target.tool_call", "'0'"),
+    ("target", {"tool_call": True}, "target.tool_call", "True"),
+    ("target", {"tool_call": None}, "target.tool_call", "None"),
+    ("target", {"tool_call": 0, "argument": ""}, "target.argument", "''"),
+    ("target", {"tool_call": 0, "argument": 3}, "target.argument", "3"),
+    ("target", {"tool_call": 0, "argument": "x" * 65_537}, "target.argument", "'xxx"),
+    ("target", {"tool_call": 0, "text": "a"}, "target", "{'text': 'a', 'tool_call': 0}"),
+    ("target", {"argument": "x"}, "target", "{'argument': 'x'}"),
+    ("target", {"text": "a", "argument": "x"}, "target.argument", "'x'"),
     ("reasoning", "some", "reasoning", "'some'"),
     ("reasoning", "output", "reasoning", "'output'"),
     ("reasoning", True, "reasoning", "True"),
@@ -186,8 +204,7 @@ REFUSED = [
     ("include", {"hops": True}, "include", "{'hops': True}"),
     ("include", ["hops", "everything"], "include[1]", "'everything'"),
     ("include", [["hops"]], "include[0]", "['hops']"),
-    ("mode", "deferred", "mode", "not supported yet, got 'deferred'"),
-    ("mode", "later", "mode", "'later'"),
+    ("mode", "later", "mode", "must be 'inline' or 'deferred', got 'later'"),
     ("mode", None, "mode", "None"),
 ]
 
@@ -284,7 +301,7 @@ def test_json_schema_describes_every_key():
     assert schema["additionalProperties"] is False
     assert list(schema["properties"]) == list(FlashTraceRequest.model_fields)
     models = [schema, *schema["$defs"].values()]
-    assert len(models) == 5
+    assert len(models) == 6
     for model in models:
         assert model["description"]
         for field in model["properties"].values():
@@ -312,6 +329,7 @@ _requests = st.fixed_dictionaries(
             st.fixed_dictionaries({"text": _texts}),
             st.fixed_dictionaries({"tokens": _spans}),
             st.fixed_dictionaries({"weights": _weights}),
+            st.fixed_dictionaries({"tool_call": st.integers(0, 99)}, optional={"argument": _texts}),
         ),
         "hops": st.integers(0, 8) | st.just("auto"),
         "reasoning": st.one_of(
@@ -325,7 +343,7 @@ _requests = st.fixed_dictionaries(
         "include": st.lists(
             st.sampled_from(["hops", "generated", "segments", "layers", "tokens"]), unique=True
         ),
-        "mode": st.just("inline"),
+        "mode": st.sampled_from(["inline", "deferred"]),
     },
 )
 _json = st.recursive(
@@ -334,7 +352,7 @@ _json = st.recursive(
     max_leaves=6,
 )
 _keys = st.sampled_from(
-    [*FlashTraceRequest.model_fields, "text", "regex", "tokens", "weights", "tool_call"]
+    [*FlashTraceRequest.model_fields, "text", "regex", "tokens", "weights", "tool_call", "argument"]
 )
 
 

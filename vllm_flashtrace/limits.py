@@ -19,3 +19,4 @@ class RequestLimits:
     max_regex_length: int = 512
     max_text_length: int = 65_536
     max_weights: int = 65_536
+    max_tool_call_index: int = 65_535

@@ -13,7 +13,7 @@ from typing import Any, Self
 from vllm_flashtrace.attribution import Attribution
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.engine import engine_refusal, start_engine, stop_engine
-from vllm_flashtrace.errors import FlashTraceError, UnsupportedModelError
+from vllm_flashtrace.errors import FlashTraceError, InvalidRequestError, UnsupportedModelError
 from vllm_flashtrace.offline_jobs import TraceJob, run_jobs
 from vllm_flashtrace.postprocess.plan import plan_trace
 from vllm_flashtrace.prompts import (
@@ -23,6 +23,7 @@ from vllm_flashtrace.prompts import (
     completions_of,
     engine_input,
     is_chat,
+    with_decoded_arguments,
 )
 from vllm_flashtrace.records import Completion
 from vllm_flashtrace.schema import FlashTraceRequest, parse_flashtrace_field
@@ -43,6 +44,8 @@ class FlashTrace:
         *,
         llm: Any = None,
         flashtrace_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        tool_call_parser: str | None = None,
         **engine_args: Any,
     ) -> None:
         """Starts an engine, or uses an existing one.
@@ -52,6 +55,10 @@ class FlashTrace:
             llm: An existing ``vllm.LLM``. The plugin must have been active when it was made,
                 which it is whenever this package is installed and ``VLLM_PLUGINS`` allows it.
             flashtrace_config: Options of :class:`~vllm_flashtrace.config.FlashTraceConfig`.
+            chat_template: Renders chats instead of the tokenizer's own template.
+            tool_call_parser: Name of vLLM's parser that finds generated tool calls, for targets
+                such as ``{"tool_call": 0, "argument": "to"}``. Reasoning is found by the engine's
+                own ``reasoning_parser``, if it has one.
             **engine_args: Passed to ``vllm.LLM`` unchanged.
 
         Raises:
@@ -73,6 +80,8 @@ class FlashTrace:
         self.config = FlashTraceConfig.from_additional_config(vllm_config.additional_config)
         self._max_trace_tokens = vllm_config.model_config.max_model_len - 1
         self._tokenizer = self.llm.get_tokenizer()
+        self._chat_template = chat_template
+        self._make_parser = self._output_parser(tool_call_parser)
         self._ids = (f"ft-offline-{i}" for i in count())
 
     def close(self) -> None:
@@ -149,6 +158,10 @@ class FlashTrace:
         request = parse_flashtrace_field(value, self.config.limits)
         if request is None:
             raise ValueError("flashtrace must be true or an object of options")
+        if request.mode == "deferred":
+            raise InvalidRequestError(
+                "flashtrace.mode", "flashtrace.mode 'deferred' needs a server, got it offline"
+            )
         return request
 
     def _complete(
@@ -160,6 +173,8 @@ class FlashTrace:
         outputs: dict[int, Any] = {}
         if chats:
             conversations = [[dict(message) for message in prompts[i]] for i in chats]  # type: ignore[arg-type]
+            if self._chat_template is not None:
+                chat_args = {"chat_template": self._chat_template, **chat_args}
             answers = self.llm.chat(conversations, sampling_params, use_tqdm=False, **chat_args)
             outputs.update(zip(chats, answers, strict=True))
         if plain:
@@ -181,11 +196,13 @@ class FlashTrace:
 
     def _plan(self, request: FlashTraceRequest, completion: Completion) -> TraceJob:
         job = TraceJob(completion, next(self._ids))
+        parser = self._make_parser(completion.prompt_token_ids) if self._make_parser else None
         try:
             job.plan = plan_trace(
                 request,
                 completion,
                 self._tokenizer,
+                reasoning_parser=parser,
                 render=self._render,
                 max_trace_tokens=self._max_trace_tokens,
                 auto_threshold=self.config.auto_threshold,
@@ -204,6 +221,18 @@ class FlashTrace:
 
     def _render(self, messages: Messages) -> str:
         rendered = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            with_decoded_arguments(messages),
+            chat_template=self._chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         return str(rendered)
+
+    def _output_parser(self, tool_call_parser: str | None) -> Any | None:
+        from vllm_flashtrace.adapter.offline_output import offline_output_parser
+
+        try:
+            return offline_output_parser(self.llm, tool_call_parser)
+        except ValueError:
+            self.close()  # The caller gets no object to close.
+            raise

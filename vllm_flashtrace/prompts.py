@@ -6,9 +6,11 @@ passes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from vllm_flashtrace.postprocess.tool_calls import call_arguments
 from vllm_flashtrace.records import Completion
 
 Messages = Sequence[Mapping[str, Any]]
@@ -59,6 +61,23 @@ def completions_of(output: Any, prompt: Prompt) -> list[Completion]:
         )
         for choice in sorted(output.outputs, key=lambda choice: choice.index)
     ]
+
+
+def with_decoded_arguments(messages: Messages) -> list[dict[str, Any]]:
+    """A copy of the messages in the form that chat templates take.
+
+    Clients send the arguments of tool calls as JSON text, templates expect them as an object.
+    """
+    copied = [copy.deepcopy(dict(message)) for message in messages]
+    for message in copied:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") if isinstance(call, Mapping) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(function, dict) and isinstance(arguments, str):
+                known = call_arguments(arguments)
+                if known or arguments.strip() in ("", "{}"):
+                    function["arguments"] = dict(known)
+    return copied
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

@@ -16,6 +16,7 @@ from vllm_flashtrace.limits import RequestLimits
 from vllm_flashtrace.schema_checks import (
     RefusedError,
     as_tuple,
+    as_unicode,
     check_integer,
     check_string,
     listed,
@@ -74,16 +75,15 @@ class FlashTraceRequest(StrictModel):
     include: tuple[Include, ...] = Field(
         default=(), description="Additional parts of the response."
     )
-    mode: Literal["inline"] = Field(
-        default="inline", description="'inline' answers once the attribution is there."
+    mode: Literal["inline", "deferred"] = Field(
+        default="inline",
+        description="'inline' answers once the attribution is there, 'deferred' at once with its "
+        "id, under which GET /v1/attributions/{id} gives it later.",
     )
 
     @field_validator("target", mode="before")
     @classmethod
     def _check_target(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, dict) and not value.keys().isdisjoint(("tool_call", "argument")):
-            key = "tool_call" if "tool_call" in value else "argument"
-            raise RefusedError("is not supported yet", key, value[key])
         return word_or_object(value, ("output", "generated"), TARGETS, info)
 
     @field_validator("reasoning", mode="before")
@@ -124,13 +124,6 @@ class FlashTraceRequest(StrictModel):
             if not (isinstance(name, str) and name in _INCLUDES):
                 raise RefusedError(f"must be {listed(_INCLUDES)}", index, name)
         return tuple(dict.fromkeys(names))
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _check_mode(cls, value: Any) -> Any:
-        if isinstance(value, str) and value == "deferred":
-            raise RefusedError("is not supported yet")
-        return value
 
 
 def parse_flashtrace_field(value: Any, limits: RequestLimits) -> FlashTraceRequest | None:
@@ -203,5 +196,5 @@ def _translated(error: ValidationError) -> InvalidRequestError:
 def _refusal(path: tuple[int | str, ...], phrase: str, value: Any) -> InvalidRequestError:
     param = FIELD
     for part in path:
-        param += f"[{part}]" if isinstance(part, int) else f".{shortened(part)}"
+        param += f"[{part}]" if isinstance(part, int) else f".{shortened(as_unicode(part))}"
     return InvalidRequestError(param, f"{param} {phrase}, got {shown(value)}")

@@ -11,6 +11,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+from vllm_flashtrace.json_checks import is_unicode
+
 _INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 _SHOWN_LENGTH = 80
 _MAX_WEIGHT = 1e30  # Sums of weights up to this, and its inverse, are normal numbers in float32.
@@ -38,6 +40,8 @@ def check_string(value: Any, max_length: int, *part: Any) -> None:
         raise RefusedError("must not be empty", *part)
     if len(value) > max_length:
         raise RefusedError(f"must have at most {max_length} characters", *part)
+    if not is_unicode(value):
+        raise RefusedError("must not hold lone surrogates", *part)
 
 
 def check_integer(value: Any, low: int, high: int, *, alternative: str) -> None:
@@ -125,6 +129,11 @@ class _ShortRepr(reprlib.Repr):
 def shown(value: Any) -> str:
     """A value as a message shows it, in at most 80 characters."""
     return shortened(_ShortRepr().repr(value))
+
+
+def as_unicode(text: str) -> str:
+    """The text with its lone surrogates escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def shortened(text: str) -> str:

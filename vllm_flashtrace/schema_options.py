@@ -1,7 +1,8 @@
-"""The parts of a completion that a request may point at: a text, a match, tokens or weights.
+"""The parts of a completion that a request may point at: text, tokens, weights or a tool call.
 
-Invariant: an option object has exactly one key, which names its kind, and a value of exactly that
-kind's type and within the limits; anything else raises a ``RefusedError``.
+Invariant: an option object has exactly one key that names its kind (a tool call may have an
+argument beside it), and a value of exactly that kind's type and within the limits; anything else
+raises a ``RefusedError``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vllm_flashtrace.schema_checks import (
     as_span,
     as_tuple,
     as_weights,
+    check_integer,
     check_string,
     listed,
 )
@@ -104,7 +106,30 @@ class WeightsTarget(StrictModel):
         return as_weights(value, limits_of(info).max_weights)
 
 
-TargetObject: TypeAlias = TextTarget | RegexTarget | TokensTarget | WeightsTarget
+class ToolCallTarget(StrictModel):
+    """A generated tool call, or the value of one of its arguments."""
+
+    tool_call: Position = Field(description="Index of the tool call among those generated.")
+    argument: str | None = Field(
+        default=None,
+        description="Name of the argument whose value is explained; without it, the whole call.",
+    )
+
+    @field_validator("tool_call", mode="before")
+    @classmethod
+    def _check_index(cls, value: Any, info: ValidationInfo) -> Any:
+        check_integer(value, 0, limits_of(info).max_tool_call_index, alternative="")
+        return value
+
+    @field_validator("argument", mode="before")
+    @classmethod
+    def _check_argument(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            check_string(value, limits_of(info).max_text_length)
+        return value
+
+
+TargetObject: TypeAlias = TextTarget | RegexTarget | TokensTarget | WeightsTarget | ToolCallTarget
 ReasoningObject: TypeAlias = TokensTarget | TextTarget
 
 TARGETS: dict[str, type[StrictModel]] = {
@@ -112,6 +137,7 @@ TARGETS: dict[str, type[StrictModel]] = {
     "regex": RegexTarget,
     "tokens": TokensTarget,
     "weights": WeightsTarget,
+    "tool_call": ToolCallTarget,
 }
 REASONING: dict[str, type[StrictModel]] = {"tokens": TokensTarget, "text": TextTarget}
 
@@ -133,9 +159,13 @@ def word_or_object(
     expected = f"{listed(words)}, or an object with exactly one key out of {listed(models)}"
     if not isinstance(value, dict):
         raise RefusedError(f"must be {expected}")
+    kinds = [key for key in value if key in models]
+    model = models[kinds[0]] if len(kinds) == 1 else None
+    # A key that goes with another kind is known, but it is none of this one's.
+    known = {*models, *(name for kind in models.values() for name in kind.model_fields)}
     for key in value:
-        if key not in models:
+        if key not in (known if model is None else {*models, *model.model_fields}):
             raise RefusedError("is not a known key", str(key), value[key])
-    if len(value) != 1:
+    if model is None:
         raise RefusedError(f"must be {expected}")
-    return models[next(iter(value))].model_validate(value, context=info.context)
+    return model.model_validate(value, context=info.context)

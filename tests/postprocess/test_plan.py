@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.postprocess.parsed_output import ParsedOutput
 from vllm_flashtrace.postprocess.plan import plan_trace
 from vllm_flashtrace.records import Completion
 from vllm_flashtrace.schema import RequestLimits, parse_flashtrace_field
@@ -120,7 +121,7 @@ def test_empty_thinking_block_leaves_the_answer_to_follow(plan, chat, empty):
 
 def test_parser_without_finding_leaves_the_answer_to_follow(plan, chat):
     completion = chat(QUESTION, "The cat sat, so 4821.")
-    settings = {"reasoning_parser": lambda text, ids: []}
+    settings = {"reasoning_parser": lambda text, ids: ParsedOutput()}
     found = plan(completion, settings, target={"text": "4821"})
     assert texts(found, followed(found)).startswith("The cat sat")
 

@@ -4,9 +4,16 @@ import pytest
 
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.generated import decode_generated
+from vllm_flashtrace.postprocess.output_parts import take_apart
+from vllm_flashtrace.postprocess.parsed_output import ParsedOutput
 from vllm_flashtrace.postprocess.reasoning import find_reasoning
 from vllm_flashtrace.records import Completion
 from vllm_flashtrace.schema_options import TextTarget, TokensTarget
+
+
+def said(reasoning, **more):
+    """A parser that answers so, whatever it reads."""
+    return lambda text, ids: ParsedOutput(reasoning=reasoning, **more)
 
 
 @pytest.fixture
@@ -21,7 +28,8 @@ def find(byte_level):
             text if visible is None else visible,
         )
         generated = decode_generated(byte_level, completion)
-        found = find_reasoning(option, generated, completion, prompt_text=prompt, parser=parser)
+        parts = take_apart(generated, completion, parser)
+        found = find_reasoning(option, generated, prompt_text=prompt, parsed=parts.reasoning)
         texts = [
             "".join(generated.full.token(i) for i in part) for part in (found.tokens, found.answer)
         ]
@@ -93,35 +101,38 @@ def test_explicit_tokens(find):
 
 def test_parser_comes_before_tags(find):
     text = "plan: a. </plan> <think>b</think> 4821"
-    found = find(text, parser=lambda text, ids: [(0, text.index(" </plan>"))])
+    found = find(text, parser=said("plan: a."))
     assert found[0] == "plan: a."
     assert found[1].endswith("4821")
 
 
 def test_closing_marker_behind_parsed_reasoning_is_no_answer(find):
     text = "<think>a</think>\n4821"
-    assert find(text, parser=lambda text, ids: [(7, 8)])[:2] == ("a", "4821")
+    assert find(text, parser=said("a", reasoning_from=7))[:2] == ("a", "4821")
 
 
 def test_parser_that_finds_none_decides(find):
-    assert find("<think>a</think>b", parser=lambda text, ids: []) == ("", "<think>a</think>b", True)
+    assert find("<think>a</think>b", parser=said(None)) == ("", "<think>a</think>b", True)
 
 
-def test_parser_that_cannot_tell_leaves_it_to_the_tags(find):
-    assert find("<think>a</think>b", parser=lambda text, ids: None)[:2] == ("a", "b")
+@pytest.mark.parametrize(
+    "answer", [{"reasoning": None, "reads_reasoning": False}, {"reasoning": "x"}]
+)
+def test_parser_that_cannot_tell_leaves_it_to_the_tags(find, answer):
+    assert find("<think>a</think>b", parser=said(**answer))[:2] == ("a", "b")
 
 
 def test_parser_reads_the_clients_text_and_all_ids(find, byte_level):
     calls = []
-    find("the cat", parser=lambda text, ids: calls.append((text, list(ids))))
+    find("the cat", parser=lambda text, ids: calls.append((text, list(ids))) or ParsedOutput())
     [(text, ids)] = calls
     assert text == "the cat"
     assert byte_level.decode(ids) == "the cat<|im_end|>"
 
 
-@pytest.mark.parametrize(("span", "reasoning"), [((0, 4), "step"), ((6, 7), None)])
-def test_spans_of_another_text_are_moved_only_if_unambiguous(find, span, reasoning):
+@pytest.mark.parametrize(("reasoning", "found"), [("step", "step"), ("e", None)])
+def test_reasoning_in_another_text_is_placed_only_if_unambiguous(find, reasoning, found):
     # The client's text is not how the tokens decode: "e" occurs twice in that.
-    found = find("step e, 4821", visible="step! e, 4821", parser=lambda text, ids: [span])
-    assert found[0].strip() == (reasoning or "")
-    assert found[2] is (reasoning is not None)
+    located = find("step e, 4821", visible="step! e, 4821", parser=said(reasoning))
+    assert located[0].strip() == (found or "")
+    assert located[2] is (found is not None)

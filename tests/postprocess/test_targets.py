@@ -5,6 +5,7 @@ import pytest
 import vllm_flashtrace.postprocess.targets as targets
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.generated import decode_generated
+from vllm_flashtrace.postprocess.output_parts import take_apart
 from vllm_flashtrace.postprocess.reasoning import find_reasoning
 from vllm_flashtrace.postprocess.targets import resolve_target
 from vllm_flashtrace.records import Completion
@@ -22,8 +23,9 @@ def resolve(byte_level):
         completion = Completion([0] * PROMPT, ids, text if visible is None else visible)
         request = parse_flashtrace_field({"target": target}, RequestLimits())
         generated = decode_generated(byte_level, completion)
-        reasoning = find_reasoning("auto", generated, completion)
-        found = resolve_target(request, generated, reasoning, PROMPT).weights
+        reasoning = find_reasoning("auto", generated)
+        parts = take_apart(generated, completion, None)
+        found = resolve_target(request, generated, reasoning, PROMPT, parts.tool_call).weights
         positions = [int(p) - PROMPT for p in found.positions]
         weights = dict(zip(positions, found.weights.tolist(), strict=True))
         return weights, "".join(generated.full.token(i) for i in positions)
@@ -87,6 +89,7 @@ def test_visible_special_tokens_are_found(resolve):
         ("the cat", None, {"tokens": [[0, 99]]}, "span_out_of_range"),
         ("the cat", None, {"tokens": [[10**9, 10**9 + 5]]}, "span_out_of_range"),
         ("the cat", None, {"weights": {"99": 1}}, "span_out_of_range"),
+        ("the cat", None, {"tool_call": 0}, "tool_call_not_found"),
     ],
 )
 def test_refusals(resolve, text, visible, target, code):

@@ -15,14 +15,15 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from vllm_flashtrace.adapter.existing_answer import given_parser, read_answer, text_with_calls
 from vllm_flashtrace.adapter.rendering import (
-    ReasoningFinder,
     make_reasoning_parser,
     make_render,
     reasoning_markers,
     tokenize_completion,
 )
 from vllm_flashtrace.errors import InvalidRequestError
+from vllm_flashtrace.postprocess.parsed_output import OutputParser
 from vllm_flashtrace.records import Completion
 from vllm_flashtrace.serving.recorder import engine_context, engine_input_type
 from vllm_flashtrace.tracer import EngineContext
@@ -38,13 +39,13 @@ class ExistingText:
         completion: Its exact tokens.
         context: Engine context of its trace.
         render: Renders other messages like its prompt; None for plain text.
-        reasoning_parser: Finds its reasoning; None when nothing says where it is.
+        reasoning_parser: Takes it apart; None when nothing says where its parts are.
     """
 
     completion: Completion
     context: EngineContext
     render: Render | None = None
-    reasoning_parser: ReasoningFinder | None = None
+    reasoning_parser: OutputParser | None = None
 
 
 async def engine_options(handler: Any, request: Any, raw_request: Any) -> dict[str, Any]:
@@ -83,7 +84,7 @@ async def existing_chat(
     Raises:
         InvalidRequestError: The conversation cannot be an answered one.
     """
-    reasoning, content = _answer(messages)
+    answer = read_answer(messages)
     prior = messages[:-1]
     request = _build(ChatCompletionRequest, {**options, "messages": [dict(m) for m in prior]})
     rendered = await handler.render_chat_request(request)
@@ -91,22 +92,21 @@ async def existing_chat(
         return rendered
     _, (engine_input,) = rendered
     _require_tokens(engine_input)
-    text, span = content, None
-    if reasoning is not None:
-        head, tail = _around_reasoning(
-            engine_input.get("prompt"), reasoning_markers(handler, request)
+    markers = reasoning_markers(handler, request)
+    if answer.tool_calls:
+        closed = {"messages": [dict(m) for m in messages], "add_generation_prompt": False}
+        render = make_render(handler, _build(ChatCompletionRequest, {**options, **closed}))
+        text, reasoning_from = text_with_calls(
+            answer, messages, engine_input.get("prompt"), render, markers[0]
         )
-        text = f"{head}{reasoning}{tail}{content}"
-        span = (len(head), len(head) + len(reasoning))
+    else:
+        head, tail = "", ""
+        if answer.reasoning is not None:
+            head, tail = _around_reasoning(engine_input.get("prompt"), markers)
+        text, reasoning_from = f"{head}{answer.reasoning or ''}{tail}{answer.content}", len(head)
     prompt_token_ids = list(engine_input["prompt_token_ids"])
-    parser = make_reasoning_parser(handler, request)
-    finder = parser(prompt_token_ids) if parser else None
-    if span is not None:
-        known = [span]
-
-        def finder(text: str, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-            return known
-
+    make_parser = make_reasoning_parser(handler, request)
+    server_parser = make_parser(prompt_token_ids) if make_parser else None
     completion = Completion(
         prompt_token_ids=prompt_token_ids,
         generated_token_ids=await tokenize_completion(handler, text, "messages"),
@@ -117,7 +117,7 @@ async def existing_chat(
         completion=completion,
         context=engine_context(engine_input, engine_options),
         render=make_render(handler, request),
-        reasoning_parser=finder,
+        reasoning_parser=given_parser(answer, reasoning_from, server_parser),
     )
 
 
@@ -139,6 +139,8 @@ async def existing_plain(
     """
     # max_tokens: nothing will be generated, so no room has to be left for it.
     request = _build(CompletionRequest, {**options, "prompt": prompt, "max_tokens": None})
+    if not isinstance(prompt, str):
+        handler.renderer.validate_token_ids(list(prompt), parameter="prompt")
     rendered = await handler.render_completion_request(request)
     if isinstance(rendered, ErrorResponse):
         return rendered
@@ -159,36 +161,6 @@ async def existing_plain(
     return ExistingText(completion, engine_context(engine_input, engine_options))
 
 
-def _answer(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
-    """Reasoning and content of the last message."""
-    index = len(messages) - 1
-    last = messages[index]
-    where = f"messages.{index}"
-    if last.get("role") != "assistant":
-        raise InvalidRequestError(
-            f"{where}.role",
-            f"{where}.role must be 'assistant', the answer to attribute; got {last.get('role')!r}",
-        )
-    if last.get("tool_calls"):
-        raise InvalidRequestError(
-            f"{where}.tool_calls",
-            f"{where}.tool_calls: the text of generated tool calls depends on the model's own "
-            "format; give the generated text as content",
-        )
-    content = last.get("content")
-    if not isinstance(content, str) or not content:
-        raise InvalidRequestError(
-            f"{where}.content", f"{where}.content must be non-empty text, got {content!r}"
-        )
-    reasoning = last.get("reasoning_content") or last.get("reasoning")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise InvalidRequestError(
-            f"{where}.reasoning_content",
-            f"{where}.reasoning_content must be text, got {reasoning!r}",
-        )
-    return reasoning, content
-
-
 def _around_reasoning(prompt: str | None, markers: tuple[str, str]) -> tuple[str, str]:
     """What a model writes before and after its reasoning.
 
@@ -206,7 +178,10 @@ def _build(model: type, fields: Mapping[str, Any]) -> Any:
         return model(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        param = ".".join(str(part) for part in first["loc"][:2])
+        path = first["loc"][:2]
+        # vLLM checks tool calls on their own, so the path begins at the list of them.
+        from_body = isinstance(path[0], str) if path else False
+        param = ".".join(map(str, path)) if from_body else "messages"
         raise InvalidRequestError(param, f"{param}: {first['msg']}") from error
 
 

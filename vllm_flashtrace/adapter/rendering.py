@@ -15,9 +15,9 @@ from vllm.renderers import TokenizeParams, merge_kwargs
 from vllm.utils.mistral import is_mistral_tokenizer
 
 from vllm_flashtrace.errors import InvalidRequestError
-from vllm_flashtrace.records import Span
-
-ReasoningFinder = Callable[[str, Sequence[int]], list[Span] | None]
+from vllm_flashtrace.postprocess.parsed_output import OutputParser, ParsedCall, ParsedOutput
+from vllm_flashtrace.schema import FlashTraceRequest
+from vllm_flashtrace.schema_options import ToolCallTarget
 
 
 def make_render(handler: Any, request: Any) -> Callable[[Sequence[Mapping[str, Any]]], str | None]:
@@ -66,42 +66,80 @@ def _chat_params(online: Any, request: Any) -> Any:
 
 def make_reasoning_parser(
     handler: Any, request: Any
-) -> Callable[[Sequence[int]], ReasoningFinder] | None:
-    """The server's reasoning parser (``--reasoning-parser``) as a finder of character spans.
+) -> Callable[[Sequence[int]], OutputParser] | None:
+    """The server's ``--reasoning-parser`` and ``--tool-call-parser``, as its handler uses them.
 
     Args:
         handler: vLLM's chat handler.
-        request: The chat request; parsers depend on its template arguments.
+        request: The chat request; parsers depend on its tools and template arguments.
 
     Returns:
-        None when the server has no parser. Else ``prompt_token_ids -> finder``, where
-        ``finder(text, token_ids)`` gives the spans of ``text`` that are reasoning, an empty list
-        when there is none, or None when the parser's answer cannot be located in ``text``.
+        None when the server has no parser. Else ``prompt_token_ids -> parser``, where
+        ``parser(text, token_ids)`` takes a finished completion apart.
     """
     if handler.parser_cls is None:
         return None
 
-    def for_prompt(prompt_token_ids: Sequence[int]) -> ReasoningFinder:
-        def find(text: str, token_ids: Sequence[int]) -> list[Span] | None:
-            parser = handler._make_parser(
-                request,
-                handler.renderer.tokenizer,
-                handler._effective_chat_template_kwargs(request),
-            )
+    def for_prompt(prompt_token_ids: Sequence[int]) -> OutputParser:
+        def parse(text: str, token_ids: Sequence[int]) -> ParsedOutput:
+            parser = _new_parser(handler, request)
             parser.set_prompt_token_ids(list(prompt_token_ids))
-            reasoning, _, _ = parser.parse(
+            reasoning, content, tool_calls = parser.parse(
                 text,
                 request,
                 enable_auto_tools=handler.enable_auto_tools,
                 model_output_token_ids=list(token_ids),
             )
-            if reasoning:
-                return locate_reasoning(text, reasoning, start_marker(parser))
-            return None if parser.reasoning_parser is None else []
+            reads_reasoning = type(parser).reasoning_parser_cls is not None
+            calls = [ParsedCall(call.name, call.arguments) for call in tool_calls or ()]
+            return ParsedOutput(
+                reasoning=reasoning,
+                content=content,
+                tool_calls=tuple(calls),
+                # vLLM leaves further calls out of such a response.
+                max_tool_calls=1 if request.parallel_tool_calls is False else None,
+                reads_reasoning=reads_reasoning,
+                reasoning_from=_behind(text, start_marker(parser)),
+                markers=marker_tokens(parser),
+                hides_reasoning=reads_reasoning and not request.include_reasoning,
+            )
 
-        return find
+        return parse
 
     return for_prompt
+
+
+def require_tool_calls(
+    flashtrace: FlashTraceRequest, parser_cls: Any = None, request: Any = None
+) -> None:
+    """Refuses a tool call as target where the server cannot find any in the completion.
+
+    Args:
+        flashtrace: The validated field.
+        parser_cls: The server's parser class; None if it has none.
+        request: vLLM's request; None on a route without tools.
+
+    Raises:
+        InvalidRequestError: Naming the target and what is missing.
+    """
+    if not isinstance(flashtrace.target, ToolCallTarget):
+        return
+    if request is None:
+        missing = "completions have no tool calls on this route"
+    elif parser_cls is None or parser_cls.tool_parser_cls is None:
+        missing = "the server reads no tool calls (--enable-auto-tool-choice --tool-call-parser)"
+    elif not request.tools or request.tool_choice == "none":
+        missing = "the request offers no tools"
+    else:
+        return
+    param = "flashtrace.target.tool_call"
+    raise InvalidRequestError(param, f"{param}: {missing}, got {flashtrace.target.tool_call}")
+
+
+def _new_parser(handler: Any, request: Any) -> Any:
+    return handler._make_parser(
+        request, handler.renderer.tokenizer, handler._effective_chat_template_kwargs(request)
+    )
 
 
 def start_marker(parser: Any) -> str | None:
@@ -110,31 +148,27 @@ def start_marker(parser: Any) -> str | None:
     return None if reasoning_parser is None else reasoning_parser.reasoning_start_str
 
 
-def locate_reasoning(text: str, reasoning: str, marker: str | None) -> list[Span] | None:
-    """Finds the parser's reasoning string in the generated text.
+def marker_tokens(parser: Any) -> tuple[int, int] | None:
+    """Ids of the tokens that open and close reasoning; None unless each is a single token."""
+    reasoning_parser = parser.reasoning_parser
+    if reasoning_parser is None:
+        return None
+    vocabulary = reasoning_parser.vocab
+    opening = vocabulary.get(reasoning_parser.reasoning_start_str)
+    closing = vocabulary.get(reasoning_parser.reasoning_end_str)
+    return None if opening is None or closing is None else (opening, closing)
 
-    Args:
-        text: The generated text.
-        reasoning: What the parser took for reasoning, possibly stripped by it.
-        marker: Opening marker; the search starts behind its first occurrence.
 
-    Returns:
-        One span, or None when ``reasoning`` is not a verbatim part of ``text``.
-    """
-    opened = text.find(marker) if marker else -1
-    begin = opened + len(marker) if marker and opened >= 0 else 0
-    start = text.find(reasoning, begin)
-    return None if start < 0 else [(start, start + len(reasoning))]
+def _behind(text: str, marker: str | None) -> int:
+    """The first character behind the first occurrence of a marker, 0 without one."""
+    at = text.find(marker) if marker else -1
+    return 0 if marker is None or at < 0 else at + len(marker)
 
 
 def reasoning_markers(handler: Any, request: Any) -> tuple[str, str]:
     """Opening and closing reasoning markers of the served model, ``<think>`` by default."""
     if handler.parser_cls is not None:
-        parser = handler._make_parser(
-            request,
-            handler.renderer.tokenizer,
-            handler._effective_chat_template_kwargs(request),
-        ).reasoning_parser
+        parser = _new_parser(handler, request).reasoning_parser
         if parser is not None and parser.reasoning_start_str and parser.reasoning_end_str:
             return parser.reasoning_start_str, parser.reasoning_end_str
     return "<think>", "</think>"

@@ -1,11 +1,12 @@
-"""The generated tokens' text, once as the engine sees it and once as the client does.
+"""The generated tokens' text: as the engine sees it, as a client may, and what this one may learn.
 
-Invariant: both views have one range per generated token, so a token index means the same in each.
+Invariant: all views have one range per generated token, so a token index means the same in each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vllm_flashtrace.postprocess.offsets import (
@@ -19,19 +20,27 @@ from vllm_flashtrace.records import Completion
 _CONTEXT = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GeneratedText:
-    """Two views of the generated tokens.
+    """Views of the generated tokens.
 
     Attributes:
         full: Special tokens included, nothing cut off.
-        visible: What the client sees; special tokens and cut stop text have empty ranges.
+        visible: What the server's parsers read; special tokens and cut stop text have empty ranges.
         special: Positions of special tokens.
+        hidden: How many tokens at the beginning the client must learn no text of: reasoning that
+            its request leaves out of the answer.
     """
 
     full: TokenText
     visible: TokenText
     special: frozenset[int]
+    hidden: int = 0
+
+    @cached_property
+    def shown(self) -> TokenText:
+        """The visible text without that of hidden tokens."""
+        return self.visible.without_first(self.hidden)
 
     def __len__(self) -> int:
         return len(self.full)

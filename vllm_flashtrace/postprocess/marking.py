@@ -41,6 +41,11 @@ class MessageText:
     path: tuple[str | int, ...] = ("content",)
     is_content: bool = True
 
+    @property
+    def tool_call(self) -> int | None:
+        """Index of the tool call that it belongs to, if any."""
+        return int(self.path[1]) if self.path[0] == "tool_calls" else None
+
 
 def message_texts(
     messages: Sequence[Mapping[str, Any]], *, tool_calls: bool = False

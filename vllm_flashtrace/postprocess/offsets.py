@@ -93,6 +93,15 @@ class TokenText:
             [min(e, length) for e in self.ends],
         )
 
+    def without_first(self, count: int) -> TokenText:
+        """The same tokens over the text behind the first `count`, which become empty."""
+        cut = self.ends[count - 1] if count else 0
+        return TokenText(
+            self.text[cut:],
+            [max(s - cut, 0) for s in self.starts],
+            [max(e - cut, 0) for e in self.ends],
+        )
+
 
 def token_offsets(
     tokenizer: Any, token_ids: Sequence[int], *, start_after: Sequence[int] = ()

@@ -7,6 +7,7 @@ the order of the messages leaves a text only one place in the prompt.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,9 @@ from vllm_flashtrace.postprocess.marking import (
     message_texts,
 )
 from vllm_flashtrace.postprocess.ordered_search import forced_positions
+from vllm_flashtrace.records import Span
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flashtrace")
 
 _ROLE_NAMES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
@@ -37,12 +39,23 @@ class Place:
         start: First character in the decoded prompt.
         end: One past the last character.
         offset: Where ``start`` lies in the client's text.
+        escapes: Where the template writes the text with JSON's escapes: for every character
+            written, the client's one.
     """
 
     piece: MessageText
     start: int
     end: int
     offset: int = 0
+    escapes: Sequence[int] | None = None
+
+    def original(self, start: int, end: int) -> Span:
+        """The client's characters behind ``[start, end)`` of the prompt, as far as placed."""
+        start, end = max(start, self.start), min(end, self.end)
+        shift = self.offset - self.start
+        if self.escapes is None:
+            return start + shift, end + shift
+        return self.escapes[start + shift], self.escapes[end - 1 + shift] + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +115,29 @@ def _read_marks(rendered: str, pieces: Sequence[MessageText], prompt: str) -> Fo
     for index, piece in enumerate(pieces):
         starts, ends = marks[2 * index], marks[2 * index + 1]
         inside = plain[starts[0] : ends[0]] if len(starts) == len(ends) == 1 else ""
-        if inside in (piece.text, piece.text.strip()) or (inside and not piece.is_content):
-            offset = max(0, piece.text.find(inside))
-            place = Place(piece, starts[0] + shift, ends[0] + shift, offset)
+        escapes = _escapes(piece, inside)
+        if (
+            escapes
+            or inside in (piece.text, piece.text.strip())
+            or (inside and not piece.is_content)
+        ):
+            offset = 0 if escapes else max(0, piece.text.find(inside))
+            place = Place(piece, starts[0] + shift, ends[0] + shift, offset, escapes)
             places.append(clipped(place, len(prompt)))
         elif starts or ends:
             unlocated.add(piece.message)
     return Found([place for place in places if place.start < place.end], frozenset(unlocated))
+
+
+def _escapes(piece: MessageText, written: str) -> list[int] | None:
+    """Origin of every character of a content that is written with JSON's escapes, and only then."""
+    if not piece.is_content or "\\" not in written:
+        return None
+    for ensure_ascii in (False, True):
+        escaped = [json.dumps(char, ensure_ascii=ensure_ascii)[1:-1] for char in piece.text]
+        if "".join(escaped) == written:
+            return [i for i, characters in enumerate(escaped) for _ in characters]
+    return None
 
 
 def prompt_offset(prompt: str, text: str) -> int | None:

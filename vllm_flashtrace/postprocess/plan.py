@@ -20,7 +20,9 @@ from vllm_flashtrace.postprocess.generated import GeneratedText, decode_generate
 from vllm_flashtrace.postprocess.locate import PromptMap, locate_prompt
 from vllm_flashtrace.postprocess.marking import Render
 from vllm_flashtrace.postprocess.offsets import TokenText, token_offsets
-from vllm_flashtrace.postprocess.reasoning import Reasoning, ReasoningParser, find_reasoning
+from vllm_flashtrace.postprocess.output_parts import take_apart
+from vllm_flashtrace.postprocess.parsed_output import OutputParser
+from vllm_flashtrace.postprocess.reasoning import Reasoning, find_reasoning
 from vllm_flashtrace.postprocess.skip import skip_mask
 from vllm_flashtrace.postprocess.targets import resolve_target
 from vllm_flashtrace.records import Completion, Span
@@ -73,7 +75,7 @@ def plan_trace(
     completion: Completion,
     tokenizer: Any,
     *,
-    reasoning_parser: ReasoningParser | None = None,
+    reasoning_parser: OutputParser | None = None,
     render: Render | None = None,
     max_trace_tokens: int | None = None,
     auto_threshold: float = 0.05,
@@ -85,7 +87,7 @@ def plan_trace(
         request: The client's options.
         completion: The finished completion.
         tokenizer: The model's tokenizer.
-        reasoning_parser: The server's reasoning parser.
+        reasoning_parser: The server's reasoning and tool call parsers.
         render: Renders messages exactly as the completion's were.
         max_trace_tokens: Most tokens that can be prefilled; None for no limit.
         auto_threshold: Mass on reasoning at which ``hops: "auto"`` stops.
@@ -94,26 +96,27 @@ def plan_trace(
     Raises:
         TraceError: ``empty_completion``, ``empty_target``, ``target_not_found``,
             ``span_out_of_range``, ``reasoning_not_found``, ``regex_timeout``,
-            ``target_beyond_context`` or ``assistant_not_located``.
+            ``tool_call_not_found``, ``argument_not_found``, ``target_beyond_context`` or
+            ``assistant_not_located``.
     """
     if not completion.generated_token_ids:
         raise TraceError("empty_completion", "no token was generated")
     prompt_length = len(completion.prompt_token_ids)
     prompt = token_offsets(tokenizer, completion.prompt_token_ids)
-    generated = decode_generated(tokenizer, completion)
+    parts = take_apart(decode_generated(tokenizer, completion), completion, reasoning_parser)
+    generated = parts.generated
     reasoning = find_reasoning(
-        request.reasoning,
-        generated,
-        completion,
-        prompt_text=prompt.text,
-        parser=reasoning_parser,
+        request.reasoning, generated, prompt_text=prompt.text, parsed=parts.reasoning
     )
-    resolved = resolve_target(request, generated, reasoning, prompt_length)
+    resolved = resolve_target(request, generated, reasoning, prompt_length, parts.tool_call)
     target, dropped = _within_context(resolved.weights, max_trace_tokens, prompt_length)
     length = target.last + 1
     prompt_map = locate_prompt(completion, prompt, render)
     texts = [*prompt.tokens(), *generated.full.tokens()][:length]
     skipped = skip_mask(texts, request.skip_tokens)
+    if skipped is not None:
+        # What is skipped would tell which hidden tokens spell one of the client's strings.
+        skipped[prompt_length : prompt_length + generated.hidden] = False
     if skipped is not None and target.without(skipped) is None:
         raise TraceError(
             "empty_target", "flashtrace.skip_tokens leaves no token of the target to explain"
@@ -210,7 +213,8 @@ def _target_text(
     if exact is not None and not dropped:
         return exact
     spans = [(start - prompt_length, end - prompt_length) for start, end in target.spans]
-    visible = generated.visible
-    shown = all(visible.starts[i] < visible.ends[i] for span in spans for i in range(*span))
-    view = visible if shown else generated.full
+    view = generated.shown
+    shows_all = all(view.starts[i] < view.ends[i] for span in spans for i in range(*span))
+    if not shows_all and not generated.hidden:
+        view = generated.full
     return "".join(view.text[view.starts[start] : view.ends[end - 1]] for start, end in spans)

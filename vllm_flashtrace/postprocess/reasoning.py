@@ -11,12 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.generated import GeneratedText
 from vllm_flashtrace.postprocess.offsets import TokenText
-from vllm_flashtrace.records import Completion, Span
+from vllm_flashtrace.postprocess.parsed_reasoning import ReasoningBlock
 from vllm_flashtrace.schema_options import TextTarget, TokensTarget
 
 _TAG = re.compile(r"<(/?)think>")
@@ -24,13 +23,6 @@ _CLOSING = re.compile(
     r"\s*(?:</(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)>|\[/THINK\]"
     r"|<\|END_THINKING\|>|◁/think▷|<channel\|>)"
 )
-
-
-class ReasoningParser(Protocol):
-    """The server's reasoning parser, as a finder of character spans."""
-
-    def __call__(self, text: str, token_ids: Sequence[int], /) -> list[Span] | None:
-        """Spans of `text` that are reasoning; ``[]`` for none, None if they cannot be located."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,35 +45,46 @@ class Reasoning:
 def find_reasoning(
     option: str | TextTarget | TokensTarget,
     generated: GeneratedText,
-    completion: Completion,
     *,
     prompt_text: str = "",
-    parser: ReasoningParser | None = None,
+    parsed: Sequence[ReasoningBlock] | None = None,
 ) -> Reasoning:
     """Finds reasoning by the request's ``reasoning`` option.
 
     Args:
         option: ``"auto"``, ``"none"``, a text or spans of generated tokens.
         generated: The decoded generated tokens.
-        completion: The completion, for its text and ids.
         prompt_text: The decoded prompt; templates may open a ``<think>`` block in it.
-        parser: The server's reasoning parser.
+        parsed: The server's parser's reasoning; None where there is no parser, or where its answer
+            cannot be located.
 
     Raises:
         TraceError: ``span_out_of_range`` or ``reasoning_not_found`` for an explicit option.
     """
-    visible, full = generated.visible, generated.full
+    found = _found(option, generated, prompt_text, parsed)
+    # A blank token that is hidden must not be told from another by where the answer begins.
+    answer = [i for i in found.answer if i >= generated.hidden]
+    return Reasoning(found.tokens, answer, found.located)
+
+
+def _found(
+    option: str | TextTarget | TokensTarget,
+    generated: GeneratedText,
+    prompt_text: str,
+    parsed: Sequence[ReasoningBlock] | None,
+) -> Reasoning:
+    visible = generated.visible
     if isinstance(option, TokensTarget):
         tokens = _explicit_tokens(option, len(generated))
         return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
     if isinstance(option, TextTarget):
-        return _explicit_text(option.text, visible, full)
+        return _explicit_text(option.text, generated)
     if option == "none":
         return Reasoning([], _answer_from(visible, 0))
-    if parser is not None:
-        spans = _parsed_spans(parser, visible.text, completion)
-        if spans is not None:
-            return _from_spans(spans, visible)
+    if parsed is not None:
+        tokens = sorted({i for block in parsed for i in block.tokens})
+        last = max((block.end for block in parsed), default=0)
+        return Reasoning(tokens, _answer_from(visible, last))
     return _from_tags(generated, opened=prompt_text.rstrip().endswith("<think>"))
 
 
@@ -95,37 +98,18 @@ def _explicit_tokens(option: TokensTarget, length: int) -> list[int]:
     return sorted({i for start, end in option.tokens for i in range(start, end)})
 
 
-def _explicit_text(text: str, visible: TokenText, full: TokenText) -> Reasoning:
-    for view in (visible, full):
+def _explicit_text(text: str, generated: GeneratedText) -> Reasoning:
+    views = (generated.shown,) if generated.hidden else (generated.visible, generated.full)
+    for view in views:
         start = view.text.rfind(text)
         if start >= 0:
             tokens = view.overlapping(start, start + len(text))
+            visible = generated.visible
             return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
     raise TraceError(
         "reasoning_not_found",
         f"flashtrace.reasoning.text {text[:80]!r} does not occur in the generated text",
     )
-
-
-def _parsed_spans(parser: ReasoningParser, text: str, completion: Completion) -> list[Span] | None:
-    """The parser's spans as ranges of `text`, which may differ from the text that it read."""
-    spans = parser(completion.text, completion.generated_token_ids)
-    if spans is None or text == completion.text:
-        return spans
-    moved: list[Span] = []
-    for start, end in spans:
-        wanted = completion.text[start:end]
-        at = text.find(wanted)
-        if not wanted or at < 0 or text.find(wanted, at + 1) >= 0:
-            return None
-        moved.append((at, at + len(wanted)))
-    return moved
-
-
-def _from_spans(spans: Sequence[Span], visible: TokenText) -> Reasoning:
-    tokens = sorted({i for start, end in spans for i in visible.within(start, end)})
-    last = max((end for _, end in spans), default=0)
-    return Reasoning(tokens, _answer_from(visible, last))
 
 
 def _from_tags(generated: GeneratedText, *, opened: bool) -> Reasoning:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm_flashtrace.core.hops import HopMass, HopResult
 from vllm_flashtrace.errors import FlashTraceError, TraceError
 from vllm_flashtrace.postprocess.plan import TracePlan
+from vllm_flashtrace.postprocess.segments import segments
 from vllm_flashtrace.records import TraceUsage
 
 OBJECT = "flashtrace.attribution"
@@ -133,7 +134,7 @@ def _inclusions(plan: TracePlan, result: HopResult, scores: list[float]) -> dict
     include = plan.request.include
     data: dict[str, Any] = {}
     if "segments" in include:
-        data["segments"] = _segments(plan, scores)
+        data["segments"] = segments(plan.prompt_map, plan.completion.messages, scores)
     if "generated" in include:
         data["generated"] = _generated(plan, result)
     if "layers" in include:
@@ -146,43 +147,20 @@ def _inclusions(plan: TracePlan, result: HopResult, scores: list[float]) -> dict
 
 
 def _generated(plan: TracePlan, result: HopResult) -> list[dict[str, Any]]:
-    """Every generated token; those behind the last target position have no influence on it."""
+    """Every generated token; those behind the last target position have no influence on it.
+
+    Hidden tokens have a score but no text and no id.
+    """
     traced = _numbers(result.generated_scores[plan.prompt_length :])
     token_ids = plan.completion.generated_token_ids
     scores = [*traced, *[0.0] * (len(token_ids) - len(traced))]
+    hidden = plan.generated.hidden
     rows = zip(plan.generated.full.pieces(), token_ids, scores, strict=True)
     return [
-        {"index": i, "token": token, "token_id": int(token_id), "score": score}
+        {
+            "index": i,
+            **({} if i < hidden else {"token": token, "token_id": int(token_id)}),
+            "score": score,
+        }
         for i, (token, token_id, score) in enumerate(rows)
     ]
-
-
-def _segments(plan: TracePlan, scores: list[float]) -> list[dict[str, Any]]:
-    """Score of each message and of the rest; together, the input mass.
-
-    The rest is the template, unless there are messages that could not be located: these have no
-    score of their own, and the rest names them.
-    """
-    prompt_map = plan.prompt_map
-    of_message: list[list[float]] = [[] for _ in prompt_map.roles]
-    rest: list[float] = []
-    for located, score in zip(prompt_map.tokens, scores, strict=True):
-        known = located is not None and located.message not in prompt_map.unlocated
-        (of_message[located.message] if located and known else rest).append(score)
-    segments: list[dict[str, Any]] = []
-    for i, role in enumerate(prompt_map.roles):
-        if i not in prompt_map.unlocated:
-            segments.append({"message": i, "role": role, **_name(plan, i)})
-            segments[-1]["score"] = math.fsum(of_message[i])
-    last: dict[str, Any] = {"role": "template", "score": math.fsum(rest)}
-    if prompt_map.unlocated:
-        last |= {"role": "unlocated", "unlocated_messages": sorted(prompt_map.unlocated)}
-    elif not prompt_map.roles:
-        last["role"] = "prompt"
-    return [*segments, last]
-
-
-def _name(plan: TracePlan, message: int) -> dict[str, str]:
-    messages = plan.completion.messages
-    name = messages[message].get("name") if messages is not None else None
-    return {"name": name} if isinstance(name, str) else {}

@@ -6,6 +6,7 @@ beyond what was generated; otherwise a TraceError says why.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_flashtrace.core.weights import TargetWeights
@@ -13,8 +14,9 @@ from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.generated import GeneratedText
 from vllm_flashtrace.postprocess.pattern import last_match
 from vllm_flashtrace.postprocess.reasoning import Reasoning
+from vllm_flashtrace.records import Span
 from vllm_flashtrace.schema import FlashTraceRequest
-from vllm_flashtrace.schema_options import RegexTarget, TextTarget, TokensTarget
+from vllm_flashtrace.schema_options import RegexTarget, TextTarget, TokensTarget, ToolCallTarget
 
 _REGEX_SECONDS = 0.25
 
@@ -37,6 +39,7 @@ def resolve_target(
     generated: GeneratedText,
     reasoning: Reasoning,
     prompt_length: int,
+    tool_call: Callable[[ToolCallTarget], Span],
 ) -> ResolvedTarget:
     """Turns the request's ``target`` into weights.
 
@@ -45,25 +48,30 @@ def resolve_target(
         generated: The decoded generated tokens.
         reasoning: Their reasoning part, for ``"output"``.
         prompt_length: Position of the first generated token.
+        tool_call: Finds a generated tool call in the visible text, or raises a TraceError.
 
     Raises:
-        TraceError: ``empty_target``, ``target_not_found``, ``span_out_of_range`` or
-            ``regex_timeout``.
+        TraceError: ``empty_target``, ``target_not_found``, ``span_out_of_range``,
+            ``regex_timeout``, ``tool_call_not_found`` or ``argument_not_found``.
     """
     target = request.target
-    visible = generated.visible
+    visible, shown = generated.visible, generated.shown
     text: str | None = None
     if isinstance(target, TextTarget):
-        start = visible.text.rfind(target.text)
+        start = shown.text.rfind(target.text)
         if start < 0:
             raise TraceError(
                 "target_not_found",
                 f"flashtrace.target.text {target.text[:80]!r} does not occur in the generated text",
             )
         text = target.text
-        weights = _ones(visible.overlapping(start, start + len(text)))
+        weights = _ones(shown.overlapping(start, start + len(text)))
     elif isinstance(target, RegexTarget):
-        start, end = _search(target.regex, visible.text)
+        start, end = _search(target.regex, shown.text)
+        text = shown.text[start:end]
+        weights = _ones(shown.overlapping(start, end))
+    elif isinstance(target, ToolCallTarget):
+        start, end = tool_call(target)
         text = visible.text[start:end]
         weights = _ones(visible.overlapping(start, end))
     elif isinstance(target, TokensTarget):
@@ -77,8 +85,8 @@ def resolve_target(
         weights = target.weights
         _require_generated(max(target.weights), len(generated))
     if not weights:
-        shown = "answer after its reasoning" if target == "output" else "text"
-        raise TraceError("empty_target", f"flashtrace.target: the completion shows no {shown}")
+        missing = "answer after its reasoning" if target == "output" else "text"
+        raise TraceError("empty_target", f"flashtrace.target: the completion shows no {missing}")
     return ResolvedTarget(
         TargetWeights.from_mapping({prompt_length + i: w for i, w in weights.items()}), text
     )
