@@ -8,6 +8,7 @@ attribution.
 | ----------------------- | -------- | ----------------------------------------------- |
 | ``cpu_attention``       | CPU      | the CPU attention backend, via vLLM's registry  |
 | ``cuda_attention``      | CUDA     | three attention backends, via vLLM's registry   |
+| ``engine_options``      | all      | bad options of ours stop the start              |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | three methods of the V1 model runner            |
 | ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
@@ -46,6 +47,13 @@ def apply_all() -> None:
     _applied = True
 
 
+def applied_names() -> list[str]:
+    """The patches in force in this process."""
+    if not _applied:
+        return []
+    return [module.__name__.rpartition(".")[2] for module in _modules()]
+
+
 def applied() -> bool:
     """Whether the patches are in force in this process."""
     return _applied
@@ -53,6 +61,7 @@ def applied() -> bool:
 
 def _modules() -> list[ModuleType]:
     from vllm_flashtrace.patches import (
+        engine_options,
         model_load,
         model_runner_v1,
         prefix_cache,
@@ -63,6 +72,7 @@ def _modules() -> list[ModuleType]:
 
     return [
         *_platform_modules(),
+        engine_options,
         model_load,
         model_runner_v1,
         prefix_cache,

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm_flashtrace.patches._check import PatchError
 from vllm_flashtrace.patches.recording_attention import FORWARD_PARAMETERS
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flashtrace")
 
 _PACKAGE = __name__.rpartition(".")[0]
 

@@ -20,7 +20,7 @@ from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.adapter.taps import place_taps
 from vllm_flashtrace.errors import UnsupportedModelError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flashtrace")
 
 
 def check() -> None:

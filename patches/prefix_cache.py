@@ -21,7 +21,7 @@ from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.wire import sealed_spec, unseal
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flashtrace")
 
 
 class _CappedRequest:

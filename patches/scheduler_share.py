@@ -28,7 +28,7 @@ from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.token_share import TokenShare
 from vllm_flashtrace.wire import sealed_spec
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flashtrace")
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "add_request": ("self", "request"),

@@ -17,6 +17,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_flashtrace.patches._check import PatchError
 
 from vllm_flashtrace.adapter.runner import capture_of
+from vllm_flashtrace.adapter.worker_report import worker_report
 
 _METHODS = ("flashtrace_collect", "flashtrace_discard", "flashtrace_status")
 
@@ -47,6 +48,7 @@ def apply() -> None:
                 "recording": len(capture.recorder.active_requests),
                 "waiting_results": capture.recorder.waiting_results,
                 "accumulator_bytes": capture.recorder.accumulator_bytes,
+                "worker": worker_report(self),
                 **(budget.to_status() if budget is not None else {}),
             }
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -37,8 +37,19 @@ class Admission:
         max_waiting: int,
         max_waiting_seconds: float,
         budget_bytes: int | None = None,
+        on_change: Callable[[Admission], None] | None = None,
     ) -> None:
+        """Opens an empty queue.
+
+        Args:
+            places: Most holders at once.
+            max_waiting: Most waiters at once.
+            max_waiting_seconds: Longest wait.
+            budget_bytes: What the holders may take together; None for no limit.
+            on_change: Called after every change of holders or waiters; must not raise.
+        """
         self.budget_bytes = budget_bytes
+        self._on_change = on_change
         self._places = places
         self._max_waiting = max_waiting
         self._max_seconds = max_waiting_seconds
@@ -94,12 +105,14 @@ class Admission:
             )
         if not self._queue and self._fits(nbytes):
             self._take(nbytes)
+            self._changed()
             return 0.0
         if self.waiting >= self._max_waiting:
             raise self._queue_is_full()
         began = time.monotonic()
         waiter = _Waiter(nbytes, asyncio.get_running_loop().create_future())
         self._queue.append(waiter)
+        self._changed()
         try:
             async with asyncio.timeout(self._max_seconds):
                 await waiter.admitted
@@ -133,10 +146,15 @@ class Admission:
             head = self._queue[0]
             if not head.admitted.cancelled():
                 if not self._fits(head.nbytes):
-                    return
+                    break
                 self._take(head.nbytes)
                 head.admitted.set_result(None)
             self._queue.popleft()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self)
 
     def _fits(self, nbytes: int) -> bool:
         room = self.budget_bytes is None or self._held_bytes + nbytes <= self.budget_bytes

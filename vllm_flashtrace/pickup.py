@@ -59,10 +59,15 @@ def pick_up(nonce: str) -> PickUp:
 
 
 def decode_status(replies: Sequence[Any]) -> dict[str, Any]:
-    """One status of all workers: a refusal of any, the smallest budget, the largest counts."""
+    """One status of all workers: a refusal of any, the smallest budget, the largest counts.
+
+    What a worker says of itself (``worker``) is left out.
+    """
     merged: dict[str, Any] = {}
     for reply in replies:
         for key, value in msgspec.msgpack.decode(reply).items():
+            if key == "worker":
+                continue
             known = merged.get(key)
             if known is None:
                 merged[key] = value

@@ -6,14 +6,14 @@ runs without attribution.
 
 from __future__ import annotations
 
-import logging
 import os
 
+from vllm_flashtrace.logs import logger
+from vllm_flashtrace.processes import note_process
+from vllm_flashtrace.serving.store_folder import ensure_store_folder
 from vllm_flashtrace.wire import ensure_secret
 
 DISABLE_ENV = "VLLM_FLASHTRACE_DISABLE"
-
-logger = logging.getLogger("vllm.flashtrace")
 
 
 def enabled() -> bool:
@@ -23,9 +23,13 @@ def enabled() -> bool:
 
 def register() -> None:
     """Applies the patches in this process."""
+    from vllm_flashtrace.adapter.environment_variable import declare
+
+    declare(DISABLE_ENV)
     if not enabled():
         return
     ensure_secret()
+    ensure_store_folder()
     from vllm_flashtrace import patches
     from vllm_flashtrace.patches._check import PatchError
 
@@ -33,3 +37,4 @@ def register() -> None:
         patches.apply_all()
     except (PatchError, ImportError) as error:
         logger.error("FlashTrace is off: it does not fit this vLLM: %s", error)
+    note_process(patches.applied_names())

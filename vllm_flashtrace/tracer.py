@@ -8,55 +8,52 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import msgspec
 
 from vllm_flashtrace.accumulator_budget import AccumulatorBudget
 from vllm_flashtrace.admission import Admission
 from vllm_flashtrace.config import FlashTraceConfig
+from vllm_flashtrace.engine_hop import EngineContext, run_hop, while_alive
 from vllm_flashtrace.errors import FlashTraceError, TraceError
-from vllm_flashtrace.hop import TraceCall, take_report, trace_call
-from vllm_flashtrace.pickup import decode_status, pick_up
+from vllm_flashtrace.hop import take_report, trace_call
+from vllm_flashtrace.logs import log_unexpected, logger
+from vllm_flashtrace.observation import Observation, Observer
+from vllm_flashtrace.pickup import decode_status
 from vllm_flashtrace.postprocess.plan import TracePlan, plan_trace
 from vllm_flashtrace.postprocess.result import build_result, failed_result
-from vllm_flashtrace.records import Completion, TraceReport, TraceUsage
+from vllm_flashtrace.records import Completion, TraceUsage
 from vllm_flashtrace.schema import FlashTraceRequest
 
-logger = logging.getLogger(__name__)
+__all__ = ["AsyncTracer", "EngineContext", "served_name"]
 
-
-@dataclass(frozen=True, slots=True)
-class EngineContext:
-    """What a trace request must share with the completion it explains.
-
-    Attributes:
-        cache_salt: Without the same salt the prefix cache would miss.
-        lora_request: The adapter the completion was generated with.
-        priority: Scheduling priority.
-        trace_headers: OpenTelemetry headers.
-        data_parallel_rank: Engine that served the completion, if chosen by the client.
-    """
-
-    cache_salt: str | None = None
-    lora_request: Any | None = None
-    priority: int = 0
-    trace_headers: Mapping[str, str] | None = None
-    data_parallel_rank: int | None = None
+_NO_ROUTE = "unknown"
 
 
 class AsyncTracer:
-    """Attributes completions through vLLM's ``EngineClient``."""
+    """Attributes completions through vLLM's ``EngineClient``.
+
+    Attributes:
+        config: Options of the server.
+        observer: Metrics, spans and log lines of the attributions.
+    """
 
     def __init__(self, engine_client: Any, config: FlashTraceConfig) -> None:
         self._engine = engine_client
         self.config = config
+        vllm_config = engine_client.vllm_config
+        self.observer = Observer(
+            served_name(vllm_config.model_config),
+            tracing=vllm_config.observability_config.otlp_traces_endpoint is not None,
+        )
         self._admission = Admission(
             config.max_concurrent_traces,
             max_waiting=config.max_waiting_traces,
             max_waiting_seconds=config.max_waiting_seconds,
+            on_change=self.observer.metrics.load,
         )
         self._budget: AccumulatorBudget | None = None
         # Planning runs in threads; a fast tokenizer must not be shared with the server's own.
@@ -80,6 +77,32 @@ class AsyncTracer:
             self._asked = True
         return self._refusal
 
+    @property
+    def load(self) -> dict[str, int | None]:
+        """What this server's traces take now: places, queue and accumulator memory in bytes."""
+        return {
+            "running": self._admission.holders,
+            "waiting": self._admission.waiting,
+            "accumulator_bytes": self._admission.held_bytes,
+            "accumulator_budget_bytes": self._admission.budget_bytes,
+        }
+
+    async def worker_reports(self, timeout: float) -> list[dict[str, Any]]:
+        """What each worker says of itself and its traces.
+
+        Args:
+            timeout: Longest wait in seconds; a busy engine answers between two steps.
+
+        Raises:
+            TimeoutError: No answer in time.
+            TraceError: ``engine_dead``.
+        """
+        async with asyncio.timeout(timeout):
+            replies = await while_alive(
+                self._engine, self._engine.collective_rpc("flashtrace_status")
+            )
+        return [msgspec.msgpack.decode(reply) for reply in replies]
+
     async def attribute(
         self,
         request: FlashTraceRequest,
@@ -87,10 +110,20 @@ class AsyncTracer:
         context: EngineContext,
         *,
         trace_id: str,
+        route: str = _NO_ROUTE,
         reasoning_parser: Any | None = None,
         render: Any | None = None,
     ) -> dict[str, Any]:
         """Attributes one completion.
+
+        Args:
+            request: What is asked for.
+            completion: The completion to explain.
+            context: What the trace shares with it.
+            trace_id: Public id of the attribution.
+            route: Route of the HTTP request, for metrics and logs.
+            reasoning_parser: Finds the reasoning in the generated tokens.
+            render: Renders chat messages as the prompt was rendered.
 
         Returns:
             The attribution object of the public interface; status ``failed`` or ``skipped`` with
@@ -99,37 +132,68 @@ class AsyncTracer:
         Raises:
             asyncio.CancelledError: When the caller gave up; the engine request is aborted.
         """
-        try:
-            self._admission.refuse_if_full()  # Before the work of planning.
-            async with asyncio.timeout(self.config.trace_timeout_seconds):
-                plan = await asyncio.to_thread(
-                    self._plan, request, completion, context, reasoning_parser, render
-                )
-                usage = await self._admitted(plan, context, trace_id)
-                return await asyncio.to_thread(
-                    build_result, plan, plan.recursion.result(), usage, trace_id
-                )
-        except TimeoutError:
+        with self._watch(trace_id, context, route) as watch:
+            try:
+                self._admission.refuse_if_full()  # Before the work of planning.
+                async with asyncio.timeout(self.config.trace_timeout_seconds):
+                    plan = await asyncio.to_thread(
+                        self._plan, request, completion, reasoning_parser, render
+                    )
+                    usage = await self._admitted(plan, context, trace_id, watch)
+                    result = await asyncio.to_thread(
+                        build_result, plan, plan.recursion.result(), usage, trace_id
+                    )
+            except Exception as error:
+                result = failed_result(trace_id, self._reason(error))
+            watch.ended(result)
+            return result
+
+    def lost(
+        self,
+        trace_id: str,
+        error: FlashTraceError,
+        context: EngineContext | None = None,
+        *,
+        route: str = _NO_ROUTE,
+        status: Literal["failed", "skipped"] | None = None,
+    ) -> dict[str, Any]:
+        """The object of an attribution that could not even begin; counted and logged.
+
+        Args:
+            trace_id: Public id of the attribution.
+            error: Why.
+            context: Context of the completion, if there is one.
+            route: Route of the HTTP request, for metrics and logs.
+            status: By default the error's code decides.
+        """
+        result = failed_result(trace_id, error, status)
+        with self._watch(trace_id, context or EngineContext(), route) as watch:
+            watch.ended(result)
+        return result
+
+    def _watch(
+        self, trace_id: str, context: EngineContext, route: str
+    ) -> AbstractContextManager[Observation]:
+        return self.observer.attribution(trace_id, context.request_id, route, context.trace_headers)
+
+    def _reason(self, error: Exception) -> FlashTraceError:
+        if isinstance(error, FlashTraceError):
+            return error
+        if isinstance(error, TimeoutError):
             limit = self.config.trace_timeout_seconds
-            error = TraceError("timeout", f"the trace took longer than {limit:g} s")
-            return self._failed(trace_id, error)
-        except FlashTraceError as error:
-            return self._failed(trace_id, error)
-        except Exception as error:
-            logger.exception("Trace %s failed", trace_id)
-            reason = TraceError("internal_error", f"{type(error).__name__}: {error}")
-            return failed_result(trace_id, reason)
+            return TraceError("timeout", f"the trace took longer than {limit:g} s")
+        if self._engine.errored:
+            return TraceError("engine_dead", "the engine has stopped")
+        log_unexpected("an attribution", error)
+        return TraceError("internal_error", f"{type(error).__name__}: {error}")
 
     def _plan(
         self,
         request: FlashTraceRequest,
         completion: Completion,
-        context: EngineContext,
         reasoning_parser: Any | None,
         render: Any | None,
     ) -> TracePlan:
-        if context.lora_request is not None:
-            raise TraceError("unsupported_lora", "traces of LoRA completions are not supported")
         return plan_trace(
             request,
             completion,
@@ -146,8 +210,11 @@ class AsyncTracer:
             servers = getattr(self._engine.vllm_config.parallel_config, "_api_process_count", 1)
             self._budget = budget.shared_by(servers)
             self._admission.budget_bytes = self._budget.limit_bytes
+            self.observer.metrics.load(self._admission)
 
-    async def _admitted(self, plan: TracePlan, context: EngineContext, trace_id: str) -> TraceUsage:
+    async def _admitted(
+        self, plan: TracePlan, context: EngineContext, trace_id: str, watch: Observation
+    ) -> TraceUsage:
         """Runs all hops in one place, so that later hops do not queue behind new attributions."""
         cost = 0
         if self._budget is not None:
@@ -160,34 +227,17 @@ class AsyncTracer:
             while (weights := plan.recursion.next_weights()) is not None:
                 call = trace_call(plan, weights, self.config, context.cache_salt)
                 began = time.monotonic()
-                report = await self._hop(call, context, f"{trace_id}-hop{hop}")
-                take_report(plan, usage, report, time.monotonic() - began)
+                with watch.hop(hop, len(weights.positions)) as span:
+                    report = await run_hop(
+                        self._engine, call, context, f"{trace_id}-hop{hop}", span.headers
+                    )
+                    watch.measured(span, report)
+                    take_report(plan, usage, report, time.monotonic() - began)
                 hop += 1
         return usage
 
-    async def _hop(self, call: TraceCall, context: EngineContext, request_id: str) -> TraceReport:
-        async for _ in self._engine.generate(
-            call.prompt,
-            call.params,
-            request_id,
-            trace_headers=context.trace_headers,
-            priority=context.priority,
-            data_parallel_rank=context.data_parallel_rank,
-        ):
-            pass
-        pickup = pick_up(call.spec.nonce)
-        request = next(pickup)
-        while True:
-            replies = await self._engine.collective_rpc(request.method, args=request.args)
-            try:
-                request = pickup.send(replies)
-            except StopIteration as done:
-                report: TraceReport = done.value
-                return report
 
-    def _failed(self, trace_id: str, error: FlashTraceError) -> dict[str, Any]:
-        result = failed_result(trace_id, error)
-        logger.warning(
-            "Trace %s %s (%s): %s", trace_id, result["status"], error.code, error.message
-        )
-        return result
+def served_name(model_config: Any) -> str:
+    """The name in vLLM's own metrics: the first of those the model is served under."""
+    name = model_config.served_model_name
+    return str(name[0] if isinstance(name, list) else name)

@@ -6,7 +6,6 @@ Invariant: nothing here raises into the runner, and a step without target rows h
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -21,9 +20,8 @@ from vllm_flashtrace.capture.recorder import Recorder, TracedModel
 from vllm_flashtrace.capture.step import BatchRow, StepRecorder
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.errors import FlashTraceError, UnsupportedModelError
+from vllm_flashtrace.logs import log_unexpected, logger
 from vllm_flashtrace.wire import sealed_spec
-
-logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_flashtrace_capture"
 
@@ -107,8 +105,8 @@ class RunnerCapture:
                     )
             self.scheduled = scheduler_output.num_scheduled_tokens
             self.records_step = self._records(scheduler_output)
-        except Exception:
-            logger.exception("FlashTrace: could not read the scheduler's output")
+        except Exception as error:
+            log_unexpected("reading the scheduler's output", error)
 
     def forget_step(self) -> None:
         """The step is over; what runs until the next one is none of ours."""
@@ -128,7 +126,7 @@ class RunnerCapture:
                 return None
             return StepObserver(self._model, step, self._fail_scheduled)
         except Exception as error:
-            logger.exception("FlashTrace: could not prepare a step")
+            log_unexpected("preparing a step", error)
             self._fail_scheduled(error)
             return None
 
@@ -138,7 +136,7 @@ class RunnerCapture:
             self.recorder.finish_step(observer.step)
             observer.model.end_step()
         except Exception as error:
-            logger.exception("FlashTrace: could not finish a step")
+            log_unexpected("finishing a step", error)
             self._fail_scheduled(error)
 
     def _records(self, scheduler_output: SchedulerOutput) -> bool:
@@ -209,8 +207,8 @@ def observe_step(runner: Any, scheduler_output: SchedulerOutput) -> RunnerCaptur
     try:
         if capture is None and _has_trace(scheduler_output):
             capture = capture_of(runner)
-    except Exception:
-        logger.exception("FlashTrace: could not read the scheduler's output")
+    except Exception as error:
+        log_unexpected("reading the scheduler's output", error)
     if capture is not None:
         capture.observe(scheduler_output)
     return capture

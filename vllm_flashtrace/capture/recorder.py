@@ -6,7 +6,6 @@ pick-up until its time-to-live ends — and leaves both when its request is fini
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from vllm_flashtrace.capture.trace import Trace
 from vllm_flashtrace.core.proximity import l1_proximity
 from vllm_flashtrace.core.scores import LayerSums
 from vllm_flashtrace.errors import FlashTraceError
+from vllm_flashtrace.logs import log_unexpected, logger
 from vllm_flashtrace.wire import WireReport, tensor_of, unseal
-
-logger = logging.getLogger(__name__)
 
 
 class TracedModel(StepModel, Protocol):
@@ -229,8 +227,8 @@ class Recorder:
 def _failure(what: str, error: BaseException) -> WireReport:
     if isinstance(error, FlashTraceError):
         code, message = error.code, error.message
-        logger.warning("Trace of %s failed: %s", what, error)
+        logger.debug("Trace of %s failed: %s", what, error)  # Who picks it up logs the line.
     else:
         code, message = "recording_failed", f"{type(error).__name__}: {error}"
-        logger.warning("Trace of %s failed: %s", what, error, exc_info=error)
+        log_unexpected(f"the trace of {what}", error)
     return WireReport(status="failed", code=code, message=message)

@@ -20,6 +20,8 @@ from vllm_flashtrace.environment import (
     enable_plugin,
     prepare_environment,
 )
+from vllm_flashtrace.plugin import enabled
+from vllm_flashtrace.serving.store_folder import ensure_store_folder
 from vllm_flashtrace.wire import ensure_secret
 
 logger = logging.getLogger("vllm.flashtrace")
@@ -37,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     prepare_environment()
     enable_plugin()
     ensure_secret()
+    ensure_store_folder()
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -52,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     configure_logging_from_args(args)
     command.validate(args)
     refuse_other_front_ends(args)
+    refuse_bad_options(args)
     apply_cpu_defaults(args, serve_parser)
     command.cmd(args)
 
@@ -68,6 +72,22 @@ def refuse_other_front_ends(args: Namespace) -> None:
         raise SystemExit(
             "vllm-flashtrace serve: VLLM_USE_RUST_FRONTEND has no attribution; unset it"
         )
+
+
+def refuse_bad_options(args: Namespace) -> None:
+    """Stops with one line where our section of ``--additional-config`` is bad.
+
+    Raises:
+        SystemExit: With the key, the reason and the value.
+    """
+    from vllm_flashtrace.config import FlashTraceConfig
+
+    if not enabled():
+        return
+    try:
+        FlashTraceConfig.from_additional_config(args.additional_config)
+    except ValueError as error:
+        raise SystemExit(f"vllm-flashtrace serve: {error}") from None
 
 
 def apply_cpu_defaults(args: Namespace, parser: Any) -> None:

@@ -13,11 +13,17 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from vllm_flashtrace.adapter.serving import TracedChat, TracedCompletion, refusing
+from vllm_flashtrace.adapter.handlers import replace_handlers
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.plugin import enabled
 from vllm_flashtrace.serving.attributions import router
+from vllm_flashtrace.serving.deferred import DeferredAttributions
+from vllm_flashtrace.serving.lifespan import close_service_with
+from vllm_flashtrace.serving.openapi import describe_field
+from vllm_flashtrace.serving.page import page_router
 from vllm_flashtrace.serving.service import TraceService
+from vllm_flashtrace.serving.status import StatusReport
+from vllm_flashtrace.serving.status import router as status_router
 from vllm_flashtrace.tracer import AsyncTracer
 
 logger = logging.getLogger("vllm.flashtrace")
@@ -30,9 +36,13 @@ class FlashTraceEndpoint:
     required_tasks: tuple[str, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds ``POST /v1/attributions``; ``--api-key`` guards everything under ``/v1``."""
+        """Adds our routes and their schema; ``--api-key`` guards everything under ``/v1``."""
         if enabled():
+            app.include_router(status_router)  # Before /v1/attributions/{id}.
             app.include_router(router)
+            describe_field(app)
+            close_service_with(app)
+            self._app = app
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Replaces vLLM's handlers; called after all of them exist.
@@ -50,26 +60,14 @@ class FlashTraceEndpoint:
         config = FlashTraceConfig.from_additional_config(
             engine_client.vllm_config.additional_config
         )
+        if config.page:
+            self._app.include_router(page_router())
         tracer = AsyncTracer(engine_client, config)
         unsupported = await tracer.support()
         if unsupported is not None:
             logger.warning("FlashTrace is off: this model cannot be traced: %s", unsupported)
-        service = TraceService(tracer, config.limits, unsupported)
+        deferred = DeferredAttributions.from_config(config, tracer.observer.metrics.store_entries)
+        service = TraceService(tracer, config.limits, deferred, unsupported)
         state.flashtrace = service
-        if state.openai_serving_chat is not None:
-            state.openai_serving_chat = TracedChat(state.openai_serving_chat, service)
-        if state.openai_serving_completion is not None:
-            state.openai_serving_completion = TracedCompletion(
-                state.openai_serving_completion, service
-            )
-        for attribute, method, route in (
-            ("openai_serving_responses", "create_responses", "/v1/responses"),
-            (
-                "openai_serving_chat_batch",
-                "create_batch_chat_completion",
-                "/v1/chat/completions/batch",
-            ),
-        ):
-            handler = getattr(state, attribute, None)
-            if handler is not None:
-                setattr(state, attribute, refusing(handler, method, route, service))
+        state.flashtrace_status = StatusReport(tracer, unsupported, engine_client.model_config)
+        replace_handlers(state, service)

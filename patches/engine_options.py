@@ -1,0 +1,43 @@
+"""Refuses bad options of ours before anything starts.
+
+What it changes: ``EngineArgs.create_engine_config`` first reads our section of
+``additional_config`` and raises ValueError where it is bad. In every layout (several API servers,
+data parallel, headless, offline) vLLM calls it before it starts an engine.
+
+Why here: vLLM passes ``additional_config`` on unread, and a plugin sees it only when the engine is
+up: a misspelt key would cost a model load.
+
+Tested on: vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm_flashtrace.patches._check import PatchError, require_parameters
+
+from vllm_flashtrace.config import FlashTraceConfig
+
+
+def check() -> None:
+    """Raises PatchError unless the method fits and asynchronous engines inherit it."""
+    method = getattr(EngineArgs, "create_engine_config", None)
+    require_parameters(method, "EngineArgs.create_engine_config", "self")
+    if "additional_config" not in EngineArgs.__dataclass_fields__:
+        raise PatchError("EngineArgs has no additional_config")
+    if AsyncEngineArgs.create_engine_config is not method:
+        raise PatchError("AsyncEngineArgs.create_engine_config is not EngineArgs'")
+
+
+def apply() -> None:
+    """Wraps the method."""
+    stock = EngineArgs.create_engine_config
+
+    @functools.wraps(stock)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        FlashTraceConfig.from_additional_config(self.additional_config)
+        return stock(self, *args, **kwargs)
+
+    EngineArgs.create_engine_config = create_engine_config

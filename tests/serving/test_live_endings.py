@@ -1,0 +1,180 @@
+"""Two API servers in front of one engine, and how servers end while traces are under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from live_server import OURS, Server, serve
+from otlp_receiver import Receiver, receive
+from test_metrics import parse, value
+
+pytestmark = pytest.mark.timeout(1200)
+
+TRACE_ID, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+ONE_PLACE = ("--additional-config", json.dumps({"flashtrace": {"max_concurrent_traces": 1}}))
+# Hops that keep the engine busy for long enough to end the server meanwhile.
+LONG = {
+    "prompt": "Hello",
+    "completion": [500 + i % 3000 for i in range(1900)],
+    "flashtrace": {"hops": 8, "recurse_over": "generated", "target": "generated"},
+}
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with receive() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pair(
+    receiver: Receiver, model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Two API servers; each has one place for traces."""
+    env = {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    options = (
+        "--api-server-count=2",
+        "--shutdown-timeout=20",
+        f"--otlp-traces-endpoint={receiver.url}",
+        *ONE_PLACE,
+    )
+    log = tmp_path_factory.mktemp("pair") / "server.log"
+    with serve(OURS, model_path, log, *options, **env) as running:
+        yield running
+
+
+def complete(server: Server, number: int = 0, **headers: str) -> dict[str, Any]:
+    body = {"model": "m", "prompt": f"Number {number} is", "max_tokens": 8, "flashtrace": True}
+    response = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=120)
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
+
+
+def attribute_long(server: Server) -> dict[str, Any]:
+    body = {"model": "m", **LONG}
+    response = httpx.post(f"{server.url}/v1/attributions", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def metrics(server: Server) -> Any:
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    assert text.count("# TYPE flashtrace_requests_total counter") == 1
+    return parse(text)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+def ended(server: Server) -> bool:
+    return psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE
+
+
+def lost_lines(server: Server) -> list[str]:
+    lines = server.log.read_text(errors="replace").splitlines()
+    return [line for line in lines if "Trace ft-" in line]
+
+
+def test_metrics_of_two_api_servers_add_up(pair):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: complete(pair, i), range(8)))
+    assert {answer["flashtrace"]["status"] for answer in answers} == {"completed"}
+    recomputed = sum(answer["flashtrace"]["usage"]["recomputed_tokens"] for answer in answers)
+    for _ in range(4):  # Whichever server answers, it answers for both.
+        samples = metrics(pair)
+        assert value(samples, "requests_total", route="/v1/completions", status="completed") == 8
+        assert value(samples, "recomputed_tokens_total") == recomputed
+        assert value(samples, "phase_seconds_count", phase="total") == 8
+        assert value(samples, "traces_running") == value(samples, "traces_waiting") == 0
+    workers = httpx.get(f"{pair.url}/v1/attributions/status").json()["engine"]["workers"]
+    budget = value(samples, "accumulator_budget_bytes")
+    assert 0 <= workers[0]["accumulator_budget_bytes"] - budget <= 1
+
+
+def test_vllms_spans_nest_under_ours_under_the_requests(pair, receiver):
+    header = f"00-{TRACE_ID}-{PARENT}-01"
+    choice = complete(pair, 99, traceparent=header)
+    assert choice["flashtrace"]["status"] == "completed"
+    hops = len(choice["flashtrace"]["hops"])
+
+    def spans(name: str) -> list[Any]:
+        return [span for span in receiver.of_trace(TRACE_ID) if span.name == name]
+
+    until(lambda: spans("flashtrace.attribute") and len(spans("llm_request")) == hops + 1)
+    [attribution] = spans("flashtrace.attribute")
+    assert attribution.parent_span_id.hex() == PARENT
+    ours = {span.span_id: span for span in spans("flashtrace.hop")}
+    assert {span.parent_span_id for span in ours.values()} == {attribution.span_id}
+    below = sorted(span.parent_span_id.hex() for span in spans("llm_request"))
+    assert below == sorted([PARENT, *(key.hex() for key in ours)])
+
+
+def submit(pool: ThreadPoolExecutor, server: Server, waiting: int) -> list[Future[Any]]:
+    """A long attribution and completions whose traces wait behind it."""
+    futures = [pool.submit(attribute_long, server)]
+    until(lambda: value(metrics(server), "traces_running") >= 1)
+    futures += [pool.submit(complete, server, i) for i in range(waiting)]
+    until(lambda: value(metrics(server), "traces_waiting") >= 1)
+    return futures
+
+
+def check_lost(server: Server, futures: list[Future[Any]]) -> None:
+    """Every completion is there; every trace that is not says why, there and in one log line."""
+    long, *completions = (future.result(timeout=120) for future in futures)
+    assert all(answer["text"] for answer in completions)
+    traces = [long, *(answer["flashtrace"] for answer in completions)]
+    lost = [trace for trace in traces if trace["status"] != "completed"]
+    assert long in lost and len(lost) >= 2
+    assert {trace["error"]["code"] for trace in lost} <= {"engine_dead", "aborted"}
+    lines = lost_lines(server)
+    for trace in lost:
+        [line] = [line for line in lines if trace["id"] in line]
+        assert f"code={trace['error']['code']}" in line
+    assert len(lines) == len(lost)
+
+
+def check_sigterm(server: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        futures = submit(pool, server, 4)
+        os.kill(server.pid, signal.SIGTERM)
+        check_lost(server, futures)
+    until(lambda: ended(server))
+
+
+def test_sigterm_of_two_servers_that_may_take_their_time(pair):
+    """The last test on this pair. Without ``--shutdown-timeout`` vLLM kills both at once."""
+    check_sigterm(pair)
+
+
+def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
+    with serve(OURS, model_path, tmp_path / "server.log", *ONE_PLACE) as server:
+        check_sigterm(server)
+
+
+def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
+    with serve(OURS, model_path, tmp_path / "server.log", *ONE_PLACE) as server:
+        with ThreadPoolExecutor() as pool:
+            futures = submit(pool, server, 4)
+            children = psutil.Process(server.pid).children(recursive=True)
+            [engine] = [child for child in children if child.name().startswith("VLLM::EngineCor")]
+            engine.kill()
+            check_lost(server, futures)
+        until(lambda: ended(server))

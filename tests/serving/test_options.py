@@ -1,0 +1,67 @@
+"""A bad option of ours stops every kind of start with one clear line, before any engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from live_server import OURS, STOCK
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+LINE = "additional_config.flashtrace.hop_limit: Extra inputs are not permitted (got 3)"
+BAD = {"flashtrace": {"hop_limit": 3}}
+
+
+def start(
+    program: list[str], model: str, *options: str, **env: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *program, model, "--additional-config", json.dumps(BAD), *options],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("layout", [[], ["--api-server-count=2"]])
+def test_our_command_ends_with_the_line_alone(model_path, layout):
+    done = start(OURS, model_path, *layout)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"vllm-flashtrace serve: {LINE}"
+    assert "Traceback" not in done.stderr
+    assert "EngineCore" not in done.stdout + done.stderr
+
+
+def test_vllms_own_command_stops_before_the_engine(model_path):
+    done = start(STOCK, model_path, VLLM_PLUGINS="flashtrace")
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith(f"ValueError: {LINE}")
+    assert "EngineCore" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", [EngineArgs, AsyncEngineArgs])
+@pytest.mark.parametrize("options", [{}, {"headless": True}])
+def test_every_layout_makes_its_configuration_through_the_check(plugins, model_path, kind, options):
+    arguments = kind(model=model_path, additional_config=BAD)
+    with pytest.raises(ValueError, match=r"flashtrace\.hop_limit"):
+        arguments.create_engine_config(**options)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"flashtrace": 5}, "must be an object, got 5"),
+        ({"flashtrace": {"max_hops": "3"}}, "flashtrace.max_hops"),
+        ({"flashtrace": {"max_waiting_seconds": float("inf")}}, "flashtrace.max_waiting_seconds"),
+        ({"flashtrace": {"trace_token_share": 0}}, "flashtrace.trace_token_share"),
+    ],
+)
+def test_a_bad_value_is_named(plugins, model_path, value, words):
+    with pytest.raises(ValueError, match="additional_config") as error:
+        EngineArgs(model=model_path, additional_config=value).create_engine_config()
+    assert words in str(error.value)
