@@ -33,9 +33,15 @@ class FlashTraceConfig(BaseModel):
             requests are there.
         trace_timeout_seconds: Longest time one attribution may take before it fails.
         result_ttl_seconds: How long a worker keeps a result that nobody picks up.
+        max_stored_attributions: Deferred attributions kept at once, finished or not, by all API
+            servers together; above it the oldest finished ones go, and if none is finished the
+            new one is ``skipped``.
+        max_stored_mib: Size of all finished deferred attributions; above it the oldest go.
+        stored_ttl_seconds: How long a finished deferred attribution can be fetched.
+        page: Whether ``/flashtrace`` serves the HTML page.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     exact_fraction: float = Field(default=DEFAULT_EXACT_FRACTION, ge=0.0, le=1.0)
     max_hops: int = Field(default=8, ge=0, le=64)
@@ -47,6 +53,10 @@ class FlashTraceConfig(BaseModel):
     trace_token_share: float = Field(default=0.25, gt=0.0, le=1.0)
     trace_timeout_seconds: float = Field(default=300.0, gt=0.0)
     result_ttl_seconds: float = Field(default=60.0, gt=0.0)
+    max_stored_attributions: int = Field(default=1000, ge=1)
+    max_stored_mib: int = Field(default=256, ge=1)
+    stored_ttl_seconds: float = Field(default=3600.0, gt=0.0)
+    page: bool = False
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> FlashTraceConfig:

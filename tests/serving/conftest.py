@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from live_server import OURS, PLAIN_REQUESTS, STOCK, STOCK_ENV, Server, ask, serve
+from live_server import (
+    OURS,
+    PLAIN_REQUESTS,
+    STOCK,
+    STOCK_ENV,
+    Server,
+    ask,
+    metric_names,
+    openapi,
+    serve,
+)
 from scripted_app import App, build
 
 from vllm_flashtrace.models.smollm2 import prepare_smollm2
@@ -38,11 +48,22 @@ def app(module_app: App) -> App:
 
 
 @pytest.fixture(scope="session")
-def stock_answers(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What vLLM without the plugin answers to ``live_server.PLAIN_REQUESTS``."""
+def stock_surface(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM without the plugin answers, measures and describes."""
     log = tmp_path_factory.mktemp("stock") / "server.log"
     with serve(STOCK, model_path, log, **STOCK_ENV) as stock:
-        return [ask(stock, path, body) for path, body in PLAIN_REQUESTS]
+        return {
+            "answers": [ask(stock, path, body) for path, body in PLAIN_REQUESTS],
+            "metrics": metric_names(stock),
+            "openapi": openapi(stock),
+        }
+
+
+@pytest.fixture(scope="session")
+def stock_answers(stock_surface: dict[str, Any]) -> list[Any]:
+    """What vLLM without the plugin answers to ``live_server.PLAIN_REQUESTS``."""
+    answers: list[Any] = stock_surface["answers"]
+    return answers
 
 
 @pytest.fixture(scope="session")

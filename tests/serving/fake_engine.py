@@ -124,6 +124,8 @@ class FakeEngine:
         self._reports[spec.nonce] = WireReport(
             status="completed",
             scores=tensor_bytes(self.trace_scores(spec.length)),
+            layer_scores=tensor_bytes(torch.ones(2, spec.length)) if spec.layers else b"",
+            num_layers=2 if spec.layers else 0,
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},
@@ -155,7 +157,7 @@ class FakeEngine:
                     last = step == len(script) - 1
                     choice = _choice(i, text, [token], reason if last else None)
                     finished = last and i == count - 1
-                    yield _request_output(call, [choice], finished, first=step == 0)
+                    yield _request_output(call, [choice], finished)
                     await asyncio.sleep(0)
 
     def _script(self, index: int, params: Any) -> tuple[list[tuple[int, str]], str]:
@@ -195,14 +197,11 @@ def _choice(index: int, text: str, ids: list[int], reason: str | None) -> Comple
     )
 
 
-def _request_output(
-    call: Call, choices: list[CompletionOutput], finished: bool, first: bool = True
-) -> RequestOutput:
+def _request_output(call: Call, choices: list[CompletionOutput], finished: bool) -> RequestOutput:
     return RequestOutput(
         request_id=call.request_id,
         prompt=None,
-        # vLLM leaves the prompt out of later streamed outputs.
-        prompt_token_ids=list(call.prompt["prompt_token_ids"]) if first else None,
+        prompt_token_ids=list(call.prompt["prompt_token_ids"]),
         prompt_logprobs=None,
         outputs=choices,
         finished=finished,

@@ -43,6 +43,7 @@ _CHAT = {
     "temperature": 0,
 }
 _TEXT = {"model": "m", "prompt": "One, two, three,", "max_tokens": 8, "temperature": 0}
+_RESPONSE = {"model": "m", "input": "Hi", "max_output_tokens": 4, "temperature": 0}
 _USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 # Without the field our server must answer these exactly as vLLM does.
 PLAIN_REQUESTS: list[tuple[str, dict[str, Any]]] = [
@@ -57,7 +58,10 @@ PLAIN_REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {**_TEXT, **_USAGE}),
     ("/v1/completions", {**_TEXT, "prompt": ["Red, green,", "Up, down,"]}),
     ("/v1/completions", {**_TEXT, "use_beam_search": True, "n": 2}),
-    ("/v1/responses", {"model": "m", "input": "Hi", "max_output_tokens": 4, "temperature": 0}),
+    ("/v1/responses", _RESPONSE),
+    ("/v1/responses", {**_RESPONSE, "stream": True}),
+    ("/v1/messages", _CHAT),
+    ("/v1/messages", {**_CHAT, "stream": True}),
 ]
 
 
@@ -82,6 +86,17 @@ def ask(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str, str]
     text = re.sub(r"(chatcmpl|cmpl|resp|msg|rs)[-_][0-9a-f]{8,}", r"\1-ID", response.text)
     text = re.sub(r'"(created|created_at|completed_at)":[0-9.]+', r'"\1":0', text)
     return response.status_code, response.headers["content-type"], text
+
+
+def metric_names(server: Server) -> list[str]:
+    """Names and types of the metrics at ``/metrics``."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+    return [line for line in lines if line.startswith("# TYPE")]
+
+
+def openapi(server: Server) -> Any:
+    """The schema of the HTTP interface."""
+    return httpx.get(f"{server.url}/openapi.json", timeout=30).json()
 
 
 def free_port() -> int:

@@ -117,12 +117,13 @@ async def test_other_xargs_pass(app):
 
 
 async def test_routes_that_cannot_trace_say_so(app):
-    response = await app.post("/v1/responses", input="Hi", flashtrace=True)
-    check_refused(app, response, "flashtrace")
-    assert "/v1/responses" in response.json()["error"]["message"]
-    messages = [[{"role": "user", "content": "Hi"}]]
-    response = await app.post("/v1/chat/completions/batch", messages=messages, flashtrace=True)
-    check_refused(app, response, "flashtrace")
+    for route, body in {
+        "/v1/chat/completions/batch": {"messages": [[{"role": "user", "content": "Hi"}]]},
+        "/generative_scoring": {"query": "a", "items": ["b"], "label_token_ids": [1]},
+    }.items():
+        response = await app.post(route, **body, flashtrace=True)
+        check_refused(app, response, "flashtrace")
+        assert route in response.json()["error"]["message"]
 
 
 async def test_unknown_model_is_vllms_404(app):

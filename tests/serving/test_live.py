@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import anthropic
 import httpx
 import openai
 import psutil
@@ -149,6 +150,30 @@ def test_text_stream(client):
     [trace] = [c for c in chunks if getattr(c.choices[0], "flashtrace", None)]
     assert trace is chunks[-1]
     check_completed(trace.choices[0].flashtrace)
+
+
+def test_responses(client):
+    options = {"model": "m", "input": QUESTION, "max_output_tokens": 24, "temperature": 0}
+    field = {"extra_body": {"flashtrace": {"hops": 0}}}
+    whole = client.responses.create(**options, **field)
+    check_completed(whole.output[0].flashtrace)
+    with client.responses.stream(**options, **field) as stream:
+        final = stream.get_final_response()
+    check_completed(final.output[0].flashtrace)
+    assert final.output_text == whole.output_text
+    streamed = {s["index"]: s["score"] for s in final.output[0].flashtrace["scores"]}
+    for score in whole.output[0].flashtrace["scores"][:10]:
+        assert streamed[score["index"]] == pytest.approx(score["score"], rel=1e-3, abs=1e-5)
+
+
+def test_messages(server):
+    options = {"model": "m", "messages": QUESTION, "max_tokens": 24}
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        field = {"extra_body": {"flashtrace": {"hops": 0}}}
+        check_completed(client.messages.create(**options, **field).flashtrace)
+        events = list(client.messages.create(**options, **field, stream=True))
+    assert [event.type for event in events][-2:] == ["flashtrace", "message_stop"]
+    check_completed(events[-2].flashtrace)
 
 
 def test_text_that_was_not_generated(client):

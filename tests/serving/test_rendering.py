@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from vllm_flashtrace.adapter.rendering import locate_reasoning, make_render
+from vllm_flashtrace.adapter.rendering import make_render
 
 on_the_apps_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -45,21 +43,3 @@ async def test_render_of_messages_that_the_template_rejects_is_none(app):
     template = "{{ raise_exception('no') }}"
     request = ChatCompletionRequest(model="m", messages=MESSAGES, chat_template=template)
     assert make_render(app.app.state.openai_serving_chat, request)(MESSAGES) is None
-
-
-TEXT = st.text(st.characters(exclude_characters="<>"), max_size=30)
-
-
-@given(before=TEXT, reasoning=TEXT.filter(bool), answer=TEXT)
-def test_reasoning_is_found_behind_its_marker(before, reasoning, answer):
-    text = f"{before}<think>{reasoning}</think>{answer}"
-    [(start, end)] = locate_reasoning(text, reasoning, "<think>")
-    assert (start, text[start:end]) == (len(before) + len("<think>"), reasoning)
-
-
-def test_reasoning_whose_marker_was_in_the_prompt():
-    assert locate_reasoning("I look.\n</think>\nIt is.", "I look.", "<think>") == [(0, 7)]
-
-
-def test_reasoning_that_the_parser_rewrote_is_not_guessed():
-    assert locate_reasoning("<think>a  b</think>", "a b", "<think>") is None

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from vllm_flashtrace.records import Completion
+from vllm_flashtrace.tracer import EngineContext
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -130,3 +133,18 @@ async def test_trace_shares_salt_priority_and_rank_with_the_completion(app):
 async def test_invocations_route_traces_too(app):
     answer = (await app.post("/invocations", prompt="The code is", flashtrace=True)).json()
     assert answer["choices"][0]["flashtrace"]["status"] == "completed"
+
+
+async def test_a_trace_runs_with_the_adapter_of_its_completion(app):
+    service = app.app.state.flashtrace
+    encode = app.engine.get_tokenizer().encode
+    completion = Completion(encode("The code is"), encode(" 4821"), " 4821")
+    adapter = object()
+    result = await service.tracer.attribute(
+        service.parse_field({"hops": 0}),
+        completion,
+        EngineContext(lora_request=adapter),
+        trace_id="ft-1",
+    )
+    assert result["status"] == "completed"
+    assert app.engine.traces[0].kwargs["lora_request"] is adapter

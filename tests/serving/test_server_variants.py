@@ -24,6 +24,15 @@ async def test_unsupported_model_serves_and_refuses_traces_by_name(plugins, mode
     assert len(app.engine.calls) == calls
 
 
+async def test_generating_from_tokens_refuses_the_field(plugins, model_path):
+    app = await build(model_path, "--enable-scale-out")
+    body = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 1}, "flashtrace": True}
+    response = await app.post("/inference/v1/generate", **body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "flashtrace"
+    assert not app.engine.calls
+
+
 async def test_unknown_option_stops_the_server(plugins, model_path):
     with pytest.raises(ValueError, match=r"flashtrace\.hop_limit"):
         await build(model_path, "--additional-config", '{"flashtrace": {"hop_limit": 3}}')

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI handlers with attribution; the one place that touches its serving classes.
+"""vLLM's OpenAI handlers with attribution; with its neighbours, all that touches them.
 
 Invariant: a request without the ``flashtrace`` field is handed to the stock handler object itself,
 so its response is vLLM's by construction. A request with it runs the same stock code on a shallow
@@ -12,7 +12,8 @@ prompt, in prompt order, before they return.
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
+from http import HTTPStatus
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -21,8 +22,13 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
-from vllm_flashtrace.adapter.rendering import make_reasoning_parser, make_render
+from vllm_flashtrace.adapter.rendering import (
+    make_reasoning_parser,
+    make_render,
+    require_tool_calls,
+)
 from vllm_flashtrace.errors import InvalidRequestError
+from vllm_flashtrace.json_checks import check_messages
 from vllm_flashtrace.schema import FlashTraceRequest, check_against_limit
 from vllm_flashtrace.serving.recorder import RecordingClient
 from vllm_flashtrace.serving.service import TraceService
@@ -38,8 +44,10 @@ __all__ = [
     "ErrorResponse",
     "TracedChat",
     "TracedCompletion",
+    "chat_facts",
     "error_response",
-    "refusing",
+    "not_found_response",
+    "recording_client",
     "validate_json_request",
     "with_cancellation",
 ]
@@ -58,18 +66,13 @@ class TracedChat(OpenAIServingChat):
         """Serves a chat request; see :func:`_serve`."""
         try:
             flashtrace = self._service.parse_request(request)
+            if flashtrace is not None:
+                require_tool_calls(flashtrace, self.parser_cls, request)
+                facts = chat_facts(self._stock, request, flashtrace)
         except InvalidRequestError as error:
             return error_response(error)
         if flashtrace is None:
             return await self._stock.create_chat_completion(request, raw_request)
-        facts = RequestFacts(
-            flashtrace=flashtrace,
-            choices_per_prompt=request.n or 1,
-            # vLLM may rewrite the messages while it renders them.
-            messages=copy.deepcopy(request.messages),
-            render=make_render(self._stock, request),
-            reasoning_parser=make_reasoning_parser(self._stock, request),
-        )
         handler, client = _recording_copy(self._stock, flashtrace)
         answer = handler.create_chat_completion(request, raw_request)
         return await _serve(answer, client, facts, self._service, chat_choice)
@@ -88,6 +91,8 @@ class TracedCompletion(OpenAIServingCompletion):
         """Serves a completion request; see :func:`_serve`."""
         try:
             flashtrace = self._service.parse_request(request)
+            if flashtrace is not None:
+                require_tool_calls(flashtrace)
         except InvalidRequestError as error:
             return error_response(error)
         if flashtrace is None:
@@ -98,35 +103,57 @@ class TracedCompletion(OpenAIServingCompletion):
             prompt_texts=_prompt_texts(request),
             # vLLM generates one hidden token for a pure echo.
             generates=not (request.echo and request.max_tokens == 0),
+            route="/v1/completions",
         )
         handler, client = _recording_copy(self._stock, flashtrace)
         answer = handler.create_completion(request, raw_request)
         return await _serve(answer, client, facts, self._service, text_choice)
 
 
-def refusing(handler: Any, method: str, route: str, service: TraceService) -> Any:
-    """A copy of ``handler`` whose ``method`` refuses the ``flashtrace`` field with HTTP 400.
+def chat_facts(
+    handler: OpenAIServingChat, request: Any, flashtrace: FlashTraceRequest
+) -> RequestFacts:
+    """What a chat request says about its completions; to be called before vLLM renders it.
 
-    For routes that cannot be traced: ignoring the field there would look like an attribution
-    that got lost.
+    Args:
+        handler: vLLM's chat handler, or one derived from it.
+        request: The chat request.
+        flashtrace: Its validated field.
+
+    Raises:
+        InvalidRequestError: The messages cannot be copied.
     """
-    stock: Callable[..., Awaitable[Any]] = getattr(handler, method)
+    check_messages(request.messages, "messages")
+    return RequestFacts(
+        flashtrace=flashtrace,
+        choices_per_prompt=request.n or 1,
+        # vLLM may rewrite the messages while it renders them.
+        messages=copy.deepcopy(request.messages),
+        render=make_render(handler, request),
+        reasoning_parser=make_reasoning_parser(handler, request),
+    )
 
-    async def guarded(request: Any, raw_request: Any = None) -> Any:
-        try:
-            service.refuse_field(request, route)
-        except InvalidRequestError as error:
-            return error_response(error)
-        return await stock(request, raw_request)
 
-    guarded_handler = copy.copy(handler)
-    setattr(guarded_handler, method, guarded)
-    return guarded_handler
+def recording_client(engine_client: Any, flashtrace: FlashTraceRequest) -> RecordingClient:
+    """A recorder that refuses a generation too short for the positions ``flashtrace`` names."""
+
+    def check(sampling_params: Any) -> None:
+        if sampling_params.max_tokens is not None:
+            check_against_limit(flashtrace, sampling_params.max_tokens)
+
+    return RecordingClient(engine_client, check)
 
 
 def error_response(error: InvalidRequestError) -> Any:
     """OpenAI's error body with status 400 for a refused request."""
     return create_error_response(error.message, param=error.param)
+
+
+def not_found_response(message: str, param: str) -> Any:
+    """OpenAI's error body with status 404."""
+    return create_error_response(
+        message, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param=param
+    )
 
 
 async def _serve(
@@ -143,7 +170,7 @@ async def _serve(
         return error_response(error)
     if isinstance(response, ErrorResponse):
         return response
-    session = TraceSession(service.tracer, facts, client.prompts)
+    session = TraceSession(service, facts, client.prompts)
     if isinstance(response, AsyncGenerator):
         return with_attributions(response, session, make_choice)
     await session.attach(response.choices)
@@ -151,12 +178,8 @@ async def _serve(
 
 
 def _recording_copy(stock: Any, flashtrace: FlashTraceRequest) -> tuple[Any, RecordingClient]:
-    def check(sampling_params: Any) -> None:
-        if sampling_params.max_tokens is not None:
-            check_against_limit(flashtrace, sampling_params.max_tokens)
-
     handler = copy.copy(stock)
-    handler.engine_client = RecordingClient(stock.engine_client, check)
+    handler.engine_client = recording_client(stock.engine_client, flashtrace)
     return handler, handler.engine_client
 
 

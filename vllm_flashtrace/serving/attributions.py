@@ -1,7 +1,8 @@
-"""``POST /v1/attributions``: attributes text that already exists.
+"""``/v1/attributions``: attributes text that already exists, and gives out deferred attributions.
 
-Invariant: everything about the text is known here, so every mistake in the request is an HTTP 400
-and never a ``failed`` object.
+Invariant: everything about existing text is known here, so a mistake in the request is an HTTP 400
+and never a ``failed`` object, unless the trace is deferred. A deferred attribution is reached by
+its id alone; there is no list of them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, WithJsonSchema
 
 from vllm_flashtrace.adapter.existing_text import (
     ExistingText,
@@ -21,21 +22,28 @@ from vllm_flashtrace.adapter.existing_text import (
 from vllm_flashtrace.adapter.serving import (
     ErrorResponse,
     error_response,
+    not_found_response,
     validate_json_request,
     with_cancellation,
 )
 from vllm_flashtrace.errors import InvalidRequestError
+from vllm_flashtrace.json_checks import check_messages, check_text
 from vllm_flashtrace.schema import FlashTraceRequest, check_against_limit
+from vllm_flashtrace.schema_checks import shown
+from vllm_flashtrace.serving.error_route import OpenAIErrorRoute
+from vllm_flashtrace.serving.openapi import FIELD_SCHEMA
+from vllm_flashtrace.serving.response_schema import AttributionObject, DeletedAttribution
 from vllm_flashtrace.serving.service import FIELD, TraceService
 from vllm_flashtrace.serving.session import Attribution, new_trace_id
 
-router = APIRouter()
+router = APIRouter(route_class=OpenAIErrorRoute)
 
 TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 
 # Failures that the text itself explains, with the field at fault: after a generation they could
 # not be foreseen, here they are the client's mistake.
 _CLIENT_ERRORS = {
+    "argument_not_found": "flashtrace.target.argument",
     "assistant_not_located": "flashtrace.recurse_over",
     "empty_target": "flashtrace.target",
     "reasoning_not_found": "flashtrace.reasoning",
@@ -43,6 +51,7 @@ _CLIENT_ERRORS = {
     "span_out_of_range": "flashtrace",
     "target_beyond_context": "flashtrace.target",
     "target_not_found": "flashtrace.target",
+    "tool_call_not_found": "flashtrace.target.tool_call",
 }
 _PROMPT_OPTIONS = ("add_special_tokens", "cache_salt", "priority")
 _CHAT_OPTIONS = (
@@ -68,7 +77,7 @@ class AttributionBody(BaseModel):
     messages: Annotated[list[dict[str, Any]], Field(min_length=2)] | None = None
     prompt: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
     completion: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
-    flashtrace: Any = True
+    flashtrace: Annotated[Any, WithJsonSchema(FIELD_SCHEMA)] = True
     add_special_tokens: bool | None = None
     cache_salt: StrictStr | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -96,7 +105,12 @@ class AttributionBody(BaseModel):
         }
 
 
-@router.post("/v1/attributions", dependencies=[Depends(validate_json_request)])
+@router.post(
+    "/v1/attributions",
+    dependencies=[Depends(validate_json_request)],
+    response_model=AttributionObject,
+    responses={400: {"model": ErrorResponse}, 404: {"model": ErrorResponse}},
+)
 @with_cancellation
 async def create_attribution(body: AttributionBody, raw_request: Request) -> JSONResponse:
     """Attributes ``body``'s completion to its prompt."""
@@ -106,14 +120,58 @@ async def create_attribution(body: AttributionBody, raw_request: Request) -> JSO
     except InvalidRequestError as error:
         outcome = error_response(error)
     if isinstance(outcome, ErrorResponse):
-        return JSONResponse(outcome.model_dump(), status_code=outcome.error.code)
+        return _error(outcome)
     return JSONResponse(outcome)
+
+
+@router.get(
+    "/v1/attributions/{attribution_id}",
+    response_model=AttributionObject,
+    responses={404: {"model": ErrorResponse}},
+)
+async def get_attribution(attribution_id: str, raw_request: Request) -> Response:
+    """The deferred attribution with this id, finished or not."""
+    service: TraceService = raw_request.app.state.flashtrace
+    attribution = await service.deferred.get(attribution_id)
+    if attribution is None:
+        return _unknown(attribution_id)
+    return Response(attribution, media_type="application/json")
+
+
+@router.delete(
+    "/v1/attributions/{attribution_id}",
+    response_model=DeletedAttribution,
+    responses={404: {"model": ErrorResponse}},
+)
+async def delete_attribution(attribution_id: str, raw_request: Request) -> Response:
+    """Drops the deferred attribution with this id, and stops its trace."""
+    service: TraceService = raw_request.app.state.flashtrace
+    if not await service.deferred.delete(attribution_id):
+        return _unknown(attribution_id)
+    deleted = {
+        "id": attribution_id,
+        "object": "flashtrace.attribution.deleted",
+        "deleted": True,
+    }
+    return JSONResponse(deleted)
+
+
+def _unknown(attribution_id: str) -> JSONResponse:
+    message = f"no attribution {shown(attribution_id)}: it is unknown, deleted or expired"
+    return _error(not_found_response(message, "attribution_id"))
+
+
+def _error(error: ErrorResponse) -> JSONResponse:
+    return JSONResponse(error.model_dump(), status_code=error.error.code)
 
 
 async def _attribute(
     state: Any, body: AttributionBody, raw_request: Request
 ) -> Attribution | ErrorResponse:
     service: TraceService = state.flashtrace
+    for name in sorted(body.model_fields_set - {FIELD}):
+        check_text(getattr(body, name), name)
+    check_messages(body.messages or (), "messages")
     flashtrace = service.parse_field(True if body.flashtrace is None else body.flashtrace)
     if flashtrace is None:
         raise InvalidRequestError(FIELD, f"{FIELD} must be true or an object, got false")
@@ -121,13 +179,14 @@ async def _attribute(
     if isinstance(text, ErrorResponse):
         return text
     _check(text, flashtrace, state.vllm_config.model_config.max_model_len)
-    result = await service.tracer.attribute(
+    result = await service.attribute(
         flashtrace,
         text.completion,
         text.context,
         reasoning_parser=text.reasoning_parser,
         render=text.render,
         trace_id=new_trace_id(),
+        route="/v1/attributions",
     )
     error = result.get("error") or {}
     code = error.get("code")

@@ -98,7 +98,8 @@ class RecordingClient:
         """
         self._before_generate(sampling_params)
         record = RecordedPrompt(
-            input_type=engine_input_type(prompt), context=engine_context(prompt, kwargs)
+            input_type=engine_input_type(prompt),
+            context=engine_context(prompt, {**kwargs, "request_id": request_id}),
         )
         self.prompts.append(record)
         outputs = self._client.generate(prompt, sampling_params, request_id, **kwargs)
@@ -126,7 +127,8 @@ def engine_context(prompt: Any, generate_kwargs: Mapping[str, Any]) -> EngineCon
 
     Args:
         prompt: Rendered engine input; carries the cache salt.
-        generate_kwargs: Keyword arguments of ``EngineClient.generate``.
+        generate_kwargs: Keyword arguments of ``EngineClient.generate``, ``request_id`` among them
+            if there was a generation.
     """
     return EngineContext(
         cache_salt=prompt.get("cache_salt") if isinstance(prompt, Mapping) else None,
@@ -134,4 +136,5 @@ def engine_context(prompt: Any, generate_kwargs: Mapping[str, Any]) -> EngineCon
         priority=generate_kwargs.get("priority", 0),
         trace_headers=generate_kwargs.get("trace_headers"),
         data_parallel_rank=generate_kwargs.get("data_parallel_rank"),
+        request_id=generate_kwargs.get("request_id"),
     )

@@ -7,11 +7,14 @@ an :class:`InvalidRequestError` before anything is generated; the field is never
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from vllm_flashtrace.errors import InvalidRequestError
+from vllm_flashtrace.errors import InvalidRequestError, TraceError
+from vllm_flashtrace.records import Completion
 from vllm_flashtrace.schema import FlashTraceRequest, RequestLimits, parse_flashtrace_field
-from vllm_flashtrace.tracer import AsyncTracer
+from vllm_flashtrace.serving.deferred import DeferredAttributions
+from vllm_flashtrace.tracer import AsyncTracer, EngineContext
 from vllm_flashtrace.wire import EXTRA_ARGS_KEY
 
 FIELD = "flashtrace"
@@ -25,11 +28,13 @@ class TraceService:
     Attributes:
         tracer: Runs the traces.
         limits: Bounds that a request is checked against.
+        deferred: Attributions that outlive their requests.
         unsupported: Why the served model cannot be traced, None when it can.
     """
 
     tracer: AsyncTracer
     limits: RequestLimits
+    deferred: DeferredAttributions
     unsupported: str | None = None
 
     def parse_request(self, request: Any) -> FlashTraceRequest | None:
@@ -44,18 +49,23 @@ class TraceService:
         Raises:
             InvalidRequestError: Naming the field and its value.
         """
-        refuse_reserved_xargs(request)
-        extra = request.model_extra
-        if not extra or FIELD not in extra:
-            return None
-        parsed = self.parse_field(extra[FIELD])
-        if parsed is not None and request.use_beam_search:
+        parsed = self.parse_field_of(request, (request.model_extra or {}).get(FIELD))
+        if parsed is not None and getattr(request, "use_beam_search", False):
             raise InvalidRequestError(
                 "use_beam_search",
                 "use_beam_search=true cannot be combined with flashtrace: beams are searched by "
                 "inner requests that cannot be traced",
             )
         return parsed
+
+    def parse_field_of(self, request: Any, value: Any) -> FlashTraceRequest | None:
+        """Validates the field's ``value`` and that nothing else in ``request`` poses as it.
+
+        Raises:
+            InvalidRequestError: Naming the field and its value.
+        """
+        refuse_reserved_xargs(request)
+        return self.parse_field(value)
 
     def parse_field(self, value: Any) -> FlashTraceRequest | None:
         """Validates one value of the field; None for null and false.
@@ -72,16 +82,48 @@ class TraceService:
             )
         return parsed
 
-    def refuse_field(self, request: Any, route: str) -> None:
-        """Refuses the field on a route that cannot serve it.
+    async def attribute(
+        self,
+        request: FlashTraceRequest,
+        completion: Completion,
+        context: EngineContext,
+        *,
+        trace_id: str,
+        route: str,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Attributes a completion now, or later if ``request`` is deferred.
 
-        Raises:
-            InvalidRequestError: The request asks for an attribution.
+        Args:
+            request: What is asked for.
+            completion: The completion to explain.
+            context: What the trace shares with it.
+            trace_id: Fresh id of the attribution.
+            route: Route of the HTTP request.
+            options: Further arguments of :meth:`AsyncTracer.attribute`.
+
+        Returns:
+            The attribution object; of a deferred one, the ``queued`` object at once.
         """
-        refuse_reserved_xargs(request)
-        value = (request.model_extra or {}).get(FIELD)
-        if value is not None and value is not False:
-            raise InvalidRequestError(FIELD, f"flashtrace is not available on {route}")
+        job = partial(
+            self.tracer.attribute,
+            request,
+            completion,
+            context,
+            trace_id=trace_id,
+            route=route,
+            **options,
+        )
+        if request.mode != "deferred":
+            return await job()
+        try:
+            return await self.deferred.submit(trace_id, job)
+        except TraceError as error:
+            return self.tracer.lost(trace_id, error, context, route=route)
+
+    async def close(self) -> None:
+        """Ends what outlives the requests; the last thing that is called."""
+        await self.deferred.close()
 
 
 def refuse_reserved_xargs(request: Any) -> None:

@@ -1,33 +1,31 @@
 """The traces of one HTTP request: which completion each choice was, and its running trace.
 
 Invariant: every task started here is finished or cancelled, and awaited, before ``close``
-returns, and a trace that fails leaves its completion untouched.
+returns, and a trace that fails leaves its completion untouched. A deferred trace is handed over
+whole and is no task of this request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import uuid
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.postprocess.result import failed_result
+from vllm_flashtrace.logs import log_unexpected
 from vllm_flashtrace.records import Completion
 from vllm_flashtrace.schema import FlashTraceRequest
 from vllm_flashtrace.serving.recorder import RecordedPrompt
-from vllm_flashtrace.tracer import AsyncTracer
+from vllm_flashtrace.serving.service import TraceService
 
 Attribution = dict[str, Any]
 
-_log = logging.getLogger(__name__)
-
 
 def new_trace_id() -> str:
-    """A fresh public id of one attribution."""
-    return f"ft-{uuid.uuid4().hex}"
+    """A fresh public id of one attribution; whoever knows it may fetch a deferred one."""
+    return f"ft-{secrets.token_hex(16)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +40,7 @@ class RequestFacts:
         generates: False when the client only wants its prompt echoed.
         render: Renders chat messages as this request's prompt was rendered, or None.
         reasoning_parser: Makes the reasoning finder for given prompt token ids, or None.
+        route: Route of the request, for metrics and logs.
     """
 
     flashtrace: FlashTraceRequest
@@ -51,15 +50,16 @@ class RequestFacts:
     generates: bool = True
     render: Callable[..., Any] | None = None
     reasoning_parser: Callable[[Sequence[int]], Any] | None = None
+    route: str = "/v1/chat/completions"
 
 
 class TraceSession:
     """Runs one trace per choice of a request."""
 
     def __init__(
-        self, tracer: AsyncTracer, facts: RequestFacts, prompts: Sequence[RecordedPrompt]
+        self, service: TraceService, facts: RequestFacts, prompts: Sequence[RecordedPrompt]
     ) -> None:
-        self._tracer = tracer
+        self._service = service
         self._facts = facts
         self._prompts = prompts
         self._tasks: dict[int, asyncio.Task[Attribution]] = {}
@@ -92,11 +92,16 @@ class TraceSession:
 
     async def attach(self, choices: Sequence[Any]) -> None:
         """Traces all ``choices`` of a finished response at once and sets their ``flashtrace``."""
+        attributions = await self.all_of([choice.index for choice in choices])
+        for choice, attribution in zip(choices, attributions, strict=True):
+            choice.flashtrace = attribution
+
+    async def all_of(self, indices: Sequence[int]) -> list[Attribution]:
+        """Traces finished choices at once and waits for all of them."""
         try:
-            for choice in choices:
-                self.start(choice.index)
-            for choice in choices:
-                choice.flashtrace = await self.result(choice.index)
+            for index in indices:
+                self.start(index)
+            return [await self.result(index) for index in indices]
         finally:
             await self.close()
 
@@ -106,24 +111,27 @@ class TraceSession:
             return await self._attribute(index, trace_id)
         except Exception as error:
             # The completion is already paid for: whatever goes wrong here must not take it away.
-            _log.exception("attribution %s failed", trace_id)
+            log_unexpected("an attribution", error)
             failure = TraceError("internal_error", f"{type(error).__name__}: {error}")
-            return failed_result(trace_id, failure)
+            return self._service.tracer.lost(trace_id, failure, route=self._facts.route)
 
     async def _attribute(self, index: int, trace_id: str) -> Attribution:
         prompt_index, choice_index = divmod(index, self._facts.choices_per_prompt)
         prompt = self._prompts[prompt_index]
         refusal = self._nothing_to_trace(prompt, choice_index)
         if refusal is not None:
-            return failed_result(trace_id, refusal, status="skipped")
+            return self._service.tracer.lost(
+                trace_id, refusal, prompt.context, route=self._facts.route, status="skipped"
+            )
         finder = self._facts.reasoning_parser
-        return await self._tracer.attribute(
+        return await self._service.attribute(
             self._facts.flashtrace,
             self._completion(prompt_index, choice_index),
             prompt.context,
             reasoning_parser=finder(prompt.prompt_token_ids) if finder else None,
             render=self._facts.render,
             trace_id=trace_id,
+            route=self._facts.route,
         )
 
     def _nothing_to_trace(self, prompt: RecordedPrompt, choice_index: int) -> TraceError | None:

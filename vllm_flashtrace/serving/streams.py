@@ -1,7 +1,7 @@
 """Attributions inside a server-sent event stream.
 
 Invariant: vLLM's own events pass unchanged and in order, none of them later than without a trace
-except the closing ones (usage and ``[DONE]``), which wait for the attributions.
+except the closing ones (usage and ``[DONE]``, ``message_stop``), which wait for the attributions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ _ERROR = 'data: {"error":'
 # Quotes inside JSON strings are escaped, so neither pattern can come from generated text.
 _FINISHED = '"finish_reason":"'
 _NO_CHOICES = '"choices":[]'
+# Anthropic's events; their names stand on a line that generated text cannot reach.
+_MESSAGE_ENDS = "event: message_delta\n"
+_MESSAGE_STOP = "event: message_stop\n"
 
 ChoiceWithAttribution = Callable[[int, Attribution], dict[str, Any]]
 
@@ -69,6 +72,29 @@ async def with_attributions(
                 for index in [index for index in pending if session.done(index)]:
                     pending.remove(index)
                     yield _event(template, make_choice(index, await session.result(index)))
+    finally:
+        await session.close()
+
+
+async def with_attribution_of_message(
+    events: AsyncGenerator[str, None], session: TraceSession
+) -> AsyncGenerator[str, None]:
+    """Adds one ``flashtrace`` event before ``message_stop`` to a stream of Anthropic's form.
+
+    Args:
+        events: vLLM's stream, one string per event.
+        session: Traces of this request, which has one choice.
+    """
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if event.startswith(_MESSAGE_STOP):
+                    session.start(0)
+                    data = {"type": "flashtrace", "flashtrace": await session.result(0)}
+                    yield f"event: flashtrace\n{_DATA}{json.dumps(data, separators=(',', ':'))}\n\n"
+                yield event
+                if event.startswith(_MESSAGE_ENDS):
+                    session.start(0)
     finally:
         await session.close()
 
