@@ -76,8 +76,12 @@ class Chromium:
 
     def open(self, path: Path) -> None:
         """Loads a file; ``events`` then holds what this page caused."""
+        self.visit(path.as_uri())
+
+    def visit(self, url: str) -> None:
+        """Loads an address; ``events`` then holds what this page caused."""
         self.events.clear()
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=url)
         while not self.seen("Page.loadEventFired"):
             self.events.append(self._receive())
 
@@ -90,6 +94,29 @@ class Chromium:
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait_for(self, expression: str) -> None:
+        """Waits until a JavaScript expression is true.
+
+        Raises:
+            AssertionError: It stays false.
+        """
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < deadline, f"never true: {expression}"
+            time.sleep(0.02)
+
+    def mouse(self, kind: str, x: float, y: float, **options: Any) -> None:
+        """Sends one mouse event with the left button: ``Pressed``, ``Moved`` or ``Released``."""
+        options = {"button": "left", "clickCount": 1, **options}
+        self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, **options)
+
+    def press(self, key: str, modifiers: int = 0) -> None:
+        """Presses and releases a named key; modifier 8 is Shift."""
+        code = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+        names = {"key": key, "code": key, "windowsVirtualKeyCode": code[key]}
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, modifiers=modifiers, **names)
 
     def window(self, width: int, height: int) -> None:
         """Sets the size of the visible page in CSS pixels."""

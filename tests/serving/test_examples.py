@@ -1,0 +1,147 @@
+"""The examples, run as a reader runs them, and what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_server import OURS, Server, serve
+from page_server import PageServer, served
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECORDING: dict[str, Any] = json.loads((EXAMPLES / "injected_agent.json").read_text("utf-8"))
+OPTIONS = [
+    f"--chat-template={EXAMPLES / 'tool_calls.jinja'}",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
+]
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def tool_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose chat template writes tool calls."""
+    log = tmp_path_factory.mktemp("examples") / "server.log"
+    with serve(OURS, model_path, log, *OPTIONS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def scripted(plugins: None, model_path: str) -> Iterator[PageServer]:
+    with served(model_path, *OPTIONS) as server:
+        yield server
+
+
+def run(url: str, name: str, *arguments: str) -> str:
+    program = [sys.executable] if name.endswith(".py") else ["bash"]
+    done = subprocess.run(
+        [*program, EXAMPLES / name, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FLASHTRACE_BASE_URL": url, "COLUMNS": "100"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl(tool_server):
+    lines = run(tool_server.url, "curl.sh").splitlines()
+    answers = [json.loads(line) for line in lines if line.startswith("{")]
+    chat, existing, fetched, deleted = answers
+    [choice] = chat["choices"]
+    assert "7306" in choice["message"]["content"]
+    assert choice["flashtrace"]["status"] == "completed"
+    assert len(choice["flashtrace"]["scores"]) == 5
+    assert existing["target"]["text"] == "7306"
+    assert fetched["status"] == "completed"
+    assert deleted["id"] == fetched["id"]
+
+
+def test_openai_client(tool_server, tmp_path):
+    page = tmp_path / "page.html"
+    output = run(tool_server.url, "openai_client.py", "--html", str(page))
+    assert re.search(r"Answer: .*7306", output)
+    [share] = re.findall(r"(\d+)% of the input is in: The secret access code", output)
+    assert int(share) >= 20  # The fact has 14 of 69 tokens with the template's.
+    assert "7306" in page.read_text("utf-8")
+
+
+def test_streaming(tool_server):
+    output = run(tool_server.url, "streaming.py")
+    assert "153 steps" in output
+    assert "status: completed" in output
+    rows = re.findall(r"^ *([\d.]+)  '", output, re.MULTILINE)
+    assert len(rows) == 8
+    assert [float(row) for row in rows] == sorted(map(float, rows), reverse=True)
+
+
+def test_sources_of_a_retrieved_answer(tool_server):
+    output = run(tool_server.url, "rag_with_sources.py")
+    assert "153" in output
+    rows = re.findall(r"(\w+\.txt) .*?([\d.]+)% .*?([\d.]+)%", output)
+    assert rows[0][0] == "lighthouse.txt"
+    assert float(rows[0][2]) > 50
+    assert sum(float(row[2]) for row in rows) == pytest.approx(100, abs=0.3)
+
+
+def test_injected_instruction_is_exposed(tool_server):
+    output = run(tool_server.url, "agent_with_tools.py", "--replay")
+    assert "send_email(to='backup@mail-vault.example') came from" in output
+    shares = {where: float(share) for share, where in re.findall(r"([\d.]+)%  (\d \w+)", output)}
+    injected = next(
+        i for i, m in enumerate(RECORDING["messages"]) if "mail-vault" in str(m["content"])
+    )
+    assert next(iter(shares)) == f"{injected} tool"
+    assert shares[f"{injected} tool"] > 50
+    assert f"STOPPED: message {injected} tool" in output
+
+
+class Script(list[str]):
+    """Answers that are given one after the other."""
+
+    def __init__(self, answers: list[str]) -> None:
+        super().__init__(answers)
+        self._left = iter(answers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return next(self._left)
+
+
+def test_agent_loop_stops_the_call(scripted):
+    written = [
+        f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": '
+        f"{call['function']['arguments']}}}\n</tool_call>"
+        for message in RECORDING["messages"]
+        for call in message.get("tool_calls", [])
+    ]
+    scripted.engine.answers = Script(written)
+    output = run(scripted.url, "agent_with_tools.py")
+    assert re.findall(r"The agent calls (\w+)", output) == [
+        "list_inbox",
+        "read_email",
+        "get_address_book",
+        "send_email",
+    ]
+    # The scripted engine spreads its scores evenly, so the longest message leads.
+    assert "send_email(to='backup@mail-vault.example') came from" in output
+    assert "STOPPED: message 5 tool decided on 'to'" in output
+    assert len(scripted.engine.generations) == 4
+
+
+def test_agent_loop_of_a_model_that_calls_nothing(scripted):
+    scripted.engine.reset()
+    scripted.engine.answers = ["There is no offsite."]
+    output = run(scripted.url, "agent_with_tools.py")
+    assert output.strip() == "The agent answers: There is no offsite."
