@@ -50,9 +50,12 @@ def interpreted(*others: ModuleType) -> Iterator[None]:
                     functions.setdefault(id(member), InterpretedFunction(member.fn))
                     replace(place, name, functions[id(member)])
         replace(type(interpreter_builder), "create_dot", _dot)
+        before = [(place, dict(vars(place))) for place in _patched_by_triton()]
         try:
             yield
         finally:
+            for place, members in before:
+                _restore(place, members)
             for place, name, member in replaced:
                 setattr(place, name, member)
 
@@ -77,6 +80,20 @@ def _widened(factor: TensorHandle) -> TensorHandle:
         return factor
     bits = factor.data.astype(np.uint32) << 16
     return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _patched_by_triton() -> list[object]:
+    """What Triton's interpreter changes; of nested calls it leaves changes behind."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("triton.language")]
+    classes = [tl.tensor, tl.dtype, tl.core.condition, tl.core.tensor_descriptor_base]
+    return [*modules, *classes]
+
+
+def _restore(place: object, members: dict[str, object]) -> None:
+    # Names that are new stay: functions that were interpreted once refer to them.
+    for name, value in members.items():
+        if vars(place).get(name) is not value:
+            setattr(place, name, value)
 
 
 def _library() -> list[object]:

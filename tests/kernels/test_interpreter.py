@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.attention import Shape, make_case
 from tests.kernels.interpreter import interpreted, kernel_modules
 from tests.kernels.paged import DEVICE
+from vllm_flashtrace.kernels import AttentionForm
+from vllm_flashtrace.kernels.triton_lse import triton_lse
 from vllm_flashtrace.kernels.triton_values import widen
 
 
@@ -65,3 +68,15 @@ def test_kernels_are_interpreted_here() -> None:
     for module in kernel_modules():
         functions = [m for m in vars(module).values() if isinstance(m, JITFunction)]
         assert not functions, module.__name__
+
+
+def test_the_compiler_works_after_nested_calls_were_interpreted() -> None:
+    """By itself Triton's interpreter leaves `triton.language.core` changed by such calls."""
+    places = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.dtype)
+    before = [dict(vars(place)) for place in places]
+    case = make_case(Shape(dim=64), [[1, 2]])
+    with interpreted():
+        triton_lse(case.query, case.cache, case.rows, AttentionForm(0.1))
+    for place, members in zip(places, before, strict=True):
+        changed = [name for name, value in members.items() if vars(place).get(name) is not value]
+        assert not changed

@@ -179,48 +179,35 @@ def _column_sums_kernel(
         head_offsets = offsets + head.to(tl.int64) * num_rows
         # Summed over rows only at the end: the tile's sums stay where its products are.
         added = tl.zeros([KEYS, ROWS], tl.float32)
-        for first in range(first_row, full_row, ROWS):
-            own_rows = first + tl.arange(0, ROWS)
-            valid = own_rows < last_row
-            q = load_queries(
-                query,
-                stride_token,
-                stride_head,
-                stride_query_dim,
-                tl.load(rows + own_rows, mask=valid, other=0),
-                head,
-                valid,
-                HEAD_DIM,
-                PADDED_DIM,
-                EIGHT_BIT_QUERY,
-            ).to(OPERANDS)
-            dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
-            own_positions = tl.load(positions + own_rows, mask=valid, other=-1)
-            distances = own_positions[None, :] - tokens[:, None]
-            logits = masked_logits(
-                dots, distances, slope, scale, soft_cap, WINDOW, HAS_CAP, HAS_ALIBI
-            )
-            added += tl.exp2(logits * unit - offset[None, :])
-        for first in range(full_row, last_row, ROWS):
-            own_rows = first + tl.arange(0, ROWS)
-            valid = own_rows < last_row
-            q = load_queries(
-                query,
-                stride_token,
-                stride_head,
-                stride_query_dim,
-                tl.load(rows + own_rows, mask=valid, other=0),
-                head,
-                valid,
-                HEAD_DIM,
-                PADDED_DIM,
-                EIGHT_BIT_QUERY,
-            ).to(OPERANDS)
-            dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
-            logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)
-            added += tl.exp2(logits * unit - offset[None, :])
+        for masked in tl.static_range(2):
+            begin = first_row if masked else full_row
+            end = full_row if masked else last_row
+            for first in range(begin, end, ROWS):
+                own_rows = first + tl.arange(0, ROWS)
+                valid = own_rows < last_row
+                q = load_queries(
+                    query,
+                    stride_token,
+                    stride_head,
+                    stride_query_dim,
+                    tl.load(rows + own_rows, mask=valid, other=0),
+                    head,
+                    valid,
+                    HEAD_DIM,
+                    PADDED_DIM,
+                    EIGHT_BIT_QUERY,
+                ).to(OPERANDS)
+                dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                if masked:
+                    own_positions = tl.load(positions + own_rows, mask=valid, other=-1)
+                    distances = own_positions[None, :] - tokens[:, None]
+                    logits = masked_logits(
+                        dots, distances, slope, scale, soft_cap, WINDOW, HAS_CAP, HAS_ALIBI
+                    )
+                else:
+                    logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)
+                offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
+                added += tl.exp2(logits * unit - offset[None, :])
         column_sums = tl.sum(added, axis=1)
         if slot < 0:
             add_to_sums(sums, segment, layer, head, tokens, in_tile, column_sums)

@@ -204,7 +204,10 @@ def _lse_kernel(
     if WINDOW == 0 and not HAS_ALIBI:
         seen = tl.minimum(tl.load(positions + first_row) + 1, last_key) - first_key
         masked_key = first_key + tl.maximum(seen, 0) // KEYS * KEYS
-        for start in range(first_key, masked_key, KEYS):
+    for masked in tl.static_range(2):
+        begin = masked_key if masked else first_key
+        end = last_key if masked else masked_key
+        for start in range(begin, end, KEYS):
             tokens = start + tl.arange(0, KEYS)
             k = load_values(
                 cache,
@@ -222,37 +225,19 @@ def _lse_kernel(
                 EIGHT_BIT,
             ).to(OPERANDS)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)
+            if masked:
+                distances = own_positions[:, None] - tokens[None, :]
+                logits = masked_logits(
+                    dots, distances, slope, scale, soft_cap, WINDOW, HAS_CAP, HAS_ALIBI
+                )
+            else:
+                logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)
             larger = tl.maximum(largest, tl.max(logits, axis=1) * unit)
-            total *= tl.exp2(largest - larger)
-            total += tl.sum(tl.exp2(logits * unit - larger[:, None]), axis=1)
+            # A row that has seen no key yet has nothing to scale.
+            base = tl.where(larger == float("-inf"), 0.0, larger)
+            total *= tl.exp2(largest - base)
+            total += tl.sum(tl.exp2(logits * unit - base[:, None]), axis=1)
             largest = larger
-    for start in range(masked_key, last_key, KEYS):
-        tokens = start + tl.arange(0, KEYS)
-        k = load_values(
-            cache,
-            table,
-            stride_block,
-            stride_group,
-            stride_slot,
-            stride_dim,
-            group,
-            tokens,
-            tokens < last_key,
-            HEAD_DIM,
-            PADDED_DIM,
-            BLOCK_SIZE,
-            EIGHT_BIT,
-        ).to(OPERANDS)
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        distances = own_positions[:, None] - tokens[None, :]
-        logits = masked_logits(dots, distances, slope, scale, soft_cap, WINDOW, HAS_CAP, HAS_ALIBI)
-        larger = tl.maximum(largest, tl.max(logits, axis=1) * unit)
-        # A row that has seen no key yet has nothing to scale.
-        base = tl.where(larger == float("-inf"), 0.0, larger)
-        total *= tl.exp2(largest - base)
-        total += tl.sum(tl.exp2(logits * unit - base[:, None]), axis=1)
-        largest = larger
     lse = largest + tl.log2(tl.where(total == 0, 1.0, total))
     if not IS_PART:
         log_weight = tl.load(log_weights + own_rows, mask=valid, other=0.0)
