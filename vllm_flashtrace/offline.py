@@ -104,6 +104,8 @@ class FlashTrace:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Any | None = None,
         flashtrace: Mapping[str, Any] | bool = True,
+        *,
+        lora_request: Any | None = None,
         **chat_args: Any,
     ) -> list[Attribution]:
         """Completes prompts or chats and attributes every completion.
@@ -113,6 +115,7 @@ class FlashTrace:
             sampling_params: ``vllm.SamplingParams`` for all of them; ``n > 1`` gives ``n`` results
                 per prompt.
             flashtrace: The ``flashtrace`` request field.
+            lora_request: ``vllm.lora.request.LoRARequest`` of the adapter for all of them.
             **chat_args: Passed to ``LLM.chat`` for chats.
 
         Raises:
@@ -120,14 +123,17 @@ class FlashTrace:
             TypeError: A prompt is of none of these forms.
         """
         request = self._parse(flashtrace)
+        chat_args["lora_request"] = lora_request
         completions = self._complete(as_prompts(prompts), sampling_params, chat_args)
-        return self._attribute(request, completions)
+        return self._attribute(request, completions, lora_request)
 
     def attribute(
         self,
         prompt: Prompt,
         completion: str | Sequence[int],
         flashtrace: Mapping[str, Any] | bool = True,
+        *,
+        lora_request: Any | None = None,
     ) -> Attribution:
         """Attributes text that already exists.
 
@@ -135,6 +141,7 @@ class FlashTrace:
             prompt: A string, token ids, or chat messages that the completion answers.
             completion: The generated text, or its token ids.
             flashtrace: The ``flashtrace`` request field.
+            lora_request: The adapter that is to explain it.
         """
         request = self._parse(flashtrace)
         [prompt] = as_prompts([prompt])
@@ -151,7 +158,7 @@ class FlashTrace:
             prompt_text=prompt if isinstance(prompt, str) else None,
             messages=prompt if is_chat(prompt) else None,
         )
-        return self._attribute(request, [record])[0]
+        return self._attribute(request, [record], lora_request)[0]
 
     def _parse(self, flashtrace: Mapping[str, Any] | bool) -> FlashTraceRequest:
         value = dict(flashtrace) if isinstance(flashtrace, Mapping) else flashtrace
@@ -179,7 +186,9 @@ class FlashTrace:
             outputs.update(zip(chats, answers, strict=True))
         if plain:
             inputs = [engine_input(prompts[i]) for i in plain]
-            answers = self.llm.generate(inputs, sampling_params, use_tqdm=False)
+            answers = self.llm.generate(
+                inputs, sampling_params, use_tqdm=False, lora_request=chat_args["lora_request"]
+            )
             outputs.update(zip(plain, answers, strict=True))
         return [
             completion
@@ -188,9 +197,11 @@ class FlashTrace:
         ]
 
     def _attribute(
-        self, request: FlashTraceRequest, completions: Sequence[Completion]
+        self, request: FlashTraceRequest, completions: Sequence[Completion], lora_request: Any
     ) -> list[Attribution]:
         jobs = [self._plan(request, completion) for completion in completions]
+        for job in jobs:
+            job.lora_request = lora_request
         run_jobs(jobs, self.llm, self.config)
         return [Attribution(job.outcome(), text=job.completion.text) for job in jobs]
 

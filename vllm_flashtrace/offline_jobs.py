@@ -31,6 +31,7 @@ class TraceJob:
     plan: TracePlan | None = None
     usage: TraceUsage = field(default_factory=TraceUsage)
     error: FlashTraceError | None = None
+    lora_request: Any | None = None
 
     def outcome(self) -> dict[str, Any]:
         """The attribution object once the job has run all its hops or failed."""
@@ -78,6 +79,7 @@ def _advance(
             [call.trace.prompt for call in batch],
             [call.trace.params for call in batch],
             use_tqdm=False,
+            lora_request=[call.job.lora_request for call in batch],
         )
         seconds = time.monotonic() - began
         for call in batch:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
+from vllm_flashtrace import FlashTrace
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
 
@@ -96,6 +97,25 @@ def test_an_adapter_beside_the_base_model(
 
     plain = Adapter(None, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     compare(engine, [adapters[1], plain])
+
+
+def test_offline_explains_with_the_adapter_it_is_given(
+    engine: Engine, adapters: list[Adapter]
+) -> None:
+    ft = FlashTrace(llm=engine.llm)
+    request, wanted = adapters[0].request, {"target": {"tokens": [[0, 50]]}, "hops": 0}
+    answer = ft.attribute(
+        TOKENS[:150], TOKENS[150:], {**wanted, "top_k": None}, lora_request=request
+    )
+    scores = torch.zeros(150)
+    for token in answer.to_dict()["scores"]:
+        scores[token["index"]] = token["score"]
+    expected = oracle_scores(adapters[0].model, TOKENS, torch.arange(150, 200), torch.ones(50))[
+        :150
+    ]
+    assert relative_l1(scores, expected) <= LIMIT
+    [generated] = ft.generate([TOKENS[:150]], flashtrace={"hops": 0}, lora_request=request)
+    assert generated.to_dict()["status"] == "completed"
 
 
 def test_an_adapter_that_is_gone_fails_its_trace(engine: Engine, adapters: list[Adapter]) -> None:

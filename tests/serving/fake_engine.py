@@ -121,10 +121,11 @@ class FakeEngine:
         await self.trace_gate.wait()
         spec = unseal(call.params.extra_args["flashtrace"])
         assert len(call.prompt["prompt_token_ids"]) == spec.length
+        scores = self.trace_scores(spec.length)
         self._reports[spec.nonce] = WireReport(
             status="completed",
-            scores=tensor_bytes(self.trace_scores(spec.length)),
-            layer_scores=tensor_bytes(torch.ones(2, spec.length)) if spec.layers else b"",
+            scores=tensor_bytes(scores),
+            layer_scores=tensor_bytes(scores.expand(2, -1) / 2) if spec.layers else b"",
             num_layers=2 if spec.layers else 0,
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,

@@ -84,6 +84,7 @@ async def test_defaults_apply_without_the_field_and_with_null(app):
         ({"prompt": "Hi", "completion": []}, "completion"),
         ({"prompt": "Hi", "completion": [1, -2]}, "completion"),
         ({"prompt": "Hi", "completion": [1, 10**9]}, "completion"),
+        ({"prompt": [1, 10**30], "completion": "Hi"}, "prompt"),
         ({"prompt": "Hi", "completion": [1.5]}, "completion"),
         ({"prompt": "Hi", "completion": "x", "colour": "red"}, "colour"),
         ({"prompt": "Hi", "completion": "x", "messages": answered()}, "prompt"),
@@ -110,6 +111,14 @@ async def test_bad_body_is_a_400_naming_the_field(app, body, name):
     error = response.json()["error"]
     assert name in f"{error['param']} {error['message']}"
     assert not app.engine.calls
+
+
+@pytest.mark.parametrize("content", [b"{\xff", b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"])
+async def test_unreadable_body_is_a_400_with_openais_error_body(app, content):
+    headers = {"content-type": "application/json"}
+    response = await app.client.post("/v1/attributions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("body")
 
 
 async def test_unknown_model_is_a_404(app):

@@ -81,6 +81,41 @@ async def test_span_beyond_max_tokens_is_refused_before_a_stream_starts(app, str
     assert "9" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ({"target": {"\ud800": 0}}, "flashtrace.target.\\ud800"),
+        ({"skip_tokens": ["\ud800"]}, "flashtrace.skip_tokens[0]"),
+        ({"target": {"tool_call": 0, "argument": "\ud800"}}, "flashtrace.target.argument"),
+    ],
+)
+async def test_lone_surrogates_are_refused_by_name(app, field, name):
+    body = json.dumps({"model": "m", "prompt": "Hi", "flashtrace": field})
+    response = await app.client.post(
+        "/v1/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    check_refused(app, response, name)
+
+
+DEEP = {"role": "user", "content": "Hi", "extra": json.loads("[" * 900 + "]" * 900)}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/v1/chat/completions", {"messages": [DEEP]}, "messages"),
+        ("/v1/responses", {"input": [DEEP]}, "input"),
+        (
+            "/v1/attributions",
+            {"messages": [DEEP, {"role": "assistant", "content": "a"}]},
+            "messages",
+        ),
+    ],
+)
+async def test_messages_too_deep_to_be_copied_are_refused(app, path, body, name):
+    check_refused(app, await app.post(path, **body, flashtrace=True), name)
+
+
 async def test_catastrophic_regex_does_not_hang_the_server(app):
     app.engine.answers = ["a" * 60 + "!"]
     response = await app.complete(
