@@ -39,6 +39,7 @@ _LOGGED_MESSAGES = frozenset(
         "unsupported_model",
     }
 )
+_LONGEST_ID = 128  # Clients may choose it.
 _seen: set[tuple[str, str, int]] = set()
 
 
@@ -69,7 +70,7 @@ def log_lost_trace(
         "Trace %s %s: request=%s route=%s code=%s hop=%s cause=%s",
         trace_id,
         status,
-        request_id or "-",
+        (request_id or "-")[:_LONGEST_ID],
         route or "-",
         code,
         "-" if hop is None else hop,
