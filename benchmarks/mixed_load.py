@@ -20,6 +20,7 @@ import os
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,11 @@ async def _run(server: Server, options: argparse.Namespace) -> dict[str, Any]:
             quarter = -(-len(requests) // 4)
             for first in range(0, len(requests), quarter):
                 part = requests[first : first + quarter]
-                await _send_all(client, part, options.concurrency, lambda: progress.advance(task))
+                await send_all(client, part, options.concurrency, lambda: progress.advance(task))
                 memory.append(_memory(server, first + len(part)))
         seconds = time.monotonic() - began
-        await _fetch_deferred(client, requests)
-        left = await _what_is_left(client, server)
+        await fetch_deferred(client, requests)
+        left = await rest(client, server)
     return {
         "settings": _settings(options),
         "seconds": round(seconds, 1),
@@ -95,9 +96,20 @@ async def _run(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def _send_all(
-    client: httpx.AsyncClient, requests: list[MixedRequest], concurrency: int, done: Any
+async def send_all(
+    client: httpx.AsyncClient,
+    requests: list[MixedRequest],
+    concurrency: int,
+    done: Callable[[], Any],
 ) -> None:
+    """Sends the requests, so many at a time, and lets each check its answer.
+
+    Args:
+        client: With the server's address.
+        requests: What to send; they note what came of them.
+        concurrency: Requests in flight.
+        done: Called after each.
+    """
     places = asyncio.Semaphore(concurrency)
 
     async def send(request: MixedRequest) -> None:
@@ -123,7 +135,7 @@ async def _send(client: httpx.AsyncClient, request: MixedRequest) -> None:
     request.take(response.status_code, response.text)
 
 
-async def _fetch_deferred(client: httpx.AsyncClient, requests: list[MixedRequest]) -> None:
+async def fetch_deferred(client: httpx.AsyncClient, requests: list[MixedRequest]) -> None:
     """Waits for every deferred attribution that a client knows of, then deletes it."""
     deadline = time.monotonic() + _REQUEST_SECONDS
     for request in requests:
@@ -141,8 +153,8 @@ async def _fetch_deferred(client: httpx.AsyncClient, requests: list[MixedRequest
                 request.fault = f"DELETE answered {gone.status_code}"
 
 
-async def _what_is_left(client: httpx.AsyncClient, server: Server) -> dict[str, float]:
-    """What the server holds once it had time to come to rest."""
+async def rest(client: httpx.AsyncClient, server: Server) -> dict[str, float]:
+    """Waits for the server to come to rest; returns what it still holds then."""
     deadline = time.monotonic() + _QUIET_SECONDS
     while True:
         # Results that nobody fetched go when they are too old and the next trace comes.

@@ -1,0 +1,45 @@
+"""A live server with far too few KV blocks, under everything at once, with clients who leave."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.mixed_load import fetch_deferred, rest, send_all
+from benchmarks.mixed_requests import make_request
+from benchmarks.servers import plugin_server
+from benchmarks.worker_state import DEV_MODE
+
+FEW_BLOCKS = [
+    "--enforce-eager",
+    "--max-model-len=1024",
+    "--max-num-seqs=48",
+    "--num-gpu-blocks-override=12",
+    "--no-enable-prefix-caching",
+]
+REQUESTS, CONCURRENCY = 80, 16
+
+
+@pytest.mark.timeout(400)
+async def test_preemptions_and_leaving_clients(model_path: str, tmp_path: Path) -> None:
+    requests = [make_request(index, seed=1) for index in range(REQUESTS)]
+    config = {"result_ttl_seconds": 2.0}
+    with plugin_server(
+        Path(model_path), tmp_path / "server.log", FEW_BLOCKS, config, **DEV_MODE
+    ) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+            await send_all(client, requests, CONCURRENCY, lambda: None)
+            await fetch_deferred(client, requests)
+            left = await rest(client, server)
+            metrics = (await client.get("/metrics")).text
+    assert not [f"{request.kind}: {request.fault}" for request in requests if request.fault]
+    assert not any(left.values()), left
+    preemptions = re.findall(r"^vllm:num_preemptions_total{[^}]*} (\S+)$", metrics, re.MULTILINE)
+    assert sum(map(float, preemptions)) > 0
+    assert sum(request.status is None for request in requests) > 0
+    finished = [found for request in requests for found in request.found.values()]
+    assert len(finished) > REQUESTS // 2
+    assert all(found["status"] == "completed" for found in finished), finished
