@@ -197,7 +197,10 @@ class FlashTrace:
         ]
 
     def _attribute(
-        self, request: FlashTraceRequest, completions: Sequence[Completion], lora_request: Any
+        self,
+        request: FlashTraceRequest,
+        completions: Sequence[Completion],
+        lora_request: Any | None = None,
     ) -> list[Attribution]:
         jobs = [self._plan(request, completion) for completion in completions]
         for job in jobs:
