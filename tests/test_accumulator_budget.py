@@ -98,7 +98,9 @@ class FakeLLM:
         self.batches: list[list[int]] = []
         self._specs: dict[str, TraceSpec] = {}
 
-    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> None:
+    def generate(
+        self, prompts: list[Any], params: list[Any], use_tqdm: bool, lora_request: list[Any]
+    ) -> None:
         self.batches.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
         for each in params:
             one = unseal(each.extra_args["flashtrace"])
