@@ -264,10 +264,11 @@ def test_timed_rows_fit_their_context() -> None:
 
 
 def test_an_engine_that_is_late_is_ended(tmp_path: Path) -> None:
+    before = set(multiprocessing.active_children())
     spec = EngineSpec(str(tmp_path), 512, plugin=True, runner=None, arguments={})
     with (
         pytest.raises(EngineFailedError, match="the time is up"),
         running(spec, time.monotonic() - 1),
     ):
         raise AssertionError("it cannot be ready")
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before

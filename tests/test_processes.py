@@ -11,7 +11,8 @@ import sys
 def run(code: str, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **env},
+        # The plugin may have been loaded into this process, too.
+        env={**os.environ, "FLASHTRACE_PROCESSES": "[]", **env},
         capture_output=True,
         text=True,
         timeout=60,

@@ -99,6 +99,11 @@ def openapi(server: Server) -> Any:
     return httpx.get(f"{server.url}/openapi.json", timeout=30).json()
 
 
+def _clean_environment() -> dict[str, str]:
+    """Without what a plugin that was loaded into the tests' own process has left there."""
+    return {name: value for name, value in os.environ.items() if name != "FLASHTRACE_PROCESSES"}
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -119,7 +124,7 @@ def serve(program: list[str], model: str, log: Path, *options: str, **env: str) 
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **env},
+            env={**_clean_environment(), **env},
             start_new_session=True,
         )
     try:

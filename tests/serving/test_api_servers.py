@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import stat
@@ -113,4 +114,5 @@ def test_shutdown_with_attributions_in_flight_leaves_nothing(two):
     psutil.wait_procs(children, timeout=60)
     wait(lambda: not path.exists(), 60)
     assert not [child for child in children if child.is_running()]
-    assert "Traceback" not in two.log.read_text(errors="replace")
+    # vLLM itself may log one when it kills an engine that its API servers still listen to.
+    assert not re.search(r'File "[^"]*/vllm_flashtrace/', two.log.read_text(errors="replace"))
