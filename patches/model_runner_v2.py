@@ -23,11 +23,11 @@ from typing import Any
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
+from vllm_flashtrace.patches.weight_updates import forgetting
 
 from vllm_flashtrace.adapter.runner import (
     RunnerCapture,
     StepObserver,
-    existing_capture,
     observe_step,
 )
 from vllm_flashtrace.adapter.runner_v2 import batch_rows
@@ -75,7 +75,7 @@ def apply() -> None:
     """Wraps the methods and the function."""
     GPUModelRunner.execute_model = execute_wrapper(GPUModelRunner.execute_model)
     GPUModelRunner.prepare_attn = prepare_wrapper(GPUModelRunner.prepare_attn)
-    GPUModelRunner.reload_weights = reload_wrapper(GPUModelRunner.reload_weights)
+    GPUModelRunner.reload_weights = forgetting(GPUModelRunner.reload_weights)
     setattr(model_runner, _DISPATCH, dispatch_wrapper(getattr(model_runner, _DISPATCH)))
 
 
@@ -133,18 +133,3 @@ def dispatch_wrapper(stock: Any) -> Any:
         return stock(*args, **kwargs)
 
     return dispatch_cg_and_sync_dp
-
-
-def reload_wrapper(stock: Any) -> Any:
-    """``reload_weights`` that drops what was derived from the old ones, also if it fails."""
-
-    @functools.wraps(stock)
-    def reload_weights(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            capture = existing_capture(self)
-            if capture is not None:
-                capture.forget_weights()
-
-    return reload_weights

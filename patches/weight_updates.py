@@ -39,10 +39,12 @@ def check() -> None:
 def apply() -> None:
     """Wraps the methods."""
     for owner, name in _METHODS:
-        setattr(owner, name, _forgetting(getattr(owner, name)))
+        setattr(owner, name, forgetting(getattr(owner, name)))
 
 
-def _forgetting(stock: Any) -> Any:
+def forgetting(stock: Any) -> Any:
+    """A worker's or runner's method that drops what came of the weights, also if it fails."""
+
     @functools.wraps(stock)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -141,9 +141,9 @@ def test_weights_that_changed_are_read_again(
             layer.out_proj.weight.data.mul_(3)
         raise RuntimeError("half-way")
 
-    from vllm_flashtrace.patches.model_runner_v2 import reload_wrapper
+    from vllm_flashtrace.patches.weight_updates import forgetting
 
-    monkeypatch.setattr(GPUModelRunner, "reload_weights", reload_wrapper(stock))
+    monkeypatch.setattr(GPUModelRunner, "reload_weights", forgetting(stock))
     with pytest.raises(RuntimeError, match="half-way"):
         engine.runner.reload_weights()
     model = engine.capture._model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_flashtrace.core.attention_form import AttentionForm
 from vllm_flashtrace.kernels.rows import PagedRows
-from vllm_flashtrace.kernels.triton_values import _EIGHT_BIT, Operands, widen
+from vllm_flashtrace.kernels.triton_values import EIGHT_BIT_FORMATS, Operands, widen
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -23,7 +23,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 def operands_of(query: Tensor, key_cache: Tensor) -> Operands:
     """How queries are multiplied with keys; float16 holds eight-bit floats exactly."""
-    dtype = torch.float16 if query.dtype in _EIGHT_BIT else query.dtype
+    dtype = torch.float16 if query.dtype in EIGHT_BIT_FORMATS else query.dtype
     return Operands.choose(key_cache.dtype, dtype, query.shape[2])
 
 
@@ -62,11 +62,11 @@ def common_constants(
         "HEAD_DIM": query.shape[2],
         "PADDED_DIM": operands.padded_dim,
         "BLOCK_SIZE": key_cache.shape[2],
-        "WINDOW": form.sliding_window or 0,
+        "WINDOW": window_of(form),
         "HAS_CAP": form.soft_cap > 0,
         "HAS_ALIBI": form.alibi_slopes is not None,
-        "EIGHT_BIT": _EIGHT_BIT.get(key_cache.dtype, ""),
-        "EIGHT_BIT_QUERY": _EIGHT_BIT.get(query.dtype, ""),
+        "EIGHT_BIT": EIGHT_BIT_FORMATS.get(key_cache.dtype, ""),
+        "EIGHT_BIT_QUERY": EIGHT_BIT_FORMATS.get(query.dtype, ""),
         "OPERANDS": operands.triton_type,
         "PRECISION": operands.precision,
     }
@@ -79,7 +79,7 @@ def window_of(form: AttentionForm) -> int:
 
 def _stored(tensor: Tensor) -> Tensor:
     """Eight-bit floats go as bytes: which of them a compiler knows depends on the GPU."""
-    return tensor.view(torch.uint8) if tensor.dtype in _EIGHT_BIT else tensor
+    return tensor.view(torch.uint8) if tensor.dtype in EIGHT_BIT_FORMATS else tensor
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_EIGHT_BIT = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
+EIGHT_BIT_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
 _TRITON_TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -40,7 +40,7 @@ class Operands:
     def choose(cls, values: torch.dtype, weight: torch.dtype, head_dim: int) -> Operands:
         """Sixteen-bit factors where they are exact, else float32 at no less than its precision."""
         padded_dim = max(16, triton.next_power_of_2(head_dim))
-        if weight in (torch.bfloat16, torch.float16) and values in (weight, *_EIGHT_BIT):
+        if weight in (torch.bfloat16, torch.float16) and values in (weight, *EIGHT_BIT_FORMATS):
             return cls(weight, "ieee", padded_dim)
         return cls(torch.float32, "ieee" if values == weight else "tf32x3", padded_dim)
 
@@ -75,7 +75,7 @@ class PagedValues:
     @property
     def eight_bit(self) -> str:
         """The format where the cache holds eight-bit floats, else empty; see `widen`."""
-        return _EIGHT_BIT.get(self.cache.dtype, "")
+        return EIGHT_BIT_FORMATS.get(self.cache.dtype, "")
 
 
 @triton.jit
