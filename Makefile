@@ -19,8 +19,8 @@ $(VENV)/.cpu: requirements/cpu.txt pyproject.toml
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.cpu requirements/dev.txt
-	$(PIP) install --quiet --no-deps -r requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.cpu requirements/dev.txt requirements/scale.txt
+	$(PIP) install --quiet --no-deps -r requirements/dev.txt -r requirements/scale.txt
 	touch $@
 
 demo: $(VENV)/.cpu

@@ -76,13 +76,13 @@ def trace(prompt_file: str, *options: str) -> int:
     return run("trace", "--model", "m", "--prompt-file", prompt_file, *options)
 
 
-@pytest.mark.parametrize("command", [[], ["trace"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["trace"], ["demo"], ["batch"]])
 def test_help_needs_neither_torch_nor_vllm(command: list[str]) -> None:
     code = (
         "import sys\nfrom vllm_flashtrace.cli import main\n"
         f"try:\n    main({[*command, '--help']})\n"
         "except SystemExit as stopped:\n    print('exit', stopped.code)\n"
-        "print('loaded', sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+        "print('loaded', sorted({'torch', 'vllm', 'transformers', 'ray'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-2:] == ["exit 0", "loaded []"]
@@ -217,6 +217,65 @@ class TestTrace:
         assert trace(str(path), *options) == 2
         assert message in only_error_line(capsys)
         assert engine.model == ""
+
+
+class TestBatch:
+    @pytest.fixture
+    def ran(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        from vllm_flashtrace.batch import command
+
+        ran: list[Any] = []
+        monkeypatch.setattr(command, "run_batch", lambda options: ran.append(options) or 143)
+        return ran
+
+    def batch(self, *options: str) -> int:
+        return run("batch", "--input", "in.jsonl", "--output", "out", "--model", "m", *options)
+
+    def test_options_reach_the_run(self, ran: list[Any]) -> None:
+        engine = ("--max-model-len", "2048", "--enforce-eager", "-tp", "2")
+        options = ("--replicas", "1-4", "--flashtrace", '{"hops": 2}', "--max-tokens", "7")
+        assert self.batch(*options, "--", *engine) == 143
+        assert ran[0].argv == engine
+        assert (ran[0].replicas, ran[0].model, ran[0].batch_size) == ((1, 4), "m", 32)
+        assert (ran[0].defaults.flashtrace, ran[0].defaults.max_tokens) == ({"hops": 2}, 7)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--replicas", "0"], "--replicas"),
+            (["--flashtrace", "{"], "--flashtrace"),
+            (["--flashtrace", '{"hops": -1}'], "flashtrace.hops"),
+            (["--", "--port", "1"], "--port"),
+            (["--batch-size", "0"], "batch-size"),
+        ],
+    )
+    def test_mistakes_are_one_line(
+        self, options: list[str], message: str, ran: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.batch(*options) == 2
+        assert message in only_error_line(capsys)
+        assert ran == []
+
+    def test_missing_input(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.batch() == 2
+        assert "in.jsonl" in only_error_line(capsys)
+
+    def test_output_in_the_input_is_refused(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text("{}")
+        folders = ("--input", str(tmp_path), "--output", str(tmp_path / "out"))
+        assert run("batch", "--model", "m", *folders) == 2
+        assert "lies in the input" in only_error_line(capsys)
+        assert not (tmp_path / "out").exists()
+
+    def test_missing_ray_names_the_extra(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "ray", None)
+        monkeypatch.setitem(sys.modules, "ray.data", None)
+        assert self.batch() == 2
+        assert "install vllm-flashtrace[scale]" in only_error_line(capsys)
 
 
 class TestDemo:

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_flashtrace.attribution import Attribution
+    from vllm_flashtrace.batch.dataset import flashtrace_dataset
     from vllm_flashtrace.errors import FlashTraceError, InvalidRequestError, TraceError
     from vllm_flashtrace.offline import FlashTrace
 
 __version__ = "0.1.0"
-__all__ = ["Attribution", "FlashTrace", "FlashTraceError", "InvalidRequestError", "TraceError"]
+__all__ = [
+    "Attribution",
+    "FlashTrace",
+    "FlashTraceError",
+    "InvalidRequestError",
+    "TraceError",
+    "flashtrace_dataset",
+]
 
 _HOME = {
     "Attribution": "vllm_flashtrace.attribution",
@@ -22,6 +30,7 @@ _HOME = {
     "FlashTraceError": "vllm_flashtrace.errors",
     "InvalidRequestError": "vllm_flashtrace.errors",
     "TraceError": "vllm_flashtrace.errors",
+    "flashtrace_dataset": "vllm_flashtrace.batch.dataset",
 }
 
 

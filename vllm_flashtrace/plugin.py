@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from vllm_flashtrace.logs import logger
+from vllm_flashtrace.orphans import end_with_parent_if_asked
 from vllm_flashtrace.processes import note_process
 from vllm_flashtrace.serving.store_folder import ensure_store_folder
 from vllm_flashtrace.wire import ensure_secret
@@ -26,6 +27,7 @@ def register() -> None:
     from vllm_flashtrace.adapter.environment_variable import declare
 
     declare(DISABLE_ENV)
+    end_with_parent_if_asked()
     if not enabled():
         return
     ensure_secret()

@@ -14,12 +14,15 @@ import pytest
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.serving import store_folder
 from vllm_flashtrace.serving.session import new_trace_id
-from vllm_flashtrace.serving.store import ABANDONED_SECONDS, AttributionStore, StoreLimits
+from vllm_flashtrace.serving.sqlite_store import SqliteStore
+from vllm_flashtrace.serving.store import StoreLimits
 from vllm_flashtrace.serving.store_folder import (
     STORE_ENV,
     ensure_store_folder,
     open_store_folder,
 )
+
+LEASE = StoreLimits(1, 1, 1).lease_seconds
 
 
 class Clock:
@@ -40,13 +43,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def make(folder: Path, clock: Clock, owner: str = "one", **limits: Any) -> AttributionStore:
+def make(folder: Path, clock: Clock, owner: str = "one", **limits: Any) -> SqliteStore:
     bounds = {"entries": 3, "nbytes": 10_000, "ttl_seconds": 60.0, **limits}
-    return AttributionStore(folder, owner, StoreLimits(**bounds), clock)
+    return SqliteStore(folder, owner, StoreLimits(**bounds), clock)
 
 
 @pytest.fixture
-def store(folder: Path, clock: Clock) -> AttributionStore:
+def store(folder: Path, clock: Clock) -> SqliteStore:
     return make(folder, clock)
 
 
@@ -54,7 +57,7 @@ def completed(attribution_id: str, text: str = "") -> dict[str, Any]:
     return {"id": attribution_id, "status": "completed", "text": text}
 
 
-def finished(store: AttributionStore, text: str = "") -> str:
+def finished(store: SqliteStore, text: str = "") -> str:
     attribution_id = new_trace_id()
     store.reserve(attribution_id)
     assert store.start(attribution_id)
@@ -163,11 +166,41 @@ def test_an_unfinished_one_lives_while_its_server_does(folder, store, clock):
     attribution_id = new_trace_id()
     store.reserve(attribution_id)
     for _ in range(5):
-        clock.now += ABANDONED_SECONDS - 1
+        clock.now += LEASE - 1
         assert store.renew() == {attribution_id}
-    clock.now += ABANDONED_SECONDS + 1
+    clock.now += LEASE + 1
     make(folder, clock, "two").renew()  # another server's beat does not keep it
+    failure = json.loads(store.get(attribution_id))
+    assert (failure["status"], failure["error"]["code"]) == ("failed", "server_lost")
+    assert failure["id"] == attribution_id
+    clock.now += 61
     assert store.get(attribution_id) is None
+
+
+def test_a_server_that_stops_lets_its_own_fail(folder, store, clock):
+    other = make(folder, clock, "two")
+    ids = [new_trace_id(), new_trace_id()]
+    store.reserve(ids[0])
+    other.reserve(ids[1])
+    done = finished(store)
+    store.abandon()
+    statuses = [json.loads(other.get(one))["status"] for one in (*ids, done)]
+    assert statuses == ["failed", "queued", "completed"]
+
+
+def test_a_result_that_comes_late_after_all_is_kept(store, clock):
+    attribution_id = new_trace_id()
+    store.reserve(attribution_id)
+    clock.now += LEASE + 1
+    assert json.loads(store.get(attribution_id))["status"] == "failed"
+    assert store.finish(attribution_id, completed(attribution_id))
+    assert json.loads(store.get(attribution_id))["status"] == "completed"
+
+
+def test_reserving_twice_is_one_entry(store):
+    attribution_id = new_trace_id()
+    assert store.reserve(attribution_id) == store.reserve(attribution_id)
+    assert store.counts() == {"queued": 1}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +216,7 @@ def test_only_ids_of_our_form_are_looked_up(store, bad):
 
 def _reserve_many(folder: Path, owner: str) -> None:
     limits = StoreLimits(entries=10_000, nbytes=1 << 20, ttl_seconds=60.0)
-    store = AttributionStore(folder, owner, limits)
+    store = SqliteStore(folder, owner, limits)
     for _ in range(50):
         finished(store)
 
@@ -196,7 +229,7 @@ def test_several_processes_write_at_once(folder):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    store = AttributionStore(folder, "reader", StoreLimits(10_000, 1 << 20, 60.0))
+    store = SqliteStore(folder, "reader", StoreLimits(10_000, 1 << 20, 60.0))
     assert store.counts() == {"completed": 150}
 
 

@@ -10,17 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
-import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.postprocess.result import failed_result
-from vllm_flashtrace.serving.store import AttributionStore, StoreLimits
-from vllm_flashtrace.serving.store_folder import ensure_store_folder
+from vllm_flashtrace.serving.store import STORE_ERRORS, AttributionStore
 
 Job = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -45,7 +41,7 @@ class DeferredAttributions:
         """Nothing runs before the first attribution.
 
         Args:
-            store: Shared by all API servers of one launcher.
+            store: Shared by all API servers that answer for each other.
             places: How many run at once; the rest stay ``queued``, so that they do not fill the
                 queue in which inline attributions wait for the engine.
             on_change: Told from time to time how many entries of the store are this server's.
@@ -57,19 +53,6 @@ class DeferredAttributions:
         self._tender: asyncio.Task[None] | None = None
         self._added = asyncio.Event()
         self._closed = False
-
-    @classmethod
-    def from_config(
-        cls, config: FlashTraceConfig, on_change: Callable[[int], None]
-    ) -> DeferredAttributions:
-        """For one API server process, on the store of its launcher."""
-        limits = StoreLimits(
-            entries=config.max_stored_attributions,
-            nbytes=config.max_stored_mib << 20,
-            ttl_seconds=config.stored_ttl_seconds,
-        )
-        store = AttributionStore(ensure_store_folder(), secrets.token_hex(8), limits)
-        return cls(store, places=config.max_concurrent_traces, on_change=on_change)
 
     @property
     def unfinished(self) -> int:
@@ -88,7 +71,7 @@ class DeferredAttributions:
 
         Raises:
             TraceError: ``overloaded``: the store is full of unfinished attributions.
-            OSError, sqlite3.Error: The store cannot be used.
+            STORE_ERRORS: The store cannot be used.
         """
         return await asyncio.shield(self._submit(attribution_id, job))
 
@@ -107,6 +90,10 @@ class DeferredAttributions:
             await self._renew()
         return deleted
 
+    async def keep(self) -> None:
+        """Tells the store that this server is there, also when nothing runs."""
+        await self._renew()
+
     async def close(self) -> None:
         """Stops what is unfinished, saying what was lost, and closes the store."""
         self._closed = True
@@ -119,7 +106,15 @@ class DeferredAttributions:
         await asyncio.gather(*tasks, return_exceptions=True)
         for attribution_id, _ in lost:
             _log.warning("Deferred attribution %s was lost: the server stops", attribution_id)
-        await asyncio.to_thread(self.store.close)
+        await asyncio.to_thread(self._let_go, bool(lost))
+
+    def _let_go(self, with_lost: bool) -> None:
+        try:
+            if with_lost:
+                self.store.abandon()
+            self.store.close()
+        except STORE_ERRORS:
+            _log.exception("The store of deferred attributions could not be told of the end")
 
     async def _submit(self, attribution_id: str, job: Job) -> dict[str, Any]:
         if self._closed:
@@ -178,7 +173,7 @@ class DeferredAttributions:
     async def _renew(self) -> set[str] | None:
         try:
             there = await asyncio.to_thread(self.store.renew)
-        except (OSError, sqlite3.Error):
+        except STORE_ERRORS:
             _log.exception("The store of deferred attributions cannot be used")
             return None
         self._on_change(len(there))

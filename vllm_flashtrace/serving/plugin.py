@@ -17,6 +17,7 @@ from vllm_flashtrace.adapter.handlers import replace_handlers
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.plugin import enabled
 from vllm_flashtrace.serving.attributions import router
+from vllm_flashtrace.serving.choose_store import make_store
 from vllm_flashtrace.serving.deferred import DeferredAttributions
 from vllm_flashtrace.serving.lifespan import close_service_with
 from vllm_flashtrace.serving.openapi import describe_field
@@ -49,7 +50,8 @@ class FlashTraceEndpoint:
 
         Args:
             engine_client: vLLM's ``EngineClient``.
-            state: ``app.state``.
+            state: ``app.state``; its ``flashtrace_store``, if set, makes the store of deferred
+                attributions.
             args: Server arguments, unused.
 
         Raises:
@@ -66,7 +68,11 @@ class FlashTraceEndpoint:
         unsupported = await tracer.support()
         if unsupported is not None:
             logger.warning("FlashTrace is off: this model cannot be traced: %s", unsupported)
-        deferred = DeferredAttributions.from_config(config, tracer.observer.metrics.store_entries)
+        deferred = DeferredAttributions(
+            make_store(config, getattr(state, "flashtrace_store", None)),
+            places=config.max_concurrent_traces,
+            on_change=tracer.observer.metrics.store_entries,
+        )
         service = TraceService(tracer, config.limits, deferred, unsupported)
         state.flashtrace = service
         state.flashtrace_status = StatusReport(tracer, unsupported, engine_client.model_config)

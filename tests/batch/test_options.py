@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from vllm_flashtrace.batch import slots
+from vllm_flashtrace.batch.engine_options import as_argv, workers_of
+from vllm_flashtrace.batch.execution import _reason
+from vllm_flashtrace.batch.interruption import Interrupted, stop_on_signals
+from vllm_flashtrace.batch.options import engine_argv, parse_flashtrace, parse_replicas
+from vllm_flashtrace.batch.progress import progress
+from vllm_flashtrace.batch.slots import Slot, core_binding
+from vllm_flashtrace.errors import InvalidRequestError
+
+
+def test_keywords_become_options() -> None:
+    arguments = {
+        "max_model_len": 8,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "revision": None,
+        "served_model_name": ["a", "b"],
+        "additional_config": {"x": 1},
+    }
+    assert as_argv(arguments) == (
+        "--max-model-len",
+        "8",
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        "--served-model-name",
+        "a",
+        "b",
+        "--additional-config",
+        '{"x": 1}',
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "workers"),
+    [
+        ([], 1),
+        (["--tensor-parallel-size", "2"], 2),
+        (["-tp=2", "--pipeline_parallel_size", "3", "-dp", "2"], 12),
+    ],
+)
+def test_workers(argv: list[str], workers: int) -> None:
+    assert workers_of(argv) == workers
+
+
+@pytest.mark.parametrize("argv", [["-tp"], ["-tp", "x"], ["-tp=0"]])
+def test_bad_parallel_sizes(argv: list[str]) -> None:
+    with pytest.raises(ValueError, match="--tensor-parallel-size"):
+        workers_of(argv)
+
+
+def test_replicas() -> None:
+    assert parse_replicas("2") == (2, 2)
+    assert parse_replicas("1-4") == (1, 4)
+    for bad in ("", "0", "x", "4-1", "1-", "-2"):
+        with pytest.raises(ValueError, match="--replicas"):
+            parse_replicas(bad)
+
+
+def test_flashtrace_default() -> None:
+    assert parse_flashtrace("true") is True
+    assert parse_flashtrace('{"hops": 2}') == {"hops": 2}
+    with pytest.raises(ValueError, match="JSON"):
+        parse_flashtrace("{")
+    with pytest.raises(InvalidRequestError, match=r"flashtrace\.hops"):
+        parse_flashtrace('{"hops": -1}')
+    with pytest.raises(ValueError, match="inline"):
+        parse_flashtrace('{"mode": "deferred"}')
+
+
+def test_options_of_a_server_are_refused() -> None:
+    assert engine_argv(["--max-model-len", "8"]) == ("--max-model-len", "8")
+    with pytest.raises(ValueError, match="--port"):
+        engine_argv(["--port=1"])
+
+
+def test_slots_have_cores_of_their_own() -> None:
+    assert core_binding(0, 2, 1, [0, 1, 4, 5]) == "0,1"
+    assert core_binding(1, 2, 2, [0, 1, 4, 5]) == "4|5"
+    assert core_binding(2, 2, 1, [0, 1, 4, 5]) is None
+    assert core_binding(0, 1, 2, [0, 1]) is None
+
+
+def test_a_slot_is_free_when_its_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots.tempfile, "gettempdir", lambda: str(tmp_path))
+    child = os.fork()
+    if not child:
+        Slot("g")
+        os.kill(os.getpid(), signal.SIGKILL)
+    first, second = Slot("g"), None
+    os.waitpid(child, 0)
+    second = Slot("g")
+    assert {first.number, second.number} == {0, 1}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_once(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    try:
+        with pytest.raises(Interrupted) as stopped, stop_on_signals():
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # Ignored while the run is cleaned up.
+        assert stopped.value.code == code
+    finally:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler if each == 2 else signal.SIG_DFL)
+    assert signal.getsignal(number) == before
+
+
+def test_progress_without_a_terminal() -> None:
+    console = io.StringIO()
+    with progress(console, 10, 4) as report:
+        report(3, 1)
+        report(3, 0)
+    assert console.getvalue().splitlines()[-1].startswith("10/10 rows, 1 errors, ")
+
+
+def test_the_reason_is_what_the_replica_said() -> None:
+    error = RuntimeError("Traceback…\nreplica.ReplicaError: no such model\nmore of Ray's\n")
+    assert _reason(error) == "no such model"
+    assert _reason(RuntimeError("first\nlast\n")) == "last"

@@ -1,0 +1,202 @@
+"""Two replicas of a tiny model behind Ray Serve; the tests run in order, the last ones break it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.deploy.deployment import OPTIONS, REPLICA_HEADER, Deployment, deploy, stop, until
+from tests.serving import live_server
+from tests.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.timeout(600)
+
+TEXT = {"prompt": "One, two, three,", "max_tokens": 8, "temperature": 0}
+DEFERRED = {"mode": "deferred", "hops": 0}
+_TOKENS = [100 + i % 300 for i in range(1900)]
+# Hops that keep a replica busy for long enough to end it meanwhile.
+LONG = {
+    "prompt": "Hello",
+    "completion": _TOKENS,
+    "flashtrace": {"hops": 8, "recurse_over": "generated", "target": "generated"},
+}
+STREAM = {"prompt": "x", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+
+
+def answers(ask: Any) -> list[Any]:
+    """What a server answers to requests without the field, with ids masked."""
+    found = [ask(path, body) for path, body in live_server.PLAIN_REQUESTS]
+    # Serve gives every request an id with dashes, which vLLM takes up.
+    rest = r"ID(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    return [(code, kind, re.sub(rest, "ID", text)) for code, kind, text in found]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def stock_answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What vLLM without plugin and without Ray answers."""
+    log = tmp_path_factory.mktemp("stock") / "log"
+    env = live_server.STOCK_ENV
+    with live_server.serve(live_server.STOCK, str(model), log, *OPTIONS, **env) as server:
+        return answers(lambda path, body: live_server.ask(server, path, body))
+
+
+@pytest.fixture(scope="module")
+def two(
+    stock_answers: list[Any], model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    log = tmp_path_factory.mktemp("deploy") / "log"
+    with deploy(model, log, "--replicas=2", "--drain-timeout=30") as running:
+        yield running
+
+
+def defer(deployment: Deployment, **body: Any) -> httpx.Response:
+    response = deployment.post("/v1/attributions", **{**LONG, "flashtrace": DEFERRED, **body})
+    assert response.json()["status"] == "queued", response.text
+    return response
+
+
+def fetch(deployment: Deployment, attribution_id: str) -> dict[str, Any]:
+    response = deployment.get(f"/v1/attributions/{attribution_id}")
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def test_without_the_field_it_answers_as_vllm_does(two, stock_answers):
+    server = live_server.Server(two.url, two.log, two.process.pid)
+    assert answers(lambda path, body: live_server.ask(server, path, body)) == stock_answers
+
+
+def test_a_trace_runs_on_the_replica_of_its_completion(two):
+    with ThreadPoolExecutor(4) as pool:
+        asks = [
+            pool.submit(two.post, "/v1/completions", **TEXT, flashtrace=True) for _ in range(12)
+        ]
+        found = [ask.result() for ask in asks]
+    bodies = [response.json()["choices"][0]["flashtrace"] for response in found]
+    assert {body["status"] for body in bodies} == {"completed"}
+    by_replica = Counter(response.headers[REPLICA_HEADER] for response in found)
+    assert len(by_replica) == 2
+    for replica, count in by_replica.items():
+        traced = two.metric("flashtrace_requests_total", replica=replica, status="completed")
+        assert traced == count
+
+
+def test_a_deferred_attribution_is_found_and_deleted_through_any_replica(two):
+    body = {"prompt": "One,", "completion": " two,"}
+    ids = [defer(two, **body).json()["id"] for _ in range(4)]
+    until(lambda: all(fetch(two, one)["status"] == "completed" for one in ids))
+    for replica in two.replicas():
+        for one in ids:
+            assert two.on(replica, f"/v1/attributions/{one}").json() == fetch(two, one)
+    for one in ids:
+        url = f"{two.url}/v1/attributions/{one}"
+        assert httpx.delete(url, timeout=60).status_code == 200
+        assert {two.get(f"/v1/attributions/{one}").status_code for _ in range(4)} == {404}
+
+
+def test_the_page_and_the_status_of_each_replica_are_there(two):
+    assert two.get("/flashtrace").status_code == 200
+    pids = set()
+    for replica in two.replicas():
+        status = two.on(replica, "/v1/attributions/status").json()
+        assert status["status"] == "ready"
+        pids.add(status["processes"][-1]["pid"])
+    assert len(pids) == 2
+
+
+def test_a_stream_is_not_held_back_and_ends_with_its_client(two):
+    running, aborted = "vllm:num_requests_running", "vllm:request_success_total"
+    before = two.metric(aborted, finished_reason="abort")
+    body = {"model": "m", **STREAM}
+    with httpx.stream("POST", f"{two.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        assert two.metric(running) == 1  # Its first event is here, and it goes on.
+    until(lambda: two.metric(running) == 0)
+    assert two.metric(aborted, finished_reason="abort") == before + 1
+
+
+def lost_stream(deployment: Deployment, begun: list[str]) -> str:
+    text = ""
+    body = {"model": "m", **STREAM}
+    url = f"{deployment.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=120) as response:
+        for line in response.iter_lines():
+            begun += [response.headers[REPLICA_HEADER]] if not text else []
+            text += line + "\n"
+    return text
+
+
+def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
+    before = two.replicas()
+    begun: list[str] = []
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(lost_stream, two, begun) for _ in range(2)]
+        until(lambda: len(begun) == 2)
+        victim = begun[0]
+        traces = [pool.submit(two.post, "/v1/attributions", **LONG) for _ in range(4)]
+        until(lambda: two.metric("flashtrace_traces_running") >= 2)
+        pending = [defer(two, flashtrace={**LONG["flashtrace"], "mode": "deferred"})]
+        while pending[-1].headers[REPLICA_HEADER] != victim:
+            pending.append(defer(two, flashtrace={**LONG["flashtrace"], "mode": "deferred"}))
+        actor, engine = two.family(victim)
+        actor.kill()
+        asks = [pool.submit(two.post, "/v1/completions", **TEXT) for _ in range(8)]
+        assert [ask.result().status_code for ask in asks] == [200] * 8
+        texts = [stream.result() for stream in streams]
+        answers = [trace.result() for trace in traces]
+    for text, replica in zip(texts, begun, strict=True):
+        *_, error, end = [line for line in text.splitlines() if line]
+        assert end == "data: [DONE]"
+        found = json.loads(error.removeprefix("data: ")).get("error", {"code": None})["code"]
+        assert found == ("replica_lost" if replica == victim else None)
+    lost = [answer for answer in answers if answer.status_code != 200]
+    assert lost and {answer.headers[REPLICA_HEADER] for answer in answers if answer not in lost}
+    for answer in lost:
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "replica_lost"
+        assert answer.headers["retry-after"] == "1"
+    _, alive = psutil.wait_procs(engine, timeout=30)
+    assert not alive
+    failed = pending[-1].json()["id"]
+    until(lambda: fetch(two, failed)["status"] == "failed")
+    assert fetch(two, failed)["error"]["code"] == "server_lost"
+    until(lambda: len(two.replicas() - before) == 1 and victim not in two.replicas())
+
+
+def test_a_replica_whose_engine_died_is_replaced(two):
+    before = two.replicas()
+    victim = sorted(before)[0]
+    actor, engine = two.family(victim)
+    [core] = [process for process in engine if process.name().startswith("VLLM::EngineCor")]
+    core.kill()
+    psutil.wait_procs([actor], timeout=30)
+    assert not actor.is_running()
+    assert {two.post("/v1/completions", **TEXT).status_code for _ in range(6)} == {200}
+
+
+def test_sigterm_lets_what_was_begun_finish_and_leaves_nothing(two):
+    children = psutil.Process(two.process.pid).children(recursive=True)
+    with ThreadPoolExecutor() as pool:
+        trace = pool.submit(two.post, "/v1/attributions", **LONG)
+        until(lambda: two.metric("flashtrace_traces_running") == 1)
+        code = stop(two.process)
+        assert trace.result().json()["status"] == "completed"
+    assert code == 143
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
