@@ -8,6 +8,7 @@ attribution.
 | ----------------------- | -------- | ----------------------------------------------- |
 | ``cpu_attention``       | CPU      | the CPU attention backend, via vLLM's registry  |
 | ``cuda_attention``      | CUDA     | three attention backends, via vLLM's registry   |
+| ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad options of ours stop the start              |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | three methods of the V1 model runner            |
@@ -61,6 +62,7 @@ def applied() -> bool:
 
 def _modules() -> list[ModuleType]:
     from vllm_flashtrace.patches import (
+        data_parallel,
         engine_options,
         model_load,
         model_runner_v1,
@@ -72,6 +74,7 @@ def _modules() -> list[ModuleType]:
 
     return [
         *_platform_modules(),
+        data_parallel,
         engine_options,
         model_load,
         model_runner_v1,

@@ -18,6 +18,7 @@ from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.model_part import ModelPart
 from vllm_flashtrace.offline_jobs import TraceJob, run_jobs
 from vllm_flashtrace.wire import TraceSpec, WireReport, decode_report, seal, tensor_bytes, unseal
 
@@ -71,7 +72,7 @@ def test_good_options() -> None:
 
 def test_a_worker_refuses_what_does_not_fit_beside_the_others() -> None:
     model: Any = types.SimpleNamespace(
-        shape=SHAPE, device=torch.device("cpu"), clock=HostClock, num_ranks=1
+        shape=SHAPE, device=torch.device("cpu"), clock=HostClock, part=ModelPart(0, 3, 3, 1)
     )
     recorder = Recorder(model, 60.0, BUDGET)
     half, more = spec(95), spec(96)
@@ -159,3 +160,15 @@ def test_offline_scores_that_the_recursion_refuses(scores: Any) -> None:
     run_jobs([one], FakeLLM(None, scores), FlashTraceConfig())
     assert one.error is not None
     assert one.error.code == "bad_scores"
+
+
+def test_the_tightest_of_several_workers_admits_only_what_all_can_hold() -> None:
+    """Stages with more layers pay more per token, and memory may differ."""
+    stages = [AccumulatorBudget(1000, 10, 50), AccumulatorBudget(700, 6, 91)]
+    tightest = AccumulatorBudget.tightest(stages)
+    assert tightest == AccumulatorBudget(700, 7, 91)
+    for context in range(120):
+        if tightest.cost(context) <= tightest.limit_bytes:
+            assert all(one.cost(context) <= one.limit_bytes for one in stages)
+    assert AccumulatorBudget.tightest([BUDGET, BUDGET]) == BUDGET
+    assert AccumulatorBudget.tightest([AccumulatorBudget(0, 3, 4), BUDGET]).limit_bytes == 0

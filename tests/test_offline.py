@@ -23,6 +23,7 @@ class FakeLLM:
             engine_core=types.SimpleNamespace(shutdown=self._stop),
             vllm_config=types.SimpleNamespace(
                 additional_config={},
+                parallel_config=types.SimpleNamespace(data_parallel_size=1),
                 model_config=types.SimpleNamespace(max_model_len=8),
                 structured_outputs_config=types.SimpleNamespace(reasoning_parser=""),
             ),
@@ -81,6 +82,13 @@ def test_an_engine_that_cannot_trace(
     with pytest.raises(UnsupportedModelError, match="sliding windows"):
         FlashTrace("m") if own else FlashTrace(llm=llm)
     assert llm.stopped == stopped
+
+
+def test_data_parallelism_is_refused_by_name() -> None:
+    llm = FakeLLM()
+    llm.llm_engine.vllm_config.parallel_config.data_parallel_size = 2
+    with pytest.raises(UnsupportedModelError, match="offline with data parallelism"):
+        FlashTrace(llm=llm)
 
 
 def test_an_engine_without_such_a_parser_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

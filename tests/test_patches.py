@@ -65,6 +65,7 @@ def test_kill_switch() -> None:
     "module",
     [
         "cpu_attention",
+        "data_parallel",
         "model_load",
         "model_runner_v1",
         "prefix_cache",

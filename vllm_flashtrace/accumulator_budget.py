@@ -7,7 +7,7 @@ reports with its status; nothing outside the worker needs to know the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -53,6 +53,23 @@ class AccumulatorBudget:
             bytes_per_token=status["accumulator_bytes_per_token"],
             fixed_bytes=status["accumulator_fixed_bytes"],
         )
+
+    @classmethod
+    def tightest(cls, budgets: Sequence[Self]) -> Self:
+        """One budget that no trace passes unless it has room on every worker.
+
+        Workers differ where pipeline stages hold different numbers of layers or where less memory
+        is free. All are brought to the smallest limit, prices in proportion, rounded up.
+        """
+        limit = min(budget.limit_bytes for budget in budgets)
+        return cls(
+            limit,
+            bytes_per_token=max(b._scaled(b.bytes_per_token, limit) for b in budgets),
+            fixed_bytes=max(b._scaled(b.fixed_bytes, limit) for b in budgets),
+        )
+
+    def _scaled(self, price: int, limit: int) -> int:
+        return -(-price * limit // self.limit_bytes) if self.limit_bytes else price
 
     def to_status(self) -> dict[str, int]:
         """What :meth:`from_status` reads."""

@@ -6,6 +6,7 @@ overridden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,9 @@ def start_engine(model: str, config: Mapping[str, Any] | None, engine_args: dict
     FlashTraceConfig.from_additional_config(engine_args.get("additional_config"))
     prepare_environment()
     if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & engine_args.keys():
-        engine_args = {**engine_args, "kv_cache_memory_bytes": default_kv_cache_bytes()}
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        workers = math.prod(int(engine_args.get(size) or 1) for size in sizes)
+        engine_args = {**engine_args, "kv_cache_memory_bytes": default_kv_cache_bytes(workers)}
     from vllm import LLM
 
     return LLM(model=model, **engine_args)
@@ -46,6 +49,9 @@ def engine_refusal(llm: Any) -> str | None:
     """Why this engine cannot trace its model; None if it can."""
     from vllm_flashtrace.pickup import decode_status
 
+    if llm.llm_engine.vllm_config.parallel_config.data_parallel_size > 1:
+        # vLLM runs one process per rank then, and a batch ends at different times in each.
+        return "traces are not supported offline with data parallelism"
     try:
         return decode_status(llm.collective_rpc("flashtrace_status"))["refusal"]
     except Exception as error:

@@ -1,4 +1,4 @@
-"""One hop on vLLM's asynchronous engine: generate, then pick up the report.
+"""One hop on vLLM's asynchronous engine: generate, then pick up the report where it ran.
 
 Invariant: a hop ends. An engine that dies or is shut down leaves calls to its workers unanswered
 for ever; whoever waits here learns of it within :data:`CHECK_SECONDS`.
@@ -11,6 +11,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vllm_flashtrace.adapter.data_parallel import Engines, noting_ranks
 from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.pickup import pick_up
 from vllm_flashtrace.records import TraceReport
@@ -32,7 +33,8 @@ class EngineContext:
         lora_request: The adapter the completion was generated with.
         priority: Scheduling priority.
         trace_headers: OpenTelemetry headers.
-        data_parallel_rank: Engine that served the completion, if chosen by the client.
+        data_parallel_rank: Engine that served the completion; None if there is only one, or if any
+            will do.
         request_id: vLLM's id of the completion, for logs and spans.
     """
 
@@ -44,17 +46,32 @@ class EngineContext:
     request_id: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class HopRun:
+    """What became of a hop.
+
+    Attributes:
+        report: What the workers measured.
+        rank: The engine it ran on; None if there is only one.
+        cached_tokens: Tokens that the scheduler found in the prefix cache.
+    """
+
+    report: TraceReport
+    rank: int | None
+    cached_tokens: int | None
+
+
 async def run_hop(
-    engine: Any,
+    engines: Engines,
     call: TraceCall,
     context: EngineContext,
     request_id: str,
     trace_headers: Mapping[str, str] | None,
-) -> TraceReport:
+) -> HopRun:
     """Runs one trace request and returns what the workers measured.
 
     Args:
-        engine: vLLM's ``EngineClient``.
+        engines: The server's engines.
         call: The trace request.
         context: What it shares with the completion.
         request_id: Its id in the engine.
@@ -64,11 +81,11 @@ async def run_hop(
         TraceError: ``engine_dead``, ``aborted``, or what a worker says went wrong.
         asyncio.CancelledError: The engine's request is aborted.
     """
-    return await while_alive(engine, _run(engine, call, context, request_id, trace_headers))
+    return await while_alive(engines, _run(engines, call, context, request_id, trace_headers))
 
 
-async def while_alive(engine: Any, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits ``work`` for as long as the engine lives.
+async def while_alive(engines: Engines, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits ``work`` for as long as the engines live.
 
     Raises:
         TraceError: ``engine_dead``; ``work`` has been cancelled then.
@@ -77,7 +94,7 @@ async def while_alive(engine: Any, work: Coroutine[Any, Any, T]) -> T:
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=CHECK_SECONDS)
-            if not task.done() and engine.errored:
+            if not task.done() and engines.errored:
                 raise TraceError("engine_dead", "the engine has stopped")
         return task.result()
     finally:
@@ -87,31 +104,34 @@ async def while_alive(engine: Any, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _run(
-    engine: Any,
+    engines: Engines,
     call: TraceCall,
     context: EngineContext,
     request_id: str,
     trace_headers: Mapping[str, str] | None,
-) -> TraceReport:
+) -> HopRun:
     outputs: list[Any] = []
-    async for output in engine.generate(
-        call.prompt,
-        call.params,
-        request_id,
-        lora_request=context.lora_request,
-        trace_headers=trace_headers,
-        priority=context.priority,
-        data_parallel_rank=context.data_parallel_rank,
-    ):
-        outputs = output.outputs
+    ranks: list[int] = []
+    cached: int | None = None
+    with noting_ranks(ranks):
+        async for output in engines.client.generate(
+            call.prompt,
+            call.params,
+            request_id,
+            lora_request=context.lora_request,
+            trace_headers=trace_headers,
+            priority=context.priority,
+            data_parallel_rank=context.data_parallel_rank,
+        ):
+            outputs, cached = output.outputs, output.num_cached_tokens
     if any(output.finish_reason == "abort" for output in outputs):
         raise TraceError("aborted", "the engine aborted the trace (sleep, pause or shutdown)")
+    rank = ranks[0] if ranks else context.data_parallel_rank
     pickup = pick_up(call.spec.nonce)
     request = next(pickup)
     while True:
-        replies = await engine.collective_rpc(request.method, args=request.args)
+        replies = await engines.call(rank, request.method, request.args)
         try:
             request = pickup.send(replies)
         except StopIteration as done:
-            report: TraceReport = done.value
-            return report
+            return HopRun(done.value, rank, cached)

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from vllm_flashtrace.cache_use import CacheLookup
 from vllm_flashtrace.logs import log_unexpected
 
 ROUTES = (
@@ -35,6 +36,9 @@ class _Collectors(NamedTuple):
     seconds: Histogram
     recomputed: Counter
     cached: Counter
+    cache_queries: Counter
+    cache_hits: Counter
+    cache_misses: Counter
     waiting: Gauge
     running: Gauge
     held_bytes: Gauge
@@ -65,6 +69,22 @@ def _collectors() -> _Collectors:
         ),
         cached=Counter(
             "flashtrace_cached_tokens", "Tokens that traces found in the prefix cache.", [_MODEL]
+        ),
+        cache_queries=Counter(
+            "flashtrace_prefix_cache_queries",
+            "Tokens that trace requests looked up in the prefix cache.",
+            [_MODEL],
+        ),
+        cache_hits=Counter(
+            "flashtrace_prefix_cache_hits",
+            "Tokens that trace requests found in the prefix cache.",
+            [_MODEL],
+        ),
+        cache_misses=Counter(
+            "flashtrace_prefix_cache_misses",
+            "Trace requests that found less in the prefix cache than their completion, or an "
+            "earlier hop, must have left there.",
+            [_MODEL],
         ),
         waiting=gauge("traces_waiting", "Attributions that wait for a place in the engine."),
         running=gauge("traces_running", "Attributions that hold a place in the engine."),
@@ -124,6 +144,13 @@ class TraceMetrics:
         """Counts what one hop cost."""
         _collectors().recomputed.labels(self._model).inc(recomputed_tokens)
         _collectors().cached.labels(self._model).inc(cached_tokens)
+
+    @_never_raises
+    def lookup(self, lookup: CacheLookup) -> None:
+        """Counts what one hop looked up in the prefix cache."""
+        _collectors().cache_queries.labels(self._model).inc(lookup.queries)
+        _collectors().cache_hits.labels(self._model).inc(lookup.hits)
+        _collectors().cache_misses.labels(self._model).inc(lookup.missed)
 
     @_never_raises
     def load(self, admission: Any) -> None:

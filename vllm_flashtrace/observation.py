@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_flashtrace.cache_use import CacheLookup, CacheUse
 from vllm_flashtrace.logs import log_lost_trace
 from vllm_flashtrace.metrics import TraceMetrics
 from vllm_flashtrace.records import TraceReport
@@ -44,9 +45,11 @@ class Observation:
                 span.failed(getattr(error, "code", None) or type(error).__name__)
                 raise
 
-    def measured(self, span: Span, report: TraceReport) -> None:
-        """Takes what a hop cost."""
+    def measured(self, span: Span, report: TraceReport, lookup: CacheLookup) -> None:
+        """Takes what a hop cost and what it found in the prefix cache."""
         self._observer.metrics.hop(report.recomputed_tokens, report.cached_tokens)
+        self._observer.metrics.lookup(lookup)
+        self._observer.cache_use.add(lookup)
         span.set(
             {
                 "flashtrace.recomputed_tokens": report.recomputed_tokens,
@@ -101,6 +104,7 @@ class Observer:
     Attributes:
         metrics: Prometheus metrics.
         telemetry: OpenTelemetry spans.
+        cache_use: What traces found in the prefix cache.
     """
 
     def __init__(self, model_name: str, *, tracing: bool) -> None:
@@ -112,6 +116,7 @@ class Observer:
         """
         self.metrics = TraceMetrics(model_name)
         self.telemetry = Telemetry(tracing, model_name)
+        self.cache_use = CacheUse()
 
     @contextmanager
     def attribution(

@@ -6,6 +6,9 @@ the sums back, and answer with their parts of the scores. What travels is one nu
 then one per token, and no rank ever waits for another: a rank that failed says so, and the trace
 fails with its reason.
 
+With pipeline parallelism each stage holds its own layers and needs nothing of the others: ``e_j``
+is summed over layers, so the stages' scores add up.
+
 Invariant: nothing stays behind in a worker after :func:`pick_up` has ended, however it ended.
 """
 
@@ -17,7 +20,9 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
+from vllm_flashtrace.accumulator_budget import AccumulatorBudget
 from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.model_part import stages
 from vllm_flashtrace.records import TraceReport
 from vllm_flashtrace.wire import WireReport, decode_report, decode_wire, tensor_bytes, tensor_of
 
@@ -44,10 +49,10 @@ def pick_up(nonce: str) -> PickUp:
     replies = yield WorkerCall("flashtrace_collect", (nonce,))
     try:
         wires = _decoded(replies)
-        kept = any(wire.status == "partial" for wire in wires)
-        if not kept and len(wires) == 1:
-            return decode_report(replies[0])
-        denominators = _denominators(wires)
+        members = stages([wire.part for wire in wires])
+        if all(wire.status == "completed" for wire in wires):
+            return _merged(members, [decode_report(reply) for reply in replies])
+        denominators = _denominators(members, wires)
     except TraceError:
         if len(replies) > 1:
             yield WorkerCall("flashtrace_discard", (nonce,))
@@ -55,25 +60,32 @@ def pick_up(nonce: str) -> PickUp:
     replies = yield WorkerCall(
         "flashtrace_collect", (nonce, tensor_bytes(denominators, torch.float64))
     )
-    return _sum([decode_report(reply) for reply in replies])
+    members = stages([wire.part for wire in _decoded(replies)])
+    return _merged(members, [decode_report(reply) for reply in replies])
 
 
 def decode_status(replies: Sequence[Any]) -> dict[str, Any]:
-    """One status of all workers: a refusal of any, the smallest budget, the largest counts.
+    """One status of all workers: a refusal of any, the tightest budget, the largest counts.
 
     What a worker says of itself (``worker``) is left out.
     """
     merged: dict[str, Any] = {}
+    budgets = []
     for reply in replies:
-        for key, value in msgspec.msgpack.decode(reply).items():
+        status = msgspec.msgpack.decode(reply)
+        budget = AccumulatorBudget.from_status(status)
+        if budget is not None:
+            budgets.append(budget)
+        for key, value in status.items():
             if key == "worker":
                 continue
             known = merged.get(key)
             if known is None:
                 merged[key] = value
             elif key != "refusal" and value is not None:
-                choose = min if key == "accumulator_budget_bytes" else max
-                merged[key] = choose(known, value)
+                merged[key] = max(known, value)
+    if budgets:
+        merged |= AccumulatorBudget.tightest(budgets).to_status()
     return merged
 
 
@@ -93,26 +105,51 @@ def _decoded(replies: Sequence[Any]) -> list[WireReport]:
     return wires
 
 
-def _denominators(wires: Sequence[WireReport]) -> torch.Tensor:
-    """The proximity of every head's tokens and, once, of the residual: float64 ``[L]``."""
+def _denominators(members: Sequence[Sequence[int]], wires: Sequence[WireReport]) -> torch.Tensor:
+    """The proximity of all heads' tokens and, once, of the residual: float64, one per layer."""
+    if any(wire.status != "partial" for wire in wires):
+        raise TraceError("result_missing", "the workers' results do not belong together")
+    return torch.cat([_stage_denominators([wires[i] for i in stage]) for stage in members])
+
+
+def _stage_denominators(wires: Sequence[WireReport]) -> torch.Tensor:
     totals = [tensor_of(wire.totals, torch.float64) for wire in wires]
     residuals = [tensor_of(wire.residual, torch.float64) for wire in wires]
-    statuses = {wire.status for wire in wires}
-    if statuses != {"partial"} or len({len(one) for one in totals + residuals}) != 1:
+    if {len(one) for one in totals + residuals} != {wires[0].part.num_layers}:
         raise TraceError("result_missing", "the workers' results do not belong together")
     return torch.stack(totals).sum(0) + residuals[0]
 
 
-def _sum(reports: Sequence[TraceReport]) -> TraceReport:
-    """The parts of all ranks as one report; costs are those of the slowest."""
+def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) -> TraceReport:
+    """The parts of all workers as one report; costs are those of the slowest.
+
+    Raises:
+        TraceError: ``result_missing``: they are not of one trace.
+    """
     first = reports[0]
-    layers = [report.layer_scores for report in reports if report.layer_scores is not None]
+    if len({report.scores.shape for report in reports}) > 1:
+        raise TraceError("result_missing", "the workers' results do not belong together")
+    per_stage = [[reports[i] for i in stage] for stage in members]
     phases = {name for report in reports for name in report.seconds}
     return TraceReport(
         scores=torch.stack([report.scores for report in reports]).sum(0),
-        layer_scores=torch.stack(layers).sum(0) if layers else None,
+        layer_scores=_layer_scores(per_stage),
         recomputed_tokens=first.recomputed_tokens,
         cached_tokens=first.cached_tokens,
         restarts=first.restarts,
         seconds={name: max(report.seconds.get(name, 0.0) for report in reports) for name in phases},
     )
+
+
+def _layer_scores(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:
+    """Scores of all layers in order: ranks of a stage add up, stages follow each other."""
+    layers = []
+    missing = 0
+    for stage in per_stage:
+        parts = [report.layer_scores for report in stage if report.layer_scores is not None]
+        missing += len(stage) - len(parts)
+        if parts:
+            layers.append(torch.stack(parts).sum(0))
+    if layers and missing:
+        raise TraceError("result_missing", "a worker's scores per layer are missing")
+    return torch.cat(layers) if layers else None

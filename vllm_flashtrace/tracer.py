@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import time
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -15,7 +16,9 @@ from typing import Any, Literal
 import msgspec
 
 from vllm_flashtrace.accumulator_budget import AccumulatorBudget
+from vllm_flashtrace.adapter.data_parallel import Engines
 from vllm_flashtrace.admission import Admission
+from vllm_flashtrace.cache_use import cache_lookup
 from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.engine_hop import EngineContext, run_hop, while_alive
 from vllm_flashtrace.errors import FlashTraceError, TraceError
@@ -43,6 +46,7 @@ class AsyncTracer:
 
     def __init__(self, engine_client: Any, config: FlashTraceConfig) -> None:
         self._engine = engine_client
+        self._engines = Engines(engine_client)
         self.config = config
         vllm_config = engine_client.vllm_config
         self.observer = Observer(
@@ -68,8 +72,8 @@ class AsyncTracer:
         """
         if not self._asked:
             try:
-                status = decode_status(await self._engine.collective_rpc("flashtrace_status"))
-                self._refusal = status["refusal"]
+                status = decode_status(await self._engines.call_all("flashtrace_status"))
+                self._refusal = self._engines.refusal() or status["refusal"]
                 self._limit(AccumulatorBudget.from_status(status))
             except Exception as error:
                 logger.warning("FlashTrace is not active in the engine: %s", error)
@@ -88,7 +92,7 @@ class AsyncTracer:
         }
 
     async def worker_reports(self, timeout: float) -> list[dict[str, Any]]:
-        """What each worker says of itself and its traces.
+        """What each worker of each engine says of itself and its traces.
 
         Args:
             timeout: Longest wait in seconds; a busy engine answers between two steps.
@@ -98,9 +102,7 @@ class AsyncTracer:
             TraceError: ``engine_dead``.
         """
         async with asyncio.timeout(timeout):
-            replies = await while_alive(
-                self._engine, self._engine.collective_rpc("flashtrace_status")
-            )
+            replies = await while_alive(self._engines, self._engines.call_all("flashtrace_status"))
         return [msgspec.msgpack.decode(reply) for reply in replies]
 
     async def attribute(
@@ -224,15 +226,26 @@ class AsyncTracer:
         async with self._admission.place(cost) as waited:
             usage = TraceUsage(seconds={"queue": waited})
             hop = 0
+            # A completion leaves its tokens in its engine's cache, and every hop does.
+            computed_before = context.request_id is not None
             while (weights := plan.recursion.next_weights()) is not None:
                 call = trace_call(plan, weights, self.config, context.cache_salt)
                 began = time.monotonic()
                 with watch.hop(hop, len(weights.positions)) as span:
-                    report = await run_hop(
-                        self._engine, call, context, f"{trace_id}-hop{hop}", span.headers
+                    run = await run_hop(
+                        self._engines, call, context, f"{trace_id}-hop{hop}", span.headers
                     )
-                    watch.measured(span, report)
-                    take_report(plan, usage, report, time.monotonic() - began)
+                    lookup = cache_lookup(
+                        call.spec.first_target,
+                        run.cached_tokens,
+                        self._engine.vllm_config.cache_config,
+                        computed_before,
+                    )
+                    watch.measured(span, run.report, lookup)
+                    take_report(plan, usage, run.report, time.monotonic() - began)
+                # What the engine has computed for this hop serves the next one.
+                context = dataclasses.replace(context, data_parallel_rank=run.rank)
+                computed_before = True
                 hop += 1
         return usage
 

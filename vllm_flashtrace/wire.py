@@ -21,6 +21,7 @@ import torch
 
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.model_part import ModelPart
 from vllm_flashtrace.records import TraceReport
 
 EXTRA_ARGS_KEY = "flashtrace"
@@ -123,6 +124,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         status: ``completed``, ``partial``, ``failed`` or ``missing`` (unknown nonce, or expired).
         scores: float32 ``[length]``.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
+        part: What of the model the numbers are of; ``L`` are the layers in it.
         totals: Of a ``partial`` report, float64 ``[L]``, the proximity of all tokens.
         residual: Of a ``partial`` report, float64 ``[L]``, the proximity of the residual.
     """
@@ -137,6 +139,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     cached_tokens: int = 0
     restarts: int = 0
     seconds: dict[str, float] = {}
+    part: ModelPart = ModelPart()
     totals: bytes = b""
     residual: bytes = b""
 

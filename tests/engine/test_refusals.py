@@ -65,7 +65,7 @@ def test_full_and_windowed_layers_in_two_caches(tmp_path: Path) -> None:
     ("family", "changes", "engine_args", "reason"),
     [
         ("llama", {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, {}, "Gemma"),
-        ("llama", {}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ("qwen3_moe", {}, {"data_parallel_size": 2}, "mixture-of-experts"),
         ("llama", {}, {"quantization": "fp8"}, "quantized"),
         ("llama", {}, {"runner": "pooling"}, "pooling"),
     ],
@@ -85,10 +85,14 @@ def test_engine_configurations(
         check_config(args.create_engine_config())
 
 
-def test_plain_configuration_passes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine_args", [{}, {"data_parallel_size": 2}, {"pipeline_parallel_size": 2}]
+)
+def test_plain_configuration_passes(tmp_path: Path, engine_args: dict) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_flashtrace.adapter.model import check_config
 
     folder = make_tiny_model("llama", tmp_path / "model")
-    check_config(EngineArgs(model=str(folder), max_model_len=512).create_engine_config())
+    args = EngineArgs(model=str(folder), max_model_len=512, **engine_args)
+    check_config(args.create_engine_config())

@@ -147,7 +147,7 @@ def test_forgotten_weights_are_read_again(
 
 def test_what_a_runner_asks(loaded: V2Engine) -> None:
     model = model_of(loaded)
-    assert isinstance(model.clock(), HostClock) and model.num_ranks == 1 and model.batched
+    assert isinstance(model.clock(), HostClock) and model.part.whole and model.batched
     assert model.layer_index("model.layers.3.self_attn.attn") == 3
     assert model.layer_index("draft.layers.3.self_attn.attn") is None
     assert model.accumulator_limit_bytes(5) == 5 << 20

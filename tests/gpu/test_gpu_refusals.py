@@ -63,10 +63,19 @@ def test_the_unchanged_model_is_traced(loaded: V2Engine) -> None:
 
 
 CONFIGS: dict[str, tuple[str, str, Any]] = {
-    "data parallelism": ("parallel_config", "data_parallel_size", 2),
+    "data parallelism with a hybrid load balancer": (
+        "parallel_config",
+        "data_parallel_hybrid_lb",
+        True,
+    ),
+    "data parallelism behind an external load balancer": (
+        "parallel_config",
+        "data_parallel_external_lb",
+        True,
+    ),
+    "elastic expert parallelism": ("parallel_config", "enable_elastic_ep", True),
     "decode context parallelism": ("parallel_config", "decode_context_parallel_size", 2),
     "prefill context parallelism": ("parallel_config", "prefill_context_parallel_size", 2),
-    "pipeline parallelism": ("parallel_config", "pipeline_parallel_size", 2),
     "micro-batching (DBO)": ("parallel_config", "enable_dbo", True),
     "non-causal attention": ("attention_config", "use_non_causal", True),
     "KV caches on the host (HiSparse)": ("attention_config", "hisparse_config", object()),

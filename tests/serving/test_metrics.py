@@ -85,6 +85,9 @@ async def test_everything_is_shown_before_the_first_trace():
     for name in (
         "recomputed_tokens_total",
         "cached_tokens_total",
+        "prefix_cache_queries_total",
+        "prefix_cache_hits_total",
+        "prefix_cache_misses_total",
         "traces_waiting",
         "traces_running",
         "accumulator_bytes",

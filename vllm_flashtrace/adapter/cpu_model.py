@@ -29,6 +29,7 @@ from vllm_flashtrace.adapter.model import (
     find_layers,
     output_projection,
 )
+from vllm_flashtrace.adapter.stage import model_part
 from vllm_flashtrace.adapter.taps import has_taps
 from vllm_flashtrace.capture.clock import HostClock
 from vllm_flashtrace.capture.step import RowGroup, Segment
@@ -73,7 +74,7 @@ class CPUTracedModel:
                     f"{layer.attention.kv_cache_dtype} on the CPU"
                 )
         self.device = torch.device("cpu")
-        self.num_ranks = config.parallel_config.tensor_parallel_size
+        self.part = model_part(model, config)
         self.shape = ModelShape(
             num_layers=len(self.layers),
             num_heads=self.layers[0].attention.num_heads,
@@ -81,7 +82,8 @@ class CPUTracedModel:
             hidden_size=config.model_config.get_hidden_size(),
         )
         self._forms = [attention_form(layer) for layer in self.layers]
-        self._names = {layer.name: layer.index for layer in self.layers}
+        # Layers are counted from the first on this worker.
+        self._names = {layer.name: index for index, layer in enumerate(self.layers)}
         self._projections: dict[int, _Projection] = {}
         self._scratch = Scratch()
         self._clock = HostClock()

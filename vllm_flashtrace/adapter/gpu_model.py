@@ -30,6 +30,7 @@ from vllm_flashtrace.adapter.gpu_kv import (
 )
 from vllm_flashtrace.adapter.lora import added_weight
 from vllm_flashtrace.adapter.model import TracedLayer, check_config, find_layers
+from vllm_flashtrace.adapter.stage import model_part
 from vllm_flashtrace.adapter.taps import has_taps
 from vllm_flashtrace.capture.clock import Clock, CudaClock, HostClock
 from vllm_flashtrace.capture.step import RowGroup, Segment
@@ -76,7 +77,7 @@ class GPUTracedModel:
         if not has_taps(model):
             raise UnsupportedModelError("the model was loaded without taps")
         self.device = device
-        self.num_ranks: int = config.parallel_config.tensor_parallel_size
+        self.part = model_part(model, config)
         self.shape = ModelShape(
             num_layers=len(self.layers),
             num_heads=self.layers[0].attention.num_heads,
@@ -84,13 +85,14 @@ class GPUTracedModel:
             hidden_size=config.model_config.get_hidden_size(),
         )
         self._flashinfer_quantizes = flashinfer_quantizes_queries(config)
-        self._names = {layer.name: layer.index for layer in self.layers}
+        # Layers are counted from the first on this worker.
+        self._names = {layer.name: index for index, layer in enumerate(self.layers)}
         self._clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
         self._readings: dict[int, _Reading] = {}
         self._column_norms: dict[int, torch.Tensor] = {}
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             self._check_projection(layer)
-            self._reading(layer.index)
+            self._reading(index)
 
     def layer_index(self, layer_name: str) -> int | None:
         """Index of an attention layer of this model; None for one of another model."""
@@ -116,7 +118,9 @@ class GPUTracedModel:
         """See :class:`~vllm_flashtrace.capture.step.StepModel`; ``[tokens, H * d]`` will do."""
         reading = self._reading(layer)
         if (query.dtype in _FP8) != reading.quantized_queries:
-            raise TraceError("recording_failed", f"queries of layer {layer} are {query.dtype}")
+            raise TraceError(
+                "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
+            )
         keys = self._views(layer, reading).keys
         heads = query if query.dim() == 3 else query.unflatten(-1, (-1, keys.shape[3]))
         paged_column_sums(heads, keys, group.rows, reading.form, layer)

@@ -17,7 +17,9 @@ from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLine
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
+from vllm_flashtrace.adapter.data_parallel import check_data_parallel
 from vllm_flashtrace.adapter.lora import base_projection
+from vllm_flashtrace.adapter.stage import stage_layers
 from vllm_flashtrace.errors import UnsupportedModelError
 from vllm_flashtrace.kernels import AttentionForm
 
@@ -36,7 +38,7 @@ class TracedLayer:
     """One decoder layer's modules.
 
     Attributes:
-        index: Position in the stack.
+        index: Position in the whole model's stack.
         name: The attention layer's name in vLLM's forward context.
         decoder: The decoder layer; its input is the residual stream ``x_prev``.
         block: The attention block; its output is what is added to the residual stream.
@@ -62,8 +64,9 @@ def check_config(config: VllmConfig) -> None:
     """
     parallel = config.parallel_config
     refusals = {
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
+        # Ranks of such a model run in step with each other, and so would a rank's traces.
+        "data parallelism of a mixture-of-experts model": parallel.data_parallel_size > 1
+        and config.model_config.is_moe,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
@@ -77,6 +80,7 @@ def check_config(config: VllmConfig) -> None:
     for feature, present in refusals.items():
         if present:
             raise UnsupportedModelError(f"traces are not supported with {feature}")
+    check_data_parallel(parallel)
     architecture = config.model_config.architecture
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise UnsupportedModelError(
@@ -86,7 +90,9 @@ def check_config(config: VllmConfig) -> None:
 
 
 def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
-    """The decoder layers of a supported model, in order.
+    """The decoder layers of a supported model that are on this worker, in order.
+
+    With pipeline parallelism these are the layers of its stage.
 
     Raises:
         UnsupportedModelError: A layer uses a feature that cannot be traced exactly.
@@ -121,7 +127,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
             )
         )
     layers.sort(key=lambda layer: layer.index)
-    if [layer.index for layer in layers] != list(range(len(layers))) or not layers:
+    if [layer.index for layer in layers] != list(stage_layers(model, config)) or not layers:
         raise UnsupportedModelError("some decoder layers have no attention layer")
     if len({(layer.attention.num_heads, layer.attention.head_size) for layer in layers}) > 1:
         raise UnsupportedModelError("attention layers of different sizes are not supported")

@@ -2,7 +2,9 @@
 
 A tap is a custom operator, placed before the model is compiled, on a tensor that exists anyway: the
 residual stream as it enters the norm behind a layer's attention block (``x_prev``) and as it enters
-the next norm, that of the following layer or the model's last (``x_mid``). Compiled code calls the
+the next norm, that of the following layer or the model's last (``x_mid``). A pipeline stage that is
+not the last has no next norm: there ``x_mid`` is the residual that its last layer returns, which no
+module has touched since. Compiled code calls the
 operator like eager code does, so a step with a trace runs the same compiled forward as every other
 step. With no observer the operator returns at once; under CUDA graphs it launches nothing and is
 not part of the graph. The other input of these norms, what a block adds to the stream, is left
@@ -16,13 +18,16 @@ share code between them; layers are told apart by the order of the calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_flashtrace.adapter.model import TracedLayer, check_config, find_layers
+from vllm_flashtrace.adapter.stage import is_last_stage
 from vllm_flashtrace.capture.observer import current
 from vllm_flashtrace.errors import UnsupportedModelError
 
@@ -60,13 +65,16 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
         UnsupportedModelError: The model cannot be traced; it is left as it is.
     """
     check_config(config)
-    norms = _norms(model, find_layers(model, config))
+    layers, last = find_layers(model, config), is_last_stage(config)
+    norms = _norms(model, layers, last)
     additional = config.additional_config or {}
     if not isinstance(additional, dict):
         raise UnsupportedModelError("additional_config is not a dictionary")
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
     for norm in norms:
         norm.register_forward_pre_hook(_tap)
+    if not last:
+        layers[-1].decoder.register_forward_hook(_tap_output)
     setattr(model, _MARK, len(norms))
 
 
@@ -75,15 +83,16 @@ def has_taps(model: nn.Module) -> bool:
     return hasattr(model, _MARK)
 
 
-def _norms(model: nn.Module, layers: Sequence[TracedLayer]) -> list[nn.Module]:
+def _norms(model: nn.Module, layers: Sequence[TracedLayer], last: bool) -> list[nn.Module]:
     """The norms that see the stream before and after each attention block, in order of calls."""
-    last = getattr(getattr(model, "model", None), "norm", None)
-    following = [*(getattr(layer.decoder, "input_layernorm", None) for layer in layers[1:]), last]
-    norms = []
-    for layer, after in zip(layers, following, strict=True):
+    following = [getattr(layer.decoder, "input_layernorm", None) for layer in layers[1:]]
+    if last:
+        following.append(getattr(getattr(model, "model", None), "norm", None))
+    norms: list[nn.Module] = []
+    for layer, after in zip_longest(layers, following):
         before = getattr(layer.decoder, "post_attention_layernorm", None)
-        for norm in (before, after):
-            if not isinstance(norm, nn.Module):
+        for norm in (before,) if layer is layers[-1] and not last else (before, after):
+            if not isinstance(norm, nn.Module) or isinstance(norm, PPMissingLayer):
                 raise UnsupportedModelError(f"{layer.name} has no norm behind its attention block")
             norms.append(norm)
     return norms
@@ -93,3 +102,8 @@ def _tap(_: nn.Module, args: tuple[Any, ...]) -> None:
     """Norms are called as ``norm(update, residual)`` wherever there is a stream to add to."""
     if len(args) > 1 and args[1] is not None:
         torch.ops.flashtrace.observe_residual(args[1])
+
+
+def _tap_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    """Decoder layers return ``(update, residual)``."""
+    torch.ops.flashtrace.observe_residual(output[1])

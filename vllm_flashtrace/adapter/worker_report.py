@@ -24,6 +24,7 @@ def worker_report(worker: Any) -> dict[str, Any]:
         "rank": getattr(worker, "rank", None),
         "tensor_parallel_size": getattr(parallel, "tensor_parallel_size", None),
         "pipeline_parallel_size": getattr(parallel, "pipeline_parallel_size", None),
+        "data_parallel_rank": getattr(parallel, "data_parallel_index", None),
         "device": str(getattr(runner, "device", None)),
         "runner": _runner_version(runner),
         "attention_backends": _backends(runner),

@@ -18,6 +18,7 @@ from torch.nn import functional
 from vllm_flashtrace.capture.trace import Trace
 from vllm_flashtrace.core.scores import token_shares
 from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.model_part import ModelPart
 from vllm_flashtrace.wire import WireReport, tensor_bytes
 
 
@@ -45,10 +46,11 @@ class TraceFacts:
     clock: Any
     started: Any
     recordings: list[tuple[Any, Any]]
+    part: ModelPart
 
     @classmethod
-    def of(cls, trace: Trace) -> TraceFacts:
-        """Takes over from a trace."""
+    def of(cls, trace: Trace, part: ModelPart) -> TraceFacts:
+        """Takes over from a trace of ``part`` of the model."""
         return cls(
             trace.spec.length,
             trace.spec.layers,
@@ -58,6 +60,7 @@ class TraceFacts:
             trace.clock,
             trace.started,
             trace.recordings,
+            part,
         )
 
 
@@ -85,6 +88,7 @@ class FinishedTrace:
         self._check()
         return WireReport(
             status="partial",
+            part=self.facts.part,
             totals=tensor_bytes(self.sums.tokens.double().sum(1), torch.float64),
             residual=tensor_bytes(self.sums.residual, torch.float64),
         )
@@ -96,7 +100,8 @@ class FinishedTrace:
         denominator runs over the heads of all ranks and the numerator over those of this one.
 
         Args:
-            denominators: float64 ``[L]``; None where this rank has all the heads.
+            denominators: float64, one per layer of the whole model; None where this rank has all
+                the heads.
 
         Raises:
             TraceError: ``recording_failed`` when a proximity is not finite.
@@ -106,6 +111,8 @@ class FinishedTrace:
         tokens = self.sums.tokens.double()
         if denominators is None:
             denominators = tokens.sum(1) + self.sums.residual.double()
+        else:
+            denominators = self.facts.part.own(denominators)
         facts = self.facts
         behind = facts.length - tokens.shape[1]  # Nothing flows from behind the last target.
         shares = functional.pad(token_shares(tokens, denominators), (0, behind))
@@ -118,12 +125,13 @@ class FinishedTrace:
             cached_tokens=facts.cached_tokens,
             restarts=facts.restarts,
             seconds=self._seconds(),
+            part=facts.part,
         )
 
     def _check(self) -> None:
         finite = self.sums.tokens.sum(1).isfinite() & self.sums.residual.isfinite()
         if not bool(finite.all()):
-            layer = int((~finite).nonzero()[0])
+            layer = self.facts.part.first_layer + int((~finite).nonzero()[0])
             raise TraceError("recording_failed", f"a proximity of layer {layer} is not finite")
 
     def _seconds(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from vllm_flashtrace.core.proximity import l1_proximity
 from vllm_flashtrace.core.scores import LayerSums
 from vllm_flashtrace.errors import FlashTraceError
 from vllm_flashtrace.logs import log_unexpected, logger
+from vllm_flashtrace.model_part import ModelPart
 from vllm_flashtrace.wire import WireReport, tensor_of, unseal
 
 
@@ -32,8 +33,8 @@ class TracedModel(StepModel, Protocol):
         """Where accumulators live."""
 
     @property
-    def num_ranks(self) -> int:
-        """Workers that share each layer's heads (tensor parallelism)."""
+    def part(self) -> ModelPart:
+        """What of the model is on this worker."""
 
     def token_proximity(
         self,
@@ -163,7 +164,7 @@ class Recorder:
 
         Args:
             nonce: The trace's nonce.
-            denominators: float64 ``[L]``, see :meth:`FinishedTrace.report`; empty for the totals.
+            denominators: float64, see :meth:`FinishedTrace.report`; empty for the totals.
         """
         self.expire()
         stored = self._results.pop(nonce, None)
@@ -175,7 +176,7 @@ class Recorder:
         if denominators:
             sums = tensor_of(denominators, torch.float64)
             return self._answer(nonce, lambda: report.report(sums))
-        if self._model.num_ranks == 1:
+        if self._model.part.ranks == 1:
             return self._answer(nonce, report.report)
         self._results[nonce] = stored
         return self._answer(nonce, report.totals)
@@ -221,7 +222,7 @@ class Recorder:
             residual[layer] = l1_proximity(sums.residual, sums.stream)
         ended = trace.clock.mark()
         on_host, wait = to_host(tokens, residual)
-        return FinishedTrace(TraceFacts.of(trace), on_host, wait, recorded, ended)
+        return FinishedTrace(TraceFacts.of(trace, self._model.part), on_host, wait, recorded, ended)
 
 
 def _failure(what: str, error: BaseException) -> WireReport:

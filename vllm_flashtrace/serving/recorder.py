@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_flashtrace.adapter.data_parallel import noting_ranks
 from vllm_flashtrace.tracer import EngineContext
 
 BeforeGenerate = Callable[[Any], None]
@@ -40,12 +41,20 @@ class RecordedPrompt:
         context: What a trace request must share with this one to hit its prefix cache.
         prompt_token_ids: The exact prompt, empty until the engine's first output.
         choices: By index within the call.
+        ranks: The engine of each choice, in their order; empty if there is only one engine.
     """
 
     input_type: str
     context: EngineContext
     prompt_token_ids: list[int] = field(default_factory=list)
     choices: dict[int, RecordedChoice] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
+
+    def context_of(self, choice: int) -> EngineContext:
+        """What a trace request must share with one choice: also the engine that served it."""
+        if choice >= len(self.ranks):
+            return self.context
+        return replace(self.context, data_parallel_rank=self.ranks[choice])
 
     def add(self, output: Any, delta: bool) -> None:
         """Takes one ``RequestOutput``.
@@ -112,7 +121,12 @@ async def _record(
     # aclosing: a stream that the client drops must abort the engine's request at once, not when
     # the garbage collector finds the inner generator.
     async with aclosing(outputs):
-        async for output in outputs:
+        while True:
+            # Not around the yield: what runs there belongs to others.
+            with noting_ranks(record.ranks):
+                output = await anext(outputs, None)
+            if output is None:
+                return
             record.add(output, delta)
             yield output
 

@@ -118,16 +118,17 @@ class TraceSession:
     async def _attribute(self, index: int, trace_id: str) -> Attribution:
         prompt_index, choice_index = divmod(index, self._facts.choices_per_prompt)
         prompt = self._prompts[prompt_index]
+        context = prompt.context_of(choice_index)
         refusal = self._nothing_to_trace(prompt, choice_index)
         if refusal is not None:
             return self._service.tracer.lost(
-                trace_id, refusal, prompt.context, route=self._facts.route, status="skipped"
+                trace_id, refusal, context, route=self._facts.route, status="skipped"
             )
         finder = self._facts.reasoning_parser
         return await self._service.attribute(
             self._facts.flashtrace,
             self._completion(prompt_index, choice_index),
-            prompt.context,
+            context,
             reasoning_parser=finder(prompt.prompt_token_ids) if finder else None,
             render=self._facts.render,
             trace_id=trace_id,

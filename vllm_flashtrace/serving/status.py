@@ -63,6 +63,7 @@ class StatusReport:
             "processes": lineage(),
             "limits": limits_in_force(self._tracer.config),
             "load": self._tracer.load,
+            "prefix_cache": self._tracer.observer.cache_use.to_status(),
         }
 
     async def _engine(self) -> tuple[dict[str, Any], bool]:

@@ -1,0 +1,174 @@
+"""Two pipeline stages give what one process gives, and a stage that fails fails its trace alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.faults import PHASES, break_function, mend_function
+from tests.oracle import oracle_scores
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.records import TraceReport
+
+LIMIT = 1e-5
+ORACLE_LIMIT = 5e-4
+TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+# The second prompt shares nothing with the first.
+OTHER = torch.randint(5, 500, (260,), generator=torch.Generator().manual_seed(2)).tolist()
+JOBS = [
+    TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
+    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True),
+    TraceJob(OTHER, TargetWeights.from_spans([(200, 260)]), layers=True),
+]
+# In steps of 128 tokens both stages see every trace in several chunks.
+CHUNKED = {"max_model_len": 1024, "max_num_batched_tokens": 128}
+
+
+def start(folder: Path, stages: int, patch: pytest.MonkeyPatch, **options: Any) -> Engine:
+    if stages > 1:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in range(stages)))
+    engine = Engine(folder, pipeline_parallel_size=stages, **{**CHUNKED, **options})
+    engine.llm.collective_rpc(make_buffers)
+    return engine
+
+
+def make_buffers(worker: Any) -> None:
+    """Makes what vLLM's CPU workers make only while they compile: a stage's input buffers."""
+    runner = worker.model_runner
+    if runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens,
+            dtype=runner.model_config.dtype,
+            device=runner.device,
+        )
+
+
+def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
+    for ours, expected in zip(several, one, strict=True):
+        error = relative_l1(ours.scores, expected.scores)
+        print(f"two stages against one: relative L1 {error:.1e}")
+        assert error <= LIMIT
+        assert torch.allclose(ours.scores.sum(), expected.scores.sum(), rtol=1e-5)
+        if expected.layer_scores is None:
+            assert ours.layer_scores is None
+            continue
+        assert ours.layer_scores is not None
+        assert ours.layer_scores.shape == expected.layer_scores.shape
+        for mine, theirs in zip(ours.layer_scores, expected.layer_scores, strict=True):
+            assert relative_l1(mine, theirs) <= LIMIT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("pp") / "qwen3")
+
+
+@pytest.fixture(scope="module")
+def two_stages(folder: Path) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        engine = start(folder, 2, patch)
+        yield engine
+        engine.close()
+
+
+def test_layers_of_two_stages(
+    two_stages: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = two_stages.trace_many(JOBS)
+    nothing_left(two_stages)
+    engine = start(folder, 1, monkeypatch)
+    try:
+        compare(several, engine.trace_many(JOBS))
+    finally:
+        engine.close()
+
+
+def test_compiled_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, which is how vLLM itself runs pipeline stages on CPUs, and of another family.
+
+    vLLM makes a Qwen3-MoE's last norm on every stage, though only the last one runs it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model("qwen3_moe", tmp_path / "qwen3_moe")
+    engine = start(folder, 2, monkeypatch, enforce_eager=False)
+    try:
+        reports = engine.trace_many(JOBS)
+    finally:
+        engine.close()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    for job, report in zip(JOBS, reports, strict=True):
+        weights = job.weights
+        expected = oracle_scores(model, job.token_ids, weights.positions, weights.weights)
+        error = relative_l1(report.scores, expected)
+        print(f"two compiled stages against the oracle: relative L1 {error:.1e}")
+        assert error <= ORACLE_LIMIT
+
+
+def test_traces_beside_decoding_requests(two_stages: Engine) -> None:
+    alone = two_stages.trace_many(JOBS)
+    beside = two_stages.trace_many(JOBS, [OTHER[:40], TOKENS[:60]])
+    compare(beside, alone)
+
+
+def test_what_each_stage_reports(two_stages: Engine) -> None:
+    import msgspec
+
+    replies = two_stages.llm.collective_rpc("flashtrace_status")
+    workers = [msgspec.msgpack.decode(reply)["worker"] for reply in replies]
+    assert [worker["rank"] for worker in workers] == [0, 1]
+    assert {worker["pipeline_parallel_size"] for worker in workers} == {2}
+
+
+def on_stage(worker: Any, stage: int, function: Any, *args: Any) -> None:
+    """Runs in every worker: calls the function in one of them."""
+    if worker.rank == stage:
+        function(worker, *args)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_stage_that_fails(two_stages: Engine, phase: str, stage: int) -> None:
+    two_stages.on_worker(on_stage, stage, break_function, *PHASES[phase])
+    try:
+        with pytest.raises(TraceError, match="injected") as caught:
+            two_stages.trace(JOBS[0])
+        text = two_stages.generate(TOKENS, 4)
+    finally:
+        two_stages.on_worker(on_stage, stage, mend_function, *PHASES[phase])
+    assert caught.value.code == "recording_failed"
+    assert text == two_stages.generate(TOKENS, 4)
+    assert two_stages.trace(JOBS[0]).scores.sum() > 0
+    nothing_left(two_stages)
+
+
+def test_a_stage_that_lost_its_result(two_stages: Engine) -> None:
+    def lose(worker: Any) -> None:
+        if worker.rank == 0:
+            from vllm_flashtrace.adapter.runner import capture_of
+
+            capture_of(worker.model_runner).recorder._results.clear()
+
+    _, nonce = two_stages.submit(JOBS[0])
+    two_stages.run()
+    two_stages.on_worker(lose)
+    with pytest.raises(TraceError) as caught:
+        two_stages.collect(nonce)
+    assert caught.value.code == "result_missing"
+    nothing_left(two_stages)
+
+
+def nothing_left(engine: Engine) -> None:
+    status = engine.status()
+    assert status["refusal"] is None
+    left = (status["recording"], status["waiting_results"], status["accumulator_bytes"])
+    assert left == (0, 0, 0)
