@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import gpu_tables, tables
+from benchmarks import capacity_tables, gpu_tables, tables
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,6 +40,16 @@ KINDS = {
     "scaling": Kind("scaling.json", {"scaling": tables.scaling}),
     "serving": Kind("serving.json", {"serving": tables.serving}),
     "cap": Kind("cap.json", {"cap": tables.cap}),
+    "capacity": Kind(
+        "capacity.json",
+        {
+            "capacity": capacity_tables.capacity,
+            "capacity_memory": capacity_tables.capacity_memory,
+        },
+    ),
+    "capacity_check": Kind(
+        "capacity_check.json", {"capacity_check": capacity_tables.capacity_check}
+    ),
     "gpu_kernels": Kind("gpu_kernels.json", {"gpu_kernels": gpu_tables.gpu_kernels}),
 }
 
