@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -76,7 +77,7 @@ def trace(prompt_file: str, *options: str) -> int:
     return run("trace", "--model", "m", "--prompt-file", prompt_file, *options)
 
 
-@pytest.mark.parametrize("command", [[], ["trace"], ["demo"], ["batch"]])
+@pytest.mark.parametrize("command", [[], ["trace"], ["demo"], ["batch"], ["deploy"]])
 def test_help_needs_neither_torch_nor_vllm(command: list[str]) -> None:
     code = (
         "import sys\nfrom vllm_flashtrace.cli import main\n"
@@ -275,6 +276,79 @@ class TestBatch:
         monkeypatch.setitem(sys.modules, "ray", None)
         monkeypatch.setitem(sys.modules, "ray.data", None)
         assert self.batch() == 2
+        assert "install vllm-flashtrace[scale]" in only_error_line(capsys)
+
+
+class TestDeploy:
+    @pytest.fixture
+    def ran(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        from vllm_flashtrace.deploy import command
+
+        ran: list[Any] = []
+        monkeypatch.setattr(command, "run_deploy", lambda options: ran.append(options) or 143)
+        return ran
+
+    def test_options_reach_the_deployment_and_the_engine(self, ran: list[Any]) -> None:
+        ours = ("--replicas", "2", "--port", "8001", "--no-blocking", "--drain-timeout", "9")
+        engine = ("--max-model-len", "2048", "-tp", "2", "--enforce-eager", "--dtype=float32")
+        assert run("deploy", "m", *engine[:4], *ours, *engine[4:]) == 143
+        [options] = ran
+        assert options.argv == ("--model", "m", *engine)
+        assert options.scaling == {"num_replicas": 2}
+        assert (options.host, options.port, options.blocking) == ("127.0.0.1", 8001, False)
+        assert options.drain_seconds == 9
+
+    def test_autoscaling(self, ran: list[Any]) -> None:
+        options = ("--min-replicas", "0", "--max-replicas", "3", "--downscale-delay-s", "5")
+        more = ("--autoscaling", '{"metrics_interval_s": 2}')
+        assert run("deploy", "m", *options, *more) == 143
+        assert ran[0].scaling["autoscaling_config"] == {
+            "min_replicas": 0,
+            "max_replicas": 3,
+            "downscale_delay_s": 5,
+            "metrics_interval_s": 2,
+        }
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ([], "model"),
+            (["--enforce-eager", "m"], "--enforce-eager"),
+            (["m", "--replicas", "0"], "replicas"),
+            (["m", "--replicas", "2", "--max-replicas", "3"], "--max-replicas"),
+            (["m", "--min-replicas", "2"], "--max-replicas"),
+            (["m", "--autoscaling", "{"], "--autoscaling"),
+        ],
+    )
+    def test_mistakes_are_one_line(
+        self, options: list[str], message: str, ran: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run("deploy", *options) == 2
+        assert message in only_error_line(capsys)
+        assert ran == []
+
+    def test_a_cluster_to_stay_in_is_needed(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        assert run("deploy", "m", "--no-blocking") == 2
+        assert "RAY_ADDRESS" in only_error_line(capsys)
+
+    def test_a_taken_port_is_found_before_anything_starts(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            assert run("deploy", "m", "--port", port) == 2
+        assert f"port {port}" in only_error_line(capsys)
+
+    def test_missing_ray_names_the_extra(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for module in ("ray", "ray.serve"):
+            monkeypatch.setitem(sys.modules, module, None)
+        assert run("deploy", "m") == 2
         assert "install vllm-flashtrace[scale]" in only_error_line(capsys)
 
 

@@ -49,31 +49,17 @@ def parse_engine_options(argv: Sequence[str]) -> tuple[Namespace, Any]:
     return args, parser
 
 
-@asynccontextmanager
-async def engine_app(
-    argv: Sequence[str], store: StoreMaker, neighbours: int
-) -> AsyncIterator[tuple[Any, Any]]:
-    """Starts an engine and the application on it, for as long as the block lasts.
+def read_engine_options(argv: Sequence[str], neighbours: int) -> Namespace:
+    """The options of an engine that is to start in this process.
 
     Args:
         argv: What comes after ``vllm serve``.
-        store: Makes the store of deferred attributions.
         neighbours: Other engines that share the machine's memory; matters where nobody sized the
             KV cache.
 
-    Yields:
-        The application, whose lifespan has begun, and the engine's client.
-
     Raises:
         ValueError: An option is bad; the message is one line.
-        Exception: Whatever vLLM raises when an engine does not start.
     """
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
-
     args, parser = parse_engine_options(argv)
     sized = args.kv_cache_memory_bytes is not None
     apply_cpu_defaults(args, parser)
@@ -82,6 +68,31 @@ async def engine_app(
     if engine_workers(args) > 1 and args.distributed_executor_backend is None:
         # Where vLLM finds itself in a Ray actor it would let Ray place the workers.
         args.distributed_executor_backend = "mp"
+    return args
+
+
+@asynccontextmanager
+async def engine_app(
+    args: Namespace, store: StoreMaker | None = None
+) -> AsyncIterator[tuple[Any, Any]]:
+    """Starts an engine and the application on it, for as long as the block lasts.
+
+    Args:
+        args: From :func:`read_engine_options`.
+        store: Makes the store of deferred attributions; None for one of this process's own.
+
+    Yields:
+        The application, whose lifespan has begun, and the engine's client.
+
+    Raises:
+        Exception: Whatever vLLM raises when an engine does not start.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:

@@ -12,8 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from vllm_flashtrace.adapter.engine_app import engine_workers, parse_engine_options
-from vllm_flashtrace.serving.launcher import apply_cpu_defaults
+from vllm_flashtrace.adapter.engine_app import engine_app, read_engine_options
 
 
 class InProcessServer:
@@ -75,26 +74,19 @@ async def in_process_server(
         Exception: Whatever vLLM raises when an engine does not start.
     """
     import httpx
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-    from vllm.entrypoints.launchers.app import build_app
 
-    args = _parse(argv, neighbours)
+    try:
+        args = read_engine_options(argv, neighbours)
+    except ValueError as error:
+        raise ValueError(f"engine options: {error}") from None
     adjust(args)
-    async with build_async_engine_client(args) as engine:
-        tasks = await engine.get_supported_tasks()
-        app = build_app(args, tasks, engine.model_config)
-        await init_app_state(engine, app.state, args, tasks)
+    async with engine_app(args) as (app, engine):
         model = (args.served_model_name or [args.model])[0]
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://in-process", timeout=None
         ) as client:
-            try:
-                yield InProcessServer(app, client, engine, model)
-            finally:
-                if (service := getattr(app.state, "flashtrace", None)) is not None:
-                    await service.close()
+            yield InProcessServer(app, client, engine, model)
 
 
 def known_fields(route: str) -> frozenset[str] | None:
@@ -108,25 +100,3 @@ def known_fields(route: str) -> frozenset[str] | None:
     }
     model = models.get(route)
     return None if model is None else frozenset(model.model_fields)
-
-
-def _parse(argv: Sequence[str], neighbours: int) -> Namespace:
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
-
-    try:
-        args, parser = parse_engine_options(argv)
-    except ValueError as error:
-        raise ValueError(f"engine options: {error}") from None
-    sized = args.kv_cache_memory_bytes is not None
-    apply_cpu_defaults(args, parser)
-    if not sized and args.kv_cache_memory_bytes is not None:
-        args.kv_cache_memory_bytes //= neighbours + 1
-    if engine_workers(args) > 1 and args.distributed_executor_backend is None:
-        # Where vLLM finds itself in a Ray actor it would let Ray place the workers.
-        args.distributed_executor_backend = "mp"
-    if args.tool_parser_plugin:
-        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
-    if args.reasoning_parser_plugin:
-        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
-    return args

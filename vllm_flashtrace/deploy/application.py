@@ -1,14 +1,17 @@
 """The Serve application: gateways in front of engine replicas.
 
-Invariant: what decides how a replica is made does not depend on how many there are, so that a
-deployment is scaled without restarting the replicas that stay.
+Invariant: replicas of one version are made from the same plan by the same code, so that deploying
+again with another number of them restarts none of those that stay. On CPU that needs a given number
+of cores, for an equal share depends on how many there are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any
 
+from vllm_flashtrace import __version__
 from vllm_flashtrace.deploy.gateway import Gateway
 from vllm_flashtrace.deploy.options import DeployOptions
 from vllm_flashtrace.deploy.replica import EngineReplica, ReplicaPlan
@@ -69,8 +72,10 @@ def build_application(options: DeployOptions, workers: int, cluster_cpus: float)
         **({"request_router_config": {"request_router_class": router}} if router else {}),
         **options.scaling,
         **common,
-    ).bind(plan)
+    )
     gateway = serve.ingress()(GatewayDeployment)
+    # Serve would take every call to be a new version, and restart every replica.
+    engines = engines.options(version=version_of(plan), _internal=True).bind(plan)
     return serve.deployment(
         gateway,
         name="gateway",
@@ -89,6 +94,11 @@ def cpus_per_replica(options: DeployOptions, cluster_cpus: float) -> float:
     return float(int(share)) if share >= 1 else share
 
 
+def version_of(plan: ReplicaPlan) -> str:
+    """Differs where replicas that were made from another plan have to be replaced."""
+    return hashlib.sha256(repr((__version__, plan)).encode()).hexdigest()[:16]
+
+
 def passed_environment() -> dict[str, str]:
     """Variables of this process that engines on any machine are to see."""
-    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PASSED_ON)}

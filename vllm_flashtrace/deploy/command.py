@@ -6,10 +6,12 @@ the replicas have begun is finished first, within the time for it, and a Ray sta
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +77,14 @@ def run_deploy(options: DeployOptions) -> int:
     code = 0
     with connect(**local) as ray:
         serve = import_ray("ray.serve")
+        if options.blocking and options.name in serve.status().applications:
+            raise ValueError(
+                f"an application {options.name} runs already: choose another --name, or update it "
+                "with --no-blocking"
+            )
         try:
             with stop_on_signals():  # Ray has just put handlers of its own in place.
-                _start(ray, serve, options, facts)
+                _start(ray, serve, options, facts, own)
                 if options.blocking:
                     _stay(serve, options)
         except Interrupted as stopped:
@@ -107,18 +114,32 @@ def take_down(ray: Any, serve: Any, options: DeployOptions, own: bool) -> None:
         serve.shutdown()
 
 
-def _start(ray: Any, serve: Any, options: DeployOptions, facts: EngineFacts) -> None:
+def _start(ray: Any, serve: Any, options: DeployOptions, facts: EngineFacts, own: bool) -> None:
     logging = {"enable_access_log": facts.access_log}
     http = {"host": options.host, "port": options.port, **facts.tls}
     serve.start(http_options=http, logging_config=logging)
     application = build_application(options, facts.workers, ray.cluster_resources().get("CPU", 1))
     try:
         serve.run(application, name=options.name, route_prefix="/", logging_config=logging)
-    except RuntimeError as error:
+    except (RuntimeError, import_ray("ray.serve.exceptions").RayServeException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise DeployError(f"the deployment failed: {lines[-1] if lines else error}") from None
     scheme = "https" if facts.tls else "http"
-    _say(f"{options.name} is ready at {scheme}://{options.host}:{options.port}")
+    address = f"{scheme}://{options.host}:{options.port}"
+    if own or facts.tls or _answers(address, options.name):
+        _say(f"{options.name} is ready at {address}")
+    else:
+        _say(f"{options.name} is ready where this cluster's Serve listens, not at {address}")
+
+
+def _answers(address: str, name: str) -> bool:
+    """Whether Serve's proxy with our application listens there; in a cluster it may elsewhere."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{address}/-/routes", timeout=5) as response:
+            return name in json.load(response).values()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _stay(serve: Any, options: DeployOptions) -> None:

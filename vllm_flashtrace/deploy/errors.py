@@ -7,6 +7,7 @@ clients of these interfaces raise what they always raise; HTTP 503 says that it 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_flashtrace.deploy.exchange import Message
@@ -27,13 +28,23 @@ def error_body(path: str, code: str, message: str) -> dict[str, Any]:
     return {"error": error}
 
 
-def whole_answer(path: str, code: str, message: str) -> list[Message]:
-    """An HTTP 503, as ASGI messages."""
+def whole_answer(
+    path: str, code: str, message: str, more: Sequence[tuple[bytes, bytes]] = ()
+) -> list[Message]:
+    """An HTTP 503, as ASGI messages.
+
+    Args:
+        path: Of the request.
+        code: Of the error.
+        message: For people.
+        more: Further headers.
+    """
     body = json.dumps(error_body(path, code, message)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"retry-after", str(RETRY_AFTER_SECONDS).encode()),
+        *more,
     ]
     return [
         {"type": "http.response.start", "status": 503, "headers": headers},

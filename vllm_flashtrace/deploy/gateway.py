@@ -1,14 +1,15 @@
 """The ASGI application in front of the engine replicas.
 
-Invariant: a request is begun on at most one replica. It goes to another one only while none has
-taken it; from then on the death of its replica is an error that the client is told.
+Invariant: a client gets the answer of one replica. Its request goes to another one only while none
+has said that it took it; from then on the death of the replica is an error that the client is told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from vllm_flashtrace.deploy.errors import (
@@ -19,10 +20,12 @@ from vllm_flashtrace.deploy.errors import (
 )
 from vllm_flashtrace.deploy.exchange import Message
 from vllm_flashtrace.deploy.metrics import merge
+from vllm_flashtrace.deploy.taking import replica_header, who_took
 from vllm_flashtrace.ray_cluster import import_ray
 
 LOST = "replica_lost"
 BUSY = "overloaded"
+NO_METRICS = "metrics_unavailable"
 _LOST_MESSAGE = "the replica that ran this request is gone; the request may be sent again"
 _METRICS_SECONDS = 10.0
 _TRIES = 20
@@ -61,13 +64,17 @@ class Gateway:
         body = await _whole_body(receive)
         if body is None:
             return
-        path, start, ended = scope["path"], None, False
+        path, replica, start, ended = scope["path"], None, None, False
         try:
-            async for message in self._messages(scope, body):
-                if message["type"] == "http.response.start":
-                    start = message
-                ended = _is_last(message)
-                await send(message)
+            async with aclosing(self._messages(scope, body)) as messages:
+                async for message in messages:
+                    if taker := who_took(message):
+                        replica = taker
+                        continue
+                    if message["type"] == "http.response.start":
+                        start = message
+                    ended = _is_last(message)
+                    await send(message)
         except (self._ray.exceptions.RayError, self._serve.RayServeException) as error:
             logger.warning("A request to %s failed: %s", path, type(error).__name__)
             if ended:
@@ -75,14 +82,15 @@ class Gateway:
             if self._is_applications(error):
                 raise
             if start is None:
-                for message in whole_answer(path, *self._reason(error)):
+                headers = [] if replica is None else [replica_header(replica)]
+                for message in whole_answer(path, *self._reason(error), headers):
                     await send(message)
             elif is_event_stream(start):
                 await send(end_of_stream(path, *self._reason(error)))
             else:
                 raise
 
-    async def _messages(self, scope: Message, body: bytes) -> AsyncIterator[Message]:
+    async def _messages(self, scope: Message, body: bytes) -> AsyncGenerator[Message, None]:
         sent = {key: scope[key] for key in _SCOPE if key in scope}
         for remaining in reversed(range(_TRIES)):
             taken = False
@@ -119,8 +127,14 @@ class Gateway:
         return LOST, _LOST_MESSAGE
 
     async def _metrics(self, send: Any) -> None:
-        response = self._engines.broadcast("metrics")
-        pages = await response.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
+        try:
+            response = self._engines.broadcast("metrics")
+            pages = await response.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
+        except (TimeoutError, self._ray.exceptions.RayError, self._serve.RayServeException):
+            reason = f"a replica did not tell its metrics within {_METRICS_SECONDS:g} s"
+            for message in whole_answer("/metrics", NO_METRICS, reason):
+                await send(message)
+            return
         # One that is going down has none.
         found: dict[str, str] = dict(page for page in pages if isinstance(page, tuple))
         body = merge(dict(sorted(found.items()))).encode()

@@ -25,12 +25,12 @@ def merge(pages: Mapping[str, str]) -> str:
     for replica, text in pages.items():
         family = ""
         for line in text.splitlines():
-            if line.startswith("# "):
+            if line.startswith(("# HELP ", "# TYPE ")):
                 family = line.split(" ", 3)[2]
                 known = comments.setdefault(family, [])
                 if line not in known:
                     known.append(line)
-            elif line:
+            elif line and not line.startswith("#"):
                 families.setdefault(family, []).append(_labelled(line, replica))
     lines = []
     for family in {**comments, **families}:

@@ -62,13 +62,11 @@ class EngineReplica:
         self._served: ServedApp | None = None
         self._prepare_process(context.rank.local_rank)
 
-        from vllm_flashtrace.adapter.engine_app import engine_app
+        from vllm_flashtrace.adapter.engine_app import engine_app, read_engine_options
 
-        neighbours = (context.world_size or 1) - 1
+        args = read_engine_options(plan.argv, neighbours=(context.world_size or 1) - 1)
         self._stack = AsyncExitStack()
-        app, engine = await self._stack.enter_async_context(
-            engine_app(plan.argv, self._make_store, neighbours)
-        )
+        app, engine = await self._stack.enter_async_context(engine_app(args, self._make_store))
         service = getattr(app.state, "flashtrace", None)
         self._served = ServedApp(app, engine, service, context.replica_id.unique_id)
         self._watch = asyncio.create_task(self._end_with_engine(self._served))

@@ -13,8 +13,8 @@ from typing import Any
 
 from vllm_flashtrace.deploy.errors import EngineLostError
 from vllm_flashtrace.deploy.exchange import Application, Message, exchange
+from vllm_flashtrace.deploy.taking import replica_header, taken_by
 
-REPLICA_HEADER = b"x-flashtrace-replica"
 _POLL_SECONDS = 0.25
 
 
@@ -46,7 +46,8 @@ class ServedApp:
         """Answers one HTTP request with ASGI messages.
 
         Yields:
-            First an empty list: the request was taken. Then the messages.
+            First one message of our own, :func:`taken_by`: the request was taken. Then the
+            application's.
 
         Raises:
             EngineLostError: It was not taken.
@@ -56,7 +57,7 @@ class ServedApp:
         self._ongoing += 1
         try:
             async with aclosing(exchange(self._app, scope, body)) as answer:
-                yield []
+                yield [taken_by(self.name)]
                 async for messages in answer:
                     yield [self._signed(message) for message in messages]
         finally:
@@ -95,5 +96,5 @@ class ServedApp:
     def _signed(self, message: Message) -> Message:
         if message["type"] != "http.response.start":
             return message
-        headers = [*message.get("headers", ()), (REPLICA_HEADER, self.name.encode())]
+        headers = [*message.get("headers", ()), replica_header(self.name)]
         return {**message, "headers": headers}
