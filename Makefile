@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export VLLM_TARGET_DEVICE ?= cpu
 
-.PHONY: help demo test test-fast lint bench clean
+.PHONY: help demo test test-fast lint bench bench-faithfulness clean
 
 help:
 	@echo "make demo   ask a small real model a question and see where its answer came from"
 	@echo "make test   lint, type-check and run all tests"
 	@echo "make bench  small benchmarks"
+	@echo "make bench-faithfulness  do the scores find where answers come from? (ten minutes)"
 
 # The lock is installed without dependency resolution; see the note at its top.
 $(VENV)/.cpu: requirements/cpu.txt pyproject.toml
@@ -43,6 +44,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.parity --tokens 600
 	$(BIN)/python -m benchmarks.vs_reference --eager --cases 600,200,20
 	$(BIN)/python -m benchmarks.scaling --eager --quick
+
+bench-faithfulness: $(VENV)/.dev
+	mkdir -p .cache
+	$(BIN)/python -m benchmarks.faithfulness --preset quick --json .cache/faithfulness-quick.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info

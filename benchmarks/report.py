@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import capacity_tables, gpu_tables, tables
+from benchmarks.faithfulness import report as faithfulness
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,6 +50,15 @@ KINDS = {
     ),
     "capacity_check": Kind(
         "capacity_check.json", {"capacity_check": capacity_tables.capacity_check}
+    ),
+    "faithfulness": Kind(
+        "faithfulness.json",
+        {
+            "faithfulness": faithfulness.quality,
+            "faithfulness_tasks": faithfulness.by_task,
+            "faithfulness_lengths": faithfulness.by_length,
+            "faithfulness_perturbation": faithfulness.perturbation,
+        },
     ),
     "gpu_kernels": Kind("gpu_kernels.json", {"gpu_kernels": gpu_tables.gpu_kernels}),
 }

@@ -1,0 +1,172 @@
+"""Baselines that remove parts of the prompt and watch the response, through the engine's scorer.
+
+Invariant: positions never shift; a removed token is a pad token, and the chat template stays.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.faithfulness.example import Prepared, Span
+from benchmarks.faithfulness.method import Scores, Values
+from benchmarks.faithfulness.scorer import EngineScorer
+
+ABLATIONS = 32
+KEEP_PROBABILITY = 0.5
+LASSO_ALPHA = 0.01
+_CERTAIN = -1e-7
+"""Log-probabilities above it are rounding: float32 does not tell them from 0."""
+
+Masks = npt.NDArray[np.bool_]
+
+
+class AblationFamily:
+    """Leave-one-out over tokens and sentences, and ContextCite.
+
+    All of them watch the log-probability of the whole response, reasoning and output. Scores may be
+    negative: without such a token the response is more likely.
+    """
+
+    labels: Mapping[str, str] = {
+        "loo-token": "log-probability lost without the token",
+        "loo-sentence": "log-probability lost without the sentence, spread over its tokens",
+        "contextcite": f"sparse linear model of {ABLATIONS} random ablations of sentences",
+    }
+
+    def __init__(self, resources: Any) -> None:
+        """Takes ``resources.engine`` and ``resources.seed``."""
+        self._scorer: EngineScorer = resources.engine.scorer
+        self._pad: int = resources.engine.pad_token_id
+        self._seed = int(resources.seed)
+
+    def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
+        """See `benchmarks.faithfulness.method.Family`; fact ``evaluations``, response scorings."""
+        methods: dict[str, Callable[[Prepared], tuple[Values, int]]] = {
+            "loo-token": self._loo_token,
+            "loo-sentence": self._loo_sentence,
+            "contextcite": self._contextcite,
+        }
+        results = {}
+        for name in names:
+            self._scorer.forget()  # so that the seconds are its own
+            began = time.perf_counter()
+            values, evaluations = methods[name](prepared)
+            seconds = time.perf_counter() - began
+            results[name] = Scores(values, seconds, {"evaluations": float(evaluations)})
+        return results
+
+    def close(self) -> None:
+        """Holds nothing of its own."""
+
+    def _loo_token(self, prepared: Prepared) -> tuple[Values, int]:
+        tokens = [(position, position + 1) for position in range(*prepared.user)]
+        return self._lost(prepared, tokens), 1 + len(tokens)
+
+    def _loo_sentence(self, prepared: Prepared) -> tuple[Values, int]:
+        lost = self._lost(prepared, prepared.sentences)
+        return spread(lost, prepared.sentences, prepared.user), 1 + len(prepared.sentences)
+
+    def _contextcite(self, prepared: Prepared) -> tuple[Values, int]:
+        key = zlib.crc32(prepared.example.id.encode())
+        source = np.random.default_rng([self._seed, key])
+        kept = source.random((ABLATIONS, len(prepared.sentences))) < KEEP_PROBABILITY
+        removed = [
+            [span for span, keep in zip(prepared.sentences, row, strict=True) if not keep]
+            for row in kept
+        ]
+        weights = surrogate(kept, self._logprobs(prepared, removed), prepared.response_length)
+        return spread(weights, prepared.sentences, prepared.user), ABLATIONS
+
+    def _lost(self, prepared: Prepared, spans: Sequence[Span]) -> Values:
+        """What the response's log-probability loses without each span, ``[len(spans)]``."""
+        whole, *without = self._logprobs(prepared, [[], *([span] for span in spans)])
+        return whole - np.array(without, dtype=np.float64)
+
+    def _logprobs(self, prepared: Prepared, removed: Sequence[Sequence[Span]]) -> list[float]:
+        sequences = []
+        for spans in removed:
+            tokens = list(prepared.token_ids)
+            for first, end in spans:
+                tokens[first:end] = [self._pad] * (end - first)
+            sequences.append(tokens)
+        lengths = [prepared.response_length] * len(sequences)
+        return self._scorer.response_logprobs(sequences, lengths)
+
+
+def spread(weights: Values, spans: Sequence[Span], user: Span) -> Values:
+    """Gives each token an equal part of its span's weight, ``[P]`` by offset from ``user[0]``."""
+    scores = np.zeros(user[1] - user[0])
+    for (first, end), weight in zip(spans, weights, strict=True):
+        scores[first - user[0] : end - user[0]] = weight / (end - first)
+    return scores
+
+
+def surrogate(kept: Masks, logprobs: Sequence[float], response_length: int) -> Values:
+    """ContextCite's weight of each source, ``[sources]`` (Cohen-Wang et al., NeurIPS 2024).
+
+    A LASSO fit of the response's logit ``log p - log(1 - p)``, per token of the response, to
+    standardised indicators of which sources were kept; weights are given back in nats of the whole
+    response per source. Setting of the paper: ``alpha`` 0.01, sources kept with probability 1/2.
+    Unlike there, a source that is left out is pad tokens, not a shorter text.
+
+    Args:
+        kept: ``[ablations, sources]``.
+        logprobs: Of the response after each ablation.
+        response_length: Its tokens.
+    """
+    features = kept.astype(np.float64)
+    scale = features.std(axis=0)
+    varies = scale > 0
+    scale[~varies] = 1.0
+    standardised = (features - features.mean(axis=0)) / scale
+    logits = [_logit(min(value, _CERTAIN)) for value in logprobs]
+    targets = np.array(logits, dtype=np.float64) / response_length
+    return lasso(standardised, targets, LASSO_ALPHA) / scale * response_length
+
+
+def lasso(
+    features: Values, targets: Values, alpha: float, *, tolerance: float = 1e-9, sweeps: int = 10000
+) -> Values:
+    """Minimises ``|y - X w|^2 / (2 n) + alpha |w|_1`` by cyclic coordinate descent.
+
+    Args:
+        features: ``X``, ``[n, d]``, with columns of mean 0.
+        targets: ``y``, ``[n]``; its mean is the intercept, which is not penalised.
+        alpha: Weight of the penalty.
+        tolerance: Largest change of a coefficient in the last sweep.
+        sweeps: Most passes over the coefficients.
+
+    Returns:
+        ``w``, ``[d]``; 0 for a column of zeros.
+
+    Raises:
+        ArithmeticError: Coefficients still change after so many sweeps.
+    """
+    count = len(targets)
+    squares = (features**2).sum(axis=0) / count
+    weights = np.zeros(features.shape[1])
+    residual = targets - targets.mean()
+    for _ in range(sweeps):
+        largest = 0.0
+        for j in np.flatnonzero(squares):
+            pull = features[:, j] @ residual / count + squares[j] * weights[j]
+            shrunk = math.copysign(max(abs(pull) - alpha, 0.0), pull) / squares[j]
+            if shrunk != weights[j]:
+                residual += features[:, j] * (weights[j] - shrunk)
+                largest = max(largest, abs(shrunk - weights[j]))
+                weights[j] = shrunk
+        if largest <= tolerance:
+            return weights
+    raise ArithmeticError(f"coefficients still change by {largest:.1e} after {sweeps} sweeps")
+
+
+def _logit(logprob: float) -> float:
+    """``log p - log(1 - p)`` of a log-probability below 0."""
+    return logprob - math.log(-math.expm1(logprob))

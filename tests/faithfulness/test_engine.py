@@ -1,0 +1,297 @@
+"""What of the faithfulness benchmark runs through the engine, on a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.faithfulness.ablation import AblationFamily
+from benchmarks.faithfulness.engine import EngineResource
+from benchmarks.faithfulness.example import Example, Prepared, prepare
+from benchmarks.faithfulness.method import MethodFailed, Scores
+from benchmarks.faithfulness.ours import VARIANTS, OursFamily, Recursion
+from benchmarks.faithfulness.scorer import EngineScorer
+from benchmarks.faithfulness.scorer_speed import Case, Steps, rise, run_case
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.core.hop_result import HopMass
+
+LONGEST = 640
+CHUNK = 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[EngineResource]:
+    """Eager, to start sooner, and with steps shorter than the longest sequence."""
+    resource = EngineResource(
+        folder,
+        max_model_len=LONGEST,
+        enforce_eager=True,
+        max_num_batched_tokens=CHUNK,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    yield resource
+    resource.close()
+
+
+@pytest.fixture(scope="module")
+def hf(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prepared(engine: EngineResource) -> Prepared:
+    example = Example(
+        id="lighthouse",
+        task="test",
+        length=0,
+        prompt="The secret number of the northern lighthouse is 4821. She counted 12 apples, 7 "
+        "pears and 30 plums. What is the secret number?",
+        reasoning="Let me think about that again. The lighthouse is the northern one, so it is ",
+        output="4821.",
+    )
+    return prepare(example, engine.ft.llm.get_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def ours(engine: EngineResource) -> OursFamily:
+    return OursFamily(SimpleNamespace(engine=engine))
+
+
+@pytest.fixture(scope="module")
+def all_scores(ours: OursFamily, prepared: Prepared) -> dict[str, Scores]:
+    return ours.attribute(prepared, list(VARIANTS))
+
+
+@torch.no_grad()
+def reference(model: Any, tokens: Sequence[int], response: int) -> float:
+    logs = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+    rows = range(len(tokens) - response, len(tokens))
+    return sum(float(logs[row - 1, tokens[row]]) for row in rows)
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 500, length).tolist()
+
+
+def changed(tokens: Sequence[int], *positions: int) -> list[int]:
+    copy = list(tokens)
+    for position in positions:
+        copy[position] = 0
+    return copy
+
+
+def test_scorer_equals_hugging_face(engine: EngineResource, hf: Any) -> None:
+    """Lengths around block borders, a long one in chunks, and prefixes shared in every way."""
+    sequences, lengths = [], []
+    for seed, (length, response) in enumerate([(2, 1), (33, 1), (64, 31), (96, 32), (97, 60)]):
+        sequences.append(random_tokens(length, seed))
+        lengths.append(response)
+    long = random_tokens(LONGEST, 9)
+    for tokens, response in [
+        (long, 70),
+        (changed(long, 500), 70),
+        (changed(long, 100, 500), 70),
+        (changed(long, 3), 1),
+        (long, 300),
+    ]:
+        sequences.append(tokens)
+        lengths.append(response)
+    found = engine.scorer.response_logprobs(sequences, lengths)
+    for tokens, response, value in zip(sequences, lengths, found, strict=True):
+        assert value == pytest.approx(reference(hf, tokens, response), rel=1e-5, abs=1e-3)
+
+
+def test_scorer_never_counts_cached_rows(engine: EngineResource, hf: Any) -> None:
+    """The whole sequence is in the prefix cache already, response and all."""
+    tokens = random_tokens(300, 20)
+    expected = reference(hf, tokens, 200)
+    for _ in range(2):
+        fresh = EngineScorer(engine.ft.llm)  # One that does not know the result.
+        assert fresh.response_logprobs([tokens], [200])[0] == pytest.approx(expected, abs=1e-3)
+        assert fresh.response_logprobs([tokens[:200]], [100])[0] == pytest.approx(
+            reference(hf, tokens[:200], 100), abs=1e-3
+        )
+
+
+def test_scorer_evaluates_a_sequence_once(engine: EngineResource) -> None:
+    scorer = EngineScorer(engine.ft.llm)
+    tokens = random_tokens(80, 21)
+    other = changed(tokens, 5)
+    first = scorer.response_logprobs([tokens, other, tokens], [10, 10, 10])
+    assert scorer.evaluated == 2
+    assert first[0] == first[2] != first[1]
+    assert scorer.response_logprobs([other, tokens], [10, 10]) == [first[1], first[0]]
+    assert scorer.evaluated == 2
+    scorer.response_logprobs([tokens], [11])
+    assert scorer.evaluated == 3
+
+
+def test_scorer_with_and_without_prompts_ahead(engine: EngineResource) -> None:
+    sequences = [changed(random_tokens(200, 22), *range(20, 20 + i)) for i in range(6)]
+    values = []
+    for two_steps in (True, False):
+        scorer = EngineScorer(engine.ft.llm, two_steps=two_steps)
+        scorer.forget()
+        values.append(scorer.response_logprobs(sequences, [50] * 6))
+    np.testing.assert_allclose(values[0], values[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("response", [0, 5])
+def test_scorer_refuses_a_response_without_context(engine: EngineResource, response: int) -> None:
+    with pytest.raises(ValueError, match="in a sequence of 5"):
+        engine.scorer.response_logprobs([[4, 5, 6, 7, 8]], [response])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flashtrace-k0", {"hops": 0}),
+        ("flashtrace-k1", {"hops": 1}),
+        ("flashtrace-k1-exact", {"hops": 1}),
+        ("flashtrace-k2", {"hops": 2}),
+        ("flashtrace-k3", {"hops": 3}),
+        ("flashtrace-auto", {"hops": "auto"}),
+        ("flashtrace-k1-skip", {"hops": 1, "skip_tokens": "punctuation"}),
+    ],
+)
+def test_nested_hops_equal_the_products_own(
+    engine: EngineResource,
+    prepared: Prepared,
+    all_scores: dict[str, Scores],
+    name: str,
+    options: dict[str, Any],
+) -> None:
+    answer = attribute(engine, prepared, prepared.target, options)
+    user = slice(*prepared.user)
+    expected = np.array([token.score for token in answer.scores])[user]
+    found = all_scores[name]
+    np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=1e-7)
+    assert found.facts["hops"] == len(answer.hops) - 1
+    assert found.facts["reasoning_mass"] == pytest.approx(answer.hops[0]["reasoning_mass"])
+    assert found.facts["remaining_mass"] == pytest.approx(answer.to_dict()["remaining_mass"])
+
+
+def test_predicting_rows_are_one_to_the_left(
+    engine: EngineResource, prepared: Prepared, all_scores: dict[str, Scores]
+) -> None:
+    rows = (prepared.target[0] - 1, prepared.target[1] - 1)
+    answer = attribute(engine, prepared, rows, {"hops": 1})
+    expected = np.array([token.score for token in answer.scores])[slice(*prepared.user)]
+    found = all_scores["flashtrace-k1-predicting"].values
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+    assert not np.allclose(found, all_scores["flashtrace-k1"].values, rtol=1e-2)
+
+
+def test_closures_add_the_geometric_tail(
+    ours: OursFamily, prepared: Prepared, all_scores: dict[str, Scores]
+) -> None:
+    run = ours.recursion(prepared, [VARIANTS["flashtrace-k3"]])
+    rho = [mass.reasoning_mass for mass in run.masses]
+    assert all(0.01 < value < 0.99 for value in rho)
+    for hops in (1, 2):
+        total = sum(np.prod(rho[:k]) * run.scores[k] for k in range(hops + 1))
+        tail = sum(np.prod(rho[: hops + 1]) * rho[hops] ** m * run.scores[hops] for m in range(999))
+        found = all_scores[f"flashtrace-k{hops}-closure"]
+        np.testing.assert_allclose(found.values, total + tail, rtol=1e-4, atol=1e-8)
+        assert found.facts["remaining_mass"] == 0.0
+
+
+def test_other_variants_differ_as_they_say(all_scores: dict[str, Scores]) -> None:
+    plain = all_scores["flashtrace-k1"].values
+    assert plain.sum() > 0
+    dropped = all_scores["flashtrace-k1-drop-sink"].values
+    assert not dropped[:4].any()
+    np.testing.assert_array_equal(dropped[4:], plain[4:])
+    pruned = all_scores["flashtrace-k1-prune50"].values
+    difference = abs(pruned / pruned.sum() - plain / plain.sum()).sum()
+    assert 1e-5 < difference < 0.2
+    seconds = [all_scores[f"flashtrace-k{hops}"].seconds for hops in range(4)]
+    assert seconds == sorted(seconds)
+
+
+def test_a_response_without_reasoning(engine: EngineResource, ours: OursFamily) -> None:
+    """Then its first token is predicted by the prompt's last one."""
+    tokenizer = engine.ft.llm.get_tokenizer()
+    prepared = prepare(Example("bare", "test", 0, "The answer is 49.", "", "49"), tokenizer)
+    scores = ours.attribute(prepared, list(VARIANTS))
+    assert set(scores) == set(VARIANTS)
+    plain = scores["flashtrace-k0"].values
+    np.testing.assert_allclose(scores["flashtrace-k3"].values, plain)
+    np.testing.assert_allclose(scores["flashtrace-k2-closure"].values, plain)
+    assert scores["flashtrace-auto"].facts["reasoning_mass"] == 0.0
+    assert scores["flashtrace-k1-predicting"].values.sum() > 0
+
+
+def test_a_closure_that_diverges_is_refused() -> None:
+    run = Recursion([np.ones(2)], [HopMass(0, 0.0, 1.0, 0.0, 0.0, 1.0)], [0.0])
+    with pytest.raises(MethodFailed, match="hop 0 leaves"):
+        run.closed(0)
+
+
+def test_leave_one_out_equals_hugging_face(
+    engine: EngineResource, hf: Any, prepared: Prepared
+) -> None:
+    ablation = AblationFamily(SimpleNamespace(engine=engine, seed=0))
+    scores = ablation.attribute(prepared, ["loo-token", "loo-sentence", "contextcite"])
+    tokens, response = prepared.token_ids, prepared.response_length
+    whole = reference(hf, tokens, response)
+    for position in range(*prepared.user):
+        loss = whole - reference(hf, changed(tokens, position), response)
+        found = scores["loo-token"].values[position - prepared.user[0]]
+        assert found == pytest.approx(loss, abs=2e-3)
+    first, end = prepared.sentences[1]
+    loss = whole - reference(hf, changed(tokens, *range(first, end)), response)
+    sentence = scores["loo-sentence"].values[first - prepared.user[0] : end - prepared.user[0]]
+    np.testing.assert_allclose(sentence, loss / (end - first), atol=1e-3)
+    assert np.isfinite(scores["contextcite"].values).all()
+
+
+def attribute(
+    engine: EngineResource, prepared: Prepared, rows: tuple[int, int], options: dict[str, Any]
+) -> Any:
+    start = prepared.prompt_length
+    return engine.ft.attribute(
+        prompt=list(prepared.token_ids[:start]),
+        completion=list(prepared.token_ids[start:]),
+        flashtrace={
+            "target": {"tokens": [[row - start for row in rows]]},
+            "reasoning": {"tokens": [[row - start for row in prepared.reasoning]]},
+            "top_k": None,
+            **options,
+        },
+    )
+
+
+@pytest.mark.parametrize("case", [Case(200, 0, 2), Case(300, 150, 1)])
+def test_scorer_speed_compares_equal_steps(engine: EngineResource, hf: Any, case: Case) -> None:
+    result = run_case(case, hf, engine)
+    assert result["tokens"] == pytest.approx(case.tokens, rel=0.3)
+    assert result["steps"] == 21 * case.examples
+    ways = {row["way"]: row for row in result["ways"]}
+    assert list(ways) == ["hf", "hf_batched", "engine", "engine_early"]
+    for row in ways.values():
+        assert row["seconds_per_step"] > 0
+        assert row["largest_logprob_difference"] < 2e-3
+        assert row["largest_relative_rise_difference"] < 1e-3
+    assert ways["engine"]["evaluated"] == result["steps"]
+    assert 2 * case.examples <= ways["engine_early"]["evaluated"] <= result["steps"]
+
+
+def test_rise_does_not_need_what_comes_after_zero() -> None:
+    steps = Steps([[0]] * 5, 1, np.linspace(1.0, 0.0, 5))
+    nan = float("nan")
+    assert rise([-1.0, -3.0, -6.0, nan, -5.0], steps) == rise([-1.0, -3.0, -6.0, -2, -5.0], steps)
+    assert rise([-1.0, -3.0, -6.0, nan, -5.0], steps) == pytest.approx((0.5 + 0.5) / 4)

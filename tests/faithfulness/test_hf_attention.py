@@ -1,0 +1,169 @@
+"""Baselines on attention matrices against float64 evaluations written from their formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.faithfulness.example import Prepared
+from benchmarks.faithfulness.hf import HFModel
+from benchmarks.faithfulness.hf_attention import (
+    attention_mean,
+    attention_rollout,
+    cage,
+    ifr_per_token,
+    token_rollout,
+    value_norm,
+)
+from benchmarks.faithfulness.hf_flow import compose, token_rows
+from benchmarks.faithfulness.method import MethodFailed
+from tests.oracle import LayerActivations, capture_hf, dense_weights, layer_oracle, oracle_hops
+
+pytestmark = pytest.mark.usefixtures("one_core")
+
+
+@pytest.fixture(scope="module")
+def layers(double_model: Any, prepared: Prepared) -> list[LayerActivations]:
+    return capture_hf(double_model, prepared.token_ids)
+
+
+def ifr(layers: list[LayerActivations], w: Tensor) -> Tensor:
+    scores = sum(
+        layer_oracle(layer.alpha, layer.x_prev, layer.x_mid, layer.value, layer.o_proj, w)
+        for layer in layers
+    )
+    return scores / scores.sum()
+
+
+def span_weights(prepared: Prepared, span: tuple[int, int]) -> Tensor:
+    positions = range(*span)
+    return dense_weights(len(prepared.token_ids), list(positions), [1.0] * len(positions))
+
+
+@pytest.fixture(scope="module")
+def response_rows(layers: list[LayerActivations], prepared: Prepared) -> Tensor:
+    positions = range(prepared.prompt_length, len(prepared.token_ids))
+    return torch.stack([ifr(layers, span_weights(prepared, (p, p + 1))) for p in positions])
+
+
+def relative_l1(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).abs().sum() / wanted.abs().sum())
+
+
+def test_rows_of_tokens(hf: HFModel, prepared: Prepared, response_rows: Tensor) -> None:
+    span = (prepared.prompt_length, len(prepared.token_ids))
+    rows = token_rows(hf.recorded(prepared), span)
+    assert relative_l1(rows, response_rows) < 1e-5
+    assert (rows >= 0).all()
+    torch.testing.assert_close(rows.sum(-1), torch.ones(len(rows), dtype=torch.float64))
+    assert not rows.triu(span[0] + 1).any()
+
+
+def test_ifr_per_token(hf: HFModel, prepared: Prepared, response_rows: Tensor) -> None:
+    scores, facts = ifr_per_token(hf.recorded(prepared), prepared)
+    wanted = response_rows[prepared.target[0] - prepared.prompt_length :].mean(0)
+    assert relative_l1(scores, wanted) < 1e-5
+    mass = float(wanted[slice(*prepared.reasoning)].sum())
+    assert facts["reasoning_mass"] == pytest.approx(mass, rel=1e-4)
+
+
+def test_token_rollout_solves_the_linear_system(
+    hf: HFModel, prepared: Prepared, response_rows: Tensor
+) -> None:
+    scores, _ = token_rollout(hf.recorded(prepared), prepared)
+    end = prepared.prompt_length
+    reasoning = slice(*prepared.reasoning)
+    start = response_rows[prepared.target[0] - end :].mean(0)
+    rows = response_rows[: prepared.reasoning[1] - end]
+    # m_r = s_r + m_r M_rr, with a token's mass on itself in M_rr; then m_r M_rp arrives.
+    within = torch.eye(len(rows), dtype=torch.float64) - rows[:, reasoning]
+    arrived = torch.linalg.solve(within.T, start[reasoning]) @ rows[:, :end]
+    assert relative_l1(scores[:end], start[:end] + arrived) < 1e-5
+    assert not scores[reasoning].any()
+    assert float(scores.sum()) == pytest.approx(1)
+    assert float(scores[:end].sum()) < 1
+
+
+def test_token_rollout_without_reasoning_is_ifr(hf: HFModel, without_reasoning: Prepared) -> None:
+    recorded = hf.recorded(without_reasoning)
+    single, _ = ifr_per_token(recorded, without_reasoning)
+    rolled, _ = token_rollout(recorded, without_reasoning)
+    torch.testing.assert_close(rolled, single, rtol=0, atol=0)
+
+
+def test_compose_sends_mass_to_what_comes_before() -> None:
+    start = torch.tensor([0.2, 0.0, 0.4, 0.4]).double()
+    rows = [
+        torch.tensor([0.6, 0.2, 0.0, 0.0]).double(),
+        torch.tensor([0.1, 0.0, 0.3, 0.6]).double(),
+    ]
+    # The last unit gives 0.4 as 1 to 3; the one before it all of its 0.7 in the same way, 3 to 1.
+    rolled = compose(start, [(2, 3), (3, 4)], rows)
+    torch.testing.assert_close(rolled, torch.tensor([0.825, 0.175, 0.0, 0.0]).double())
+
+
+def test_compose_keeps_mass_that_can_go_nowhere() -> None:
+    start = torch.tensor([0.5, 0.5]).double()
+    rolled = compose(start, [(1, 2)], [torch.tensor([0.0, 1.0]).double()])
+    assert rolled.tolist() == [0.5, 0.5]
+
+
+def test_cage(hf: HFModel, prepared: Prepared, layers: list[LayerActivations]) -> None:
+    assert len(prepared.reasoning_sentences) == 2
+    mass = ifr(layers, span_weights(prepared, prepared.target))
+    for first, end in reversed(prepared.reasoning_sentences):
+        row = ifr(layers, span_weights(prepared, (first, end)))[:first]
+        mass[:first] += float(mass[first:end].sum()) * row / row.sum()
+    scores, _ = cage(hf.recorded(prepared), prepared)
+    user = slice(*prepared.user)
+    assert relative_l1(scores[user], mass[user]) < 1e-5
+
+
+def test_attention_mean(hf: HFModel, prepared: Prepared, layers: list[LayerActivations]) -> None:
+    rows = slice(*prepared.target)
+    wanted = torch.stack([layer.alpha[:, rows].mean((0, 1)) for layer in layers]).mean(0)
+    assert relative_l1(attention_mean(hf.recorded(prepared), prepared)[0], wanted) < 1e-5
+
+
+def test_attention_rollout(hf: HFModel, prepared: Prepared, layers: list[LayerActivations]) -> None:
+    matrix = torch.eye(len(prepared.token_ids), dtype=torch.float64)
+    for layer in layers:
+        matrix = (0.5 * layer.alpha.mean(0) + 0.5 * torch.eye(len(matrix))) @ matrix
+    wanted = matrix[slice(*prepared.target)].mean(0)
+    scores, _ = attention_rollout(hf.recorded(prepared), prepared)
+    assert relative_l1(scores, wanted) < 1e-5
+
+
+def test_value_norm(hf: HFModel, prepared: Prepared, layers: list[LayerActivations]) -> None:
+    def one_hop(w: Tensor) -> Tensor:
+        scores = torch.zeros_like(w)
+        for layer in layers:
+            heads, dim = layer.alpha.shape[0], layer.value.shape[2]
+            values = layer.value.repeat_interleave(heads // layer.value.shape[1], dim=1)
+            projected = torch.einsum(
+                "nhd,khd->nhk", values, layer.o_proj.reshape(-1, heads, dim)
+            ).norm(dim=-1)
+            scores += (torch.einsum("i,hij->jh", w, layer.alpha) * projected).sum(-1)
+        return scores
+
+    positions = torch.arange(len(prepared.token_ids))
+    first, end = prepared.reasoning
+    wanted, remaining = oracle_hops(
+        one_hop,
+        span_weights(prepared, prepared.target),
+        (positions < prepared.prompt_length).double(),
+        ((positions >= first) & (positions < end)).double(),
+        1,
+    )
+    scores, facts = value_norm(hf.recorded(prepared), prepared)
+    assert relative_l1(scores, wanted) < 1e-5
+    assert facts["remaining_mass"] == pytest.approx(remaining, rel=1e-4)
+
+
+def test_too_many_tokens_are_refused(hf: HFModel) -> None:
+    hf.check_attention_fits(2000)
+    with pytest.raises(MethodFailed, match=r"need .* GiB, allowed are 6 GiB"):
+        hf.check_attention_fits(20_000)
