@@ -6,6 +6,7 @@ process; a cluster that was joined goes on.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -41,6 +42,8 @@ def import_ray(module: str = "ray") -> Any:
         RayUnavailableError: It is not installed; the message names the extra that brings it.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Engines are what the machine is there for; by default Ray's workers give way to everything.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     address = os.environ.get(_ADDRESS)
     if not address or _is_on_loopback_alone(address):
         # Ray listens on the loopback interface alone, and finds others there, where it takes itself
@@ -71,6 +74,7 @@ def connect(**options: Any) -> Iterator[Any]:
     Raises:
         RayUnavailableError: Ray is not installed, did not start, or cannot be joined.
     """
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # Nothing starts a Ray by the way.
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -101,6 +105,9 @@ def connect(**options: Any) -> Iterator[Any]:
     try:
         yield ray
     finally:
+        # What Ray Data made is ended when it is freed, and that would start a new Ray if this one
+        # were gone, at any later moment.
+        gc.collect()
         ray.shutdown()
 
 
