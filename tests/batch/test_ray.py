@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from vllm_flashtrace.batch.table import result_schema
 def ray() -> Iterator[Any]:
     with ray_cluster.connect(num_cpus=3, object_store_memory=200 << 20) as ray:
         yield ray
+    gc.collect()  # Ray Data's pools, which would call Ray.
     assert not ray.is_initialized()
 
 

@@ -47,7 +47,7 @@ class Deployment:
     process: subprocess.Popen[bytes]
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json={"model": "m", **body}, timeout=120)
+        return httpx.post(f"{self.url}{path}", json={"model": "m", **body}, timeout=300)
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=60)
