@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.faithfulness.example import Prepared
+from benchmarks.faithfulness.hf_record import RecordedForward, record_forward
 from benchmarks.faithfulness.method import MethodFailed
 from vllm_flashtrace.core import OutputProjection
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What one decoder layer computed for ``N`` tokens, float32.
-
-    Attributes:
-        attention: ``[H, N, N]``, attention weights.
-        before: ``[N, D]``, the residual stream entering the attention block.
-        after: ``[N, D]``, the residual stream after attention has been added.
-        values: ``[N, G, d]``, value vectors with their bias.
-        projection: ``W_O`` of the layer.
-    """
-
-    attention: Tensor
-    before: Tensor
-    after: Tensor
-    values: Tensor
-    projection: OutputProjection
-
-
-@dataclass(frozen=True)
-class RecordedForward:
-    """One forward pass of the decoder layers, and what it cost."""
-
-    layers: tuple[LayerRecord, ...]
-    seconds: float
 
 
 class HFModel:
@@ -95,7 +67,10 @@ class HFModel:
         """
         if self._latest is None or self._latest[0] != prepared.token_ids:
             self._latest = None  # before the next one takes its memory
-            self._latest = (prepared.token_ids, self._record(prepared.token_ids))
+            self.check_attention_fits(len(prepared.token_ids))
+            with all_cores():
+                forward = record_forward(self.model, prepared.token_ids, self._projections)
+            self._latest = (prepared.token_ids, forward)
         return self._latest[1]
 
     def check_attention_fits(self, tokens: int) -> None:
@@ -149,43 +124,6 @@ class HFModel:
         by_head = weight.view(weight.shape[0], heads, attention.head_dim).permute(1, 2, 0)
         return OutputProjection(by_head, torch.linalg.vector_norm(by_head, dim=1))
 
-    @torch.no_grad()
-    def _record(self, token_ids: Sequence[int]) -> RecordedForward:
-        self.check_attention_fits(len(token_ids))
-        with all_cores(), self._recording() as taken:
-            began = time.perf_counter()
-            self.model.model(input_ids=torch.tensor([token_ids]), use_cache=False)
-            seconds = time.perf_counter() - began
-        layers = (
-            LayerRecord(
-                attention=found["attention"],
-                before=found["before"],
-                after=found["before"] + found["added"],
-                values=_by_head(found["values"], layer.self_attn.head_dim),
-                projection=projection,
-            )
-            for found, layer, projection in zip(
-                taken, self.model.model.layers, self._projections, strict=True
-            )
-        )
-        return RecordedForward(tuple(layers), seconds)
-
-    @contextmanager
-    def _recording(self) -> Iterator[list[dict[str, Tensor]]]:
-        taken: list[dict[str, Tensor]] = [{} for _ in self.model.model.layers]
-        hooks = []
-        for layer, found in zip(self.model.model.layers, taken, strict=True):
-            hooks += [
-                layer.register_forward_pre_hook(_take_input(found), with_kwargs=True),
-                layer.self_attn.v_proj.register_forward_hook(_take_values(found)),
-                layer.self_attn.register_forward_hook(_take_attention(found)),
-            ]
-        try:
-            yield taken
-        finally:
-            for hook in hooks:
-                hook.remove()
-
 
 def target_logits(
     model: Any, token_ids: Tensor | None, prepared: Prepared, *, embeddings: Tensor | None = None
@@ -196,38 +134,21 @@ def target_logits(
     return model.lm_head(output.last_hidden_state[:, first - 1 : end - 1])
 
 
-@contextmanager
-def all_cores() -> Iterator[None]:
+def all_cores() -> AbstractContextManager[None]:
     """Torch uses every core this process may run on, and what it used before afterwards."""
+    return _threads(len(os.sched_getaffinity(0)))
+
+
+def one_core() -> AbstractContextManager[None]:
+    """The same with one core: for many small operations, which wait for each other otherwise."""
+    return _threads(1)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _by_head(values: Tensor, head_dim: int) -> Tensor:
-    """``[N, G * d]`` as ``[N, G, d]`` that lies in memory as ``[G, N, d]``, as the maths likes."""
-    return values.view(len(values), -1, head_dim).transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def _take_input(found: dict[str, Tensor]) -> Callable[[Any, Any, Any], None]:
-    def hook(_: Any, args: Any, kwargs: Any) -> None:
-        found["before"] = (args[0] if args else kwargs["hidden_states"])[0].float()
-
-    return hook
-
-
-def _take_values(found: dict[str, Tensor]) -> Callable[[Any, Any, Any], None]:
-    def hook(_: Any, __: Any, output: Any) -> None:
-        found["values"] = output[0].float()
-
-    return hook
-
-
-def _take_attention(found: dict[str, Tensor]) -> Callable[[Any, Any, Any], None]:
-    def hook(_: Any, __: Any, output: Any) -> None:
-        found["added"], found["attention"] = output[0][0].float(), output[1][0].float()
-
-    return hook

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.faithfulness.example import Prepared
-from benchmarks.faithfulness.hf import HFModel, RecordedForward, all_cores
+from benchmarks.faithfulness.hf import HFModel, one_core
 from benchmarks.faithfulness.hf_flow import (
     compose,
     distributions,
@@ -22,6 +22,7 @@ from benchmarks.faithfulness.hf_flow import (
     recursion,
     token_rows,
 )
+from benchmarks.faithfulness.hf_record import RecordedForward
 from benchmarks.faithfulness.method import Scores
 from vllm_flashtrace.core import TargetWeights
 
@@ -61,7 +62,7 @@ class AttentionFamily:
         recorded = self._hf.recorded(prepared)
         results = {}
         for name in names:
-            with torch.no_grad(), all_cores():
+            with torch.no_grad(), one_core():
                 began = time.perf_counter()
                 scores, facts = methods[name](recorded, prepared)
                 seconds = recorded.seconds + time.perf_counter() - began

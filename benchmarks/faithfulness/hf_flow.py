@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.faithfulness.example import Prepared, Span
-from benchmarks.faithfulness.hf import LayerRecord, RecordedForward
+from benchmarks.faithfulness.hf_record import LayerRecord, RecordedForward
 from vllm_flashtrace.core import (
     HopRecursion,
     HopResult,

@@ -78,7 +78,7 @@ class Runner:
         for entry in entries_of(self._options.methods):
             pending = [
                 (case, names)
-                for case in cases
+                for case in sorted(cases, key=lambda case: case.number)  # all tasks alike
                 if (names := self._names(entry, case)) and (names := self._missing(case, names))
             ]
             if not pending:

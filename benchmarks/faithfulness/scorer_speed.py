@@ -1,7 +1,9 @@
 """Seconds of a perturbation step: the engine's scorer against Hugging Face, same steps and values.
 
 Invariant: every way evaluates the same sequences, ranked by ``flashtrace-k1``, on the same weights
-with every core of this process, one way at a time.
+with every core of this process. Ways take turns on each example, and medians over examples are
+compared, so that what else the machine does meets all of them. CPU seconds are those of this
+process and the engine's, summed over threads; they hardly depend on other load.
 
 - ``hf``: one forward per step with logits of every row, as the authors' package does it;
 - ``hf_batched``: several steps per forward, logits of the response alone;
@@ -21,13 +23,14 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -70,11 +73,15 @@ class Steps:
     share: Values
 
 
+Way = Callable[[Steps], list[float]]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """Log-probabilities per example and step; nan where a step was not evaluated."""
+    """Seconds per example; log-probabilities per example and step, nan if not evaluated."""
 
-    seconds: float
+    seconds: Values
+    cpu_seconds: Values
     values: list[list[float]]
 
 
@@ -187,14 +194,14 @@ def run_case(case: Case, model: Any, engine: EngineResource) -> dict[str, Any]:
         work.append(
             perturbation_steps(prepared, scores.values, case.unchanged, engine.pad_token_id)
         )
-    ways: dict[str, Callable[[Steps], list[float]]] = {
+    ways: dict[str, Way] = {
         "hf": lambda one: hf_steps(model, one),
         "hf_batched": lambda one: hf_batched_steps(model, one),
         "engine": lambda one: engine_steps(engine, one),
         "engine_early": lambda one: engine_early_steps(engine, one),
     }
-    outcomes = {name: _timed(way, work, engine) for name, way in ways.items()}
-    count = sum(len(one.sequences) for one in work)
+    counts = np.array([len(one.sequences) for one in work])
+    outcomes = _in_turn(ways, work, engine)
     base = outcomes["hf"]
     rows = []
     for name, outcome in outcomes.items():
@@ -204,8 +211,10 @@ def run_case(case: Case, model: Any, engine: EngineResource) -> dict[str, Any]:
         rows.append(
             {
                 "way": name,
-                "seconds_per_step": outcome.seconds / count,
-                "speed_up": base.seconds / outcome.seconds,
+                "seconds_per_step": float(np.median(outcome.seconds / counts)),
+                "speed_up": float(np.median(base.seconds / outcome.seconds)),
+                "cpu_seconds_per_step": float(np.median(outcome.cpu_seconds / counts)),
+                "cpu_speed_up": float(np.median(base.cpu_seconds / outcome.cpu_seconds)),
                 "evaluated": int(np.isfinite(ours_flat).sum()),
                 "largest_logprob_difference": float(np.nanmax(abs(ours_flat - base_flat))),
                 "largest_rise_difference": max(abs(a - b) for a, b in rises),
@@ -218,7 +227,7 @@ def run_case(case: Case, model: Any, engine: EngineResource) -> dict[str, Any]:
         "tokens": float(np.mean(lengths)),
         "unchanged": case.unchanged,
         "examples": case.examples,
-        "steps": count,
+        "steps": int(counts.sum()),
         "mean_rise": float(
             np.mean([rise(v, one) for v, one in zip(base.values, work, strict=True)])
         ),
@@ -234,16 +243,34 @@ def _gathered(logs: torch.Tensor, ids: torch.Tensor, response: int) -> list[floa
     return values
 
 
-def _timed(
-    way: Callable[[Steps], list[float]], work: Sequence[Steps], engine: EngineResource
-) -> Outcome:
-    """Runs the first example once before the clock starts, and forgets it."""
-    way(work[0])
-    engine.scorer.forget()
+def _in_turn(
+    ways: Mapping[str, Way], work: Sequence[Steps], engine: EngineResource
+) -> dict[str, Outcome]:
+    """Every way on every example; each runs once on the first before the clock starts."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
+    values: dict[str, list[list[float]]] = {name: [] for name in ways}
     with all_cores():
-        began = time.perf_counter()
-        values = [way(one) for one in work]
-        return Outcome(time.perf_counter() - began, values)
+        for way in ways.values():
+            first = work[0]
+            way(Steps(first.sequences[:2], first.response, first.share))
+        for one in work:
+            for name, way in ways.items():
+                engine.scorer.forget()
+                began, cpu_began = time.perf_counter(), _cpu_seconds()
+                values[name].append(way(one))
+                seconds[name].append(time.perf_counter() - began)
+                cpu_seconds[name].append(_cpu_seconds() - cpu_began)
+    return {
+        name: Outcome(np.array(seconds[name]), np.array(cpu_seconds[name]), values[name])
+        for name in ways
+    }
+
+
+def _cpu_seconds() -> float:
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def main() -> None:
@@ -260,8 +287,13 @@ def main() -> None:
     path = options.model_path or str(prepare_smollm2())
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     engine = EngineResource(path, options.dtype, max(case.tokens for case in cases) + 128)
+    results: list[dict[str, Any]] = []
     try:
-        results = [run_case(case, model, engine) for case in cases]
+        for case in cases:
+            results.append(run_case(case, model, engine))
+            if options.json:
+                document = {"dtype": options.dtype, "cases": results}
+                options.json.write_text(json.dumps(document, indent=1) + "\n")
     finally:
         engine.close()
     table = Table(title=f"perturbation steps, engine in {options.dtype}")
@@ -272,9 +304,6 @@ def main() -> None:
             cells = [result["tokens"], result["unchanged"], *row.values()]
             table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
     Console(width=160).print(table)
-    if options.json:
-        document = {"dtype": options.dtype, "cases": results}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
