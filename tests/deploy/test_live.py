@@ -42,34 +42,9 @@ def answers(ask: Any) -> list[Any]:
     rest = r"ID(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
     masked = [(code, kind, re.sub(rest, "ID", text)) for code, kind, text in found]
     return [
-        (code, kind, without_pace(text) if "event-stream" in kind else text)
+        (code, kind, live_server.without_pace(text) if "event-stream" in kind else text)
         for code, kind, text in masked
     ]
-
-
-def without_pace(stream: str) -> tuple[list[str], str]:
-    """A stream's kinds of events in order, and its text: vLLM joins tokens when it is busy."""
-    text = ""
-
-    def blank(value: Any, key: str = "") -> Any:
-        nonlocal text
-        if isinstance(value, dict):
-            return {name: blank(item, name) for name, item in value.items()}
-        if isinstance(value, list):
-            return [blank(item) for item in value]
-        if key in ("content", "text", "delta") and isinstance(value, str):
-            text += value
-            return ""
-        return 0 if key == "sequence_number" else value
-
-    lines = [line for line in stream.splitlines() if line]
-    events = [line for line in lines if not line.startswith("data: {")]
-    events += [
-        json.dumps(blank(json.loads(line.removeprefix("data: "))))
-        for line in lines
-        if line.startswith("data: {")
-    ]
-    return list(dict.fromkeys(events)), text
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -165,3 +166,28 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+
+
+def without_pace(stream: str) -> tuple[list[str], str]:
+    """A stream's kinds of events in order, and its text: vLLM joins tokens when it is busy."""
+    text = ""
+
+    def blank(value: Any, key: str = "") -> Any:
+        nonlocal text
+        if isinstance(value, dict):
+            return {name: blank(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [blank(item) for item in value]
+        if key in ("content", "text", "delta") and isinstance(value, str):
+            text += value
+            return ""
+        return 0 if key == "sequence_number" else value
+
+    lines = [line for line in stream.splitlines() if line]
+    events = [line for line in lines if not line.startswith("data: {")]
+    events += [
+        json.dumps(blank(json.loads(line.removeprefix("data: "))))
+        for line in lines
+        if line.startswith("data: {")
+    ]
+    return list(dict.fromkeys(events)), text
