@@ -11,7 +11,7 @@ help:
 	@echo "make demo   ask a small real model a question and see where its answer came from"
 	@echo "make test   lint, type-check and run all tests"
 	@echo "make bench  small benchmarks"
-	@echo "make bench-faithfulness  do the scores find where answers come from? (ten minutes)"
+	@echo "make bench-faithfulness  do the scores find where answers come from? a small subset"
 
 # The lock is installed without dependency resolution; see the note at its top.
 $(VENV)/.cpu: requirements/cpu.txt pyproject.toml

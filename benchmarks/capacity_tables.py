@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-from typing import Any
-
-from benchmarks.tables import Column, Result, Row, count, decimals, markdown
+from benchmarks.tables import Column, Result, Row, count, decimals, markdown, wrapped
 
 _MIB = 1 << 20
 
@@ -43,7 +40,7 @@ def capacity(result: Result) -> str:
         [_cost(row) for row in result["costs"]],
     )
     if not (rows := result["simulation"]):
-        return f"{_wrapped(caption)}\n\n{costs}"
+        return f"{wrapped(caption)}\n\n{costs}"
     load = (
         f"In simulation, {settings['replicas']} replicas ({rows[0]['replica']}, "
         f"{rows[0]['basis']}) under Poisson arrivals at {_percent(settings['load'])} of what "
@@ -62,7 +59,7 @@ def capacity(result: Result) -> str:
         ],
         rows,
     )
-    return f"{_wrapped(caption)}\n\n{costs}\n\n{_wrapped(load)}\n\n{simulated}"
+    return f"{wrapped(caption)}\n\n{costs}\n\n{wrapped(load)}\n\n{simulated}"
 
 
 def capacity_memory(result: Result) -> str:
@@ -95,7 +92,7 @@ def capacity_memory(result: Result) -> str:
             for row in result["memory"]
         ],
     )
-    return f"{_wrapped(caption)}\n\n{table}"
+    return f"{wrapped(caption)}\n\n{table}"
 
 
 def capacity_check(result: Result) -> str:
@@ -128,7 +125,7 @@ def capacity_check(result: Result) -> str:
         ],
         result["rows"],
     )
-    return f"{_wrapped(caption)}\n\n{table}"
+    return f"{wrapped(caption)}\n\n{table}"
 
 
 def _cost(row: Row) -> Row:
@@ -165,7 +162,3 @@ def _middle(value: Row) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:,.1f}"
-
-
-def _wrapped(text: Any) -> str:
-    return textwrap.fill(text, 140, break_on_hyphens=False)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-
-from benchmarks.tables import Column, Result, Row, count, decimals, markdown, times
+from benchmarks.tables import Column, Result, Row, count, decimals, markdown, times, wrapped
 
 _MS = decimals(3)
 
@@ -39,14 +37,14 @@ def gpu_kernels(result: Result) -> str:
         ],
         attention,
     )
-    parts = [textwrap.fill(caption, 140, break_on_hyphens=False), table]
+    parts = [wrapped(caption), table]
     if exact:
         shares = sorted({f"{100 * row['far_share']:.0f}" for row in exact})
         note = (
             f"Exact proximities of all tokens, where {' to '.join(shares)} % of the pairs of a "
             "token and a head need more than eight coordinates:"
         )
-        parts += [textwrap.fill(note, 140, break_on_hyphens=False), _proximity_table(exact)]
+        parts += [wrapped(note), _proximity_table(exact)]
     return "\n\n".join(parts)
 
 

@@ -132,7 +132,7 @@ def vs_reference(result: Result) -> str:
         f"weights and tokens, with as many threads ({settings['threads']}); its time includes its "
         "forward pass (`python -m benchmarks.vs_reference`):"
     )
-    return "\n\n".join([_wrapped(caption), table, *notes])
+    return "\n\n".join([wrapped(caption), table, *notes])
 
 
 def per_token(result: Result) -> str:
@@ -171,7 +171,7 @@ def per_token(result: Result) -> str:
         ],
         [row],
     )
-    return f"{_wrapped(caption)}\n\n{table}"
+    return f"{wrapped(caption)}\n\n{table}"
 
 
 def scaling(result: Result) -> str:
@@ -209,7 +209,7 @@ def scaling(result: Result) -> str:
         ],
         rows,
     )
-    return f"{_wrapped(caption)}\n\n{table}"
+    return f"{wrapped(caption)}\n\n{table}"
 
 
 def serving(result: Result) -> str:
@@ -247,10 +247,10 @@ def cap(result: Result) -> str:
         ],
         result["cap"],
     )
-    return f"{_wrapped(caption)}\n\n{table}"
+    return f"{wrapped(caption)}\n\n{table}"
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
     """Lines as long as the README's."""
     return textwrap.fill(text, 140, break_on_hyphens=False)
 
