@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
-from tests.faults import PHASES, break_function, mend_function
+from tests.engine.worker_faults import (
+    check_failing_rank,
+    check_lost_result,
+    check_nothing_left,
+    core_each,
+)
+from tests.faults import PHASES
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.records import TraceReport
 
 LIMIT = 1e-5
@@ -32,8 +37,7 @@ CHUNKED = {"max_model_len": 1024, "max_num_batched_tokens": 128}
 
 
 def start(folder: Path, stages: int, patch: pytest.MonkeyPatch, **options: Any) -> Engine:
-    if stages > 1:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in range(stages)))
+    core_each(patch, stages)
     engine = Engine(folder, pipeline_parallel_size=stages, **{**CHUNKED, **options})
     engine.llm.collective_rpc(make_buffers)
     return engine
@@ -82,7 +86,7 @@ def test_layers_of_two_stages(
     two_stages: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     several = two_stages.trace_many(JOBS)
-    nothing_left(two_stages)
+    check_nothing_left(two_stages)
     engine = start(folder, 1, monkeypatch)
     try:
         compare(several, engine.trace_many(JOBS))
@@ -129,46 +133,11 @@ def test_what_each_stage_reports(two_stages: Engine) -> None:
     assert {worker["pipeline_parallel_size"] for worker in workers} == {2}
 
 
-def on_stage(worker: Any, stage: int, function: Any, *args: Any) -> None:
-    """Runs in every worker: calls the function in one of them."""
-    if worker.rank == stage:
-        function(worker, *args)
-
-
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stage_that_fails(two_stages: Engine, phase: str, stage: int) -> None:
-    two_stages.on_worker(on_stage, stage, break_function, *PHASES[phase])
-    try:
-        with pytest.raises(TraceError, match="injected") as caught:
-            two_stages.trace(JOBS[0])
-        text = two_stages.generate(TOKENS, 4)
-    finally:
-        two_stages.on_worker(on_stage, stage, mend_function, *PHASES[phase])
-    assert caught.value.code == "recording_failed"
-    assert text == two_stages.generate(TOKENS, 4)
-    assert two_stages.trace(JOBS[0]).scores.sum() > 0
-    nothing_left(two_stages)
+    check_failing_rank(two_stages, stage, phase, JOBS[0], TOKENS)
 
 
 def test_a_stage_that_lost_its_result(two_stages: Engine) -> None:
-    def lose(worker: Any) -> None:
-        if worker.rank == 0:
-            from vllm_flashtrace.adapter.runner import capture_of
-
-            capture_of(worker.model_runner).recorder._results.clear()
-
-    _, nonce = two_stages.submit(JOBS[0])
-    two_stages.run()
-    two_stages.on_worker(lose)
-    with pytest.raises(TraceError) as caught:
-        two_stages.collect(nonce)
-    assert caught.value.code == "result_missing"
-    nothing_left(two_stages)
-
-
-def nothing_left(engine: Engine) -> None:
-    status = engine.status()
-    assert status["refusal"] is None
-    left = (status["recording"], status["waiting_results"], status["accumulator_bytes"])
-    assert left == (0, 0, 0)
+    check_lost_result(two_stages, 0, JOBS[0])

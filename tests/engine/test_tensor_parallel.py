@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
-from tests.faults import PHASES, break_function, mend_function
+from tests.engine.worker_faults import (
+    check_failing_rank,
+    check_lost_result,
+    check_nothing_left,
+    core_each,
+)
+from tests.faults import PHASES
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.errors import TraceError
 from vllm_flashtrace.records import TraceReport
 
 LIMIT = 1e-5
@@ -25,8 +29,7 @@ JOBS = [
 
 
 def start(folder: Path, ranks: int, patch: pytest.MonkeyPatch) -> Engine:
-    if ranks > 1:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in range(ranks)))
+    core_each(patch, ranks)
     return Engine(folder, max_model_len=1024, tensor_parallel_size=ranks)
 
 
@@ -69,7 +72,7 @@ def test_heads_shared_by_two_ranks(
     two_ranks: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(two_ranks.trace_many(JOBS), one_rank(folder, monkeypatch))
-    nothing_left(two_ranks)
+    check_nothing_left(two_ranks)
 
 
 @pytest.mark.parametrize("family", ["llama"])
@@ -86,49 +89,11 @@ def test_a_key_value_head_on_both_ranks(
     compare(several, one_rank(folder, monkeypatch))
 
 
-def on_rank(worker: Any, rank: int, function: Any, *args: Any) -> None:
-    """Runs in every worker: calls the function in one of them."""
-    if worker.rank == rank:
-        function(worker, *args)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_rank_that_fails(two_ranks: Engine, phase: str, rank: int) -> None:
-    two_ranks.on_worker(on_rank, rank, break_function, *PHASES[phase])
-    try:
-        with pytest.raises(TraceError, match="injected") as caught:
-            two_ranks.trace(JOBS[0])
-        text = two_ranks.generate(TOKENS, 4)
-    finally:
-        two_ranks.on_worker(on_rank, rank, mend_function, *PHASES[phase])
-    assert caught.value.code == "recording_failed"
-    assert text == two_ranks.generate(TOKENS, 4)
-    assert two_ranks.trace(JOBS[0]).scores.sum() > 0
-    nothing_left(two_ranks)
+    check_failing_rank(two_ranks, rank, phase, JOBS[0], TOKENS)
 
 
 def test_a_rank_that_lost_its_result(two_ranks: Engine) -> None:
-    def lose(worker: Any) -> None:
-        if worker.rank == 1:
-            from vllm_flashtrace.adapter.runner import capture_of
-
-            capture_of(worker.model_runner).recorder._results.clear()
-
-    _, nonce = two_ranks.submit(JOBS[0])
-    two_ranks.run()
-    two_ranks.on_worker(lose)
-    with pytest.raises(TraceError) as caught:
-        two_ranks.collect(nonce)
-    assert caught.value.code == "result_missing"
-    nothing_left(two_ranks)
-
-
-def nothing_left(engine: Engine) -> None:
-    status = engine.status()
-    assert status["refusal"] is None
-    assert (status["recording"], status["waiting_results"], status["accumulator_bytes"]) == (
-        0,
-        0,
-        0,
-    )
+    check_lost_result(two_ranks, 1, JOBS[0])
