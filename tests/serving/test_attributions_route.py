@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
 
 import pytest
 
@@ -141,3 +143,42 @@ async def test_earlier_turns_that_cannot_be_located_are_the_clients_mistake(app,
     error = response.json()["error"]
     assert error["param"] == "flashtrace.recurse_over"
     assert "assistant message 1" in error["message"]
+
+
+async def test_a_client_that_leaves_is_no_error_of_the_server(app):
+    body = json.dumps({"model": "m", "prompt": "Which code?", "completion": "4821."}).encode()
+    traced = len(app.engine.traces)
+
+    async def receive():
+        if not read:
+            read.append(True)
+            return {"type": "http.request", "body": body, "more_body": False}
+        async with asyncio.timeout(20):
+            while len(app.engine.traces) == traced:
+                await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    read, sent = [], []
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/attributions",
+        "raw_path": b"/v1/attributions",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
+        "client": ("127.0.0.1", 1),
+        "server": ("test", 80),
+    }
+    app.engine.trace_gate.clear()
+    try:
+        await app.app(scope, receive, send)  # Raised, where the answer was none.
+    finally:
+        app.engine.trace_gate.set()
+    assert sent[0]["status"] == 499

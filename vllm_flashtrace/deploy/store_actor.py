@@ -44,7 +44,6 @@ class StoreHost:
         self._views: dict[tuple[str, StoreLimits], tuple[SqliteStore, float]] = {}
         self._lock = threading.Lock()
         self._called = time.monotonic()
-        threading.Thread(target=self._watch, daemon=True).start()
 
     def call(self, owner: str, limits: StoreLimits, method: str, *arguments: Any) -> Any:
         """Calls a method of the owner's view of the store.
@@ -67,6 +66,32 @@ class StoreHost:
         """Whether nobody has called for so long that nobody is left."""
         return time.monotonic() - self._called > self._idle_seconds
 
+    def _view(self, owner: str, limits: StoreLimits) -> SqliteStore:
+        now = time.monotonic()
+        with self._lock:
+            known = self._views.get((owner, limits))
+            view = known[0] if known else SqliteStore(self._folder, owner, limits)
+            self._views[owner, limits] = view, now
+            for key, (other, used) in list(self._views.items()):
+                if now - used > IDLE_SECONDS:
+                    other.close()
+                    del self._views[key]
+        return view
+
+
+class StoreActor(StoreHost):
+    """The host as a Ray actor, which ends itself when nobody has called for long."""
+
+    def __init__(self, folder: str, idle_seconds: float = IDLE_SECONDS) -> None:
+        """As its parent, and begins to watch for the end.
+
+        Args:
+            folder: Name of the store's folder among the machine's temporary files.
+            idle_seconds: After how long without a call nobody is taken to be left.
+        """
+        super().__init__(folder, idle_seconds)
+        threading.Thread(target=self._watch, daemon=True).start()
+
     def pid(self) -> int:
         """Process id of the store."""
         return os.getpid()
@@ -82,18 +107,6 @@ class StoreHost:
         # An actor is ended from one of its own calls only.
         import_ray().get_runtime_context().current_actor.leave.remote()
 
-    def _view(self, owner: str, limits: StoreLimits) -> SqliteStore:
-        now = time.monotonic()
-        with self._lock:
-            known = self._views.get((owner, limits))
-            view = known[0] if known else SqliteStore(self._folder, owner, limits)
-            self._views[owner, limits] = view, now
-            for key, (other, used) in list(self._views.items()):
-                if now - used > IDLE_SECONDS:
-                    other.close()
-                    del self._views[key]
-        return view
-
 
 def find_or_start(ray: Any, name: str) -> Any:
     """The handle of the deployment's store, which is started if there is none.
@@ -102,7 +115,7 @@ def find_or_start(ray: Any, name: str) -> Any:
         ray: The module.
         name: Of the deployment.
     """
-    actor = ray.remote(StoreHost).options(
+    actor = ray.remote(StoreActor).options(
         name=actor_name(name),
         namespace=NAMESPACE,
         lifetime="detached",

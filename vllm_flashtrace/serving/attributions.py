@@ -53,6 +53,7 @@ _CLIENT_ERRORS = {
     "target_not_found": "flashtrace.target",
     "tool_call_not_found": "flashtrace.target.tool_call",
 }
+_CLIENT_CLOSED_REQUEST = 499
 _PROMPT_OPTIONS = ("add_special_tokens", "cache_salt", "priority")
 _CHAT_OPTIONS = (
     "cache_salt",
@@ -111,9 +112,15 @@ class AttributionBody(BaseModel):
     response_model=AttributionObject,
     responses={400: {"model": ErrorResponse}, 404: {"model": ErrorResponse}},
 )
-@with_cancellation
-async def create_attribution(body: AttributionBody, raw_request: Request) -> JSONResponse:
+async def create_attribution(body: AttributionBody, raw_request: Request) -> Response:
     """Attributes ``body``'s completion to its prompt."""
+    answer = await _answer(body, raw_request)
+    # None: the client left while the answer was made, so nobody reads this one.
+    return Response(status_code=_CLIENT_CLOSED_REQUEST) if answer is None else answer
+
+
+@with_cancellation
+async def _answer(body: AttributionBody, raw_request: Request) -> JSONResponse:
     state = raw_request.app.state
     try:
         outcome = await _attribute(state, body, raw_request)
