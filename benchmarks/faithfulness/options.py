@@ -34,6 +34,7 @@ HEADLINE = (
     "flashtrace-k1",
     "flashtrace-k2",
     "flashtrace-auto",
+    "flashtrace-k1-skip",
     "flashtrace-package",
     "ifr-per-token",
     "cage",
@@ -50,6 +51,7 @@ HEADLINE = (
 _PERTURBED = (
     "flashtrace-k0",
     "flashtrace-k1",
+    "flashtrace-k1-skip",
     "ifr-per-token",
     "attn-lrp",
     "attention-mean",

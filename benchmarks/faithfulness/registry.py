@@ -44,6 +44,8 @@ FAMILIES = (
             "flashtrace-k2-closure",
             "flashtrace-k1-predicting",
             "flashtrace-k1-skip",
+            "flashtrace-k0-skip",
+            "flashtrace-auto-skip",
             "flashtrace-k1-drop-sink",
             "flashtrace-k1-prune50",
             "flashtrace-k1-exact",
