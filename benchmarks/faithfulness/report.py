@@ -23,7 +23,7 @@ _SIGNIFICANT = 0.05
 def quality(result: Result) -> str:
     """Markdown: recovery, mass on gold and cost by method, over all tasks at the shortest length.
 
-    A star marks a recovery that differs from that of `OURS` (paired test, Holm, 0.05).
+    A star marks a recovery, of tokens or by sentence, that differs from that of `OURS` (paired test, Holm, 0.05).
     """
     group = _pooled(result)
     header, rows = _quality_rows(group, _tests_of(result, group), _interval)
@@ -75,23 +75,25 @@ def _quality_rows(group: Row, tests: Row, interval: Interval) -> tuple[list[str]
         "n",
         "failed",
         "recovery@10%",
+        "by sentence",
         "no stop tokens",
         "mass on gold",
         "on reasoning",
         "left there",
         "seconds",
     ]
-    significant = {
-        method
-        for method, (_, _, _, corrected) in tests.get("recovery", {}).items()
-        if corrected < _SIGNIFICANT
-    }
+
+    def star(metric: str, method: str) -> str:
+        found = tests.get(metric, {}).get(method)
+        return " *" if found is not None and found[3] < _SIGNIFICANT else ""
+
     rows = [
         [
             method,
             str(row["n"]),
             str(row["failed"] or ""),
-            interval(row.get("recovery")) + (" *" if method in significant else ""),
+            interval(row.get("recovery")) + star("recovery", method),
+            interval(row.get("recovery_sentence")) + star("recovery_sentence", method),
             interval(row.get("recovery_skip")),
             interval(row.get("mass_on_gold")),
             _mean(row.get("reasoning_mass")),

@@ -16,6 +16,7 @@ from benchmarks.faithfulness.cases import Case, stop_mask
 from benchmarks.faithfulness.metrics import mass_on_gold, recovery, recovery_ceiling
 from benchmarks.faithfulness.perturbation_metrics import FRACTIONS
 from benchmarks.faithfulness.runner import ALL_TOKENS, WITHOUT_STOP_TOKENS
+from benchmarks.faithfulness.sentences import by_sentence
 from benchmarks.faithfulness.statistics import bootstrap, holm, paired_test
 from benchmarks.faithfulness.tasks import variant_of
 from benchmarks.faithfulness.work import Row, WorkFile, unpack
@@ -24,7 +25,7 @@ OURS = "flashtrace-k1"
 """The method that the others are tested against."""
 POOLED = "all"
 """Name of the group of every generated task at the shortest length."""
-_TESTED = ("recovery", "mass_on_gold", "rise", "mas")
+_TESTED = ("recovery", "recovery_sentence", "mass_on_gold", "rise", "mas")
 _FEWEST_TESTED = 8
 """With fewer pairs the smallest possible p, corrected, says nothing."""
 _MASSES = ("reasoning_mass", "remaining_mass")
@@ -103,6 +104,7 @@ def _values(case: Case, method: str, work: WorkFile) -> Values | None:
     found = {
         "recovery": recovery(scores, prepared.gold),
         "recovery_skip": recovery(scores, prepared.gold, excluded=stop_mask(prepared)),
+        "recovery_sentence": recovery(by_sentence(scores, prepared), prepared.gold),
         "mass_on_gold": mass_on_gold(scores, prepared.gold),
         **{name: row["facts"].get(name) for name in _MASSES},
         "seconds": row["seconds"],

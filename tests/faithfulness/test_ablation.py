@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.faithfulness.ablation import AblationFamily, lasso, spread, surrogate
-from benchmarks.faithfulness.example import Example, Prepared
+from benchmarks.faithfulness.example import Prepared
+from tests.faithfulness.small_example import prepared_example
 
 PAD = 0
 
@@ -32,23 +33,6 @@ class LinearScorer:
 
     def forget(self) -> None:
         """Has no memory."""
-
-
-def prepared_example() -> Prepared:
-    """Two template tokens, twelve of the user's in four sentences, one of template, a response."""
-    tokens = tuple(range(100, 119))
-    return Prepared(
-        example=Example("linear", "test", 0, "prompt", "why", "what"),
-        token_ids=tokens,
-        texts=tuple(str(token) for token in tokens),
-        user=(2, 14),
-        prompt_length=15,
-        reasoning=(15, 17),
-        target=(17, 19),
-        gold=frozenset(),
-        sentences=((2, 4), (4, 9), (9, 13), (13, 14)),
-        reasoning_sentences=((15, 17),),
-    )
 
 
 def family(bonus: dict[int, float]) -> tuple[AblationFamily, LinearScorer]:

@@ -221,7 +221,7 @@ def test_both_protocols_and_files(tmp_path: Path, resources: Resources) -> None:
     [group] = result["groups"]
     assert (group["task"], group["length"], group["examples"]) == ("mine", 0, 1)
     overlap = group["methods"]["overlap"]
-    assert {"rise", "rise_skip", "recovery", "recovery_skip"} <= set(overlap)
+    assert {"rise", "rise_skip", "recovery", "recovery_skip", "recovery_sentence"} <= set(overlap)
 
 
 def test_tables_and_figures(tmp_path: Path, resources: Resources) -> None:
