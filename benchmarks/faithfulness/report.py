@@ -23,7 +23,8 @@ _SIGNIFICANT = 0.05
 def quality(result: Result) -> str:
     """Markdown: recovery, mass on gold and cost by method, over all tasks at the shortest length.
 
-    A star marks a recovery, of tokens or by sentence, that differs from that of `OURS` (paired test, Holm, 0.05).
+    A star marks a recovery, of tokens or by sentence, that differs from that of `OURS` (paired
+    test, Holm, 0.05).
     """
     group = _pooled(result)
     header, rows = _quality_rows(group, _tests_of(result, group), _interval)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from benchmarks.faithfulness.ablation import AblationFamily, lasso, spread, surrogate
-from benchmarks.faithfulness.example import Prepared
 from tests.faithfulness.small_example import prepared_example
 
 PAD = 0

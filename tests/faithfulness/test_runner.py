@@ -299,12 +299,12 @@ def test_own_responses_are_kept_where_they_hold_the_answer(
 
 
 def test_expensive_methods_run_on_few_examples_and_on_those_that_test_them(tmp_path: Path) -> None:
-    methods = "flashtrace-k1,loo-sentence,loo-token,attn-lrp"
-    arguments = ["--methods", methods, "--perturbation-methods", "loo-sentence"]
+    methods = "flashtrace-k1,contextcite,loo-token,attn-lrp"
+    arguments = ["--methods", methods, "--perturbation-methods", "contextcite"]
     numbers = ["--examples", "50", "--perturbation-examples", "8", "--expensive-examples", "3"]
     chosen = parse([*arguments, *numbers, "--long-examples", "2", "--json", str(tmp_path / "o")])
     found = [chosen.limit(method, 256) for method in chosen.methods]
     assert found == [50, 8, 3, 50]
     assert chosen.methods_at(4096) == ("flashtrace-k1",)
     assert chosen.limit("flashtrace-k1", 4096) == 2
-    assert chosen.perturbed_at(256) == ("loo-sentence",) and chosen.perturbed_at(1024) == ()
+    assert chosen.perturbed_at(256) == ("contextcite",) and chosen.perturbed_at(1024) == ()
