@@ -341,7 +341,8 @@ _requests = st.fixed_dictionaries(
         "skip_tokens": st.sampled_from(["none", "punctuation"]) | st.lists(_texts, max_size=5),
         "top_k": st.integers(1, 100_000) | st.none(),
         "include": st.lists(
-            st.sampled_from(["hops", "generated", "segments", "layers", "tokens"]), unique=True
+            st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
+            unique=True,
         ),
         "mode": st.sampled_from(["inline", "deferred"]),
     },

@@ -95,6 +95,11 @@ class AttributionObject:
         return list(self._result().get("segments") or [])
 
     @property
+    def sentences(self) -> list[dict[str, Any]]:
+        """Score per sentence of the prompt, the highest mean first, if asked for."""
+        return list(self._result().get("sentences") or [])
+
+    @property
     def generated(self) -> list[dict[str, Any]]:
         """Scores on generated tokens, if asked for."""
         return list(self._result().get("generated") or [])

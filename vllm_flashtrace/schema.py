@@ -38,7 +38,7 @@ from vllm_flashtrace.schema_options import (
 
 FIELD = "flashtrace"
 
-Include: TypeAlias = Literal["hops", "generated", "segments", "layers", "tokens"]
+Include: TypeAlias = Literal["hops", "generated", "segments", "sentences", "layers", "tokens"]
 
 _INCLUDES = get_args(Include)
 

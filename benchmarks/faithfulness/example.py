@@ -6,14 +6,13 @@ them rank the same ``P`` tokens, those of the user's text, and never a token of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Span = tuple[int, int]
+from vllm_flashtrace.postprocess.sentences import sentence_spans
 
-_SENTENCE = re.compile(r"[^.!?\n]*(?:[.!?]+(?=\s|$)|\n|$)\s*")
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def prepare(example: Example, tokenizer: Any) -> Prepared:
 def _ranges(text: str, offsets: Sequence[Span], first: int) -> tuple[Span, ...]:
     """Token ranges of the sentences of ``text``: a token belongs where its first letter is."""
     starts = [a if text[a:b].isspace() else b - len(text[a:b].lstrip()) for a, b in offsets]
-    ends = [match.end() for match in _SENTENCE.finditer(text) if match.end() > match.start()]
+    ends = [end for _, end in sentence_spans(text)]
     ranges: list[Span] = []
     start = 0
     for end in ends:

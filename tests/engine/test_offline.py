@@ -13,7 +13,10 @@ from vllm_flashtrace.demo.scenario import build_scenario
 SCENARIO = build_scenario()
 MESSAGES = SCENARIO.messages
 CONTEXT = MESSAGES[0]["content"]
-EVERYTHING = {"top_k": None, "include": ["hops", "generated", "segments", "layers", "tokens"]}
+EVERYTHING = {
+    "top_k": None,
+    "include": ["hops", "generated", "segments", "sentences", "layers", "tokens"],
+}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ CHAT = [
     {"role": "user", "content": "The secret code is 4821. 😀 Which code?", "name": "Ada"},
 ]
 ANSWER = "<think>step by step</think>The code is 4821. 😀 The cat"
-EVERYTHING = ["hops", "generated", "segments", "layers", "tokens"]
+EVERYTHING = ["hops", "generated", "segments", "sentences", "layers", "tokens"]
 LAYERS = 3
 
 
@@ -160,6 +160,25 @@ def test_segments_add_up_to_the_input_mass(trace):
     for i, segment in enumerate(data["segments"][:2]):
         own = [entry["score"] for entry in data["scores"] if entry.get("message") == i]
         assert segment["score"] == pytest.approx(math.fsum(own))
+
+
+def test_sentences_hold_the_scores_of_their_tokens_best_mean_first(trace):
+    _, _, whole = trace(include=["sentences"], top_k=None)
+    located = [entry for entry in whole["scores"] if "message" in entry]
+    for sentence in whole["sentences"]:
+        assert (
+            sentence["text"]
+            == CHAT[sentence["message"]]["content"][sentence["start"] : sentence["end"]]
+        )
+        assert sentence["mean"] == pytest.approx(sentence["score"] / sentence["tokens"])
+    total = math.fsum(sentence["score"] for sentence in whole["sentences"])
+    assert total == pytest.approx(math.fsum(entry["score"] for entry in located))
+    assert [s["text"] for s in whole["sentences"]] == [
+        "You are helpful.", "The secret code is 4821.", "😀 Which code?",
+    ]  # fmt: skip
+    _, _, data = trace(include=["sentences"], top_k=2)
+    means = [sentence["mean"] for sentence in data["sentences"]]
+    assert means == sorted((s["mean"] for s in whole["sentences"]), reverse=True)[:2]
 
 
 def test_message_that_cannot_be_located_has_no_score_of_its_own(trace, byte_level, chat):

@@ -146,7 +146,8 @@ PLAUSIBLE = st.fixed_dictionaries(
         "skip_tokens": st.sampled_from(["none", "punctuation", [], ["4821", " "]]),
         "top_k": st.sampled_from([None, 1, 3, 100_000]),
         "include": st.lists(
-            st.sampled_from(["hops", "generated", "segments", "layers", "tokens"]), max_size=5
+            st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
+            max_size=5,
         ),
     },
 )

@@ -16,6 +16,7 @@ from vllm_flashtrace.core.hops import HopMass, HopResult
 from vllm_flashtrace.errors import FlashTraceError, TraceError
 from vllm_flashtrace.postprocess.plan import TracePlan
 from vllm_flashtrace.postprocess.segments import segments
+from vllm_flashtrace.postprocess.sentences import sentences
 from vllm_flashtrace.records import TraceUsage
 
 OBJECT = "flashtrace.attribution"
@@ -135,6 +136,10 @@ def _inclusions(plan: TracePlan, result: HopResult, scores: list[float]) -> dict
     data: dict[str, Any] = {}
     if "segments" in include:
         data["segments"] = segments(plan.prompt_map, plan.completion.messages, scores)
+    if "sentences" in include:
+        found = sentences(plan.prompt_map, plan.completion, scores)
+        best = _chosen([entry["mean"] for entry in found], plan.request.top_k)
+        data["sentences"] = [found[i] for i in best]
     if "generated" in include:
         data["generated"] = _generated(plan, result)
     if "layers" in include:

@@ -59,6 +59,19 @@ class SegmentScore(_Described):
     name: str | None = None
 
 
+class SentenceScore(_Described):
+    """One sentence or line of the prompt and its share."""
+
+    message: int = Field(ge=0)
+    part: int | None = Field(default=None, ge=0, description="Index of the content part, if any.")
+    start: int = Field(ge=0, description="First character in the message.")
+    end: int = Field(ge=0, description="End, exclusive, in the message.")
+    text: str
+    tokens: int = Field(ge=1, description="Tokens of the prompt that it has.")
+    score: float = Field(ge=0, description="Of all its tokens.")
+    mean: float = Field(ge=0, description="Of its tokens; sentences are ranked by it.")
+
+
 class GeneratedToken(_Described):
     """One generated token and its share."""
 
@@ -101,6 +114,7 @@ class AttributionObject(_Described):
     skipped_mass: float | None = Field(default=None, ge=0)
     hops: list[HopMass] | None = None
     segments: list[SegmentScore] | None = None
+    sentences: list[SentenceScore] | None = None
     generated: list[GeneratedToken] | None = None
     layers: list[list[float]] | None = None
     tokens: list[str | None] | None = None
