@@ -13,7 +13,7 @@ from vllm_flashtrace.batch.execution import _reason
 from vllm_flashtrace.batch.interruption import Interrupted, stop_on_signals
 from vllm_flashtrace.batch.options import engine_argv, parse_flashtrace, parse_replicas
 from vllm_flashtrace.batch.progress import progress
-from vllm_flashtrace.batch.slots import Slot, core_binding
+from vllm_flashtrace.batch.slots import Slot
 from vllm_flashtrace.errors import InvalidRequestError
 
 
@@ -80,13 +80,6 @@ def test_options_of_a_server_are_refused() -> None:
     assert engine_argv(["--max-model-len", "8"]) == ("--max-model-len", "8")
     with pytest.raises(ValueError, match="--port"):
         engine_argv(["--port=1"])
-
-
-def test_slots_have_cores_of_their_own() -> None:
-    assert core_binding(0, 2, 1, [0, 1, 4, 5]) == "0,1"
-    assert core_binding(1, 2, 2, [0, 1, 4, 5]) == "4|5"
-    assert core_binding(2, 2, 1, [0, 1, 4, 5]) is None
-    assert core_binding(0, 1, 2, [0, 1]) is None
 
 
 def test_a_slot_is_free_when_its_process_ends(

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from vllm_flashtrace.cores import bind_cores, binding
 from vllm_flashtrace.deploy.application import cpus_per_replica, passed_environment, version_of
-from vllm_flashtrace.deploy.cores import bind_cores, binding
 from vllm_flashtrace.deploy.options import DeployOptions, check_engine_options, parse_scaling
 from vllm_flashtrace.deploy.replica import ReplicaPlan
 

@@ -74,7 +74,8 @@ class Replica:
         Raises:
             ReplicaError: It does not start, or cannot trace the model.
         """
-        from vllm_flashtrace.batch.slots import Slot, bind_cores
+        from vllm_flashtrace.batch.slots import Slot
+        from vllm_flashtrace.cores import bind_cores
         from vllm_flashtrace.environment import enable_plugin, prepare_environment
         from vllm_flashtrace.orphans import end_engine_with_this_process
         from vllm_flashtrace.wire import ensure_secret
@@ -82,7 +83,7 @@ class Replica:
         self._settings = settings
         self._slot = Slot(settings.group)
         if settings.cores:
-            bind_cores(self._slot, settings.cores, settings.workers)
+            bind_cores(self._slot.number, settings.cores, settings.workers)
         os.environ.pop("VLLM_API_KEY", None)
         prepare_environment()
         enable_plugin()

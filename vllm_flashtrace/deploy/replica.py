@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 
-from vllm_flashtrace.deploy.cores import bind_cores
+from vllm_flashtrace.cores import bind_cores
 from vllm_flashtrace.deploy.errors import EngineLostError
 from vllm_flashtrace.deploy.exchange import Message
 from vllm_flashtrace.deploy.served_app import ServedApp

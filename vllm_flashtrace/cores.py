@@ -1,4 +1,4 @@
-"""Which cores the engine of a replica computes on.
+"""Which cores the engine of a replica computes on, where vLLM would give all of them the same.
 
 Invariant: two replicas of a machine share no core while there are enough; what the user bound
 stands.
