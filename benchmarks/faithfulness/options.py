@@ -15,12 +15,15 @@ from benchmarks.faithfulness.registry import METHODS, entries_of
 from benchmarks.faithfulness.tasks import TASKS
 
 LONG = 1024
-"""From this length on only methods of `LONG_METHODS` run, on few examples."""
+"""From this length on only methods of `LONG_METHODS` run."""
+VERY_LONG = 4096
+"""From this length on they run on few examples."""
 LONG_METHODS = (
     "flashtrace-k0",
     "flashtrace-k1",
     "flashtrace-k2",
     "flashtrace-auto",
+    "flashtrace-k1-skip",
     "random",
     "recency",
     "overlap",
@@ -93,12 +96,12 @@ class Options:
     Attributes:
         tasks: Names of `TASKS`, or ``file:PATH``.
         methods: Names of the registry.
-        examples: Of each task and length under `LONG`.
+        examples: Of each task and length under `VERY_LONG`.
         lengths: Context lengths in tokens, ascending.
         perturbation_methods: Tested by RISE, MAS, sufficiency and comprehensiveness.
         perturbation_examples: First examples of each task, at the shortest length, for that.
         expensive_examples: First examples of each task for the methods of `EXPENSIVE`.
-        long_examples: Of each task and length from `LONG` on.
+        long_examples: Of each task and length from `VERY_LONG` on.
         generated: Whether the model's own responses are explained too.
         both_protocols: Whether perturbations also run without the stop tokens.
         seed: Of everything random.
@@ -137,7 +140,7 @@ class Options:
 
     def limit(self, method: str, length: int) -> int:
         """On how many examples of a task a method runs: at least on those that test it."""
-        if length >= LONG:
+        if length >= VERY_LONG:
             return min(self.long_examples, self.examples)
         if method not in EXPENSIVE:
             return self.examples
@@ -164,7 +167,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--perturbation-methods", help="names, or none")
     add("--perturbation-examples", type=int)
     add("--expensive-examples", type=int, help=f"for {', '.join(EXPENSIVE)}")
-    add("--long-examples", type=int, help=f"at lengths from {LONG} on")
+    add("--long-examples", type=int, help=f"at lengths from {VERY_LONG} on")
     add("--generated", action="store_true", help="explain the model's own responses too")
     add("--both-protocols", action="store_true", help="perturb without stop tokens, too")
     add("--seed", type=int, default=0)

@@ -32,7 +32,7 @@ PAD = 2  # SmolLM2's
 def options(folder: Path, *more: str) -> Options:
     return parse(
         [
-            *("--tasks", "variables,agent", "--examples", "4", "--lengths", "256,1024"),
+            *("--tasks", "variables,agent", "--examples", "4", "--lengths", "256,4096"),
             *("--methods", "random,recency,overlap", "--perturbation-examples", "2"),
             *("--perturbation-methods", "random,overlap", "--long-examples", "1"),
             *("--json", str(folder / "out.json"), *more),
@@ -84,15 +84,15 @@ def test_a_run_counts_every_example_and_method(tmp_path: Path, resources: Resour
     groups = {(group["task"], group["length"]): group for group in result["groups"]}
     assert set(groups) == {
         ("all", 256),
-        *((task, length) for task in ("variables", "agent") for length in (256, 1024)),
+        *((task, length) for task in ("variables", "agent") for length in (256, 4096)),
     }
     assert groups["all", 256]["methods"]["random"]["n"] == 8
     assert behind(groups["agent", 256]["methods"]["recency"], "recovery") == 4
-    assert groups["agent", 1024]["methods"]["overlap"]["n"] == 1
+    assert groups["agent", 4096]["methods"]["overlap"]["n"] == 1
     perturbed = {m for m, row in groups["agent", 256]["methods"].items() if "rise" in row}
     assert perturbed == {"random", "overlap"}
     assert behind(groups["agent", 256]["methods"]["overlap"], "rise") == 2
-    assert "rise" not in groups["agent", 1024]["methods"]["random"]
+    assert "rise" not in groups["agent", 4096]["methods"]["random"]
     assert result["perturbation_cost"]["evaluated"] > 0
 
 
@@ -234,7 +234,7 @@ def test_tables_and_figures(tmp_path: Path, resources: Resources) -> None:
     assert "| overlap | 8 |" in report.quality(result)
     assert "failed" not in report.quality(result)
     assert "agent 256" in report.by_task(result)
-    assert "agent 1024" in report.by_length(result)
+    assert "agent 4096" in report.by_length(result)
     assert report.perturbation(result).count("\n") == 3
     draw(json.loads((tmp_path / "out.json").read_text()), tmp_path / "again")
 
@@ -306,5 +306,6 @@ def test_expensive_methods_run_on_few_examples_and_on_those_that_test_them(tmp_p
     found = [chosen.limit(method, 256) for method in chosen.methods]
     assert found == [50, 8, 3, 50]
     assert chosen.methods_at(4096) == ("flashtrace-k1",)
+    assert chosen.limit("flashtrace-k1", 1024) == 50
     assert chosen.limit("flashtrace-k1", 4096) == 2
     assert chosen.perturbed_at(256) == ("contextcite",) and chosen.perturbed_at(1024) == ()
