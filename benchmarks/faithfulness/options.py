@@ -24,6 +24,7 @@ LONG_METHODS = (
     "flashtrace-k2",
     "flashtrace-auto",
     "flashtrace-k1-skip",
+    "flashtrace-auto-skip",
     "random",
     "recency",
     "overlap",
@@ -38,6 +39,7 @@ HEADLINE = (
     "flashtrace-k2",
     "flashtrace-auto",
     "flashtrace-k1-skip",
+    "flashtrace-auto-skip",
     "flashtrace-package",
     "ifr-per-token",
     "cage",
@@ -54,10 +56,9 @@ HEADLINE = (
 _PERTURBED = (
     "flashtrace-k0",
     "flashtrace-k1",
-    "flashtrace-k1-skip",
-    "ifr-per-token",
+    "flashtrace-auto-skip",
     "attn-lrp",
-    "attention-mean",
+    "overlap",
     "random",
 )
 _ALL_TASKS = ",".join(TASKS)
