@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from vllm_flashtrace.errors import InvalidRequestError
 from vllm_flashtrace.schema import (
+    PRESETS,
     FlashTraceRequest,
     RequestLimits,
     check_against_limit,
@@ -55,8 +56,27 @@ def test_defaults(value):
         "skip_tokens": "none",
         "top_k": 20,
         "include": (),
+        "preset": "paper",
         "mode": "inline",
     }
+
+
+def test_a_preset_gives_the_defaults_and_nothing_more():
+    assert parse({"preset": "paper"}) == parse(True)
+    sources = parse({"preset": "sources", "top_k": 3})
+    assert (sources.hops, sources.skip_tokens, sources.include, sources.top_k) == (
+        *("auto", "punctuation", ("sentences",)),
+        3,
+    )
+    own = parse({"preset": "sources", "hops": 0, "skip_tokens": "none", "include": []})
+    assert own == parse({"hops": 0}).model_copy(update={"preset": "sources"})
+
+
+@pytest.mark.parametrize("value", ["best", 1, None, ["sources"], {"sources": 1}])
+def test_unknown_presets_are_refused(value):
+    error = refusal({"preset": value})
+    assert error.param == "flashtrace.preset"
+    assert "'paper' or 'sources'" in error.message
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.0, NAN, "", "true", [], [{}], b"x"])
@@ -344,6 +364,7 @@ _requests = st.fixed_dictionaries(
             st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
             unique=True,
         ),
+        "preset": st.sampled_from(["paper", "sources"]),
         "mode": st.sampled_from(["inline", "deferred"]),
     },
 )
@@ -361,7 +382,8 @@ _keys = st.sampled_from(
 @given(_requests)
 def test_good_requests_keep_every_value(value):
     request = parse(value)
-    assert json.loads(request.model_dump_json(exclude_unset=True)) == value
+    found = json.loads(request.model_dump_json(exclude_unset=True))
+    assert found == {**json.loads(json.dumps(PRESETS[request.preset])), **value}
 
 
 @settings(max_examples=100, deadline=None)

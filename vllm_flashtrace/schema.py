@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vllm_flashtrace.errors import InvalidRequestError
 from vllm_flashtrace.limits import RequestLimits
@@ -41,6 +41,13 @@ FIELD = "flashtrace"
 Include: TypeAlias = Literal["hops", "generated", "segments", "sentences", "layers", "tokens"]
 
 _INCLUDES = get_args(Include)
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {},
+    "sources": {"hops": "auto", "skip_tokens": "punctuation", "include": ("sentences",)},
+}
+"""Defaults by name: ``"paper"`` is one hop of the paper's formula as it is; ``"sources"`` is what
+found the most known sources in ``benchmarks/faithfulness``."""
 
 
 class FlashTraceRequest(StrictModel):
@@ -75,11 +82,24 @@ class FlashTraceRequest(StrictModel):
     include: tuple[Include, ...] = Field(
         default=(), description="Additional parts of the response."
     )
+    preset: Literal["paper", "sources"] = Field(
+        default="paper",
+        description="Defaults of the other keys: 'paper', as given with each key, or 'sources': "
+        "hops 'auto', skip_tokens 'punctuation' and include ['sentences'].",
+    )
     mode: Literal["inline", "deferred"] = Field(
         default="inline",
         description="'inline' answers once the attribution is there, 'deferred' at once with its "
         "id, under which GET /v1/attributions/{id} gives it later.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, value: Any) -> Any:
+        preset = value.get("preset") if isinstance(value, Mapping) else None
+        if isinstance(preset, str) and preset in PRESETS:
+            return {**PRESETS[preset], **value}
+        return value
 
     @field_validator("target", mode="before")
     @classmethod

@@ -149,6 +149,7 @@ PLAUSIBLE = st.fixed_dictionaries(
             st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
             max_size=5,
         ),
+        "preset": st.sampled_from(["paper", "sources"]),
     },
 )
 
