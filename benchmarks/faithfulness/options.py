@@ -69,19 +69,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "examples": 50,
         "lengths": "256,1024,4096,8000",
         "perturbation_methods": ",".join(_PERTURBED),
-        "perturbation_examples": 8,
+        "perturbation_examples": 6,
         "expensive_examples": 4,
         "long_examples": 3,
     },
     "quick": {
         "tasks": _ALL_TASKS,
         "methods": (
-            "flashtrace-k0,flashtrace-k1,flashtrace-auto,flashtrace-package,ifr-per-token,"
+            "flashtrace-k0,flashtrace-k1,flashtrace-auto-skip,flashtrace-package,ifr-per-token,"
             "attn-lrp,attention-mean,loo-sentence,random,recency,overlap"
         ),
-        "examples": 8,
+        "examples": 6,
         "lengths": "256",
-        "perturbation_methods": "flashtrace-k1,attn-lrp,random",
+        "perturbation_methods": "flashtrace-k1,random",
         "perturbation_examples": 2,
         "expensive_examples": 1,
         "long_examples": 1,
