@@ -14,7 +14,8 @@ from benchmarks.faithfulness.summary import POOLED
 
 Result = dict[str, Any]
 
-_ON_CHAIN = ("k0", "k1", "k2", "auto")
+_ON_CHAIN = {"k0": "-", "k1": "--", "auto": ":"}
+_COLORS = ("C0", "C1", "C2", "C3", "C4", "C5")
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
@@ -42,25 +43,34 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def reasoning_mass(result: Result, figure: Any) -> None:
-    """Left: hop 0's mass on reasoning by tokens of reasoning. Right: recovery by number of hops."""
-    chains = result["chains"]
+    """By tokens of reasoning. Left: mass left on it, as the paper's Figure 1. Right: recovery.
+
+    Left at the shortest context length, right at the longest with as many examples.
+    """
+    counts: dict[int, int] = {}
+    for chain in result["chains"]:
+        counts[chain["length"]] = counts.get(chain["length"], 0) + chain["n"]
+    full = sorted(length for length, n in counts.items() if n == max(counts.values()))
     left, right = figure.subplots(1, 2)
-    for task in dict.fromkeys(chain["task"] for chain in chains):
-        points = sorted(
-            (c["reasoning_tokens"], c["reasoning_mass"])
-            for c in chains
-            if c["task"] == task and c["reasoning_mass"] is not None
-        )
-        if points:
-            left.plot(*zip(*points, strict=True), marker="o", label=task)
-    for hops in _ON_CHAIN:
-        points = sorted(
-            (c["reasoning_tokens"], c["recovery"][hops]) for c in chains if hops in c["recovery"]
-        )
-        if points:
-            right.plot(*zip(*points, strict=True), marker=".", linestyle="", label=f"hops {hops}")
-    left.set(xlabel="tokens of reasoning", ylabel="hop 0's mass on reasoning", ylim=(0, 1))
-    right.set(xlabel="tokens of reasoning", ylabel="recovery at 10 %", ylim=(0, 1))
+    for axes, metric, lengths in (
+        (left, "remaining_mass", full[:1]),
+        (right, "recovery", full[-1:]),
+    ):
+        chains = [chain for chain in result["chains"] if chain["length"] in lengths]
+        for task, color in zip(dict.fromkeys(c["task"] for c in chains), _COLORS, strict=False):
+            for hops, style in _ON_CHAIN.items():
+                points = sorted(
+                    (chain["reasoning_tokens"], chain[metric][hops])
+                    for chain in chains
+                    if chain["task"] == task and hops in chain[metric]
+                )
+                if points:
+                    label = f"{task}, hops {hops.removeprefix('k')}"
+                    line = {"color": color, "linestyle": style, "marker": ".", "label": label}
+                    axes.plot(*zip(*points, strict=True), **line)
+        axes.set(xlabel="tokens of reasoning", ylim=(0, 1), title=_context(lengths))
+    left.set(ylabel="mass left on reasoning")
+    right.set(ylabel="recovery at 10 %")
     _legends(left, right)
 
 
@@ -118,6 +128,10 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or quality > front[-1][1]:
             front.append((cost, quality))
     return front
+
+
+def _context(lengths: list[int]) -> str:
+    return f"{lengths[0]:,}-token contexts" if lengths else ""
 
 
 def _color(method: str) -> str:

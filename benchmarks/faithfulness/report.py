@@ -32,15 +32,37 @@ def quality(result: Result) -> str:
 
 
 def by_task(result: Result) -> str:
-    """Markdown: recovery of every method on every task at the shortest length."""
-    shortest = _pooled(result)["length"]
-    return _recoveries([group for group in _tasks(result) if group["length"] == shortest])
+    """Markdown: recovery of every method on every task, at lengths with as many examples."""
+    most = max(group["examples"] for group in _tasks(result))
+    groups = [group for group in _tasks(result) if group["examples"] == most]
+    return _recoveries(sorted(groups, key=lambda group: int(group["length"])))
 
 
 def by_length(result: Result) -> str:
-    """Markdown: recovery at the longer lengths, of the methods that run there."""
+    """Markdown: recovery over all tasks at the longer lengths, of the methods that run there.
+
+    Stars as in `quality`.
+    """
     shortest = _pooled(result)["length"]
-    return _recoveries([group for group in _tasks(result) if group["length"] > shortest])
+    groups = [group for group in result["groups"] if group["length"] > shortest]
+    groups = [group for group in groups if group["task"] == _pooled(result)["task"]]
+    if not groups:
+        return ""
+    header = ["method"]
+    for group in groups:
+        title = f"{group['length']:,} tokens (n = {group['examples']})"
+        header += [title, f"{group['length']:,}, by sentence"]
+    methods = dict.fromkeys(method for group in groups for method in group["methods"])
+    rows = []
+    for method in methods:
+        cells = [method]
+        for group in groups:
+            row, tests = group["methods"].get(method, {}), _tests_of(result, group)
+            for metric in ("recovery", "recovery_sentence"):
+                cells.append(_mean(row.get(metric)) + _star(tests, metric, method))
+        rows.append(cells)
+    ceiling = [cell for group in groups for cell in (_number(group["recovery_ceiling"]), "")]
+    return _markdown(header, [*rows, ["highest possible", *ceiling]])
 
 
 def perturbation(result: Result) -> str:
@@ -84,17 +106,13 @@ def _quality_rows(group: Row, tests: Row, interval: Interval) -> tuple[list[str]
         "seconds",
     ]
 
-    def star(metric: str, method: str) -> str:
-        found = tests.get(metric, {}).get(method)
-        return " *" if found is not None and found[3] < _SIGNIFICANT else ""
-
     rows = [
         [
             method,
             str(row["n"]),
             str(row["failed"] or ""),
-            interval(row.get("recovery")) + star("recovery", method),
-            interval(row.get("recovery_sentence")) + star("recovery_sentence", method),
+            interval(row.get("recovery")) + _star(tests, "recovery", method),
+            interval(row.get("recovery_sentence")) + _star(tests, "recovery_sentence", method),
             interval(row.get("recovery_skip")),
             interval(row.get("mass_on_gold")),
             _mean(row.get("reasoning_mass")),
@@ -156,6 +174,11 @@ def _tests_of(result: Result, group: Row) -> Row:
         if (tests["task"], tests["length"]) == (group["task"], group["length"]):
             return {key: value for key, value in tests.items() if isinstance(value, dict)}
     return {}
+
+
+def _star(tests: Row, metric: str, method: str) -> str:
+    found = tests.get(metric, {}).get(method)
+    return " *" if found is not None and found[3] < _SIGNIFICANT else ""
 
 
 def _title(group: Row) -> str:

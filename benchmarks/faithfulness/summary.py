@@ -24,7 +24,7 @@ from benchmarks.faithfulness.work import Row, WorkFile, unpack
 OURS = "flashtrace-k1"
 """The method that the others are tested against."""
 POOLED = "all"
-"""Name of the group of every generated task at the shortest length."""
+"""Name of the groups of every generated task at one length."""
 _TESTED = ("recovery", "recovery_sentence", "mass_on_gold", "rise", "mas")
 _FEWEST_TESTED = 8
 """With fewer pairs the smallest possible p, corrected, says nothing."""
@@ -88,11 +88,12 @@ def _groups(cases: Sequence[Case]) -> dict[tuple[str, int], list[Case]]:
     for case in cases:
         groups.setdefault(case.group, []).append(case)
     made = [case for case in cases if case.group[1] and not case.prepared.example.generated]
-    shortest = min((case.group[1] for case in made), default=0)
-    pooled = [case for case in made if case.group[1] == shortest]
-    if len({case.group for case in pooled}) > 1:
-        groups = {(POOLED, shortest): pooled, **groups}
-    return groups
+    pooled: dict[tuple[str, int], list[Case]] = {}
+    for length in sorted({case.group[1] for case in made}):
+        members = [case for case in made if case.group[1] == length]
+        if len({case.group for case in members}) > 1:
+            pooled[POOLED, length] = members
+    return {**pooled, **groups}
 
 
 def _values(case: Case, method: str, work: WorkFile) -> Values | None:
@@ -215,22 +216,22 @@ def _tests(
 def _chains(
     cases: Sequence[Case], rows: Mapping[tuple[str, str], Values | None]
 ) -> list[dict[str, Any]]:
-    """By variant of a task, at the shortest length: tokens of reasoning, mass on it, recovery."""
+    """By variant of a task and length: tokens of reasoning, mass on it, mass left, recovery."""
     groups: dict[tuple[str, str, int], list[Case]] = {}
-    shortest = min((case.group[1] for case in cases if case.group[1]), default=0)
     for case in cases:
         variant = variant_of(case.prepared.example.id)
-        if variant and case.group[1] == shortest:
+        if variant and case.group[1]:
             groups.setdefault((case.group[0], variant, case.group[1]), []).append(case)
     chains = []
     for (task, variant, length), members in groups.items():
         first_hop = [v["reasoning_mass"] for c in members if (v := rows.get((c.key, OURS)))]
-        means = {}
+        means: dict[str, dict[str, float]] = {"recovery": {}, "remaining_mass": {}}
         for hops in ("k0", "k1", "k2", "k3", "auto"):
             found = [v for c in members if (v := rows.get((c.key, f"flashtrace-{hops}")))]
-            numbers = [v["recovery"] for v in found if "recovery" in v]
-            if numbers:
-                means[hops] = fmean(numbers)
+            for metric, by_hops in means.items():
+                numbers = [v[metric] for v in found if metric in v]
+                if numbers:
+                    by_hops[hops] = fmean(numbers)
         chains.append(
             {
                 "task": task,
@@ -241,7 +242,7 @@ def _chains(
                     c.prepared.reasoning[1] - c.prepared.reasoning[0] for c in members
                 ),
                 "reasoning_mass": fmean(first_hop) if first_hop else None,
-                "recovery": means,
+                **means,
             }
         )
     return chains

@@ -83,7 +83,7 @@ def test_a_run_counts_every_example_and_method(tmp_path: Path, resources: Resour
     assert json.loads((tmp_path / "out.json").read_text()) == result
     groups = {(group["task"], group["length"]): group for group in result["groups"]}
     assert set(groups) == {
-        ("all", 256),
+        *(("all", length) for length in (256, 4096)),
         *((task, length) for task in ("variables", "agent") for length in (256, 4096)),
     }
     assert groups["all", 256]["methods"]["random"]["n"] == 8
@@ -234,7 +234,8 @@ def test_tables_and_figures(tmp_path: Path, resources: Resources) -> None:
     assert "| overlap | 8 |" in report.quality(result)
     assert "failed" not in report.quality(result)
     assert "agent 256" in report.by_task(result)
-    assert "agent 4096" in report.by_length(result)
+    assert "agent 4096" not in report.by_task(result)
+    assert "4,096 tokens (n = 2)" in report.by_length(result)
     assert report.perturbation(result).count("\n") == 3
     draw(json.loads((tmp_path / "out.json").read_text()), tmp_path / "again")
 
