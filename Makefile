@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Processes of the test suite; each holds several engines, together about 8 GiB.
-JOBS ?= 2
 export VLLM_TARGET_DEVICE ?= cpu
 
 .PHONY: help demo test test-fast lint bench bench-faithfulness clean
@@ -36,7 +34,7 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/vllm-flashtrace demo --model-path
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --ignore tests/engine --ignore tests/serving

@@ -29,8 +29,15 @@ LONG_METHODS = (
     "recency",
     "overlap",
 )
-EXPENSIVE = ("loo-token", "contextcite", "clp-sentence", "integrated-gradients")
-"""Ten seconds and more for one short example: they run on the first examples of each task."""
+EXPENSIVE = {
+    "loo-token": 1,
+    "loo-sentence": 10,
+    "contextcite": 1,
+    "clp-sentence": 1,
+    "integrated-gradients": 1,
+}
+"""Six seconds and more for one short example: they run on the first examples of each task, the
+cheaper ones on so many times more."""
 _LONGEST = "loo-token"
 """Over a minute for one short example: it runs where it is asked for."""
 HEADLINE = (
@@ -69,8 +76,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "examples": 50,
         "lengths": "256,1024,4096,8000",
         "perturbation_methods": ",".join(_PERTURBED),
-        "perturbation_examples": 6,
-        "expensive_examples": 4,
+        "perturbation_examples": 4,
+        "expensive_examples": 2,
         "long_examples": 3,
     },
     "quick": {
@@ -147,7 +154,8 @@ class Options:
             return self.examples
         perturbed = method in self.perturbation_methods
         tested = self.perturbation_examples if perturbed else 0
-        return min(self.examples, max(self.expensive_examples, tested))
+        chosen = EXPENSIVE[method] * self.expensive_examples
+        return min(self.examples, max(chosen, tested))
 
     def perturbed_at(self, length: int) -> tuple[str, ...]:
         """Methods that are tested by perturbation at a length; 0 is that of given texts."""

@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.faithfulness.example import Example, Prepared, prepare
 from benchmarks.faithfulness.hf import HFModel
-from tests.cores import own_core
 from tests.oracle import as_float64
 from tests.tiny_models import make_tiny_model
 
@@ -54,8 +53,7 @@ def without_reasoning(hf: HFModel) -> Prepared:
 def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiny models are faster on one core than on several that are busy."""
     before = torch.get_num_threads()
-    core = own_core()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {core})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
