@@ -135,7 +135,7 @@ _TARGETS = st.one_of(
     ),
 )
 PLAUSIBLE = st.fixed_dictionaries(
-    {"mode": st.sampled_from(["inline", "inline", "deferred"])},
+    {"mode": st.sampled_from(["inline", "deferred"])},
     optional={
         "target": _TARGETS,
         "hops": st.integers(0, 8) | st.just("auto"),
