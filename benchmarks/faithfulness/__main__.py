@@ -26,6 +26,7 @@ from benchmarks.faithfulness.runner import Runner
 from benchmarks.faithfulness.summary import rounded, summarise
 from benchmarks.faithfulness.work import WorkFile
 from vllm_flashtrace.engine_log import engine_log
+from vllm_flashtrace.orphans import end_engine_with_this_process
 
 
 def run(options: Options, resources: Any, console: Console) -> dict[str, Any]:
@@ -104,6 +105,7 @@ def _kept(cases: list[Case], shortest: int) -> dict[str, dict[str, int]]:
 
 def main() -> int:
     options = parse()
+    end_engine_with_this_process()
     from vllm_flashtrace.models import prepare_smollm2
 
     console = Console(width=None if sys.stdout.isatty() else 140)

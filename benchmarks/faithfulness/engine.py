@@ -12,7 +12,6 @@ from typing import Any
 
 from benchmarks.faithfulness.scorer import EngineScorer
 from vllm_flashtrace import FlashTrace
-from vllm_flashtrace.orphans import end_engine_with_this_process
 
 _THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 KV_CACHE_BYTES = 1 << 30
@@ -45,7 +44,6 @@ class EngineResource:
             **engine_args: Further arguments of ``vllm.LLM``; they override those set here.
         """
         use_all_cores()
-        end_engine_with_this_process()
         arguments: dict[str, Any] = {
             "dtype": dtype,
             # A request ends with one token that nobody reads, and it needs a place.

@@ -10,7 +10,7 @@ import bisect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_flashtrace.postprocess.locate import PromptMap
@@ -103,16 +103,13 @@ def _entry(key: Key, text: str, span: Span, own: Sequence[float]) -> dict[str, A
     message, part = key
     sentence = text[slice(*span)]
     start = span[0] + len(sentence) - len(sentence.lstrip())
-    stripped: Mapping[str, Any] = {
-        "start": start,
-        "end": start + len(sentence.strip()),
-        "text": sentence.strip(),
-    }
     score = math.fsum(own)
     return {
         "message": message,
         **({} if part is None else {"part": part}),
-        **stripped,
+        "start": start,
+        "end": start + len(sentence.strip()),
+        "text": sentence.strip(),
         "tokens": len(own),
         "score": score,
         "mean": score / len(own),
