@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -96,18 +98,51 @@ def test_a_slot_is_free_when_its_process_ends(
     assert {first.number, second.number} == {0, 1}
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts the handlers of signals back, which stay ignored after one."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_once(number: signal.Signals, code: int) -> None:
-    before = signal.getsignal(number)
-    try:
-        with pytest.raises(Interrupted) as stopped, stop_on_signals():
-            os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # Ignored while the run is cleaned up.
-        assert stopped.value.code == code
-    finally:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler if each == 2 else signal.SIG_DFL)
-    assert signal.getsignal(number) == before
+    with pytest.raises(Interrupted) as stopped, stop_on_signals(), stop_on_signals():
+        os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)  # Ignored while the run is cleaned up.
+    assert stopped.value.code == code
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_became_another_exception_stops_as_well() -> None:
+    with pytest.raises(Interrupted) as stopped, stop_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted as error:
+            raise SystemError("returned a result with an exception set") from error
+    assert stopped.value.code == 143
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_was_dropped_stops_at_the_next_turn_or_the_end() -> None:
+    with pytest.raises(Interrupted), stop_on_signals() as stopping:
+        with suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            stopping.check()
+
+
+@pytest.mark.usefixtures("handlers")
+def test_without_a_signal_nothing_changes() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as stopping:
+        stopping.check()
+    with pytest.raises(SystemError), stop_on_signals():
+        raise SystemError
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_progress_without_a_terminal() -> None:

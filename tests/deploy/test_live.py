@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -148,53 +149,59 @@ def test_a_stream_is_not_held_back_and_ends_with_its_client(two):
     assert two.metric(generated) - before < STREAM["max_tokens"]
 
 
-def stream(deployment: Deployment, open_on: Counter[str]) -> tuple[str, str | None]:
-    """Which replica answered, and the code of the error at the end."""
-    body = {"model": "m", **STREAM}
-    url = f"{deployment.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=300) as response:
-        replica = response.headers[REPLICA_HEADER]
-        open_on[replica] += 1
-        lines = [line for line in response.iter_lines() if line]
-        open_on[replica] -= 1
-    *_, last, end = lines
+def begin_stream(deployment: Deployment, stack: ExitStack) -> tuple[str, Iterator[str]]:
+    """A stream whose first event has come: which replica answers it, and the rest of its lines."""
+    url, body = f"{deployment.url}/v1/completions", {"model": "m", **STREAM}
+    response = stack.enter_context(httpx.stream("POST", url, json=body, timeout=300))
+    lines = response.iter_lines()
+    assert next(lines).startswith("data: ")
+    return response.headers[REPLICA_HEADER], lines
+
+
+def error_at_end(lines: Iterator[str]) -> str | None:
+    """The code of the error that a stream ends with."""
+    *_, last, end = (line for line in lines if line)
     assert end == "data: [DONE]"
-    return replica, json.loads(last.removeprefix("data: ")).get("error", {"code": None})["code"]
+    return json.loads(last.removeprefix("data: ")).get("error", {"code": None})["code"]
 
 
 def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
     before = two.replicas()
     victim = min(before)
     actor, engine = two.family(victim)
-    open_on: Counter[str] = Counter()
     over = Event()
 
-    def again_and_again(ask: Callable[[], Any]) -> list[Any]:
-        found = [ask()]
+    def again_and_again() -> list[httpx.Response]:
+        found = []
         while not over.is_set():
-            found.append(ask())
+            found.append(two.post("/v1/attributions", **LONG))
         return found
 
-    def trace() -> httpx.Response:
-        return two.post("/v1/attributions", **LONG)
+    def defer_to_victim() -> str:
+        """A deferred attribution on the victim."""
+        while True:
+            response = defer(two, flashtrace={**LONG["flashtrace"], "mode": "deferred"})
+            if response.headers[REPLICA_HEADER] == victim:
+                return response.json()["id"]
 
-    with ThreadPoolExecutor(40) as pool:
-        try:
-            traces = [pool.submit(again_and_again, trace) for _ in range(10)]
-            streams = [pool.submit(again_and_again, lambda: stream(two, open_on)) for _ in range(4)]
-            until(lambda: open_on[victim] > 0)
-            pending = defer(two, flashtrace={**LONG["flashtrace"], "mode": "deferred"})
-            while pending.headers[REPLICA_HEADER] != victim or open_on[victim] == 0:
-                pending = defer(two, flashtrace={**LONG["flashtrace"], "mode": "deferred"})
-            actor.kill()
-            asks = [pool.submit(two.post, "/v1/completions", **TEXT) for _ in range(8)]
-            assert [ask.result().status_code for ask in asks] == [200] * 8
-        finally:
-            over.set()
-        ends = {end for one in streams for end in one.result()}
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(16))
+        stack.callback(over.set)
+        traces = [pool.submit(again_and_again) for _ in range(4)]
+        until(lambda: two.metric("flashtrace_traces_running", replica=victim) > 0)
+        streams = [begin_stream(two, stack)]
+        # The last one has not got far when its replica dies.
+        while len({replica for replica, _ in streams}) < 2 or streams[-1][0] != victim:
+            streams.append(begin_stream(two, stack))
+        *_, pending = (defer_to_victim() for _ in range(3))
+        actor.kill()
+        asks = [pool.submit(two.post, "/v1/completions", **TEXT) for _ in range(8)]
+        assert [ask.result().status_code for ask in asks] == [200] * 8
+        over.set()
+        ends = [(replica, error_at_end(lines)) for replica, lines in streams]
         answers = [answer for one in traces for answer in one.result()]
-    assert (victim, "replica_lost") in ends
-    assert {replica for replica, code in ends if code is not None} == {victim}
+    assert ends[-1] == (victim, "replica_lost")
+    assert {code for replica, code in ends if replica != victim} == {None}
     lost = [answer for answer in answers if answer.status_code != 200]
     assert lost and len(lost) < len(answers)
     for answer in lost:
@@ -204,9 +211,8 @@ def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
         assert answer.headers["retry-after"] == "1"
     _, alive = psutil.wait_procs(engine, timeout=30)
     assert not alive
-    failed = pending.json()["id"]
-    until(lambda: fetch(two, failed)["status"] == "failed")
-    assert fetch(two, failed)["error"]["code"] == "server_lost"
+    until(lambda: fetch(two, pending)["status"] == "failed")
+    assert fetch(two, pending)["error"]["code"] == "server_lost"
     until(lambda: len(two.replicas() - before) == 1 and victim not in two.replicas(), 180)
 
 
@@ -221,11 +227,19 @@ def test_a_replica_whose_engine_died_is_replaced(two):
     assert {two.post("/v1/completions", **TEXT).status_code for _ in range(6)} == {200}
 
 
+def taken(deployment: Deployment) -> float:
+    """Traces that ended or are under way on the replicas that live."""
+    states = "requests_total|traces_running|traces_waiting"
+    page = deployment.get("/metrics").text
+    return sum(map(float, re.findall(rf"^flashtrace_(?:{states}){{.*}} (\S+)$", page, re.M)))
+
+
 def test_sigterm_lets_what_was_begun_finish_and_leaves_nothing(two):
     children = psutil.Process(two.process.pid).children(recursive=True)
+    before = taken(two)
     with ThreadPoolExecutor() as pool:
         traces = [pool.submit(two.post, "/v1/attributions", **LONG) for _ in range(3)]
-        until(lambda: two.metric("flashtrace_traces_running") >= 1)
+        until(lambda: taken(two) - before >= 3)
         code = stop(two.process)
         assert {trace.result().json()["status"] for trace in traces} == {"completed"}
     assert code == 143

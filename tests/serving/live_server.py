@@ -169,7 +169,11 @@ def _tail(log: Path) -> str:
 
 
 def without_pace(stream: str) -> tuple[list[str], str]:
-    """A stream's kinds of events in order, and its text: vLLM joins tokens when it is busy."""
+    """A stream's kinds of events in order, and its text.
+
+    vLLM joins tokens when it is busy: those that came before the last chunk may all be in it, so
+    chunks that only have text are not among the kinds.
+    """
     text = ""
 
     def blank(value: Any, key: str = "") -> Any:
@@ -185,9 +189,15 @@ def without_pace(stream: str) -> tuple[list[str], str]:
 
     lines = [line for line in stream.splitlines() if line]
     events = [line for line in lines if not line.startswith("data: {")]
-    events += [
-        json.dumps(blank(json.loads(line.removeprefix("data: "))))
-        for line in lines
-        if line.startswith("data: {")
-    ]
+    found = [json.loads(line.removeprefix("data: ")) for line in lines if line not in events]
+    events += [json.dumps(event) for event in map(blank, found) if not _is_mere_text(event)]
     return list(dict.fromkeys(events)), text
+
+
+def _is_mere_text(event: dict[str, Any]) -> bool:
+    """Whether a chunk has nothing but the text of some tokens."""
+    choices = event.get("choices")
+    return bool(choices) and all(
+        choice["finish_reason"] is None and "role" not in choice.get("delta", ())
+        for choice in choices
+    )

@@ -16,7 +16,7 @@ import numpy as np
 
 from vllm_flashtrace.batch.dataset import read_requests
 from vllm_flashtrace.batch.inputs import read_rows
-from vllm_flashtrace.batch.interruption import stop_on_signals
+from vllm_flashtrace.batch.interruption import Stopping, stop_on_signals
 from vllm_flashtrace.batch.options import BatchOptions
 from vllm_flashtrace.batch.outcome import Outcome
 from vllm_flashtrace.batch.parts import FinishedRows, PartsWriter
@@ -62,16 +62,16 @@ def answer_rows(options: BatchOptions, scan: Scan, finished: FinishedRows, conso
     }
     with (
         connect(**local),
-        stop_on_signals(),  # Ray has just put handlers of its own in place.
+        stop_on_signals() as stopping,  # Ray has just put handlers of its own in place.
         PartsWriter(finished) as writer,
         progress(console, scan.rows, finished.count) as report,
     ):
         _prepare_ray_data()
         pool = Pool.plan(options.model, options.argv, options.replicas, options.batch_size)
-        _answer(pool, options, scan, finished, writer, report)
+        _answer(pool, options, scan, finished, writer, report, stopping)
         if finished.count < scan.rows:
             gc.collect()  # The first replicas end, and free what they hold, with their handles.
-            _answer(pool, options, scan, finished, writer, report, one_by_one=True)
+            _answer(pool, options, scan, finished, writer, report, stopping, one_by_one=True)
         _give_up(scan, finished, writer, report)
 
 
@@ -82,6 +82,7 @@ def _answer(
     finished: FinishedRows,
     writer: PartsWriter,
     report: Report,
+    stopping: Stopping,
     *,
     one_by_one: bool = False,
 ) -> None:
@@ -91,6 +92,7 @@ def _answer(
         for batch in answers.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         ):
+            stopping.check()
             records = zip(
                 batch.column("row").to_pylist(), batch.column("outcome").to_pylist(), strict=True
             )

@@ -15,7 +15,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_flashtrace.batch.interruption import Interrupted, stop_on_signals
+from vllm_flashtrace.batch.interruption import Interrupted, Stopping, stop_on_signals
 from vllm_flashtrace.deploy.application import build_application
 from vllm_flashtrace.deploy.options import DeployOptions, check_engine_options
 from vllm_flashtrace.deploy.store_actor import NAMESPACE, actor_name
@@ -83,10 +83,10 @@ def run_deploy(options: DeployOptions) -> int:
                 "with --no-blocking"
             )
         try:
-            with stop_on_signals():  # Ray has just put handlers of its own in place.
+            with stop_on_signals() as stopping:  # Ray has just put handlers of its own in place.
                 _start(ray, serve, options, facts, own)
                 if options.blocking:
-                    _stay(serve, options)
+                    _stay(serve, options, stopping)
         except Interrupted as stopped:
             _say(f"stopping; requests have {options.drain_seconds:g} s to finish")
             code = stopped.code
@@ -142,9 +142,10 @@ def _answers(address: str, name: str) -> bool:
         return False
 
 
-def _stay(serve: Any, options: DeployOptions) -> None:
+def _stay(serve: Any, options: DeployOptions, stopping: Stopping) -> None:
     """Waits for a signal, or for somebody to delete the application."""
     while options.name in serve.status().applications:
+        stopping.check()
         time.sleep(_POLL_SECONDS)
     _say("the application was deleted")
 
