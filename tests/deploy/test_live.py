@@ -7,9 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import httpx
@@ -165,43 +164,43 @@ def error_at_end(lines: Iterator[str]) -> str | None:
     return json.loads(last.removeprefix("data: ")).get("error", {"code": None})["code"]
 
 
+def resume(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.resume()
+
+
 def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
     before = two.replicas()
-    victim = min(before)
-    actor, engine = two.family(victim)
-    over = Event()
-
-    def again_and_again() -> list[httpx.Response]:
-        found = []
-        while not over.is_set():
-            found.append(two.post("/v1/attributions", **LONG))
-        return found
-
-    def defer_to_victim() -> str:
-        """A deferred attribution on the victim."""
-        while True:
-            response = defer(two, flashtrace={**LONG["flashtrace"], "mode": "deferred"})
-            if response.headers[REPLICA_HEADER] == victim:
-                return response.json()["id"]
-
+    families = {replica: two.family(replica) for replica in before}
+    workers = {
+        replica: process
+        for replica, (_, engine) in families.items()
+        for process in engine
+        if process.name().startswith("VLLM::Worker")
+    }
+    streams = {}
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(16))
-        stack.callback(over.set)
-        traces = [pool.submit(again_and_again) for _ in range(4)]
-        until(lambda: two.metric("flashtrace_traces_running", replica=victim) > 0)
-        streams = [begin_stream(two, stack)]
-        # The last one has not got far when its replica dies.
-        while len({replica for replica, _ in streams}) < 2 or streams[-1][0] != victim:
-            streams.append(begin_stream(two, stack))
-        *_, pending = (defer_to_victim() for _ in range(3))
+        pool = stack.enter_context(ThreadPoolExecutor())
+        for _ in before:
+            replica, lines = begin_stream(two, stack)
+            streams[replica] = lines
+            workers[replica].suspend()  # What has begun does not end before the death.
+            stack.callback(resume, workers[replica])
+        assert set(streams) == before
+        traces = [pool.submit(two.post, "/v1/attributions", **LONG) for _ in range(6)]
+        running = "flashtrace_traces_running"
+        until(lambda: all(two.metric(running, replica=replica) for replica in before))
+        pending = defer(two)
+        victim = pending.headers[REPLICA_HEADER]
+        actor, engine = families[victim]
         actor.kill()
+        for worker in workers.values():
+            resume(worker)
         asks = [pool.submit(two.post, "/v1/completions", **TEXT) for _ in range(8)]
         assert [ask.result().status_code for ask in asks] == [200] * 8
-        over.set()
-        ends = [(replica, error_at_end(lines)) for replica, lines in streams]
-        answers = [answer for one in traces for answer in one.result()]
-    assert ends[-1] == (victim, "replica_lost")
-    assert {code for replica, code in ends if replica != victim} == {None}
+        ends = {replica: error_at_end(lines) for replica, lines in streams.items()}
+        answers = [trace.result() for trace in traces]
+    assert ends == {replica: "replica_lost" if replica == victim else None for replica in before}
     lost = [answer for answer in answers if answer.status_code != 200]
     assert lost and len(lost) < len(answers)
     for answer in lost:
@@ -211,8 +210,9 @@ def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
         assert answer.headers["retry-after"] == "1"
     _, alive = psutil.wait_procs(engine, timeout=30)
     assert not alive
-    until(lambda: fetch(two, pending)["status"] == "failed")
-    assert fetch(two, pending)["error"]["code"] == "server_lost"
+    failed = pending.json()["id"]
+    until(lambda: fetch(two, failed)["status"] == "failed")
+    assert fetch(two, failed)["error"]["code"] == "server_lost"
     until(lambda: len(two.replicas() - before) == 1 and victim not in two.replicas(), 180)
 
 
