@@ -21,7 +21,6 @@ import psutil
 
 from benchmarks.batch_work import (
     Batch,
-    Run,
     attributions,
     difference,
     malformed,
@@ -29,6 +28,7 @@ from benchmarks.batch_work import (
     results,
     write_lines,
 )
+from benchmarks.engine_processes import engine_core
 
 _RUN_SECONDS = 600.0
 
@@ -103,8 +103,7 @@ def replica(folder: Path, rows: int) -> dict[str, Any]:
     victim = run.replicas()[0]
     victim.kill()
     run.wait_for_rows(rows // 2, _RUN_SECONDS)
-    [engine] = [p for p in engines(run) if p.name().startswith("VLLM::Engine")]
-    engine.kill()
+    engine_core(run.replicas()[-1]).kill()
     run.finish(_RUN_SECONDS)
     found = results(batch.output)
     return {
@@ -136,12 +135,6 @@ def prepare(folder: Path, rows: int) -> Batch:
         make_tiny_model("llama", model)
     lines = [json.dumps(request) for request in requests(rows, tokens=24)]
     return Batch(write_lines(folder / "input.jsonl", lines), folder / "out", model)
-
-
-def engines(run: Run) -> list[psutil.Process]:
-    """Processes of the engines of a run."""
-    processes = psutil.Process(run.process.pid).children(recursive=True)
-    return [process for process in processes if process.name().startswith("VLLM")]
 
 
 def still_alive(processes: list[psutil.Process]) -> int:

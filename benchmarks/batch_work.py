@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.engine_processes import engine_processes
+
 ENGINE_OPTIONS = (
     "--max-model-len",
     "512",
@@ -90,17 +92,19 @@ class Run:
 
     def kill(self) -> list[psutil.Process]:
         """SIGKILL to the whole process group; returns its engines' processes."""
-        engines = [p for p in self._tree() if p.name().startswith("VLLM")]
+        engines = self.engines()
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         return engines
 
     def replicas(self) -> list[psutil.Process]:
         """The actors' processes."""
-        return [p for p in self._tree() if p.name().startswith("ray::MapWorker")]
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in tree if process.name().startswith("ray::MapWorker")]
 
-    def _tree(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+    def engines(self) -> list[psutil.Process]:
+        """The processes of the actors' engines."""
+        return [process for actor in self.replicas() for process in engine_processes(actor)]
 
     @property
     def log(self) -> Path:

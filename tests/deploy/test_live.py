@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.engine_processes import engine_core, worker
 from tests.deploy.deployment import OPTIONS, REPLICA_HEADER, Deployment, deploy, stop, until
 from tests.serving import live_server
 from tests.tiny_models import make_tiny_model
@@ -172,12 +173,7 @@ def resume(process: psutil.Process) -> None:
 def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
     before = two.replicas()
     families = {replica: two.family(replica) for replica in before}
-    workers = {
-        replica: process
-        for replica, (_, engine) in families.items()
-        for process in engine
-        if process.name().startswith("VLLM::Worker")
-    }
+    workers = {replica: worker(actor) for replica, (actor, _) in families.items()}
     streams = {}
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor())
@@ -194,8 +190,8 @@ def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
         victim = pending.headers[REPLICA_HEADER]
         actor, engine = families[victim]
         actor.kill()
-        for worker in workers.values():
-            resume(worker)
+        for each in workers.values():
+            resume(each)
         asks = [pool.submit(two.post, "/v1/completions", **TEXT) for _ in range(8)]
         assert [ask.result().status_code for ask in asks] == [200] * 8
         ends = {replica: error_at_end(lines) for replica, lines in streams.items()}
@@ -219,9 +215,8 @@ def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
 def test_a_replica_whose_engine_died_is_replaced(two):
     before = two.replicas()
     victim = sorted(before)[0]
-    actor, engine = two.family(victim)
-    [core] = [process for process in engine if process.name().startswith("VLLM::EngineCor")]
-    core.kill()
+    actor, _ = two.family(victim)
+    engine_core(actor).kill()
     psutil.wait_procs([actor], timeout=30)
     assert not actor.is_running()
     assert {two.post("/v1/completions", **TEXT).status_code for _ in range(6)} == {200}

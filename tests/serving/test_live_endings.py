@@ -17,6 +17,8 @@ from live_server import OURS, Server, serve
 from otlp_receiver import Receiver, receive
 from test_metrics import parse, value
 
+from benchmarks.engine_processes import engine_core
+
 pytestmark = pytest.mark.timeout(1200)
 
 TRACE_ID, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -173,8 +175,6 @@ def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
     with serve(OURS, model_path, tmp_path / "server.log", *ONE_PLACE) as server:
         with ThreadPoolExecutor() as pool:
             futures = submit(pool, server, 4)
-            children = psutil.Process(server.pid).children(recursive=True)
-            [engine] = [child for child in children if child.name().startswith("VLLM::EngineCor")]
-            engine.kill()
+            engine_core(psutil.Process(server.pid)).kill()
             check_lost(server, futures)
         until(lambda: ended(server))
