@@ -44,8 +44,8 @@ from benchmarks.capacity_simulation import Outcome, simulate
 from benchmarks.load_client import Timing, is_traced
 from benchmarks.load_stats import percentile
 from benchmarks.servers import end_servers_on_signals
-from tests.serving.live_server import Server
-from vllm_flashtrace.accumulator_budget import AccumulatorBudget
+from tests.server.live_server import Server
+from vllm_flashtrace.trace.budget import AccumulatorBudget
 
 SHARES = (0.0, 0.25, 1.0)
 TRAFFIC = Traffic(LogNormal(160, 0.5), LogNormal(32, 0.5), LogNormal(20, 0.4))

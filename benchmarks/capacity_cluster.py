@@ -25,7 +25,7 @@ from benchmarks.capacity_simulation import Cluster
 from benchmarks.load_client import Request, Timing, random_prompts, run_load
 from benchmarks.load_stats import token_gaps
 from benchmarks.servers import cpu_seconds, plugin_server
-from tests.serving.live_server import Server
+from tests.server.live_server import Server
 from vllm_flashtrace.models import prepare_smollm2
 
 CLUSTER = Cluster(max_num_seqs=8, max_num_batched_tokens=2048)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_flashtrace.accumulator_budget import AccumulatorBudget
-from vllm_flashtrace.capture.trace import ModelShape
+from vllm_flashtrace.trace.budget import AccumulatorBudget
+from vllm_flashtrace.worker.trace import ModelShape
 
 _BFLOAT16 = 2
 

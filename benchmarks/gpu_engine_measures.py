@@ -19,9 +19,9 @@ from benchmarks.gpu_engine_process import EngineSpec
 from benchmarks.gpu_engine_steps import attention_backend, start_counting, take_counts
 from benchmarks.trace_latency import Bench, Case
 from tests.engine.harness import Engine, TraceJob
-from vllm_flashtrace.config import FlashTraceConfig
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.trace.config import FlashTraceConfig
 
 _FIRST_TOKEN = 600
 """Tokens below it are those with which `Bench.floor` fills its prompts."""

@@ -54,7 +54,7 @@ def take_counts(worker: Any) -> dict[str, int]:
 
 
 def _counting(stock: Any, runner: Any, mode_of: Any) -> Any:
-    from vllm_flashtrace.adapter.runner import existing_capture
+    from vllm_flashtrace.worker.runner import existing_capture
 
     signature = inspect.signature(stock)
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from benchmarks.mixed_requests import MixedRequest, make_request
 from benchmarks.servers import end_servers_on_signals, plugin_server, processes
 from benchmarks.worker_state import DEV_MODE, what_is_left
-from tests.serving.live_server import Server
+from tests.server.live_server import Server
 from vllm_flashtrace.models import prepare_smollm2
 
 FAILING = 0.05

@@ -10,7 +10,7 @@ class FailSome:
 
     def fail_some(self, share: float) -> None:
         """Lets a share of all trace requests fail at the end of their prefill, chosen by nonce."""
-        from vllm_flashtrace.capture.recorder import Recorder
+        from vllm_flashtrace.worker.recorder import Recorder
 
         stock = Recorder._finish
 

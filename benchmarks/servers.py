@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.serving.live_server import OURS, STOCK, Server, serve
-from vllm_flashtrace.config import SECTION
-from vllm_flashtrace.environment import prepare_environment
+from tests.server.live_server import OURS, STOCK, Server, serve
+from vllm_flashtrace.base.environment import prepare_environment
+from vllm_flashtrace.trace.config import SECTION
 
 _PLUGIN = "flashtrace"
 _ROLES = {"engine": "VLLM::EngineCore", "worker": "VLLM::Worker"}

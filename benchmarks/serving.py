@@ -36,7 +36,7 @@ from benchmarks.serving_rounds import (
     trace_field,
 )
 from benchmarks.serving_rows import cap_row, cap_table, row, rows_table
-from tests.serving.live_server import Server
+from tests.server.live_server import Server
 from vllm_flashtrace.models import prepare_smollm2
 
 VARIANTS = [

@@ -23,7 +23,7 @@ from benchmarks.load_client import (
 )
 from benchmarks.load_stats import Block
 from benchmarks.servers import cpu_seconds
-from tests.serving.live_server import Server
+from tests.server.live_server import Server
 
 _ANSWER_TOKENS = 40
 _WARM_UP_TOKENS = 24

@@ -34,7 +34,7 @@ from benchmarks.servers import end_servers_on_signals, plugin_server, processes
 from benchmarks.serving_rounds import trace_field
 from benchmarks.soak_report import ROLES, Slope, draw, slope
 from benchmarks.worker_state import DEV_MODE, what_is_left
-from tests.serving.live_server import Server
+from tests.server.live_server import Server
 from vllm_flashtrace.models import prepare_smollm2
 
 SHARE_THAT_LEAVES = 0.2

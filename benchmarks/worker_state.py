@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from tests.serving.live_server import Server
+from tests.server.live_server import Server
 
 DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
 _HELD = ("accumulator_bytes", "recording", "waiting_results")

@@ -94,7 +94,8 @@ def _platform_modules() -> list[ModuleType]:
 
         return [cpu_attention]
     if current_platform.is_cuda():
-        from vllm_flashtrace.patches import cuda_attention, model_runner_v2
+        from vllm_flashtrace.patches import attention_backends as cuda_attention
+        from vllm_flashtrace.patches import model_runner_v2
 
         return [cuda_attention, model_runner_v2]
     return []

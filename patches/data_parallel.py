@@ -18,7 +18,7 @@ from typing import Any
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 
-from vllm_flashtrace.adapter.data_parallel import note_rank
+from vllm_flashtrace.trace.engines import note_rank
 
 logger = logging.getLogger("vllm.flashtrace")
 

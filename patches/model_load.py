@@ -17,8 +17,8 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 from vllm_flashtrace.patches._check import require_parameters
 
-from vllm_flashtrace.adapter.taps import place_taps
-from vllm_flashtrace.errors import UnsupportedModelError
+from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.worker.taps import place_taps
 
 logger = logging.getLogger("vllm.flashtrace")
 

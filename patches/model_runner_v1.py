@@ -20,9 +20,9 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 
-from vllm_flashtrace.adapter.runner import existing_capture, observe_step
-from vllm_flashtrace.adapter.runner_v1 import batch_rows
-from vllm_flashtrace.capture.observer import observing
+from vllm_flashtrace.worker.observer import observing
+from vllm_flashtrace.worker.runner import existing_capture, observe_step
+from vllm_flashtrace.worker.runner_v1 import batch_rows
 
 
 def check() -> None:

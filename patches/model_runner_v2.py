@@ -25,13 +25,13 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 from vllm_flashtrace.patches.weight_updates import forgetting
 
-from vllm_flashtrace.adapter.runner import (
+from vllm_flashtrace.worker.observer import observing
+from vllm_flashtrace.worker.runner import (
     RunnerCapture,
     StepObserver,
     observe_step,
 )
-from vllm_flashtrace.adapter.runner_v2 import batch_rows
-from vllm_flashtrace.capture.observer import observing
+from vllm_flashtrace.worker.runner_v2 import batch_rows
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "execute_model": ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),

@@ -18,8 +18,8 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm_flashtrace.patches._check import require_parameters
 
-from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.wire import sealed_spec, unseal
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.trace.wire import sealed_spec, unseal
 
 logger = logging.getLogger("vllm.flashtrace")
 

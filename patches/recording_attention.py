@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_flashtrace.capture.observer import current
+from vllm_flashtrace.worker.observer import current
 
 
 class RecordingAttention:

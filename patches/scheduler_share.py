@@ -23,10 +23,10 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_flashtrace.patches._check import PatchError, require_parameters
+from vllm_flashtrace.patches.token_share import TokenShare
 
-from vllm_flashtrace.config import FlashTraceConfig
-from vllm_flashtrace.token_share import TokenShare
-from vllm_flashtrace.wire import sealed_spec
+from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.wire import sealed_spec
 
 logger = logging.getLogger("vllm.flashtrace")
 

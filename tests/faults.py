@@ -29,20 +29,20 @@ def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
     setattr(holder, name, getattr(holder, name).original)
 
 
-CAPTURE = "vllm_flashtrace.capture"
+CAPTURE = "vllm_flashtrace.worker"
 PHASES = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
     "batch": ("vllm_flashtrace.patches.model_runner_v1", None, "batch_rows"),
-    "observer": ("vllm_flashtrace.adapter.runner", None, "StepObserver"),
+    "observer": ("vllm_flashtrace.worker.runner", None, "StepObserver"),
     "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
-    "row plan": ("vllm_flashtrace.adapter.cpu_model", "CPUTracedModel", "plan_rows"),
-    "attention": ("vllm_flashtrace.core.column_sums", "TargetRowBlocks", "add"),
-    "key read": ("vllm_flashtrace.adapter.cpu_model", None, "read_keys"),
-    "value read": ("vllm_flashtrace.adapter.cpu_model", None, "read_values"),
+    "row plan": ("vllm_flashtrace.worker.cpu_model", "CPUTracedModel", "plan_rows"),
+    "attention": ("vllm_flashtrace.core.attention", "TargetRowBlocks", "add"),
+    "key read": ("vllm_flashtrace.worker.cpu_model", None, "read_keys"),
+    "value read": ("vllm_flashtrace.worker.cpu_model", None, "read_values"),
     "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
-    "proximity": ("vllm_flashtrace.adapter.cpu_model", None, "proximity"),
+    "proximity": ("vllm_flashtrace.worker.cpu_model", None, "proximity"),
     "output projection": (
-        "vllm_flashtrace.adapter.cpu_model",
+        "vllm_flashtrace.worker.cpu_model",
         "CPUTracedModel",
         "output_projection",
     ),

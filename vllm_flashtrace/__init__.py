@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_flashtrace.attribution import Attribution
-    from vllm_flashtrace.batch.dataset import flashtrace_dataset
-    from vllm_flashtrace.errors import FlashTraceError, InvalidRequestError, TraceError
-    from vllm_flashtrace.offline import FlashTrace
+    from vllm_flashtrace.api.attribution import Attribution
+    from vllm_flashtrace.base.errors import FlashTraceError, InvalidRequestError, TraceError
+    from vllm_flashtrace.offline.flashtrace import FlashTrace
+    from vllm_flashtrace.scale.batch.dataset import flashtrace_dataset
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,12 +25,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "Attribution": "vllm_flashtrace.attribution",
-    "FlashTrace": "vllm_flashtrace.offline",
-    "FlashTraceError": "vllm_flashtrace.errors",
-    "InvalidRequestError": "vllm_flashtrace.errors",
-    "TraceError": "vllm_flashtrace.errors",
-    "flashtrace_dataset": "vllm_flashtrace.batch.dataset",
+    "Attribution": "vllm_flashtrace.api.attribution",
+    "FlashTrace": "vllm_flashtrace.offline.flashtrace",
+    "FlashTraceError": "vllm_flashtrace.base.errors",
+    "InvalidRequestError": "vllm_flashtrace.base.errors",
+    "TraceError": "vllm_flashtrace.base.errors",
+    "flashtrace_dataset": "vllm_flashtrace.scale.batch.dataset",
 }
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 
-from vllm_flashtrace.logs import logger
-from vllm_flashtrace.orphans import end_with_parent_if_asked
-from vllm_flashtrace.processes import note_process
-from vllm_flashtrace.serving.store_folder import ensure_store_folder
-from vllm_flashtrace.wire import ensure_secret
+from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.base.orphans import end_with_parent_if_asked
+from vllm_flashtrace.base.processes import note_process
+from vllm_flashtrace.server.store_folder import ensure_store_folder
+from vllm_flashtrace.trace.wire import ensure_secret
 
 DISABLE_ENV = "VLLM_FLASHTRACE_DISABLE"
 
@@ -24,7 +24,7 @@ def enabled() -> bool:
 
 def register() -> None:
     """Applies the patches in this process."""
-    from vllm_flashtrace.adapter.environment_variable import declare
+    from vllm_flashtrace.patches.kill_switch import declare
 
     declare(DISABLE_ENV)
     end_with_parent_if_asked()

@@ -25,8 +25,8 @@ from benchmarks.faithfulness.resources import Resources
 from benchmarks.faithfulness.runner import Runner
 from benchmarks.faithfulness.summary import rounded, summarise
 from benchmarks.faithfulness.work import WorkFile
-from vllm_flashtrace.engine_log import engine_log
-from vllm_flashtrace.orphans import end_engine_with_this_process
+from vllm_flashtrace.base.orphans import end_engine_with_this_process
+from vllm_flashtrace.offline.engine_log import engine_log
 
 
 def run(options: Options, resources: Any, console: Console) -> dict[str, Any]:

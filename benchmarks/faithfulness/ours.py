@@ -16,14 +16,14 @@ import numpy as np
 
 from benchmarks.faithfulness.example import Prepared
 from benchmarks.faithfulness.method import MethodFailed, Scores, Values
-from vllm_flashtrace.config import FlashTraceConfig
+from vllm_flashtrace.api.request import parse_flashtrace_field
+from vllm_flashtrace.base.errors import FlashTraceError
+from vllm_flashtrace.base.records import Completion, TraceUsage
 from vllm_flashtrace.core.hop_result import HopMass
-from vllm_flashtrace.errors import FlashTraceError
-from vllm_flashtrace.hop import take_report, trace_call
-from vllm_flashtrace.offline_jobs import pick_up_now
-from vllm_flashtrace.postprocess.plan import TracePlan, plan_trace
-from vllm_flashtrace.records import Completion, TraceUsage
-from vllm_flashtrace.schema import parse_flashtrace_field
+from vllm_flashtrace.offline.jobs import pick_up_now
+from vllm_flashtrace.text.plan import TracePlan, plan_trace
+from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.hop import take_report, trace_call
 
 _AUTO = "auto"
 _SINK_TOKENS = 4

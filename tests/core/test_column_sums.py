@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_flashtrace.core import AttentionForm, TargetRowBlocks, column_sums, weighted_column_sums
+from vllm_flashtrace.core import AttentionForm, TargetRowBlocks, weighted_column_sums
+from vllm_flashtrace.core import attention as column_sums
 
 SCALE = 0.3
 FORM = AttentionForm(SCALE)

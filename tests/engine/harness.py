@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.hop_result import HopResult
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.records import TraceReport
-from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
+from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 SMALL = {
     "dtype": "float32",
@@ -44,7 +44,7 @@ class Engine:
     _ids = itertools.count()
 
     def __init__(self, model: Path, **overrides: Any) -> None:
-        from vllm_flashtrace.environment import prepare_environment
+        from vllm_flashtrace.base.environment import prepare_environment
 
         # Tests send functions to the worker to cause faults there.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -99,12 +99,12 @@ class Engine:
                 raise AssertionError("the engine finished before the condition held")
 
     def collect(self, nonce: str) -> TraceReport:
-        from vllm_flashtrace.offline_jobs import pick_up_now
+        from vllm_flashtrace.offline.jobs import pick_up_now
 
         return pick_up_now(self.llm, nonce)
 
     def status(self) -> dict[str, Any]:
-        from vllm_flashtrace.pickup import decode_status
+        from vllm_flashtrace.trace.pickup import decode_status
 
         return decode_status(self.llm.collective_rpc("flashtrace_status"))
 

@@ -27,7 +27,7 @@ def tiled_offsets(draw: st.DrawFn) -> torch.Tensor:
 @settings(deadline=None)
 @given(tiled_offsets())
 def test_found_digits_rebuild_the_order(offsets: torch.Tensor) -> None:
-    from vllm_flashtrace.adapter.cpu_kv import BlockOrder
+    from vllm_flashtrace.worker.cpu_cache import BlockOrder
 
     order = BlockOrder.from_offsets(offsets)
     assert order is not None
@@ -37,7 +37,7 @@ def test_found_digits_rebuild_the_order(offsets: torch.Tensor) -> None:
 
 
 def test_an_order_without_tiles_is_refused() -> None:
-    from vllm_flashtrace.adapter.cpu_kv import BlockOrder
+    from vllm_flashtrace.worker.cpu_cache import BlockOrder
 
     generator = torch.Generator().manual_seed(0)
     anything = torch.randperm(BLOCK_SIZE * HEAD_SIZE, generator=generator)

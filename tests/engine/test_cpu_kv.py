@@ -18,7 +18,7 @@ def test_what_was_written_is_read(
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from vllm_flashtrace.adapter.cpu_kv import (
+    from vllm_flashtrace.worker.cpu_cache import (
         Scratch,
         learn_block_order,
         read_keys,

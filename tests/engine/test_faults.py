@@ -9,8 +9,8 @@ import pytest
 from tests.engine.conftest import text_tokens
 from tests.engine.harness import Engine, TraceJob
 from tests.faults import PHASES, break_function, mend_function
+from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.errors import TraceError
 
 TARGET = TargetWeights.from_spans([(300, 340)])
 
@@ -33,7 +33,7 @@ def test_fault_fails_the_trace_alone(smollm2: Engine, trace_tokens: list[int], p
 
 def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[int]) -> None:
     def poison(worker: Any) -> None:
-        import vllm_flashtrace.capture.step as step
+        import vllm_flashtrace.worker.step as step
 
         stock = step.StepRecorder.record_residual
 
@@ -54,7 +54,7 @@ def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[
 
 def test_a_layer_that_is_not_seen_fails_the_trace(smollm2: Engine, trace_tokens: list[int]) -> None:
     def skip_a_layer(worker: Any) -> None:
-        import vllm_flashtrace.adapter.runner as adapter
+        import vllm_flashtrace.worker.runner as adapter
 
         stock = adapter.StepObserver.on_residual
 
@@ -72,7 +72,7 @@ def test_a_layer_that_is_not_seen_fails_the_trace(smollm2: Engine, trace_tokens:
             smollm2.trace(TraceJob(trace_tokens, TARGET))
     finally:
         smollm2.on_worker(
-            mend_function, "vllm_flashtrace.adapter.runner", "StepObserver", "on_residual"
+            mend_function, "vllm_flashtrace.worker.runner", "StepObserver", "on_residual"
         )
     assert caught.value.code == "recording_incomplete"
     assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
@@ -116,7 +116,7 @@ def test_abort_returns_the_accumulators(crowded: Engine) -> None:
 
 def test_results_nobody_fetches_expire(smollm2: Engine, trace_tokens: list[int]) -> None:
     def set_ttl(worker: Any, seconds: float) -> None:
-        from vllm_flashtrace.adapter.runner import capture_of
+        from vllm_flashtrace.worker.runner import capture_of
 
         capture_of(worker.model_runner).recorder._ttl = seconds
 
@@ -140,6 +140,6 @@ def _nothing_left(engine: Engine) -> None:
 
 
 def _nonce(sealed: bytes) -> str:
-    from vllm_flashtrace.wire import unseal
+    from vllm_flashtrace.trace.wire import unseal
 
     return unseal(sealed).nonce

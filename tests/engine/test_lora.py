@@ -16,8 +16,8 @@ from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace import FlashTrace
+from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.errors import TraceError
 
 LIMIT = 1e-3
 RANK, ALPHA = 8, 12
@@ -120,14 +120,14 @@ def test_offline_explains_with_the_adapter_it_is_given(
 
 def test_an_adapter_that_is_gone_fails_its_trace(engine: Engine, adapters: list[Adapter]) -> None:
     def forget(worker: Any) -> None:
-        from vllm_flashtrace.adapter.runner import capture_of
+        from vllm_flashtrace.worker.runner import capture_of
 
         model = capture_of(worker.model_runner)._model
         model.remembered = model.slot_of
         model.slot_of = lambda adapter: model.remembered(adapter + 1000)
 
     def remember(worker: Any) -> None:
-        from vllm_flashtrace.adapter.runner import capture_of
+        from vllm_flashtrace.worker.runner import capture_of
 
         model = capture_of(worker.model_runner)._model
         model.slot_of = model.remembered
@@ -146,8 +146,8 @@ def test_an_adapter_that_is_gone_fails_its_trace(engine: Engine, adapters: list[
 def test_fully_sharded_adapters_are_refused(engine: Engine) -> None:
     from vllm.lora.layers import RowParallelLinearWithShardedLoRA
 
-    from vllm_flashtrace.adapter.lora import base_projection
-    from vllm_flashtrace.errors import UnsupportedModelError
+    from vllm_flashtrace.base.errors import UnsupportedModelError
+    from vllm_flashtrace.worker.lora import base_projection
 
     with pytest.raises(UnsupportedModelError, match="fully sharded"):
         base_projection(object.__new__(RowParallelLinearWithShardedLoRA))

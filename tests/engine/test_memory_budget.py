@@ -11,17 +11,17 @@ import pytest
 
 from tests.engine.harness import Engine, TraceJob
 from vllm_flashtrace import FlashTrace
-from vllm_flashtrace.accumulator_budget import AccumulatorBudget
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.records import Completion
+from vllm_flashtrace.trace.budget import AccumulatorBudget
 
 TARGET = TargetWeights.from_spans([(500, 540)])
 
 
 def set_budget(worker: Any, limit_bytes: int) -> int:
     """Runs in the worker; returns the former limit."""
-    from vllm_flashtrace.adapter.runner import capture_of
+    from vllm_flashtrace.worker.runner import capture_of
 
     recorder = capture_of(worker.model_runner).recorder
     former = recorder.budget.limit_bytes

@@ -19,8 +19,8 @@ from tests.engine.worker_faults import (
 from tests.faults import PHASES
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.records import TraceReport
 
 LIMIT = 1e-5
 ORACLE_LIMIT = 5e-4

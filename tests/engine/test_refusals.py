@@ -11,8 +11,8 @@ import torch
 from tests.engine.harness import Engine, TraceJob
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace import FlashTrace
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.errors import TraceError, UnsupportedModelError
 
 
 def test_a_cache_that_forgets_tokens(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_full_and_windowed_layers_in_two_caches(tmp_path: Path) -> None:
         SlidingWindowSpec,
     )
 
-    from vllm_flashtrace.adapter.model import check_cache
+    from vllm_flashtrace.worker.layers import check_cache
 
     sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
     full = KVCacheGroupSpec(["layers.0"], FullAttentionSpec(**sizes))
@@ -75,7 +75,7 @@ def test_engine_configurations(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_flashtrace.adapter.model import check_config
+    from vllm_flashtrace.worker.layers import check_config
 
     folder = make_tiny_model(family, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -91,7 +91,7 @@ def test_engine_configurations(
 def test_plain_configuration_passes(tmp_path: Path, engine_args: dict) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_flashtrace.adapter.model import check_config
+    from vllm_flashtrace.worker.layers import check_config
 
     folder = make_tiny_model("llama", tmp_path / "model")
     args = EngineArgs(model=str(folder), max_model_len=512, **engine_args)

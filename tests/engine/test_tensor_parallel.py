@@ -17,8 +17,8 @@ from tests.engine.worker_faults import (
 )
 from tests.faults import PHASES
 from tests.tiny_models import Family, make_tiny_model
+from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.records import TraceReport
 
 LIMIT = 1e-5
 TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -19,7 +19,7 @@ TARGET = TargetWeights.from_spans([(210, 330), (800, 1000)])
 
 def start_log(_: Any) -> None:
     """Runs in the worker: keeps what every step schedules."""
-    import vllm_flashtrace.adapter.runner as runner
+    import vllm_flashtrace.worker.runner as runner
 
     stock = runner.RunnerCapture.observe
 
@@ -34,7 +34,7 @@ def start_log(_: Any) -> None:
 
 def take_log(_: Any) -> list[dict[str, int]]:
     """Runs in the worker: what was scheduled since the last call."""
-    from vllm_flashtrace.adapter.runner import RunnerCapture
+    from vllm_flashtrace.worker.runner import RunnerCapture
 
     steps = list(RunnerCapture.observe.steps)  # type: ignore[attr-defined]
     RunnerCapture.observe.steps.clear()  # type: ignore[attr-defined]
@@ -42,7 +42,7 @@ def take_log(_: Any) -> list[dict[str, int]]:
 
 
 def stop_log(_: Any) -> None:
-    from vllm_flashtrace.adapter.runner import RunnerCapture
+    from vllm_flashtrace.worker.runner import RunnerCapture
 
     RunnerCapture.observe = RunnerCapture.observe.stock  # type: ignore[attr-defined,method-assign]
 

@@ -9,7 +9,7 @@ from vllm_flashtrace.core.weights import TargetWeights
 
 
 def kept_projections(worker: Any) -> int:
-    from vllm_flashtrace.adapter.runner import capture_of
+    from vllm_flashtrace.worker.runner import capture_of
 
     return len(capture_of(worker.model_runner)._model._projections)
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.harness import Engine, TraceJob
 from tests.faults import PHASES, break_function, mend_function
-from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.base.errors import TraceError
 
 
 def core_each(patch: pytest.MonkeyPatch, workers: int) -> None:
@@ -61,6 +61,6 @@ def check_nothing_left(engine: Engine) -> None:
 
 
 def _lose_results(worker: Any) -> None:
-    from vllm_flashtrace.adapter.runner import capture_of
+    from vllm_flashtrace.worker.runner import capture_of
 
     capture_of(worker.model_runner).recorder._results.clear()

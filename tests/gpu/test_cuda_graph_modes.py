@@ -13,8 +13,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from tests.gpu.v2_engine import V2Engine, apply_patches, assert_exact, traced, untraced, v2_engine
-from vllm_flashtrace.adapter.runner import RunnerCapture
-from vllm_flashtrace.capture.observer import current
+from vllm_flashtrace.worker.observer import current
+from vllm_flashtrace.worker.runner import RunnerCapture
 
 SIZES = (1, 2, 4, 8, 16, 24, 32)
 TRACE = traced(60, (30, 45))

@@ -20,11 +20,11 @@ from vllm.v1.kv_cache_interface import (
 
 from tests.gpu.standin import CPU, stock_halves
 from tests.gpu.v2_engine import V2Engine, v2_engine
-from vllm_flashtrace.adapter import runner_v2
-from vllm_flashtrace.adapter.gpu_kv import key_value_views
-from vllm_flashtrace.adapter.kernel_blocks import kernel_block_table
-from vllm_flashtrace.adapter.model import check_cache
-from vllm_flashtrace.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.worker import runner_v2
+from vllm_flashtrace.worker.gpu_cache import key_value_views
+from vllm_flashtrace.worker.kernel_blocks import kernel_block_table
+from vllm_flashtrace.worker.layers import check_cache
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from tests.gpu.standin import CPU, backend_class, flashinfer_names
 from tests.gpu.v2_engine import V2Engine, apply_patches, traced, v2_engine
-from vllm_flashtrace.adapter.gpu_model import GPUTracedModel
-from vllm_flashtrace.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 
 Change = Callable[[Any, pytest.MonkeyPatch], None]
 SLOPES = [0.5, 0.25, 0.125, 0.0625]
@@ -249,7 +249,7 @@ def test_flashinfer(loaded: V2Engine, layer: Any, monkeypatch: pytest.MonkeyPatc
             asked = {name: lambda _: False for name in CAPABILITIES}
             asked[capability] = lambda major: major in (90, 100)
             with monkeypatch.context() as patch:
-                platform = "vllm_flashtrace.adapter.gpu_attention.current_platform"
+                platform = "vllm_flashtrace.worker.gpu_attention.current_platform"
                 patch.setattr(platform, SimpleNamespace(**asked))
                 assert "for which FlashInfer quantizes the queries" in refusal(loaded)
                 attention = loaded.config.attention_config.__dict__

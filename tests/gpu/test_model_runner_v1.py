@@ -18,8 +18,8 @@ from vllm_flashtrace.patches import model_runner_v1
 
 from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
-from vllm_flashtrace.adapter.runner import _ATTRIBUTE
-from vllm_flashtrace.adapter.runner_v1 import batch_rows
+from vllm_flashtrace.worker.runner import _ATTRIBUTE
+from vllm_flashtrace.worker.runner_v1 import batch_rows
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from tests.gpu.v2_engine import (
     untraced,
     v2_engine,
 )
-from vllm_flashtrace.adapter import runner as adapter
-from vllm_flashtrace.adapter.gpu_model import GPUTracedModel
-from vllm_flashtrace.capture.observer import current
-from vllm_flashtrace.errors import TraceError
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.worker import runner as adapter
+from vllm_flashtrace.worker.gpu_model import GPUTracedModel
+from vllm_flashtrace.worker.observer import current
 
 
 @pytest.mark.parametrize("chunks", [(100,), (70, 30), (99, 1), (60, 1, 1, 38), (32, 32, 36)])

@@ -14,12 +14,12 @@ import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm_flashtrace.patches import cuda_attention
+from vllm_flashtrace.patches import attention_backends as cuda_attention
 from vllm_flashtrace.patches._check import PatchError
 
 from tests.gpu.standin import BACKENDS, backend_class, flashinfer_names
 from vllm_flashtrace import patches
-from vllm_flashtrace.capture.observer import current, observing
+from vllm_flashtrace.worker.observer import current, observing
 
 
 @pytest.fixture(params=sorted(BACKENDS))

@@ -18,12 +18,12 @@ from tests.gpu.v2_engine import (
     untraced,
     v2_engine,
 )
-from vllm_flashtrace.adapter import runner as adapter
-from vllm_flashtrace.capture.observer import current
-from vllm_flashtrace.errors import TraceError
-from vllm_flashtrace.wire import decode_report
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.trace.wire import decode_report
+from vllm_flashtrace.worker import runner as adapter
+from vllm_flashtrace.worker.observer import current
 
-CAPTURE, ADAPTER = "vllm_flashtrace.capture", "vllm_flashtrace.adapter"
+CAPTURE, ADAPTER = "vllm_flashtrace.worker", "vllm_flashtrace.worker"
 PHASES: dict[str, tuple[str, str | None, str]] = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
     "batch": ("vllm_flashtrace.patches.model_runner_v2", None, "batch_rows"),
@@ -106,7 +106,7 @@ def test_scheduler_output_that_cannot_be_read(
 def test_fault_in_one_trace_spares_the_other(
     engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_flashtrace.capture.trace import Trace
+    from vllm_flashtrace.worker.trace import Trace
 
     bad, good = traced(80, (40, 80)), traced(70, (30, 66), seed=2)
     stock = Trace.begin_chunk

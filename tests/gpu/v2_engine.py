@@ -30,13 +30,13 @@ from tests.gpu.standin import (
 )
 from tests.gpu.standin_runner import StandInRunner, graph_manager
 from tests.oracle import oracle_scores
-from vllm_flashtrace.adapter import runner as adapter
-from vllm_flashtrace.adapter.gpu_model import GPUTracedModel
-from vllm_flashtrace.adapter.runner import RunnerCapture
-from vllm_flashtrace.adapter.taps import place_taps
+from vllm_flashtrace.base.records import Span, TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.records import Span, TraceReport
-from vllm_flashtrace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
+from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
+from vllm_flashtrace.worker import runner as adapter
+from vllm_flashtrace.worker.gpu_model import GPUTracedModel
+from vllm_flashtrace.worker.runner import RunnerCapture
+from vllm_flashtrace.worker.taps import place_taps
 
 LIMIT = 1e-4
 """Relative L1 distance between float32 scores and the oracle."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_flashtrace.core.attention import TargetRowBlocks, weighted_column_sums
 from vllm_flashtrace.core.attention_form import AttentionForm
-from vllm_flashtrace.core.column_sums import TargetRowBlocks, weighted_column_sums
 from vllm_flashtrace.core.hop_result import HopMass, HopResult
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.proximity import (

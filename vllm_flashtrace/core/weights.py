@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.records import Span
+from vllm_flashtrace.base.records import Span
 
 
 @dataclass(frozen=True, eq=False)

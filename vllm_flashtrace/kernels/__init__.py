@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from vllm_flashtrace.core.attention_form import AttentionForm
-from vllm_flashtrace.kernels.column_sums import paged_column_sums, paged_lse
-from vllm_flashtrace.kernels.proximity import l1_proximity, proximity
+from vllm_flashtrace.kernels.paged_attention import paged_column_sums, paged_lse
+from vllm_flashtrace.kernels.paged_proximity import l1_proximity, proximity
 from vllm_flashtrace.kernels.row_sums import add_row_sums
-from vllm_flashtrace.kernels.rows import Accumulators, PagedRows, RowSegment
+from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
 
 __all__ = [
     "Accumulators",

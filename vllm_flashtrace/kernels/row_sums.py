@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from vllm_flashtrace.core.column_sums import as_slice
-from vllm_flashtrace.kernels.rows import PagedRows
+from vllm_flashtrace.core.attention import as_slice
+from vllm_flashtrace.kernels.target_rows import PagedRows
 
 
 def add_row_sums(

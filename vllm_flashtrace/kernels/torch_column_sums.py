@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_flashtrace.core.attention_form import AttentionForm
-from vllm_flashtrace.kernels.rows import PagedRows, RowSegment
+from vllm_flashtrace.kernels.target_rows import PagedRows, RowSegment
 from vllm_flashtrace.kernels.torch_proximity import gather_tokens
 
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_flashtrace.core.attention_form import AttentionForm
-from vllm_flashtrace.kernels.rows import PagedRows
-from vllm_flashtrace.kernels.triton_logits import (
+from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.triton_operands import (
     common_arguments,
     common_constants,
     load_queries,

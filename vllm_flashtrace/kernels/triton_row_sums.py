@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.kernels.rows import PagedRows
-from vllm_flashtrace.kernels.triton_logits import on_device_of
+from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.triton_operands import on_device_of
 from vllm_flashtrace.kernels.triton_rows import REDUCTION, SUMS, WORK
 
 _CHUNK_ROWS, _ROWS, _COLUMNS = 128, 16, 128

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.kernels.rows import PagedRows
+from vllm_flashtrace.kernels.target_rows import PagedRows
 
 WORK = tl.constexpr(7)
 """Numbers of a piece of work: segment, first and last row, first and last key (last exclusive),

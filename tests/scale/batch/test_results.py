@@ -1,0 +1,239 @@
+"""Manifest, final files and table, without an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from openai.types.chat import ChatCompletion
+
+from vllm_flashtrace.scale.batch.finish import drop_store, finish
+from vllm_flashtrace.scale.batch.outcome import Outcome
+from vllm_flashtrace.scale.batch.parts import FinishedRows, PartsWriter
+from vllm_flashtrace.scale.batch.results import result_schema, table_rows
+from vllm_flashtrace.scale.batch.store import (
+    ERRORS,
+    OUTPUT,
+    PARTS,
+    RESULTS,
+    Manifest,
+    OutputFolderError,
+    claim,
+    locked,
+)
+
+FACTS = {"input": [["a.jsonl", "0" * 64]], "model": "m"}
+SCORES = [
+    {
+        "index": 1,
+        "token": "a\ud800",
+        "token_id": 7,
+        "score": 0.5,
+        "message": 0,
+        "start": 0,
+        "end": 1,
+    },
+    {"index": 4, "token": "<|im_end|>", "token_id": 2, "score": 0.25},
+]
+ATTRIBUTION = {
+    "id": "ft-1",
+    "object": "flashtrace.attribution",
+    "status": "completed",
+    "target": {"text": "no", "tokens": [[0, 1]]},
+    "scores": SCORES,
+    "prompt_tokens": 5,
+    "input_mass": 0.8,
+    "remaining_mass": 0.1,
+    "target_mass": 0.1,
+    "skipped_mass": 0.0,
+    "hops": [
+        {"hop": 0, "input_mass": 0.8, "reasoning_mass": 0.1, "target_mass": 0.1, "skipped_mass": 0}
+    ],
+}
+FAILED = {
+    "id": "ft-2",
+    "object": "flashtrace.attribution",
+    "status": "failed",
+    "error": {"code": "target_not_found", "message": "no such text"},
+}
+
+
+def chat(*attributions: Any) -> dict[str, Any]:
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": f"no {i}"},
+            "finish_reason": "stop",
+            **({} if attribution is None else {"flashtrace": attribution}),
+        }
+        for i, attribution in enumerate(attributions)
+    ]
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": choices,
+        "usage": usage,
+    }
+
+
+OUTCOMES = [
+    Outcome.answered("a", "a.jsonl", 1, 200, chat(ATTRIBUTION, FAILED, None)),
+    Outcome("b", "a.jsonl", 2, error={"code": "invalid_row", "message": "stream has no place"}),
+    Outcome.answered("c", "a.jsonl", 3, 200, ATTRIBUTION),
+    Outcome.answered(
+        "d",
+        "a.jsonl",
+        4,
+        400,
+        {"error": {"message": "bad", "type": "BadRequestError", "param": "seed", "code": 400}},
+    ),
+]
+
+
+def stored(folder: Path) -> FinishedRows:
+    finished = FinishedRows(folder / PARTS, len(OUTCOMES))
+    with PartsWriter(finished) as writer:
+        for row in (2, 0, 3, 1):  # Replicas finish out of order.
+            writer.add([(row, OUTCOMES[row].to_json().encode())])
+    return finished
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_final_files(tmp_path: Path) -> None:
+    manifest = claim(tmp_path, FACTS)
+    totals = finish(tmp_path, manifest, stored(tmp_path))
+    assert (totals.rows, totals.errors, totals.failed_traces) == (4, 2, 1)
+    output, errors = lines(tmp_path / OUTPUT), lines(tmp_path / ERRORS)
+    assert [row["custom_id"] for row in output] == ["a", "c"]
+    assert [row["custom_id"] for row in errors] == ["b", "d"]
+    assert output[0].keys() == {"id", "custom_id", "response", "error"}
+    assert output[0]["response"]["status_code"] == 200 and output[0]["error"] is None
+    answer = ChatCompletion.model_validate(output[0]["response"]["body"])
+    assert answer.choices[0].flashtrace["status"] == "completed"  # type: ignore[attr-defined]
+    assert errors[0]["response"] is None and errors[0]["error"]["code"] == "invalid_row"
+    assert errors[1]["response"]["status_code"] == 400
+    assert errors[1]["error"] == {"code": "BadRequestError", "message": "seed: bad"}
+    assert len({row["id"] for row in [*output, *errors]}) == 4
+    assert not (tmp_path / PARTS).exists()
+    assert claim(tmp_path, FACTS).finished
+
+
+def test_table(tmp_path: Path) -> None:
+    finish(tmp_path, claim(tmp_path, FACTS), stored(tmp_path))
+    table = pq.read_table(tmp_path / RESULTS)
+    assert table.schema.equals(result_schema(), check_metadata=False)
+    assert all(b"description" in field.metadata for field in table.schema)
+    rows = table.to_pylist()
+    assert [(row["custom_id"], row["choice"], row["status"]) for row in rows] == [
+        ("a", 0, "completed"),
+        ("a", 1, "failed"),
+        ("a", 2, "untraced"),
+        ("b", None, "error"),
+        ("c", 0, "completed"),
+        ("d", None, "error"),
+    ]
+    first = rows[0]
+    assert (first["indices"], first["scores"]) == ([1, 4], [0.5, 0.25])
+    assert (first["message"], first["start"], first["end"]) == ([0, None], [0, None], [1, None])
+    assert first["tokens"] == ["a?", "<|im_end|>"]
+    assert first["hops"][0]["reasoning_mass"] == 0.1
+    assert rows[1]["text"] == "no 1" and rows[1]["error_code"] == "target_not_found"
+    assert rows[3]["error_message"] == "stream has no place"
+
+
+def test_finishing_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    contents = []
+    for name in ("x", "y"):
+        folder = tmp_path / name
+        folder.mkdir()
+        finish(folder, claim(folder, FACTS), stored(folder))
+        contents.append([(folder / n).read_bytes() for n in (OUTPUT, ERRORS, RESULTS)])
+    assert contents[0] == contents[1]
+
+
+def test_a_kill_while_finishing_leaves_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = stored(tmp_path)
+    manifest = claim_with_store(tmp_path)
+
+    def killed(self: Manifest, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Manifest, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finish(tmp_path, manifest, finished)
+    again = FinishedRows(tmp_path / PARTS, len(OUTCOMES))
+    assert again.count == len(OUTCOMES)
+    assert not claim(tmp_path, FACTS).finished
+    assert finish(tmp_path, claim(tmp_path, FACTS), again).rows == 4
+
+
+def claim_with_store(folder: Path) -> Manifest:
+    Manifest(FACTS).write(folder)
+    return claim(folder, FACTS)
+
+
+def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+    claim(tmp_path, FACTS)
+    stored(tmp_path)
+    with pytest.raises(OutputFolderError, match=r"other input, model"):
+        claim(tmp_path, {"input": [], "model": "n"})
+    assert not claim(tmp_path, FACTS).finished
+
+
+def test_a_run_that_came_to_nothing_gives_way(tmp_path: Path) -> None:
+    claim(tmp_path, FACTS)
+    other = {**FACTS, "model": "n"}
+    assert claim(tmp_path, other).facts == other
+    with pytest.raises(OutputFolderError, match="model"):
+        stored(tmp_path)
+        claim(tmp_path, FACTS)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"run": {}, "finished": 0, "format": 99}'])
+def test_a_damaged_manifest_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(OutputFolderError):
+        claim(tmp_path, FACTS)
+
+
+def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / OUTPUT).write_text("mine")
+    with pytest.raises(OutputFolderError, match=OUTPUT):
+        claim(tmp_path, FACTS)
+
+
+def test_a_lost_result_is_noticed(tmp_path: Path) -> None:
+    finish(tmp_path, claim(tmp_path, FACTS), stored(tmp_path))
+    drop_store(tmp_path)
+    (tmp_path / OUTPUT).unlink()
+    with pytest.raises(OutputFolderError, match="gone"):
+        drop_store(tmp_path)
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(OutputFolderError, match="another run"),
+        locked(tmp_path / "out"),
+    ):
+        pass
+    with locked(tmp_path / "out"):
+        pass
+
+
+def test_outcomes_come_back_as_they_were() -> None:
+    for outcome in OUTCOMES:
+        assert Outcome.from_json(outcome.to_json()) == outcome
+        assert table_rows(outcome)

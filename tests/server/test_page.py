@@ -1,0 +1,80 @@
+"""``/flashtrace``: which files it serves, with which headers, and to whom."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from page_server import PAGE_ON
+from scripted_app import build
+
+from vllm_flashtrace.server import page
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module")
+def files() -> list[str]:
+    return [route.path for route in page.page_router().routes]
+
+
+async def test_off_unless_asked_for(app, files):
+    unknown = await app.client.get("/no-such-page")
+    for path in files:
+        answer = await app.client.get(path)
+        assert (answer.status_code, answer.text) == (404, unknown.text)
+
+
+async def test_page_and_every_file_it_names(plugins, model_path, files):
+    app = await build(model_path, PAGE_ON)
+    document = (await app.client.get("/flashtrace")).text
+    named = set(re.findall(r'(?:href|src)="([^"]+)"', document)) - {"data:,"}
+    for path in [path for path in files if path.endswith(".js")]:
+        script = (await app.client.get(path)).text
+        named |= {f"flashtrace/{name}" for name in re.findall(r'from "\./([a-z]+\.js)"', script)}
+    assert {f"/{name}" for name in named} == set(files) - {"/flashtrace"}
+    for path in files:
+        answer = await app.client.get(path)
+        kind = path.rpartition(".")[2] if "." in path else "html"
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith(
+            {"html": "text/html", "css": "text/css", "js": "text/javascript"}[kind]
+        )
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "http" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert (await app.client.post("/flashtrace")).status_code == 405
+    assert "/flashtrace" not in (await app.client.get("/openapi.json")).json()["paths"]
+    await app.client.aclose()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/flashtrace/page.py", "/flashtrace/../plugin.py", "/flashtrace/%2e%2e/plugin.py"],
+)
+async def test_nothing_else_is_served(plugins, model_path, path):
+    app = await build(model_path, PAGE_ON)
+    assert (await app.client.get(path)).status_code == 404
+    await app.client.aclose()
+
+
+async def test_the_key_guards_the_data_and_not_the_page(plugins, model_path, files):
+    app = await build(model_path, PAGE_ON, "--api-key=secret")
+    for path in files:
+        assert (await app.client.get(path)).status_code == 200
+    for method, path in (
+        ("GET", "/v1/models"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/attributions"),
+    ):
+        assert (await app.client.request(method, path)).status_code == 401
+    await app.client.aclose()
+
+
+@pytest.mark.parametrize("value", ["1", '"yes"', "null"])
+async def test_a_bad_switch_stops_the_start(plugins, model_path, value):
+    option = f'--additional-config={{"flashtrace": {{"page": {value}}}}}'
+    with pytest.raises(ValueError, match=r"flashtrace\.page"):
+        await build(model_path, option)

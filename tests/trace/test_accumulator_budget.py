@@ -1,0 +1,181 @@
+"""What traces may hold: the price list, the worker's last line, and batches of offline jobs."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import torch
+
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
+from vllm_flashtrace.trace.budget import AccumulatorBudget, part_of_memory
+from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.model_part import ModelPart
+from vllm_flashtrace.trace.wire import (
+    TraceSpec,
+    WireReport,
+    decode_report,
+    seal,
+    tensor_bytes,
+    unseal,
+)
+from vllm_flashtrace.worker.clock import HostClock
+from vllm_flashtrace.worker.recorder import Recorder
+from vllm_flashtrace.worker.trace import ModelShape, Trace
+
+SHAPE = ModelShape(num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=16)
+BUDGET = AccumulatorBudget.of_model(10_000, SHAPE)
+
+
+def spec(context: int) -> TraceSpec:
+    weights = TargetWeights.from_spans([(context - 2, context)])
+    return TraceSpec.create(weights, context, exact_fraction=1.0)
+
+
+@pytest.mark.parametrize("context", [2, 3, 100, 1001])
+def test_the_price_is_what_a_trace_takes(context: int) -> None:
+    trace = Trace(spec(context), spec(context).target_weights(), SHAPE, torch.device("cpu"))
+    assert BUDGET.cost(context) == trace.nbytes
+
+
+def test_status_carries_the_budget() -> None:
+    assert AccumulatorBudget.from_status(BUDGET.to_status()) == BUDGET
+    assert AccumulatorBudget.from_status({"refusal": None}) is None
+    assert BUDGET.shared_by(3).limit_bytes == 3333
+    assert BUDGET.shared_by(3).cost(50) == BUDGET.cost(50)
+
+
+def test_the_default_limit_comes_from_the_machine() -> None:
+    assert part_of_memory() == psutil.virtual_memory().total // 16
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_accumulator_mib": 0},
+        {"max_accumulator_mib": 1.5},
+        {"trace_token_share": 0},
+        {"trace_token_share": 1.01},
+        {"max_waiting_seconds": 0},
+    ],
+)
+def test_bad_options_are_named(option: dict[str, Any]) -> None:
+    [name] = option
+    with pytest.raises(ValueError, match=rf"additional_config\.flashtrace\.{name}"):
+        FlashTraceConfig.from_additional_config({"flashtrace": option})
+
+
+def test_good_options() -> None:
+    options = {"max_accumulator_mib": None, "trace_token_share": 1, "max_waiting_seconds": 0.5}
+    config = FlashTraceConfig.from_additional_config({"flashtrace": options})
+    assert (config.max_accumulator_mib, config.trace_token_share) == (None, 1.0)
+
+
+def test_a_worker_refuses_what_does_not_fit_beside_the_others() -> None:
+    model: Any = types.SimpleNamespace(
+        shape=SHAPE, device=torch.device("cpu"), clock=HostClock, part=ModelPart(0, 3, 3, 1)
+    )
+    recorder = Recorder(model, 60.0, BUDGET)
+    half, more = spec(95), spec(96)
+    for name, one in (("a", half), ("b", half), ("c", more)):
+        recorder.register(name, seal(one), one.length)
+    assert recorder.active_requests == {"a", "b"}
+    assert recorder.accumulator_bytes <= BUDGET.limit_bytes
+    with pytest.raises(
+        TraceError, match=r"96 tokens needs 4992 bytes.*9888 bytes are tak"
+    ) as caught:
+        decode_report(recorder.collect(more.nonce))
+    assert caught.value.code == "overloaded"
+    recorder.drop(["a"])
+    recorder.register("d", seal(spec(96)), 96)
+    assert recorder.active_requests == {"b", "d"}
+
+
+class FakeLLM:
+    """Answers every trace with made-up scores and keeps the lengths of each batch."""
+
+    def __init__(self, budget: AccumulatorBudget | None, scores: Any = torch.ones) -> None:
+        self.status = {"refusal": None, **(budget.to_status() if budget else {})}
+        self.scores = scores
+        self.batches: list[list[int]] = []
+        self._specs: dict[str, TraceSpec] = {}
+
+    def generate(
+        self, prompts: list[Any], params: list[Any], use_tqdm: bool, lora_request: list[Any]
+    ) -> None:
+        self.batches.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
+        for each in params:
+            one = unseal(each.extra_args["flashtrace"])
+            self._specs[one.nonce] = one
+
+    def collect_rpc(self, nonce: str) -> bytes:
+        length = self._specs.pop(nonce).length
+        return WireReport(status="completed", scores=tensor_bytes(self.scores(length))).encode()
+
+    def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[bytes]:
+        if method == "flashtrace_status":
+            return [msgspec.msgpack.encode(self.status)]
+        return [self.collect_rpc(*args)]
+
+
+def job(length: int, hops: int = 0) -> TraceJob:
+    """As much of a plan as running its hops needs."""
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[length - 4 : length - 2] = True
+    recursion = HopRecursion(
+        TargetWeights.from_spans([(length - 2, length)]), length - 4, length, mask, hops=hops
+    )
+    plan: Any = types.SimpleNamespace(
+        token_ids=list(range(length)),
+        recursion=recursion,
+        request=types.SimpleNamespace(include=()),
+    )
+    return TraceJob(completion=None, trace_id="ft-1", plan=plan)  # type: ignore[arg-type]
+
+
+def test_offline_batches_fit_places_and_memory() -> None:
+    llm = FakeLLM(BUDGET)
+    jobs = [job(length) for length in (95, 95, 10, 10, 10, 300, 150)]
+    run_jobs(jobs, llm, FlashTraceConfig(max_concurrent_traces=3))
+    # 300 tokens never fit; everything else does, in order.
+    assert llm.batches == [[95, 95], [10, 10, 10], [150]]
+    assert [each.error.code if each.error else None for each in jobs] == [
+        *[None] * 5,
+        "overloaded",
+        None,
+    ]
+    assert jobs[5].outcome()["status"] == "skipped"
+
+
+def test_offline_without_a_budget_only_places_count() -> None:
+    llm = FakeLLM(None)
+    run_jobs([job(500, hops=1) for _ in range(3)], llm, FlashTraceConfig(max_concurrent_traces=2))
+    assert llm.batches == [[500, 500], [500], [498, 498], [498]]
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.zeros, lambda n: torch.ones(n + 1), lambda n: torch.full((n,), -1.0)]
+)
+def test_offline_scores_that_the_recursion_refuses(scores: Any) -> None:
+    one = job(50)
+    run_jobs([one], FakeLLM(None, scores), FlashTraceConfig())
+    assert one.error is not None
+    assert one.error.code == "bad_scores"
+
+
+def test_the_tightest_of_several_workers_admits_only_what_all_can_hold() -> None:
+    """Stages with more layers pay more per token, and memory may differ."""
+    stages = [AccumulatorBudget(1000, 10, 50), AccumulatorBudget(700, 6, 91)]
+    tightest = AccumulatorBudget.tightest(stages)
+    assert tightest == AccumulatorBudget(700, 7, 91)
+    for context in range(120):
+        if tightest.cost(context) <= tightest.limit_bytes:
+            assert all(one.cost(context) <= one.limit_bytes for one in stages)
+    assert AccumulatorBudget.tightest([BUDGET, BUDGET]) == BUDGET
+    assert AccumulatorBudget.tightest([AccumulatorBudget(0, 3, 4), BUDGET]).limit_bytes == 0

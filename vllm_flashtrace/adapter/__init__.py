@@ -1,1 +1,0 @@
-"""Everything that reads vLLM's private structures, apart from the modules in ``patches``."""

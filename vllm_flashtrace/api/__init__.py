@@ -1,0 +1,1 @@
+"""What a client sees: the request field, the typed response, and the pictures made of it."""

@@ -1,0 +1,147 @@
+"""Checks of single values of the ``flashtrace`` field, and how a refused value is shown.
+
+Invariant: a check returns only values of exactly the type asked for (no ``"1"`` or ``True`` for 1)
+and otherwise raises a :class:`RefusedError` whose text completes the sentence "the field …".
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from vllm_flashtrace.api.json_checks import is_unicode
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
+_SHOWN_LENGTH = 80
+_MAX_WEIGHT = 1e30  # Sums of weights up to this, and its inverse, are normal numbers in float32.
+
+
+class RefusedError(ValueError):
+    """What is wrong with a value ("must not be empty"), or with a part of it.
+
+    Attributes:
+        key: Key or index of the part; None where the whole value, or a key itself, is wrong.
+        value: The value to show; absent where it is the whole value.
+    """
+
+    def __init__(self, phrase: str, key: int | str | None = None, *value: Any) -> None:
+        super().__init__(phrase)
+        self.key = key
+        self.value = value
+
+
+def check_string(value: Any, max_length: int, *part: Any) -> None:
+    """Refuses what is not a non-empty string; `part` is its key and value within a list."""
+    if not isinstance(value, str):
+        raise RefusedError("must be a string", *part)
+    if not value:
+        raise RefusedError("must not be empty", *part)
+    if len(value) > max_length:
+        raise RefusedError(f"must have at most {max_length} characters", *part)
+    if not is_unicode(value):
+        raise RefusedError("must not hold lone surrogates", *part)
+
+
+def check_integer(value: Any, low: int, high: int, *, alternative: str) -> None:
+    """Refuses what is not an integer in ``[low, high]``; `alternative` ends the message."""
+    if not _is_integer(value) or value < low:
+        raise RefusedError(f"must be an integer of at least {low}{alternative}")
+    if value > high:
+        raise RefusedError(f"must be at most {high}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_tuple(value: Any, max_length: int | None, items: str) -> tuple[Any, ...]:
+    """Takes a JSON array; `items` says in a message what it should hold."""
+    if not isinstance(value, (list, tuple)):
+        raise RefusedError(f"must be a list of {items}")
+    if max_length is not None and len(value) > max_length:
+        raise RefusedError(f"must have at most {max_length} entries, has {len(value)}")
+    return tuple(value)
+
+
+def as_span(index: int, value: Any) -> tuple[int, int]:
+    """Takes a half-open range, entry `index` of a list, that holds at least one position."""
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 2
+        or not all(_is_integer(position) for position in value)
+    ):
+        raise RefusedError("must be a [start, end) pair of integers", index, value)
+    start, end = value
+    if start < 0:
+        raise RefusedError("must not start below 0", index, value)
+    if start >= end:
+        raise RefusedError("must end after it starts", index, value)
+    return start, end
+
+
+def as_weights(value: Any, max_length: int) -> dict[int, float]:
+    """Takes weights by token index; JSON writes the indices as decimal strings."""
+    if not isinstance(value, dict):
+        raise RefusedError("must be an object of weights by token index")
+    if not value:
+        raise RefusedError("must not be empty")
+    if len(value) > max_length:
+        raise RefusedError(f"must have at most {max_length} entries, has {len(value)}")
+    weights: dict[int, float] = {}
+    for key, weight in value.items():
+        index = int(key) if isinstance(key, str) and _INDEX.fullmatch(key) else key
+        if not _is_integer(index) or index < 0:
+            raise RefusedError(
+                "must have token indices, integers of at least 0, as keys", None, key
+            )
+        if index in weights:
+            raise RefusedError("has the same index twice", None, key)
+        weights[index] = _weight(key, weight)
+    if sum(weights.values()) < 1 / _MAX_WEIGHT:
+        raise RefusedError("must not all be 0")
+    return weights
+
+
+def _weight(key: Any, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise RefusedError("must be a number", str(key), value)
+    if not 0 <= value <= _MAX_WEIGHT:  # Refuses NaN, too.
+        raise RefusedError(f"must be a number from 0 to {_MAX_WEIGHT:g}", str(key), value)
+    return float(value)
+
+
+class _ShortRepr(reprlib.Repr):
+    """A ``repr`` that stays short and never fails, however large or deep the value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = _SHOWN_LENGTH
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write out integers of thousands of digits.
+        if value.bit_length() > 1024:
+            return f"<an integer of {value.bit_length()} bits>"
+        return super().repr_int(value, level)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, in at most 80 characters."""
+    return shortened(_ShortRepr().repr(value))
+
+
+def as_unicode(text: str) -> str:
+    """The text with its lone surrogates escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def shortened(text: str) -> str:
+    """The text, cut to at most 80 characters."""
+    return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 1] + "…"
+
+
+def listed(words: Iterable[str]) -> str:
+    """The words quoted, as in ``'a', 'b' or 'c'``."""
+    *head, tail = (repr(word) for word in words)
+    return f"{', '.join(head)} or {tail}" if head else tail

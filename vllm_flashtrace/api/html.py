@@ -1,0 +1,139 @@
+"""Attributions as HTML: a self-contained page, and a fragment for notebooks.
+
+Invariant: every text from a model or a client passes jinja2's autoescape; the output holds no
+script and refers to nothing outside itself.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from vllm_flashtrace.api.attribution import Attribution
+from vllm_flashtrace.api.heat import (
+    LEVELS,
+    HeatToken,
+    completion_parts,
+    heat_level,
+    heat_scale,
+    level_floor,
+    prompt_heat,
+    visible,
+)
+from vllm_flashtrace.api.token_scores import TokenScore
+
+TABLE_ROWS = 20
+_CONTEXT_TOKENS = 6
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def render_page(attribution: Attribution) -> str:
+    """A complete HTML document of one file, usable offline."""
+    return _render("page.html.j2", attribution)
+
+
+def render_fragment(attribution: Attribution) -> str:
+    """A ``<div>`` for notebooks, whose styles apply inside it alone."""
+    return _render("fragment.html.j2", attribution)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share, digits=1: f"{100.0 * share:.{digits}f} %"
+    environment.filters["score"] = _format_score
+    environment.filters["visible"] = visible
+    return environment
+
+
+def _render(name: str, attribution: Attribution) -> str:
+    """Renders a template; halves of surrogate pairs, which UTF-8 cannot hold, become U+FFFD."""
+    page = _environment().get_template(name).render(_context(attribution))
+    return _SURROGATES.sub("\ufffd", page)
+
+
+def _context(attribution: Attribution) -> dict[str, Any]:
+    """Everything the templates read."""
+    if attribution.status != "completed":
+        return {"status": attribution.status, "error": attribution.error, "text": attribution.text}
+    scale = heat_scale(attribution.scores)
+    prompt = prompt_heat(attribution)
+    mass = attribution.mass
+    return {
+        "status": attribution.status,
+        "id": attribution.id,
+        "text": attribution.text,
+        "target": attribution.target,
+        "prompt": prompt,
+        "complete": attribution.is_complete,
+        "returned": len(attribution.scores),
+        "completion": completion_parts(attribution),
+        "generated": _generated_heat(attribution),
+        "mass": [
+            ("input", "Prompt", mass.input),
+            ("reasoning", "Left on reasoning", mass.reasoning),
+            ("target", "Target and answer", mass.target),
+            ("skipped", "Skipped tokens", mass.skipped),
+        ],
+        "remaining_mass": attribution.remaining_mass,
+        "input_mass": mass.input,
+        "hops": _hop_rows(attribution),
+        "segments": attribution.segments,
+        "top": [_table_row(score, mass.input, prompt) for score in attribution.top(TABLE_ROWS)],
+        "legend": [(level, level_floor(level, scale)) for level in range(1, LEVELS + 1)],
+        "full_heat": scale,
+        "usage": attribution.usage,
+    }
+
+
+def _hop_rows(attribution: Attribution) -> list[dict[str, float]]:
+    rows, weight = [], 1.0
+    for number, hop in enumerate(attribution.hops):
+        parts = {name: float(hop[f"{name}_mass"]) for name in ("input", "reasoning", "target")}
+        skipped = max(0.0, 1.0 - sum(parts.values()))
+        rows.append({"hop": hop.get("hop", number), "weight": weight, **parts, "skipped": skipped})
+        weight *= parts["reasoning"]
+    return rows
+
+
+def _table_row(
+    score: TokenScore, input_mass: float, prompt: list[HeatToken] | None
+) -> dict[str, Any]:
+    before = after = ""
+    if prompt is not None:
+        first = max(0, score.index - _CONTEXT_TOKENS)
+        before = "".join(token.text for token in prompt[first : score.index])
+        after = "".join(
+            token.text for token in prompt[score.index + 1 : score.index + 1 + _CONTEXT_TOKENS]
+        )
+    share = score.score / input_mass if input_mass > 0.0 else 0.0
+    return {"score": score, "share": share, "before": before, "after": after}
+
+
+def _generated_heat(attribution: Attribution) -> list[tuple[HeatToken, bool]]:
+    """Generated tokens with their own heat scale and whether each is in the target."""
+    entries = attribution.generated
+    if not entries or not all("token" in entry and "score" in entry for entry in entries):
+        return []
+    spans = attribution.target.get("tokens") or []
+    scale = max(float(entry["score"]) for entry in entries)
+    rows = []
+    for position, entry in enumerate(entries):
+        index, value = int(entry.get("index", position)), float(entry["score"])
+        token = HeatToken(index, str(entry["token"]), value, heat_level(value, scale))
+        rows.append((token, any(start <= index < end for start, end in spans)))
+    return rows
+
+
+def _format_score(score: float) -> str:
+    return "0" if score == 0.0 else f"{score:.2e}" if score < 1e-4 else f"{score:.4f}"

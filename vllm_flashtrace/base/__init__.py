@@ -1,0 +1,1 @@
+"""What every other part builds on: errors, records, log lines and facts of the process."""

@@ -1,1 +1,0 @@
-"""Worker-side recording of traces, in terms of this package's own records."""

@@ -1,0 +1,149 @@
+"""What ``vllm-flashtrace trace`` does with its options.
+
+Invariant: everything the user can get wrong is checked before an engine starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.api.attribution import Attribution
+
+Messages = list[dict[str, Any]]
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file; ``-`` is standard input.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is empty or not UTF-8.
+    """
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def read_prompt(path: Path, *, system: str | None, chat: bool) -> str | Messages:
+    """Reads a prompt: a text, or a JSON list of chat messages.
+
+    Args:
+        path: The file; a text that is no JSON list of objects is taken as it is.
+        system: Content of a system message to put first.
+        chat: Whether a text becomes a user message even without a system message.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is empty, a message is malformed, or there are two system messages.
+    """
+    text = read_text(path)
+    prompt: str | Messages = _messages(path, text) or text
+    if isinstance(prompt, str) and (chat or system is not None):
+        prompt = [{"role": "user", "content": prompt}]
+    if system is not None and isinstance(prompt, list):
+        if prompt[0]["role"] == "system":
+            raise ValueError(f"{path} already begins with a system message; leave out --system")
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return prompt
+
+
+def _messages(path: Path, text: str) -> Messages | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return None
+    for number, message in enumerate(value):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{path}: message {number} has no role")
+    return value or None
+
+
+def flashtrace_field(hops: str, target_text: str | None) -> dict[str, Any]:
+    """The ``flashtrace`` field for the command's options, every score included.
+
+    Raises:
+        ValueError: ``hops`` is neither a number nor ``auto``.
+        InvalidRequestError: The field is refused.
+    """
+    from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
+
+    if hops != "auto" and not (hops.isascii() and hops.isdigit()):
+        raise ValueError(f"--hops must be a number of at least 0 or auto, got {hops!r}")
+    field = {
+        "top_k": None,
+        "include": ["tokens", "generated", "segments"],
+        "hops": hops if hops == "auto" else int(hops),
+        "target": "output" if target_text is None else {"text": target_text},
+    }
+    parse_flashtrace_field(field, RequestLimits())
+    return field
+
+
+def check_writable(paths: Iterable[Path]) -> None:
+    """Fails early where a result could not be written.
+
+    Raises:
+        OSError: A path's folder does not exist, or the path may not be written.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"the folder {path.parent} does not exist")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(f"{path} may not be written")
+
+
+def run_trace(
+    model: str,
+    prompt: str | Messages,
+    completion: str | None,
+    field: dict[str, Any],
+    *,
+    max_tokens: int,
+    max_model_len: int | None,
+) -> Attribution:
+    """Starts an engine, completes the prompt greedily unless there is a completion, and explains.
+
+    Raises:
+        FlashTraceError: The engine did not start or refuses the prompt, or it cannot trace this
+            model; a note names the engine's log.
+    """
+    from vllm_flashtrace.base.environment import is_cpu_build
+    from vllm_flashtrace.offline.engine_log import command_engine
+
+    engine_args: dict[str, Any] = {"disable_log_stats": True}
+    if max_model_len is not None:
+        engine_args["max_model_len"] = max_model_len
+    if is_cpu_build():
+        # Compiling takes longer than one trace.
+        engine_args["enforce_eager"] = True
+    with command_engine(model, **engine_args) as engine:
+        if completion is not None:
+            return engine.attribute(prompt, completion, flashtrace=field)
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        [attribution] = engine.generate(prompt, params, flashtrace=field)
+        return attribution
+
+
+def show(attribution: Attribution, *, full: bool, rows: int) -> None:
+    """Prints the heat-map, the completion and the table of top tokens."""
+    from rich.console import Console
+
+    from vllm_flashtrace.api.terminal import render_terminal
+
+    Console(highlight=False).print(render_terminal(attribution, full=full, rows=rows))

@@ -1,1 +1,0 @@
-"""The demo: a question whose answer is hidden in a long context."""

@@ -1,0 +1,168 @@
+"""The target rows of one step: which queries they are, what they may see, where their sums go.
+
+Invariant: rows of a segment ascend by position and have positive weights; segments do not share
+accumulators. Made once per step and used for every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_flashtrace.core.attention import TargetRowBlocks
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.kernels.triton_rows import DeviceRows
+
+
+class Accumulators(NamedTuple):
+    """What one trace adds up; on the device of the step.
+
+    Attributes:
+        column_sums: float32 ``[L, H, >= columns]``, weighted column sums ``c``.
+        residual: float32 ``[L, D]``, weighted sums ``r`` of the stream before attention.
+        stream: float32 ``[L, D]``, weighted sums ``x`` of the stream after attention.
+    """
+
+    column_sums: Tensor
+    residual: Tensor
+    stream: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSegment:
+    """The target rows of one trace within a step.
+
+    Attributes:
+        rows: int64 ``[R]`` in host memory, where they lie among the step's tokens.
+        positions: int64 ``[R]`` in host memory, ascending: row ``i`` sees keys
+            ``j <= positions[i]``.
+        weights: float32 ``[R]`` in host memory, positive.
+        block_table: int32 ``[blocks]`` on the step's device: token ``j`` lies in slot
+            ``j % block_size`` of block ``block_table[j // block_size]``.
+        sums: Where this segment's sums go.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    weights: Tensor
+    block_table: Tensor
+    sums: Accumulators
+
+    @property
+    def columns(self) -> int:
+        """Number of keys that the last row sees."""
+        return int(self.positions[-1]) + 1
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """Target rows of several traces over one paged cache.
+
+    Attributes:
+        segments: At least one; each has at least one row.
+        num_heads: Query heads H.
+        num_kv_heads: Key/value heads G.
+        device: Where queries, cache and accumulators are.
+    """
+
+    segments: tuple[RowSegment, ...]
+    num_heads: int
+    num_kv_heads: int
+    device: torch.device
+    _first: tuple[int, ...] = field(repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        segments: Sequence[RowSegment],
+        num_heads: int,
+        num_kv_heads: int,
+        device: torch.device,
+    ) -> PagedRows:
+        """Checks the segments and readies them for a step.
+
+        Raises:
+            ValueError: There is none, one has no rows or rows that do not fit together, or the
+                heads do not.
+        """
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads"
+            )
+        if not segments:
+            raise ValueError("there are no target rows")
+        first = [0]
+        for segment in segments:
+            _check(segment, num_heads)
+            first.append(first[-1] + len(segment.rows))
+        return cls(tuple(segments), num_heads, num_kv_heads, device, tuple(first))
+
+    def __len__(self) -> int:
+        """Number of rows of all segments."""
+        return self._first[-1]
+
+    def columns(self, index: int) -> int:
+        """Number of keys that a segment needs."""
+        return self.segments[index].columns
+
+    def first_row(self, index: int) -> int:
+        """Where a segment's rows begin when those of all segments stand in a row."""
+        return self._first[index]
+
+    @cached_property
+    def blocks(self) -> list[TargetRowBlocks]:
+        """Each segment's rows in blocks, for torch."""
+        return [
+            TargetRowBlocks(
+                segment.weights,
+                segment.positions,
+                self.num_heads,
+                self.num_kv_heads,
+                rows=segment.rows,
+            )
+            for segment in self.segments
+        ]
+
+    @cached_property
+    def on_device(self) -> DeviceRows:
+        """The same rows as tables on the device, for Triton."""
+        from vllm_flashtrace.kernels.triton_rows import DeviceRows
+
+        return DeviceRows.copy(self)
+
+
+def _check(segment: RowSegment, num_heads: int) -> None:
+    rows, positions, weights, table, sums = (
+        segment.rows,
+        segment.positions,
+        segment.weights,
+        segment.block_table,
+        segment.sums,
+    )
+    if not (rows.dim() == 1 and len(rows) > 0 and rows.shape == positions.shape == weights.shape):
+        raise ValueError(
+            f"rows, positions and weights must be of one length, at least 1; got "
+            f"{tuple(rows.shape)}, {tuple(positions.shape)} and {tuple(weights.shape)}"
+        )
+    if int(positions[0]) < 0 or bool((positions.diff() < 0).any()):
+        raise ValueError("positions must ascend and not be negative")
+    if table.dim() != 1 or table.dtype != torch.int32:
+        raise ValueError(f"a block table must be int32 [blocks], got {table.dtype} {table.shape}")
+    layers, heads, columns = sums.column_sums.shape
+    if (
+        heads != num_heads
+        or columns < segment.columns
+        or sums.residual.shape != sums.stream.shape
+        or sums.residual.shape[0] != layers
+        or any(s.dtype != torch.float32 or s.stride(-1) != 1 for s in sums)
+    ):
+        raise ValueError(
+            f"accumulators {[tuple(s.shape) for s in sums]} do not fit {num_heads} heads and "
+            f"{segment.columns} columns"
+        )

@@ -1,0 +1,1 @@
+"""Attribution without a server, on vLLM's ``LLM``."""

@@ -1,0 +1,252 @@
+"""Attribution without a server: :class:`FlashTrace` around vLLM's ``LLM``.
+
+Invariant: results come back in the order of the inputs, one per completion, and a trace that fails
+is a result with status ``failed`` — its completion is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any, Self
+
+from vllm_flashtrace.api.attribution import Attribution
+from vllm_flashtrace.api.request import FlashTraceRequest, parse_flashtrace_field
+from vllm_flashtrace.base.errors import FlashTraceError, InvalidRequestError, UnsupportedModelError
+from vllm_flashtrace.base.records import Completion
+from vllm_flashtrace.offline.engine import engine_refusal, start_engine, stop_engine
+from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
+from vllm_flashtrace.offline.prompts import (
+    Messages,
+    Prompt,
+    as_prompts,
+    completions_of,
+    engine_input,
+    is_chat,
+    with_decoded_arguments,
+)
+from vllm_flashtrace.text.plan import plan_trace
+from vllm_flashtrace.trace.config import FlashTraceConfig
+
+
+class FlashTrace:
+    """Generates completions and tells which prompt tokens they came from.
+
+    Example:
+        >>> with FlashTrace("Qwen/Qwen3-0.6B", max_model_len=4096) as ft:
+        ...     [answer] = ft.generate(["The code is 7306. What is the code?"])
+        >>> answer.top(3)
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        llm: Any = None,
+        flashtrace_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        tool_call_parser: str | None = None,
+        **engine_args: Any,
+    ) -> None:
+        """Starts an engine, or uses an existing one.
+
+        Args:
+            model: Model name or folder; required without ``llm``.
+            llm: An existing ``vllm.LLM``. The plugin must have been active when it was made,
+                which it is whenever this package is installed and ``VLLM_PLUGINS`` allows it.
+            flashtrace_config: Options of :class:`~vllm_flashtrace.trace.config.FlashTraceConfig`.
+            chat_template: Renders chats instead of the tokenizer's own template.
+            tool_call_parser: Name of vLLM's parser that finds generated tool calls, for targets
+                such as ``{"tool_call": 0, "argument": "to"}``. Reasoning is found by the engine's
+                own ``reasoning_parser``, if it has one.
+            **engine_args: Passed to ``vllm.LLM`` unchanged.
+
+        Raises:
+            UnsupportedModelError: The model cannot be traced exactly; the message says why.
+            ValueError: Both or neither of ``model`` and ``llm`` were given, or an option is bad.
+        """
+        if (model is None) == (llm is None):
+            raise ValueError("give either a model or an existing llm")
+        self._owns_engine = model is not None
+        if model is not None:
+            llm = start_engine(model, flashtrace_config, engine_args)
+        elif flashtrace_config or engine_args:
+            raise ValueError("engine arguments have no effect on an existing llm")
+        self.llm: Any = llm
+        if (refusal := engine_refusal(self.llm)) is not None:
+            self.close()  # The caller gets no object to close.
+            raise UnsupportedModelError(refusal)
+        vllm_config = self.llm.llm_engine.vllm_config
+        self.config = FlashTraceConfig.from_additional_config(vllm_config.additional_config)
+        self._max_trace_tokens = vllm_config.model_config.max_model_len - 1
+        self._tokenizer = self.llm.get_tokenizer()
+        self._chat_template = chat_template
+        self._make_parser = self._output_parser(tool_call_parser)
+        self._ids = (f"ft-offline-{i}" for i in count())
+
+    def close(self) -> None:
+        """Stops the engine if this object started it; an existing ``llm`` goes on.
+
+        Closing again does nothing.
+        """
+        if self._owns_engine:
+            self._owns_engine = False
+            stop_engine(self.llm)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Any | None = None,
+        flashtrace: Mapping[str, Any] | bool = True,
+        *,
+        lora_request: Any | None = None,
+        **chat_args: Any,
+    ) -> list[Attribution]:
+        """Completes prompts or chats and attributes every completion.
+
+        Args:
+            prompts: Strings, token id lists, or lists of chat messages; one or several.
+            sampling_params: ``vllm.SamplingParams`` for all of them; ``n > 1`` gives ``n`` results
+                per prompt.
+            flashtrace: The ``flashtrace`` request field.
+            lora_request: ``vllm.lora.request.LoRARequest`` of the adapter for all of them.
+            **chat_args: Passed to ``LLM.chat`` for chats.
+
+        Raises:
+            InvalidRequestError: The ``flashtrace`` field is bad; nothing is generated.
+            TypeError: A prompt is of none of these forms.
+        """
+        request = self._parse(flashtrace)
+        chat_args["lora_request"] = lora_request
+        completions = self._complete(as_prompts(prompts), sampling_params, chat_args)
+        return self._attribute(request, completions, lora_request)
+
+    def attribute(
+        self,
+        prompt: Prompt,
+        completion: str | Sequence[int],
+        flashtrace: Mapping[str, Any] | bool = True,
+        *,
+        lora_request: Any | None = None,
+    ) -> Attribution:
+        """Attributes text that already exists.
+
+        Args:
+            prompt: A string, token ids, or chat messages that the completion answers.
+            completion: The generated text, or its token ids.
+            flashtrace: The ``flashtrace`` request field.
+            lora_request: The adapter that is to explain it.
+        """
+        request = self._parse(flashtrace)
+        [prompt] = as_prompts([prompt])
+        if isinstance(completion, str):
+            generated = list(self._tokenizer.encode(completion, add_special_tokens=False))
+            text = completion
+        else:
+            generated = list(completion)
+            text = self._tokenizer.decode(generated, skip_special_tokens=True)
+        record = Completion(
+            prompt_token_ids=self._prompt_ids(prompt),
+            generated_token_ids=generated,
+            text=text,
+            prompt_text=prompt if isinstance(prompt, str) else None,
+            messages=prompt if is_chat(prompt) else None,
+        )
+        return self._attribute(request, [record], lora_request)[0]
+
+    def _parse(self, flashtrace: Mapping[str, Any] | bool) -> FlashTraceRequest:
+        value = dict(flashtrace) if isinstance(flashtrace, Mapping) else flashtrace
+        request = parse_flashtrace_field(value, self.config.limits)
+        if request is None:
+            raise ValueError("flashtrace must be true or an object of options")
+        if request.mode == "deferred":
+            raise InvalidRequestError(
+                "flashtrace.mode", "flashtrace.mode 'deferred' needs a server, got it offline"
+            )
+        return request
+
+    def _complete(
+        self, prompts: Sequence[Prompt], sampling_params: Any, chat_args: Mapping[str, Any]
+    ) -> list[Completion]:
+        """Generates; chats and plain prompts each go to the engine as one batch."""
+        chats = [i for i, prompt in enumerate(prompts) if is_chat(prompt)]
+        plain = [i for i, prompt in enumerate(prompts) if not is_chat(prompt)]
+        outputs: dict[int, Any] = {}
+        if chats:
+            conversations = [[dict(message) for message in prompts[i]] for i in chats]  # type: ignore[arg-type]
+            if self._chat_template is not None:
+                chat_args = {"chat_template": self._chat_template, **chat_args}
+            answers = self.llm.chat(conversations, sampling_params, use_tqdm=False, **chat_args)
+            outputs.update(zip(chats, answers, strict=True))
+        if plain:
+            inputs = [engine_input(prompts[i]) for i in plain]
+            answers = self.llm.generate(
+                inputs, sampling_params, use_tqdm=False, lora_request=chat_args["lora_request"]
+            )
+            outputs.update(zip(plain, answers, strict=True))
+        return [
+            completion
+            for i, prompt in enumerate(prompts)
+            for completion in completions_of(outputs[i], prompt)
+        ]
+
+    def _attribute(
+        self,
+        request: FlashTraceRequest,
+        completions: Sequence[Completion],
+        lora_request: Any | None = None,
+    ) -> list[Attribution]:
+        jobs = [self._plan(request, completion) for completion in completions]
+        for job in jobs:
+            job.lora_request = lora_request
+        run_jobs(jobs, self.llm, self.config)
+        return [Attribution(job.outcome(), text=job.completion.text) for job in jobs]
+
+    def _plan(self, request: FlashTraceRequest, completion: Completion) -> TraceJob:
+        job = TraceJob(completion, next(self._ids))
+        parser = self._make_parser(completion.prompt_token_ids) if self._make_parser else None
+        try:
+            job.plan = plan_trace(
+                request,
+                completion,
+                self._tokenizer,
+                reasoning_parser=parser,
+                render=self._render,
+                max_trace_tokens=self._max_trace_tokens,
+                auto_threshold=self.config.auto_threshold,
+                max_hops=self.config.max_hops,
+            )
+        except FlashTraceError as error:
+            job.error = error
+        return job
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self._tokenizer.encode(prompt))
+        if is_chat(prompt):
+            return list(self._tokenizer.encode(self._render(prompt), add_special_tokens=False))
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+    def _render(self, messages: Messages) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            with_decoded_arguments(messages),
+            chat_template=self._chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return str(rendered)
+
+    def _output_parser(self, tool_call_parser: str | None) -> Any | None:
+        from vllm_flashtrace.offline.offline_output import offline_output_parser
+
+        try:
+            return offline_output_parser(self.llm, tool_call_parser)
+        except ValueError:
+            self.close()  # The caller gets no object to close.
+            raise

@@ -1,0 +1,140 @@
+"""Runs attributions on a ``vllm.LLM`` hop by hop, every hop of all of them as one batch.
+
+Invariant: jobs are independent. One that fails keeps its error and drops out, and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm_flashtrace.base.errors import FlashTraceError, TraceError
+from vllm_flashtrace.base.records import Completion, TraceReport, TraceUsage
+from vllm_flashtrace.text.plan import TracePlan
+from vllm_flashtrace.text.result import build_result, failed_result
+from vllm_flashtrace.trace.budget import AccumulatorBudget
+from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.pickup import decode_status, pick_up
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.trace.hop import TraceCall
+
+
+@dataclass(slots=True)
+class TraceJob:
+    """One attribution under way; without a plan it has failed already."""
+
+    completion: Completion
+    trace_id: str
+    plan: TracePlan | None = None
+    usage: TraceUsage = field(default_factory=TraceUsage)
+    error: FlashTraceError | None = None
+    lora_request: Any | None = None
+
+    def outcome(self) -> dict[str, Any]:
+        """The attribution object once the job has run all its hops or failed."""
+        if self.error is None and self.plan is not None:
+            try:
+                return build_result(
+                    self.plan, self.plan.recursion.result(), self.usage, self.trace_id
+                )
+            except FlashTraceError as error:
+                self.error = error
+        return failed_result(self.trace_id, self.error or TraceError("internal_error", "no plan"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The next hop of a job."""
+
+    job: TraceJob
+    plan: TracePlan
+    trace: TraceCall
+
+
+def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> None:
+    """Runs all hops of all jobs; afterwards every job has its ``outcome``."""
+    status = decode_status(llm.collective_rpc("flashtrace_status"))
+    budget = AccumulatorBudget.from_status(status)
+    while _advance(jobs, llm, config, budget):
+        pass
+
+
+def _advance(
+    jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig, budget: AccumulatorBudget | None
+) -> bool:
+    """Runs the next hop of every unfinished job; False when all are done."""
+    from vllm_flashtrace.trace.hop import trace_call
+
+    calls = [
+        _Call(job, plan, trace_call(plan, weights, config, None))
+        for job, plan in _unfinished(jobs)
+        if (weights := plan.recursion.next_weights()) is not None
+    ]
+    for batch in _batches(calls, config.max_concurrent_traces, budget):
+        began = time.monotonic()
+        llm.generate(
+            [call.trace.prompt for call in batch],
+            [call.trace.params for call in batch],
+            use_tqdm=False,
+            lora_request=[call.job.lora_request for call in batch],
+        )
+        seconds = time.monotonic() - began
+        for call in batch:
+            _collect(llm, call, seconds)
+    return bool(calls)
+
+
+def _batches(
+    calls: Sequence[_Call], places: int, budget: AccumulatorBudget | None
+) -> Iterator[list[_Call]]:
+    """Cuts ``calls`` into batches that fit the engine; what never fits fails its job."""
+    batch: list[_Call] = []
+    held = 0
+    for call in calls:
+        cost = 0
+        if budget is not None:
+            try:
+                budget.check(call.trace.spec.length)
+            except TraceError as error:
+                call.job.error = error
+                continue
+            cost = budget.cost(call.trace.spec.length)
+        full = len(batch) == places or (budget is not None and held + cost > budget.limit_bytes)
+        if batch and full:
+            yield batch
+            batch, held = [], 0
+        batch.append(call)
+        held += cost
+    if batch:
+        yield batch
+
+
+def _collect(llm: Any, call: _Call, seconds: float) -> None:
+    from vllm_flashtrace.trace.hop import take_report
+
+    try:
+        report = pick_up_now(llm, call.trace.spec.nonce)
+        take_report(call.plan, call.job.usage, report, seconds)
+    except FlashTraceError as error:
+        call.job.error = error
+
+
+def pick_up_now(llm: Any, nonce: str) -> TraceReport:
+    """Picks up a trace's report from the workers of a ``vllm.LLM``; see `pickup.pick_up`."""
+    pickup = pick_up(nonce)
+    request = next(pickup)
+    while True:
+        try:
+            request = pickup.send(llm.collective_rpc(request.method, args=request.args))
+        except StopIteration as done:
+            report: TraceReport = done.value
+            return report
+
+
+def _unfinished(jobs: Sequence[TraceJob]) -> Iterator[tuple[TraceJob, TracePlan]]:
+    for job in jobs:
+        if job.error is None and job.plan is not None:
+            yield job, job.plan

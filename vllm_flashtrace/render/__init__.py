@@ -1,1 +1,0 @@
-"""Heat-maps of attributions: HTML pages and terminal output."""

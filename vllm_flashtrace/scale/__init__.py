@@ -1,0 +1,1 @@
+"""Many engines: batches on Ray Data, deployments on Ray Serve."""

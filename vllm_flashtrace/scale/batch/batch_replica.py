@@ -1,0 +1,167 @@
+"""One replica: an engine in a Ray actor, asked row by row.
+
+Invariant: every row of a batch comes back once, in order; a row that fails fails alone. A replica
+whose engine died ends its process, so that Ray starts another one and sends the batch there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vllm_flashtrace.scale.batch.outcome import Outcome
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from vllm_flashtrace.server.in_process_server import InProcessServer
+
+T = TypeVar("T")
+_SECTION = "flashtrace"
+# A batch has no client that waits, so nothing is skipped for the sake of others.
+_PATIENCE: dict[str, Any] = {
+    "max_waiting_traces": 1_000_000,
+    "max_waiting_seconds": 1e6,
+    "trace_timeout_seconds": 3600.0,
+    "trace_token_share": 1.0,
+}
+_SERVER_ERROR = 500
+_ENGINE_DEAD = 70  # The process's exit code.
+
+logger = logging.getLogger("vllm.flashtrace")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """How a replica starts its engine.
+
+    Attributes:
+        model: Model name or folder.
+        argv: Options of ``vllm serve``.
+        cores: Cores of one replica; 0 off the CPU.
+        workers: Worker processes of one engine.
+        replicas: Replicas that may share a machine's memory.
+        group: Name that the replicas of this run share.
+    """
+
+    model: str
+    argv: tuple[str, ...]
+    cores: int
+    workers: int
+    replicas: int
+    group: str
+
+
+class ReplicaError(RuntimeError):
+    """A replica cannot start; the message is one line."""
+
+
+class Replica:
+    """The callable class that ``map_batches`` makes actors of."""
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        """Starts the engine.
+
+        Raises:
+            ReplicaError: It does not start, or cannot trace the model.
+        """
+        from vllm_flashtrace.base.environment import enable_plugin, prepare_environment
+        from vllm_flashtrace.base.orphans import end_engine_with_this_process
+        from vllm_flashtrace.base.process import bind_cores
+        from vllm_flashtrace.scale.batch.slots import Slot
+        from vllm_flashtrace.trace.wire import ensure_secret
+
+        self._settings = settings
+        self._slot = Slot(settings.group)
+        if settings.cores:
+            bind_cores(self._slot.number, settings.cores, settings.workers)
+        os.environ.pop("VLLM_API_KEY", None)
+        prepare_environment()
+        enable_plugin()
+        ensure_secret()
+        end_engine_with_this_process()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="replica", daemon=True).start()
+        try:
+            self._server = self._run(self._start())
+        except Exception as error:
+            logger.exception("the engine did not start")
+            reason = " ".join(str(error).split())
+            raise ReplicaError(f"the engine did not start: {reason}") from None
+        if (refusal := self._server.refusal) is not None:
+            raise ReplicaError(f"{settings.model} cannot be traced: {refusal}")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Answers rows.
+
+        Args:
+            batch: Columns of :mod:`vllm_flashtrace.scale.batch.source`.
+
+        Returns:
+            Their columns ``row`` and ``outcome`` (:meth:`Outcome.to_json`), in the same order.
+        """
+        import pyarrow as pa
+
+        outcomes = self._run(self._answer_all(batch.to_pylist()))
+        if self._server.is_dead:
+            # Rows that it answered before are answered again; none is lost.
+            print("the engine died; this replica ends", file=sys.stderr, flush=True)
+            os._exit(_ENGINE_DEAD)
+        texts = pa.array([outcome.to_json() for outcome in outcomes], pa.large_string())
+        return pa.table({"row": batch.column("row"), "outcome": texts})
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _start(self) -> InProcessServer:
+        from vllm_flashtrace.server.in_process_server import in_process_server
+
+        self._stack = AsyncExitStack()
+        settings = self._settings
+        argv = [*settings.argv, "--model", settings.model]
+        server = in_process_server(argv, self._adjust, neighbours=settings.replicas - 1)
+        return await self._stack.enter_async_context(server)
+
+    def _adjust(self, args: Namespace) -> None:
+        config = dict(args.additional_config or {})
+        args.additional_config = {**config, _SECTION: {**_PATIENCE, **config.get(_SECTION, {})}}
+        args.disable_log_stats = True
+
+    async def _answer_all(self, rows: list[dict[str, Any]]) -> list[Outcome]:
+        return list(await asyncio.gather(*map(self._answer, rows)))
+
+    async def _answer(self, row: dict[str, Any]) -> Outcome:
+        place = row["custom_id"], row["source"], row["line"]
+        if row["error"] is not None:
+            return Outcome(*place, error=json.loads(row["error"]))
+        try:
+            body = json.loads(row["body"])
+            self._refuse_unknown(row["url"], body)
+            body["model"] = body.get("model") or self._server.model
+            status, answer = await self._server.post(row["url"], body)
+            if status >= _SERVER_ERROR and not self._server.is_dead:
+                status, answer = await self._server.post(row["url"], body)
+        except ValueError as error:
+            return Outcome(*place, error={"code": "invalid_row", "message": str(error)})
+        except Exception as error:
+            logger.exception("a row failed")
+            message = f"{type(error).__name__}: {error}"
+            return Outcome(*place, error={"code": "internal_error", "message": message})
+        return Outcome.answered(*place, status, answer)
+
+    def _refuse_unknown(self, url: str, body: dict[str, Any]) -> None:
+        from vllm_flashtrace.server.in_process_server import known_fields
+
+        known = known_fields(url)
+        for name in sorted(body):
+            if known is not None and name != _SECTION and name not in known:
+                raise ValueError(f"{name} is no field that {url} knows")

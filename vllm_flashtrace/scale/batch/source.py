@@ -1,0 +1,101 @@
+"""Rows for Ray Data: the scanned files in the columns that replicas take.
+
+Invariant: reading a file again gives the same rows; rows that are finished are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_flashtrace.scale.batch.inputs import RawRow, read_rows
+from vllm_flashtrace.scale.batch.rows import Defaults, RowError, request_of
+from vllm_flashtrace.scale.batch.scan import InputFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """What one read task reads.
+
+    Attributes:
+        file: The file.
+        wanted: A byte for each of its rows; 0 where it is finished or was not asked for.
+        duplicates: Its rows (numbers over all files) whose id an earlier row has.
+        defaults: What rows get where they say nothing.
+    """
+
+    file: InputFile
+    wanted: bytes
+    duplicates: frozenset[int]
+    defaults: Defaults
+
+    def __call__(self) -> Iterator[pa.Table]:
+        """The wanted rows, some at a time."""
+        pending: list[dict[str, Any]] = []
+        for number, raw in enumerate(read_rows(self.file.name, self.file.path)):
+            if number >= len(self.wanted):
+                raise RuntimeError(f"{self.file.path} has grown since the run began")
+            if self.wanted[number]:
+                pending.append(self._row(self.file.first + number, raw))
+            if len(pending) == _ROWS_AT_ONCE:
+                yield request_table(pending)
+                pending = []
+        if pending:
+            yield request_table(pending)
+
+    def _row(self, row: int, raw: RawRow) -> dict[str, Any]:
+        error = raw.error
+        if error is None and row in self.duplicates:
+            error = RowError("duplicate_custom_id", f"custom_id {raw.custom_id!r} is taken already")
+        columns = {"row": row, "source": self.file.name, "line": raw.line}
+        return columns | request_columns(raw.custom_id, raw.value, self.defaults, error)
+
+
+def request_columns(
+    custom_id: str, value: Any, defaults: Defaults, error: RowError | None = None
+) -> dict[str, Any]:
+    """A row's columns ``custom_id``, ``url``, ``body`` and ``error``; the latter two are JSON.
+
+    Args:
+        custom_id: The row's id.
+        value: The row as decoded.
+        defaults: What it gets where it says nothing.
+        error: Known already to be wrong with it.
+    """
+    columns: dict[str, Any] = {"custom_id": custom_id, "url": None, "body": None, "error": None}
+    try:
+        if error is not None:
+            raise error
+        request = request_of(value, defaults)
+        return columns | {"url": request.url, "body": json.dumps(request.body)}
+    except RowError as refused:
+        return columns | {"error": json.dumps(refused.to_dict())}
+    except (TypeError, ValueError) as refused:  # A Parquet file may hold dates, bytes, ….
+        unusable = RowError("invalid_row", f"the row is not JSON: {refused}")
+        return columns | {"error": json.dumps(unusable.to_dict())}
+
+
+def request_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as the table that replicas take."""
+    import pyarrow as pa
+
+    text, integer = pa.large_string(), pa.int64()
+    schema = pa.schema(
+        [
+            ("row", integer),
+            ("source", text),
+            ("line", integer),
+            ("custom_id", text),
+            ("url", text),
+            ("body", text),
+            ("error", text),
+        ]
+    )
+    return pa.Table.from_pylist(rows, schema=schema)

@@ -1,0 +1,133 @@
+"""The store of deferred attributions of all replicas, in a Ray actor of its own.
+
+Invariant: it has the bounds and the states of the store that API servers of one machine share, for
+it is that store behind calls. It outlives every replica; its process may restart on its machine
+without losing an entry.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.scale.ray_cluster import import_ray
+from vllm_flashtrace.server.sqlite_store import SqliteStore
+from vllm_flashtrace.server.store import STORE_ERRORS, StoreLimits
+
+NAMESPACE = "flashtrace"
+# A replica renews its entries every second.
+LEASE_SECONDS = 20.0
+# Replicas call at every health check; where none has for so long, there are none.
+IDLE_SECONDS = 600.0
+_CALLS_AT_ONCE = 16
+
+
+class StoreHost:
+    """Answers the calls of :class:`vllm_flashtrace.scale.deploy.store_client.ActorStore`."""
+
+    def __init__(self, folder: str, idle_seconds: float = IDLE_SECONDS) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            folder: Name of the store's folder among the machine's temporary files.
+            idle_seconds: After how long without a call nobody is taken to be left.
+        """
+        self._folder = Path(tempfile.gettempdir()) / folder
+        self._idle_seconds = idle_seconds
+        self._views: dict[tuple[str, StoreLimits], tuple[SqliteStore, float]] = {}
+        self._lock = threading.Lock()
+        self._called = time.monotonic()
+
+    def call(self, owner: str, limits: StoreLimits, method: str, *arguments: Any) -> Any:
+        """Calls a method of the owner's view of the store.
+
+        Returns:
+            What it returns; a pair of code and message where the store refuses.
+
+        Raises:
+            RuntimeError: The store cannot be used.
+        """
+        self._called = time.monotonic()
+        try:
+            return getattr(self._view(owner, limits), method)(*arguments)
+        except TraceError as refusal:
+            return refusal.code, refusal.message
+        except STORE_ERRORS as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+    def idle(self) -> bool:
+        """Whether nobody has called for so long that nobody is left."""
+        return time.monotonic() - self._called > self._idle_seconds
+
+    def _view(self, owner: str, limits: StoreLimits) -> SqliteStore:
+        now = time.monotonic()
+        with self._lock:
+            known = self._views.get((owner, limits))
+            view = known[0] if known else SqliteStore(self._folder, owner, limits)
+            self._views[owner, limits] = view, now
+            for key, (other, used) in list(self._views.items()):
+                if now - used > IDLE_SECONDS:
+                    other.close()
+                    del self._views[key]
+        return view
+
+
+class StoreActor(StoreHost):
+    """The host as a Ray actor, which ends itself when nobody has called for long."""
+
+    def __init__(self, folder: str, idle_seconds: float = IDLE_SECONDS) -> None:
+        """As its parent, and begins to watch for the end.
+
+        Args:
+            folder: Name of the store's folder among the machine's temporary files.
+            idle_seconds: After how long without a call nobody is taken to be left.
+        """
+        super().__init__(folder, idle_seconds)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def pid(self) -> int:
+        """Process id of the store."""
+        return os.getpid()
+
+    def leave(self) -> None:
+        """Removes the store and ends the actor."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        import_ray().actor.exit_actor()
+
+    def _watch(self) -> None:
+        while not self.idle():
+            time.sleep(min(self._idle_seconds / 4, 30))
+        # An actor is ended from one of its own calls only.
+        import_ray().get_runtime_context().current_actor.leave.remote()
+
+
+def find_or_start(ray: Any, name: str) -> Any:
+    """The handle of the deployment's store, which is started if there is none.
+
+    Args:
+        ray: The module.
+        name: Of the deployment.
+    """
+    actor = ray.remote(StoreActor).options(
+        name=actor_name(name),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=3,
+        max_concurrency=_CALLS_AT_ONCE,
+    )
+    return actor.remote(f"flashtrace-{secrets.token_hex(16)}")
+
+
+def actor_name(deployment: str) -> str:
+    """Name of the actor in :data:`NAMESPACE`."""
+    return f"attributions of {deployment}"

@@ -1,0 +1,142 @@
+"""Starts a local Ray, or joins the cluster that ``RAY_ADDRESS`` names.
+
+Invariant: what was started here listens on 127.0.0.1 only, reports no usage and ends with this
+process; a cluster that was joined goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from vllm_flashtrace.base.errors import FlashTraceError
+
+_LOCALHOST = "127.0.0.1"
+_LOCAL_NAMES = (_LOCALHOST, "localhost")
+# A documentation address: any that is not on this machine does.
+_ANYWHERE = ("192.0.2.1", 9)
+_PROBE_SECONDS = 2.0
+_ADDRESS = "RAY_ADDRESS"
+# Options that a cluster is started with, and that one that is joined has already.
+_OF_A_MACHINE = ("num_", "object_store_memory")
+_EXTRA = "vllm-flashtrace[scale]"
+
+
+class RayUnavailableError(FlashTraceError):
+    """Ray is not installed, did not start, or cannot be joined."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("ray_unavailable", message)
+
+
+def import_ray(module: str = "ray") -> Any:
+    """Imports Ray or a part of it, such as ``ray.data``, with usage reports off.
+
+    Raises:
+        RayUnavailableError: It is not installed; the message names the extra that brings it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Engines are what the machine is there for; by default Ray's workers give way to everything.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    address = os.environ.get(_ADDRESS)
+    if not address or _is_on_loopback_alone(address):
+        # Ray listens on the loopback interface alone, and finds others there, where it takes itself
+        # to be no cluster, which it reads from this variable when it is imported.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        return import_module(module)
+    except ImportError as error:
+        missing = getattr(error, "name", None) or module
+        raise RayUnavailableError(f"{missing} is not installed; install {_EXTRA}") from None
+
+
+@contextmanager
+def connect(**options: Any) -> Iterator[Any]:
+    """Ray, for as long as the ``with`` block lasts.
+
+    Joins the cluster in ``RAY_ADDRESS``; without it a Ray of its own is started on this machine,
+    without dashboard. Where this process is connected already, that connection is used and stays.
+
+    Args:
+        **options: Passed to ``ray.init``, e.g. ``num_cpus``; without effect on a connection that
+            exists. Resources (``num_*``, ``object_store_memory``) are those of the cluster where
+            one is joined.
+
+    Yields:
+        The ``ray`` module.
+
+    Raises:
+        RayUnavailableError: Ray is not installed, did not start, or cannot be joined.
+    """
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # Nothing starts a Ray by the way.
+    ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    address = os.environ.get(_ADDRESS)
+    settings: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+        **options,
+    }
+    if address:
+        settings = {k: v for k, v in settings.items() if not k.startswith(_OF_A_MACHINE)}
+    else:
+        settings |= {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": _LOCALHOST,
+        }
+    try:
+        ray.init(**settings)
+    except Exception as error:  # Ray raises many kinds, all of them meaning no Ray.
+        reason = " ".join(str(error).split())
+        what = f"joining Ray at {address}" if address else "starting Ray"
+        if _is_refused(error):
+            reason = "it wants a token; set RAY_AUTH_MODE=token, with the cluster's token in place"
+        raise RayUnavailableError(f"{what} failed: {reason}") from error
+    try:
+        yield ray
+    finally:
+        # What Ray Data made is ended when it is freed, and that would start a new Ray if this one
+        # were gone, at any later moment.
+        gc.collect()
+        ray.shutdown()
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether the reason for ``error`` is a missing or wrong token."""
+    while error is not None:
+        if "AuthenticationError" in f"{type(error).__name__} {error}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_on_loopback_alone(address: str) -> bool:
+    """Whether a cluster is found at 127.0.0.1, where Ray does not look, and nowhere else."""
+    host, _, port = address.rpartition(":")
+    if host not in _LOCAL_NAMES or not port.isdigit():
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(_ANYWHERE)  # Sends nothing, but chooses the interface.
+            own = sock.getsockname()[0]
+        except OSError:
+            return True
+    return _listens(_LOCALHOST, int(port)) and not _listens(own, int(port))
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Inside vLLM's API server: the field on its routes, and our own routes."""

@@ -1,0 +1,246 @@
+"""``/v1/attributions``: attributes text that already exists, and gives out deferred attributions.
+
+Invariant: everything about existing text is known here, so a mistake in the request is an HTTP 400
+and never a ``failed`` object, unless the trace is deferred. A deferred attribution is reached by
+its id alone; there is no list of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, WithJsonSchema
+
+from vllm_flashtrace.api.checks import shown
+from vllm_flashtrace.api.json_checks import check_messages, check_text
+from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
+from vllm_flashtrace.api.response import AttributionObject, DeletedAttribution
+from vllm_flashtrace.base.errors import InvalidRequestError
+from vllm_flashtrace.server.error_route import OpenAIErrorRoute
+from vllm_flashtrace.server.existing_text import (
+    ExistingText,
+    engine_options,
+    existing_chat,
+    existing_plain,
+)
+from vllm_flashtrace.server.openai import (
+    ErrorResponse,
+    error_response,
+    not_found_response,
+    validate_json_request,
+    with_cancellation,
+)
+from vllm_flashtrace.server.openapi import FIELD_SCHEMA
+from vllm_flashtrace.server.service import FIELD, TraceService
+from vllm_flashtrace.server.session import Attribution, new_trace_id
+
+router = APIRouter(route_class=OpenAIErrorRoute)
+
+TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
+
+# Failures that the text itself explains, with the field at fault: after a generation they could
+# not be foreseen, here they are the client's mistake.
+_CLIENT_ERRORS = {
+    "argument_not_found": "flashtrace.target.argument",
+    "assistant_not_located": "flashtrace.recurse_over",
+    "empty_target": "flashtrace.target",
+    "reasoning_not_found": "flashtrace.reasoning",
+    "regex_timeout": "flashtrace.target.regex",
+    "span_out_of_range": "flashtrace",
+    "target_beyond_context": "flashtrace.target",
+    "target_not_found": "flashtrace.target",
+    "tool_call_not_found": "flashtrace.target.tool_call",
+}
+_CLIENT_CLOSED_REQUEST = 499
+_PROMPT_OPTIONS = ("add_special_tokens", "cache_salt", "priority")
+_CHAT_OPTIONS = (
+    "cache_salt",
+    "chat_template_kwargs",
+    "documents",
+    "priority",
+    "reasoning_effort",
+    "tool_choice",
+    "tools",
+)
+
+
+class AttributionBody(BaseModel):
+    """Body of the route: a conversation, or a prompt and its completion.
+
+    The options mean what they mean in vLLM's chat and completion requests.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: StrictStr | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=2)] | None = None
+    prompt: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
+    completion: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
+    flashtrace: Annotated[Any, WithJsonSchema(FIELD_SCHEMA)] = True
+    add_special_tokens: bool | None = None
+    cache_salt: StrictStr | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    priority: StrictInt = 0
+    reasoning_effort: StrictStr | None = None
+    tool_choice: Any = None
+    tools: list[dict[str, Any]] | None = None
+
+    def options(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """The model and those options that were given.
+
+        Raises:
+            InvalidRequestError: An option was given that the other form of the body has.
+        """
+        given = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        other = {*_CHAT_OPTIONS, *_PROMPT_OPTIONS} - set(names)
+        for name in sorted(other & given.keys()):
+            if given[name] is not None:
+                form = "messages" if name in _CHAT_OPTIONS else "prompt and completion"
+                raise InvalidRequestError(name, f"{name} goes with {form} only")
+        return {
+            "model": self.model,
+            **{name: given[name] for name in names if given.get(name) is not None},
+        }
+
+
+@router.post(
+    "/v1/attributions",
+    dependencies=[Depends(validate_json_request)],
+    response_model=AttributionObject,
+    responses={400: {"model": ErrorResponse}, 404: {"model": ErrorResponse}},
+)
+async def create_attribution(body: AttributionBody, raw_request: Request) -> Response:
+    """Attributes ``body``'s completion to its prompt."""
+    answer = await _answer(body, raw_request)
+    # None: the client left while the answer was made, so nobody reads this one.
+    return Response(status_code=_CLIENT_CLOSED_REQUEST) if answer is None else answer
+
+
+@with_cancellation
+async def _answer(body: AttributionBody, raw_request: Request) -> JSONResponse:
+    state = raw_request.app.state
+    try:
+        outcome = await _attribute(state, body, raw_request)
+    except InvalidRequestError as error:
+        outcome = error_response(error)
+    if isinstance(outcome, ErrorResponse):
+        return _error(outcome)
+    return JSONResponse(outcome)
+
+
+@router.get(
+    "/v1/attributions/{attribution_id}",
+    response_model=AttributionObject,
+    responses={404: {"model": ErrorResponse}},
+)
+async def get_attribution(attribution_id: str, raw_request: Request) -> Response:
+    """The deferred attribution with this id, finished or not."""
+    service: TraceService = raw_request.app.state.flashtrace
+    attribution = await service.deferred.get(attribution_id)
+    if attribution is None:
+        return _unknown(attribution_id)
+    return Response(attribution, media_type="application/json")
+
+
+@router.delete(
+    "/v1/attributions/{attribution_id}",
+    response_model=DeletedAttribution,
+    responses={404: {"model": ErrorResponse}},
+)
+async def delete_attribution(attribution_id: str, raw_request: Request) -> Response:
+    """Drops the deferred attribution with this id, and stops its trace."""
+    service: TraceService = raw_request.app.state.flashtrace
+    if not await service.deferred.delete(attribution_id):
+        return _unknown(attribution_id)
+    deleted = {
+        "id": attribution_id,
+        "object": "flashtrace.attribution.deleted",
+        "deleted": True,
+    }
+    return JSONResponse(deleted)
+
+
+def _unknown(attribution_id: str) -> JSONResponse:
+    message = f"no attribution {shown(attribution_id)}: it is unknown, deleted or expired"
+    return _error(not_found_response(message, "attribution_id"))
+
+
+def _error(error: ErrorResponse) -> JSONResponse:
+    return JSONResponse(error.model_dump(), status_code=error.error.code)
+
+
+async def _attribute(
+    state: Any, body: AttributionBody, raw_request: Request
+) -> Attribution | ErrorResponse:
+    service: TraceService = state.flashtrace
+    for name in sorted(body.model_fields_set - {FIELD}):
+        check_text(getattr(body, name), name)
+    check_messages(body.messages or (), "messages")
+    flashtrace = service.parse_field(True if body.flashtrace is None else body.flashtrace)
+    if flashtrace is None:
+        raise InvalidRequestError(FIELD, f"{FIELD} must be true or an object, got false")
+    text = await _existing_text(state, body, raw_request)
+    if isinstance(text, ErrorResponse):
+        return text
+    _check(text, flashtrace, state.vllm_config.model_config.max_model_len)
+    result = await service.attribute(
+        flashtrace,
+        text.completion,
+        text.context,
+        reasoning_parser=text.reasoning_parser,
+        render=text.render,
+        trace_id=new_trace_id(),
+        route="/v1/attributions",
+    )
+    error = result.get("error") or {}
+    code = error.get("code")
+    if code in _CLIENT_ERRORS:
+        raise InvalidRequestError(_CLIENT_ERRORS[code], error["message"], code=code)
+    return result
+
+
+async def _existing_text(
+    state: Any, body: AttributionBody, raw_request: Request
+) -> ExistingText | ErrorResponse:
+    if body.messages is not None:
+        for name in ("prompt", "completion"):
+            if getattr(body, name) is not None:
+                raise InvalidRequestError(name, f"{name} cannot be combined with messages")
+        handler = _handler(state.openai_serving_chat)
+        options = body.options(_CHAT_OPTIONS)
+        engine = await engine_options(handler, body, raw_request)
+        return await existing_chat(handler, body.messages, options, engine)
+    if body.prompt is None or body.completion is None:
+        missing = "prompt" if body.prompt is None else "completion"
+        raise InvalidRequestError(
+            missing, f"{missing} is missing: give messages, or prompt and completion"
+        )
+    handler = _handler(state.openai_serving_completion)
+    options = body.options(_PROMPT_OPTIONS)
+    engine = await engine_options(handler, body, raw_request)
+    return await existing_plain(handler, body.prompt, body.completion, options, engine)
+
+
+def _handler(handler: Any) -> Any:
+    if handler is None:
+        raise NotImplementedError("the served model does not generate text")
+    return handler
+
+
+def _check(text: ExistingText, flashtrace: FlashTraceRequest, max_model_len: int) -> None:
+    """Refuses what the text makes impossible.
+
+    Raises:
+        InvalidRequestError: Too long for the model, or a span beyond the text.
+    """
+    length = len(text.completion.token_ids)
+    if length > max_model_len:
+        raise InvalidRequestError(
+            "completion" if text.completion.messages is None else "messages",
+            f"prompt and completion have {length} tokens together; the model's context has "
+            f"{max_model_len}",
+        )
+    check_against_limit(flashtrace, len(text.completion.generated_token_ids))

@@ -1,0 +1,111 @@
+"""vLLM's HTTP application with an engine of its own, without a socket.
+
+Invariant: the application is the one that ``vllm-flashtrace serve`` with the same options listens
+with, and engine and application end together, the application first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from argparse import Namespace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from vllm_flashtrace.server.choose_store import StoreMaker
+from vllm_flashtrace.server.launcher import apply_cpu_defaults, refuse_bad_options
+
+
+def parse_engine_options(argv: Sequence[str]) -> tuple[Namespace, Any]:
+    """Parses what comes after ``vllm serve``.
+
+    Returns:
+        The options and their parser.
+
+    Raises:
+        ValueError: An option is bad; the message is one line.
+        SystemExit: For ``--help``.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parser.parse_args(list(argv))
+            if getattr(args, "model_tag", None) is not None:
+                args.model = args.model_tag
+            validate_parsed_serve_args(args)
+            refuse_bad_options(args)
+    except SystemExit as stopped:
+        if stopped.code == 0:
+            raise
+        lines = said.getvalue().strip().splitlines() or [str(stopped.code)]
+        raise ValueError(lines[-1]) from None
+    return args, parser
+
+
+def read_engine_options(argv: Sequence[str], neighbours: int) -> Namespace:
+    """The options of an engine that is to start in this process.
+
+    Args:
+        argv: What comes after ``vllm serve``.
+        neighbours: Other engines that share the machine's memory; matters where nobody sized the
+            KV cache.
+
+    Raises:
+        ValueError: An option is bad; the message is one line.
+    """
+    args, parser = parse_engine_options(argv)
+    sized = args.kv_cache_memory_bytes is not None
+    apply_cpu_defaults(args, parser)
+    if not sized and args.kv_cache_memory_bytes is not None:
+        args.kv_cache_memory_bytes //= neighbours + 1
+    if engine_workers(args) > 1 and args.distributed_executor_backend is None:
+        # Where vLLM finds itself in a Ray actor it would let Ray place the workers.
+        args.distributed_executor_backend = "mp"
+    return args
+
+
+@asynccontextmanager
+async def engine_app(
+    args: Namespace, store: StoreMaker | None = None
+) -> AsyncIterator[tuple[Any, Any]]:
+    """Starts an engine and the application on it, for as long as the block lasts.
+
+    Args:
+        args: From :func:`read_engine_options`.
+        store: Makes the store of deferred attributions; None for one of this process's own.
+
+    Yields:
+        The application, whose lifespan has begun, and the engine's client.
+
+    Raises:
+        Exception: Whatever vLLM raises when an engine does not start.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    async with build_async_engine_client(args) as engine:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        app.state.flashtrace_store = store
+        await init_app_state(engine, app.state, args, tasks)
+        async with app.router.lifespan_context(app):
+            yield app, engine
+
+
+def engine_workers(args: Namespace) -> int:
+    """Worker processes, and on a GPU machine devices, of one engine."""
+    return int(args.tensor_parallel_size * args.pipeline_parallel_size)

@@ -1,0 +1,185 @@
+"""``/v1/responses`` with the ``flashtrace`` field.
+
+Invariant: the response and its events are vLLM's; the attribution is added to the output item that
+carries the answer, in the finished response and in the ``response.completed`` event.
+
+Positions in messages count the messages that vLLM makes of the request for the chat template:
+``instructions`` first, then the turns of ``previous_response_id``, then ``input``, where a
+function call joins the assistant's message before it.
+
+Written against vLLM 0.32.0: ``create_responses`` renders through
+``self.online_renderer.preprocess_chat`` and generates in ``_generate_with_builtin_tools``, whose
+last engine call gives the answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.exceptions import VLLMClientError
+from vllm.renderers import merge_kwargs
+from vllm.utils.mistral import is_mistral_tokenizer
+
+from vllm_flashtrace.api.json_checks import check_messages
+from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
+from vllm_flashtrace.base.errors import InvalidRequestError
+from vllm_flashtrace.server.openai import ErrorResponse, error_response
+from vllm_flashtrace.server.recording_client import RecordingClient
+from vllm_flashtrace.server.rendering import make_reasoning_parser, require_tool_calls
+from vllm_flashtrace.server.service import TraceService
+from vllm_flashtrace.server.session import RequestFacts, TraceSession
+
+Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
+
+
+class TracedResponses(OpenAIServingResponses):
+    """``/v1/responses`` with the ``flashtrace`` field."""
+
+    def __init__(self, stock: OpenAIServingResponses, service: TraceService) -> None:
+        """Takes over the attributes of ``stock`` and keeps it for the actual work."""
+        self.__dict__.update(vars(stock))
+        self._stock = stock
+        self._service = service
+
+    async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
+        """Adds the attribution to vLLM's answer: a response, events, or an error as it is."""
+        try:
+            flashtrace = self._service.parse_request(request)
+            if flashtrace is None:
+                return await self._stock.create_responses(request, raw_request)
+            if request.background:
+                raise InvalidRequestError(
+                    "background",
+                    "background=true cannot be combined with flashtrace: such a response counts "
+                    "as completed before its attribution is there; use mode 'deferred' instead",
+                )
+            require_tool_calls(flashtrace, self.parser, request)
+            handler = _RecordingResponses(self._stock, flashtrace, request)
+            response = await handler.create_responses(request, raw_request)
+        except InvalidRequestError as error:
+            return error_response(error)
+        if isinstance(response, ErrorResponse):
+            return response
+        if isinstance(response, AsyncGenerator):
+            return self._with_attribution(response, handler)
+        await self._attribute(response, handler)
+        return response
+
+    async def _with_attribution(
+        self, events: AsyncGenerator[Any, None], handler: _RecordingResponses
+    ) -> AsyncGenerator[Any, None]:
+        async with aclosing(events):
+            async for event in events:
+                if event.type == "response.completed":
+                    await self._attribute(event.response, handler)
+                yield event
+
+    async def _attribute(self, response: Any, handler: _RecordingResponses) -> None:
+        [attribution] = await handler.session(self._service).all_of([0])
+        carrier = _answer(response.output, handler.flashtrace)
+        (response if carrier is None else carrier).flashtrace = attribution
+
+
+class _RecordingResponses(OpenAIServingResponses):
+    """The stock handler for one traced request."""
+
+    def __init__(
+        self, stock: OpenAIServingResponses, flashtrace: FlashTraceRequest, request: Any
+    ) -> None:
+        self.__dict__.update(vars(stock))
+        self.flashtrace = flashtrace
+        self._request = request
+        self._messages: Sequence[Mapping[str, Any]] = ()
+        self._render: Render | None = None
+        self.engine_client: Any = RecordingClient(stock.engine_client, lambda _: None)
+        self.online_renderer = copy.copy(stock.online_renderer)
+        self.online_renderer.preprocess_chat = self._preprocess_chat
+        self._stock_renderer = stock.online_renderer
+
+    async def _preprocess_chat(
+        self,
+        request: Any,
+        messages: Any,
+        default_template: Any,
+        default_template_content_format: Any,
+        default_template_kwargs: Any,
+        tool_dicts: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Notes what is rendered, and how; vLLM may rewrite the messages while it renders."""
+        check_messages(messages, "input")
+        self._messages = copy.deepcopy(messages)
+        defaults = merge_kwargs(default_template_kwargs, {"tools": tool_dicts, "tokenize": False})
+        params = request.build_chat_params(default_template, default_template_content_format)
+        self._render = _make_render(self._stock_renderer, params.with_defaults(defaults))
+        return await self._stock_renderer.preprocess_chat(
+            request,
+            messages,
+            default_template,
+            default_template_content_format,
+            default_template_kwargs,
+            tool_dicts,
+            **kwargs,
+        )
+
+    def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any) -> Any:
+        # A plain function: a refusal has to come before a stream is promised.
+        check_against_limit(self.flashtrace, kwargs["sampling_params"].max_tokens)
+        return super()._generate_with_builtin_tools(*args, **kwargs)
+
+    def session(self, service: TraceService) -> TraceSession:
+        """The traces of the request, once its generation is over."""
+        view: Any = _ChatView(self)
+        facts = RequestFacts(
+            flashtrace=self.flashtrace,
+            choices_per_prompt=1,
+            messages=self._messages,
+            render=self._render,
+            reasoning_parser=make_reasoning_parser(view, self._request),
+            route="/v1/responses",
+        )
+        # With tools run by the server there are several generations; the last one is the answer.
+        return TraceSession(service, facts, self.engine_client.prompts[-1:])
+
+
+class _ChatView:
+    """The responses handler under the names that the chat handler has for the same things."""
+
+    def __init__(self, handler: OpenAIServingResponses) -> None:
+        self.parser_cls = handler.parser
+        self.renderer = handler.renderer
+        self.online_renderer = handler.online_renderer
+        self.enable_auto_tools = handler.enable_auto_tools
+        self.model_config = handler.model_config
+        self._make_parser = handler._make_response_parser
+        self._effective_chat_template_kwargs = handler._effective_chat_template_kwargs
+
+
+def _make_render(online: Any, chat_params: Any) -> Render:
+    """See :func:`vllm_flashtrace.server.rendering.make_render`."""
+
+    def render(messages: Sequence[Mapping[str, Any]]) -> str | None:
+        if online.use_harmony or is_mistral_tokenizer(online.renderer.tokenizer):
+            return None
+        try:
+            _, prompt = online.renderer.render_messages(copy.deepcopy(list(messages)), chat_params)
+        except VLLMClientError:
+            return None
+        text = prompt.get("prompt")
+        return text if isinstance(text, str) else None
+
+    return render
+
+
+def _answer(items: Sequence[Any], flashtrace: FlashTraceRequest) -> Any | None:
+    """The output item that carries what ``flashtrace`` explains; None where there is no item."""
+    messages = [item for item in items if item.type == "message"]
+    calls = [item for item in items if item.type in ("function_call", "custom_tool_call")]
+    wanted = getattr(flashtrace.target, "tool_call", None)
+    if wanted is not None and wanted < len(calls):
+        return calls[wanted]
+    return next(iter([*messages[-1:], *calls[:1], *items[-1:]]), None)

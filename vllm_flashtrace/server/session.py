@@ -1,0 +1,159 @@
+"""The traces of one HTTP request: which completion each choice was, and its running trace.
+
+Invariant: every task started here is finished or cancelled, and awaited, before ``close``
+returns, and a trace that fails leaves its completion untouched. A deferred trace is handed over
+whole and is no task of this request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.logs import log_unexpected
+from vllm_flashtrace.base.records import Completion
+from vllm_flashtrace.server.recording_client import RecordedPrompt
+from vllm_flashtrace.server.service import TraceService
+
+Attribution = dict[str, Any]
+
+
+def new_trace_id() -> str:
+    """A fresh public id of one attribution; whoever knows it may fetch a deferred one."""
+    return f"ft-{secrets.token_hex(16)}"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What the HTTP request says about the completions that the engine cannot know.
+
+    Attributes:
+        flashtrace: The validated ``flashtrace`` field.
+        choices_per_prompt: ``n``; choice ``i`` belongs to prompt ``i // n``.
+        prompt_texts: The client's own prompt strings, one per prompt, None where it sent ids.
+        messages: The client's chat messages, None for a plain completion.
+        generates: False when the client only wants its prompt echoed.
+        render: Renders chat messages as this request's prompt was rendered, or None.
+        reasoning_parser: Makes the reasoning finder for given prompt token ids, or None.
+        route: Route of the request, for metrics and logs.
+    """
+
+    flashtrace: FlashTraceRequest
+    choices_per_prompt: int
+    prompt_texts: Sequence[str | None] = ()
+    messages: Sequence[Mapping[str, Any]] | None = None
+    generates: bool = True
+    render: Callable[..., Any] | None = None
+    reasoning_parser: Callable[[Sequence[int]], Any] | None = None
+    route: str = "/v1/chat/completions"
+
+
+class TraceSession:
+    """Runs one trace per choice of a request."""
+
+    def __init__(
+        self, service: TraceService, facts: RequestFacts, prompts: Sequence[RecordedPrompt]
+    ) -> None:
+        self._service = service
+        self._facts = facts
+        self._prompts = prompts
+        self._tasks: dict[int, asyncio.Task[Attribution]] = {}
+
+    def start(self, index: int) -> None:
+        """Starts the trace of choice ``index``, whose generation is over; at most once."""
+        if index not in self._tasks:
+            self._tasks[index] = asyncio.create_task(
+                self._trace(index), name=f"flashtrace-choice-{index}"
+            )
+
+    @property
+    def started(self) -> list[int]:
+        """Indices of the choices whose traces were started, in that order."""
+        return list(self._tasks)
+
+    def done(self, index: int) -> bool:
+        """Whether the trace of choice ``index`` has ended."""
+        return self._tasks[index].done()
+
+    async def result(self, index: int) -> Attribution:
+        """Waits for the attribution of choice ``index``."""
+        return await self._tasks[index]
+
+    async def close(self) -> None:
+        """Cancels what still runs and waits until it has stopped."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def attach(self, choices: Sequence[Any]) -> None:
+        """Traces all ``choices`` of a finished response at once and sets their ``flashtrace``."""
+        attributions = await self.all_of([choice.index for choice in choices])
+        for choice, attribution in zip(choices, attributions, strict=True):
+            choice.flashtrace = attribution
+
+    async def all_of(self, indices: Sequence[int]) -> list[Attribution]:
+        """Traces finished choices at once and waits for all of them."""
+        try:
+            for index in indices:
+                self.start(index)
+            return [await self.result(index) for index in indices]
+        finally:
+            await self.close()
+
+    async def _trace(self, index: int) -> Attribution:
+        trace_id = new_trace_id()
+        try:
+            return await self._attribute(index, trace_id)
+        except Exception as error:
+            # The completion is already paid for: whatever goes wrong here must not take it away.
+            log_unexpected("an attribution", error)
+            failure = TraceError("internal_error", f"{type(error).__name__}: {error}")
+            return self._service.tracer.lost(trace_id, failure, route=self._facts.route)
+
+    async def _attribute(self, index: int, trace_id: str) -> Attribution:
+        prompt_index, choice_index = divmod(index, self._facts.choices_per_prompt)
+        prompt = self._prompts[prompt_index]
+        context = prompt.context_of(choice_index)
+        refusal = self._nothing_to_trace(prompt, choice_index)
+        if refusal is not None:
+            return self._service.tracer.lost(
+                trace_id, refusal, context, route=self._facts.route, status="skipped"
+            )
+        finder = self._facts.reasoning_parser
+        return await self._service.attribute(
+            self._facts.flashtrace,
+            self._completion(prompt_index, choice_index),
+            context,
+            reasoning_parser=finder(prompt.prompt_token_ids) if finder else None,
+            render=self._facts.render,
+            trace_id=trace_id,
+            route=self._facts.route,
+        )
+
+    def _nothing_to_trace(self, prompt: RecordedPrompt, choice_index: int) -> TraceError | None:
+        if prompt.input_type != "token":
+            return TraceError(
+                "unsupported_input",
+                f"the prompt is not plain tokens (engine input type {prompt.input_type!r})",
+            )
+        choice = prompt.choices.get(choice_index)
+        if not self._facts.generates or choice is None or not choice.token_ids:
+            return TraceError("nothing_generated", "no token was generated for this choice")
+        return None
+
+    def _completion(self, prompt_index: int, choice_index: int) -> Completion:
+        prompt = self._prompts[prompt_index]
+        choice = prompt.choices[choice_index]
+        texts = self._facts.prompt_texts
+        return Completion(
+            prompt_token_ids=prompt.prompt_token_ids,
+            generated_token_ids=choice.token_ids,
+            text=choice.text,
+            prompt_text=texts[prompt_index] if prompt_index < len(texts) else None,
+            messages=self._facts.messages,
+        )

@@ -1,0 +1,220 @@
+"""What one trace has to do: tokens to prefill, what to explain, what to follow.
+
+Invariant: every position in the plan lies within its tokens, and the tokens end with the last
+position that is explained, since later ones cannot influence it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.records import Completion, Span
+from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.text.generated import GeneratedText, decode_generated
+from vllm_flashtrace.text.marking import Render
+from vllm_flashtrace.text.offsets import TokenText, token_offsets
+from vllm_flashtrace.text.output_parts import take_apart
+from vllm_flashtrace.text.parsed_output import OutputParser
+from vllm_flashtrace.text.prompt_map import PromptMap, locate_prompt
+from vllm_flashtrace.text.reasoning import Reasoning, find_reasoning
+from vllm_flashtrace.text.skip import skip_mask
+from vllm_flashtrace.text.targets import resolve_target
+
+
+@dataclass(frozen=True, slots=True)
+class TracePlan:
+    """One attribution, ready to run.
+
+    Attributes:
+        request: The client's options.
+        completion: What is explained.
+        token_ids: The N tokens to prefill: the prompt and the generated tokens up to the last
+            target position.
+        prompt_length: Number of prompt tokens.
+        recursion: Hands out the target of each hop.
+        target: What hop 0 explains; absolute positions.
+        target_text: Text of the target.
+        input_mask: bool ``[N]``, prompt tokens that are neither followed nor skipped; they alone
+            are credited.
+        dropped_target_tokens: Target tokens that do not fit the model's context.
+        prompt: The decoded prompt.
+        generated: The decoded generated tokens, all of them.
+        prompt_map: The client's messages laid over the prompt.
+    """
+
+    request: FlashTraceRequest
+    completion: Completion
+    token_ids: list[int]
+    prompt_length: int
+    recursion: HopRecursion
+    target: TargetWeights
+    target_text: str
+    input_mask: Tensor
+    dropped_target_tokens: int
+    prompt: TokenText
+    generated: GeneratedText
+    prompt_map: PromptMap
+
+    @property
+    def target_spans(self) -> list[Span]:
+        """Spans of the target, counted from the first generated token."""
+        offset = self.prompt_length
+        return [(start - offset, end - offset) for start, end in self.target.spans]
+
+
+def plan_trace(
+    request: FlashTraceRequest,
+    completion: Completion,
+    tokenizer: Any,
+    *,
+    reasoning_parser: OutputParser | None = None,
+    render: Render | None = None,
+    max_trace_tokens: int | None = None,
+    auto_threshold: float = 0.05,
+    max_hops: int = 8,
+) -> TracePlan:
+    """Plans the attribution of a completion.
+
+    Args:
+        request: The client's options.
+        completion: The finished completion.
+        tokenizer: The model's tokenizer.
+        reasoning_parser: The server's reasoning and tool call parsers.
+        render: Renders messages exactly as the completion's were.
+        max_trace_tokens: Most tokens that can be prefilled; None for no limit.
+        auto_threshold: Mass on reasoning at which ``hops: "auto"`` stops.
+        max_hops: Limit for ``hops: "auto"``.
+
+    Raises:
+        TraceError: ``empty_completion``, ``empty_target``, ``target_not_found``,
+            ``span_out_of_range``, ``reasoning_not_found``, ``regex_timeout``,
+            ``tool_call_not_found``, ``argument_not_found``, ``target_beyond_context`` or
+            ``assistant_not_located``.
+    """
+    if not completion.generated_token_ids:
+        raise TraceError("empty_completion", "no token was generated")
+    prompt_length = len(completion.prompt_token_ids)
+    prompt = token_offsets(tokenizer, completion.prompt_token_ids)
+    parts = take_apart(decode_generated(tokenizer, completion), completion, reasoning_parser)
+    generated = parts.generated
+    reasoning = find_reasoning(
+        request.reasoning, generated, prompt_text=prompt.text, parsed=parts.reasoning
+    )
+    resolved = resolve_target(request, generated, reasoning, prompt_length, parts.tool_call)
+    target, dropped = _within_context(resolved.weights, max_trace_tokens, prompt_length)
+    length = target.last + 1
+    prompt_map = locate_prompt(completion, prompt, render)
+    texts = [*prompt.tokens(), *generated.full.tokens()][:length]
+    skipped = skip_mask(texts, request.skip_tokens)
+    if skipped is not None:
+        # What is skipped would tell which hidden tokens spell one of the client's strings.
+        skipped[prompt_length : prompt_length + generated.hidden] = False
+    if skipped is not None and target.without(skipped) is None:
+        raise TraceError(
+            "empty_target", "flashtrace.skip_tokens leaves no token of the target to explain"
+        )
+    followed = _followed(request, reasoning, generated, prompt_map, target, prompt_length)
+    input_mask = (torch.arange(length) < prompt_length) & ~followed
+    if skipped is not None:
+        input_mask &= ~skipped
+    recursion = HopRecursion(
+        target,
+        prompt_length,
+        length,
+        followed,
+        hops=request.hops,
+        skip_mask=skipped,
+        auto_threshold=auto_threshold,
+        max_hops=max_hops,
+    )
+    return TracePlan(
+        request=request,
+        completion=completion,
+        token_ids=completion.token_ids[:length],
+        prompt_length=prompt_length,
+        recursion=recursion,
+        target=target,
+        target_text=_target_text(resolved.text, dropped, target, generated, prompt_length),
+        input_mask=input_mask,
+        dropped_target_tokens=dropped,
+        prompt=prompt,
+        generated=generated,
+        prompt_map=prompt_map,
+    )
+
+
+def _within_context(
+    target: TargetWeights, limit: int | None, prompt_length: int
+) -> tuple[TargetWeights, int]:
+    """The part of the target that fits, and how many tokens do not."""
+    if limit is None:
+        return target, 0
+    kept = target.below(limit)
+    if kept is None:
+        raise TraceError(
+            "target_beyond_context",
+            f"the target begins at token {target.first} of prompt and completion (the prompt has "
+            f"{prompt_length}), but only the first {limit} can be traced in the model's context",
+        )
+    return kept, len(target.positions) - len(kept.positions)
+
+
+def _followed(
+    request: FlashTraceRequest,
+    reasoning: Reasoning,
+    generated: GeneratedText,
+    prompt_map: PromptMap,
+    target: TargetWeights,
+    prompt_length: int,
+) -> Tensor:
+    """Mask ``[N]`` of the tokens that hops explain in turn.
+
+    Raises:
+        TraceError: An assistant message that should be followed cannot be located.
+    """
+    tokens: Sequence[int] = range(generated.shown_length)
+    if request.recurse_over == "reasoning":
+        tokens = reasoning.tokens
+        blank = not any(generated.full.token(i).strip() for i in tokens)
+        if blank and request.reasoning == "auto":
+            # No reasoning was set apart: what leads up to the target takes its place.
+            start = reasoning.answer[0] if reasoning.located and reasoning.answer else 0
+            tokens = range(start, target.first - prompt_length)
+    mask = torch.zeros(target.last + 1, dtype=torch.bool)
+    mask[[prompt_length + i for i in tokens if prompt_length + i <= target.last]] = True
+    if request.recurse_over == "assistant":
+        lost = [i for i in sorted(prompt_map.unlocated) if prompt_map.roles[i] == "assistant"]
+        if lost:
+            raise TraceError(
+                "assistant_not_located",
+                "flashtrace.recurse_over 'assistant': the prompt does not show where assistant "
+                f"message {lost[0]} lies",
+            )
+        mask[prompt_map.of_role("assistant")] = True
+    return mask
+
+
+def _target_text(
+    exact: str | None,
+    dropped: int,
+    target: TargetWeights,
+    generated: GeneratedText,
+    prompt_length: int,
+) -> str:
+    """The target's text: what was looked for, or what its tokens say."""
+    if exact is not None and not dropped:
+        return exact
+    spans = [(start - prompt_length, end - prompt_length) for start, end in target.spans]
+    view = generated.shown
+    shows_all = all(view.starts[i] < view.ends[i] for span in spans for i in range(*span))
+    if not shows_all and not generated.hidden:
+        view = generated.full
+    return "".join(view.text[view.starts[start] : view.ends[end - 1]] for start, end in spans)

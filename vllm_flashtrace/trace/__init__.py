@@ -1,0 +1,1 @@
+"""Drives traces through an engine, hop by hop: specs, reports, admission, metrics."""

@@ -1,0 +1,168 @@
+"""Who may enter the engine next: places and accumulator memory, behind one queue.
+
+Invariant: never more than ``places`` holders, nor more bytes than the budget; waiters are admitted
+strictly in order, and whatever ends a holder or a waiter (return, exception, cancellation, the
+deadline) gives back what it held and lets the next one in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from vllm_flashtrace.base.errors import TraceError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    nbytes: int
+    admitted: asyncio.Future[None]
+
+
+class Admission:
+    """The attributions of one API server that are in the engine or wait for a place in it.
+
+    Attributes:
+        budget_bytes: What the holders may take together; None for no limit.
+    """
+
+    def __init__(
+        self,
+        places: int,
+        *,
+        max_waiting: int,
+        max_waiting_seconds: float,
+        budget_bytes: int | None = None,
+        on_change: Callable[[Admission], None] | None = None,
+    ) -> None:
+        """Opens an empty queue.
+
+        Args:
+            places: Most holders at once.
+            max_waiting: Most waiters at once.
+            max_waiting_seconds: Longest wait.
+            budget_bytes: What the holders may take together; None for no limit.
+            on_change: Called after every change of holders or waiters; must not raise.
+        """
+        self.budget_bytes = budget_bytes
+        self._on_change = on_change
+        self._places = places
+        self._max_waiting = max_waiting
+        self._max_seconds = max_waiting_seconds
+        self._holders = 0
+        self._held_bytes = 0
+        self._queue: deque[_Waiter] = deque()
+
+    @property
+    def holders(self) -> int:
+        """Places taken."""
+        return self._holders
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the budget taken."""
+        return self._held_bytes
+
+    @property
+    def waiting(self) -> int:
+        """Length of the queue."""
+        return len(self._queue)
+
+    def refuse_if_full(self) -> None:
+        """Refuses a newcomer for whom there is neither a place nor room in the queue.
+
+        Raises:
+            TraceError: ``overloaded``.
+        """
+        must_wait = self._queue or self._holders >= self._places
+        if must_wait and self.waiting >= self._max_waiting:
+            raise self._queue_is_full()
+
+    @asynccontextmanager
+    async def place(self, nbytes: int = 0) -> AsyncIterator[float]:
+        """Holds a place and ``nbytes`` of the budget; yields the seconds spent waiting for them.
+
+        Raises:
+            TraceError: ``overloaded``: the queue is full, the wait was too long, or ``nbytes``
+                exceeds the whole budget.
+        """
+        seconds = await self._enter(nbytes)
+        try:
+            yield seconds
+        finally:
+            self._leave(nbytes)
+
+    async def _enter(self, nbytes: int) -> float:
+        if self.budget_bytes is not None and nbytes > self.budget_bytes:
+            raise TraceError(
+                "overloaded",
+                f"the trace needs {nbytes} bytes of accumulators, the budget is "
+                f"{self.budget_bytes} bytes",
+            )
+        if not self._queue and self._fits(nbytes):
+            self._take(nbytes)
+            self._changed()
+            return 0.0
+        if self.waiting >= self._max_waiting:
+            raise self._queue_is_full()
+        began = time.monotonic()
+        waiter = _Waiter(nbytes, asyncio.get_running_loop().create_future())
+        self._queue.append(waiter)
+        self._changed()
+        try:
+            async with asyncio.timeout(self._max_seconds):
+                await waiter.admitted
+        except TimeoutError:
+            waiting = self.waiting
+            self._withdraw(waiter)
+            raise TraceError(
+                "overloaded",
+                f"no place in the engine within {self._max_seconds:g} s ({waiting} attributions "
+                "are waiting)",
+            ) from None
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        return time.monotonic() - began
+
+    def _leave(self, nbytes: int) -> None:
+        self._holders -= 1
+        self._held_bytes -= nbytes
+        self._admit()
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        if waiter in self._queue:
+            self._queue.remove(waiter)
+            self._admit()  # It may have been the head that the others were waiting behind.
+        elif not waiter.admitted.cancelled():
+            self._leave(waiter.nbytes)  # Admitted in the moment it was cancelled.
+
+    def _admit(self) -> None:
+        while self._queue:
+            head = self._queue[0]
+            if not head.admitted.cancelled():
+                if not self._fits(head.nbytes):
+                    break
+                self._take(head.nbytes)
+                head.admitted.set_result(None)
+            self._queue.popleft()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self)
+
+    def _fits(self, nbytes: int) -> bool:
+        room = self.budget_bytes is None or self._held_bytes + nbytes <= self.budget_bytes
+        return room and self._holders < self._places
+
+    def _take(self, nbytes: int) -> None:
+        self._holders += 1
+        self._held_bytes += nbytes
+
+    def _queue_is_full(self) -> TraceError:
+        return TraceError("overloaded", f"{self.waiting} attributions are waiting already")

@@ -1,0 +1,111 @@
+"""How much memory the accumulators of traces may take, and what one trace takes of it.
+
+Invariant: API servers, offline jobs and workers count with the same numbers, which the worker
+reports with its status; nothing outside the worker needs to know the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from vllm_flashtrace.base.errors import TraceError
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.worker.trace import ModelShape
+
+_FLOAT_BYTES = 4
+_DEFAULT_PART_OF_MEMORY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AccumulatorBudget:
+    """A limit and the price of a trace.
+
+    Attributes:
+        limit_bytes: What all traces together may hold.
+        bytes_per_token: Cost of each token of a trace's context.
+        fixed_bytes: Cost of a trace beside its context.
+    """
+
+    limit_bytes: int
+    bytes_per_token: int
+    fixed_bytes: int
+
+    @classmethod
+    def of_model(cls, limit_bytes: int, shape: ModelShape) -> Self:
+        """The budget of a worker: column sums per head, ``r`` and ``x`` per layer, in float32."""
+        return cls(
+            limit_bytes,
+            bytes_per_token=shape.num_layers * shape.num_heads * _FLOAT_BYTES,
+            fixed_bytes=shape.num_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
+        )
+
+    @classmethod
+    def from_status(cls, status: Mapping[str, Any]) -> Self | None:
+        """Reads a worker's status; None if it does not limit accumulators."""
+        if status.get("accumulator_budget_bytes") is None:
+            return None
+        return cls(
+            limit_bytes=status["accumulator_budget_bytes"],
+            bytes_per_token=status["accumulator_bytes_per_token"],
+            fixed_bytes=status["accumulator_fixed_bytes"],
+        )
+
+    @classmethod
+    def tightest(cls, budgets: Sequence[Self]) -> Self:
+        """One budget that no trace passes unless it has room on every worker.
+
+        Workers differ where pipeline stages hold different numbers of layers or where less memory
+        is free. All are brought to the smallest limit, prices in proportion, rounded up.
+        """
+        limit = min(budget.limit_bytes for budget in budgets)
+        return cls(
+            limit,
+            bytes_per_token=max(b._scaled(b.bytes_per_token, limit) for b in budgets),
+            fixed_bytes=max(b._scaled(b.fixed_bytes, limit) for b in budgets),
+        )
+
+    def _scaled(self, price: int, limit: int) -> int:
+        return -(-price * limit // self.limit_bytes) if self.limit_bytes else price
+
+    def to_status(self) -> dict[str, int]:
+        """What :meth:`from_status` reads."""
+        return {
+            "accumulator_budget_bytes": self.limit_bytes,
+            "accumulator_bytes_per_token": self.bytes_per_token,
+            "accumulator_fixed_bytes": self.fixed_bytes,
+        }
+
+    def shared_by(self, parts: int) -> Self:
+        """The same prices with an equal part of the limit."""
+        return dataclasses.replace(self, limit_bytes=self.limit_bytes // max(1, parts))
+
+    def cost(self, context: int) -> int:
+        """Bytes that a trace of ``context`` tokens takes."""
+        return self.fixed_bytes + self.bytes_per_token * context
+
+    def check(self, context: int, held_bytes: int = 0) -> None:
+        """Refuses a trace of ``context`` tokens beside ``held_bytes`` of others if it has no room.
+
+        Raises:
+            TraceError: ``overloaded``.
+        """
+        cost = self.cost(context)
+        if held_bytes + cost > self.limit_bytes:
+            held = f", of which {held_bytes} bytes are taken" if held_bytes else ""
+            raise TraceError(
+                "overloaded",
+                f"a trace of {context} tokens needs {cost} bytes of accumulators; the budget "
+                f"(max_accumulator_mib) is {self.limit_bytes} bytes{held}",
+            )
+
+
+def part_of_memory() -> int:
+    """The default limit where accumulators live in the machine's memory, a sixteenth of it."""
+    import psutil  # type: ignore[import-untyped]
+
+    total: int = psutil.virtual_memory().total
+    return total // _DEFAULT_PART_OF_MEMORY

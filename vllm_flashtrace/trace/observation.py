@@ -1,0 +1,142 @@
+"""What operators see of attributions: metrics, spans and log lines, from one place.
+
+Invariant: every attribution that begins is counted exactly once when it ends, and logged once
+unless it is completed; watching never changes its outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_flashtrace.base.logs import log_lost_trace
+from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.trace.cache_use import CacheLookup, CacheUse
+from vllm_flashtrace.trace.metrics import TraceMetrics
+from vllm_flashtrace.trace.telemetry import ATTRIBUTION_SPAN, HOP_SPAN, Headers, Span, Telemetry
+
+
+class Observation:
+    """One attribution under way."""
+
+    def __init__(
+        self, observer: Observer, trace_id: str, request_id: str | None, route: str, span: Span
+    ) -> None:
+        self._observer = observer
+        self._trace_id = trace_id
+        self._request_id = request_id
+        self._route = route
+        self._span = span
+        self._began = time.monotonic()
+        self._hop: int | None = None
+
+    @contextmanager
+    def hop(self, index: int, target_tokens: int) -> Iterator[Span]:
+        """Runs hop ``index``; the span's headers belong to its engine request."""
+        self._hop = index
+        attributes = {"flashtrace.hop": index, "flashtrace.target_tokens": target_tokens}
+        with self._observer.telemetry.span(HOP_SPAN, self._span.headers, attributes) as span:
+            try:
+                yield span
+            except BaseException as error:
+                span.failed(getattr(error, "code", None) or type(error).__name__)
+                raise
+
+    def measured(self, span: Span, report: TraceReport, lookup: CacheLookup) -> None:
+        """Takes what a hop cost and what it found in the prefix cache."""
+        self._observer.metrics.hop(report.recomputed_tokens, report.cached_tokens)
+        self._observer.metrics.lookup(lookup)
+        self._observer.cache_use.add(lookup)
+        span.set(
+            {
+                "flashtrace.recomputed_tokens": report.recomputed_tokens,
+                "flashtrace.cached_tokens": report.cached_tokens,
+                "flashtrace.restarts": report.restarts,
+            }
+        )
+
+    def ended(self, result: dict[str, Any]) -> None:
+        """Takes the attribution object: counts it, closes the account and logs a lost trace."""
+        status, error = result["status"], result.get("error") or {}
+        code = error.get("code", "")
+        seconds: dict[str, float] = {}
+        self._span.set({"flashtrace.status": status})
+        if status == "completed":
+            usage = result["usage"]
+            seconds = {**usage["seconds"], "total": time.monotonic() - self._began}
+            self._span.set(
+                {
+                    "flashtrace.hops": len(result["hops"]),
+                    "flashtrace.target_tokens": sum(b - a for a, b in result["target"]["tokens"]),
+                    "flashtrace.recomputed_tokens": usage["recomputed_tokens"],
+                    "flashtrace.cached_tokens": usage["cached_tokens"],
+                }
+            )
+        else:
+            self._lost(status, code, error.get("message", ""))
+        self._observer.metrics.ended(self._route, status, code, seconds)
+
+    def cancelled(self) -> None:
+        """The caller gave up, or the server stops."""
+        self._span.set({"flashtrace.status": "cancelled"})
+        self._lost("cancelled", "cancelled", "the client left or the server stops")
+        self._observer.metrics.ended(self._route, "cancelled", "cancelled", {})
+
+    def _lost(self, status: str, code: str, message: str) -> None:
+        self._span.failed(code)
+        log_lost_trace(
+            self._trace_id,
+            status=status,
+            code=code,
+            message=message,
+            request_id=self._request_id,
+            route=self._route,
+            hop=self._hop,
+        )
+
+
+class Observer:
+    """Watches the attributions of one API server.
+
+    Attributes:
+        metrics: Prometheus metrics.
+        telemetry: OpenTelemetry spans.
+        cache_use: What traces found in the prefix cache.
+    """
+
+    def __init__(self, model_name: str, *, tracing: bool) -> None:
+        """Registers the metrics.
+
+        Args:
+            model_name: The name the model is served under.
+            tracing: Whether vLLM exports OpenTelemetry spans.
+        """
+        self.metrics = TraceMetrics(model_name)
+        self.telemetry = Telemetry(tracing, model_name)
+        self.cache_use = CacheUse()
+
+    @contextmanager
+    def attribution(
+        self, trace_id: str, request_id: str | None, route: str, headers: Headers | None
+    ) -> Iterator[Observation]:
+        """Watches one attribution; the block must hand its result to :meth:`Observation.ended`.
+
+        Args:
+            trace_id: Public id of the attribution.
+            request_id: vLLM's id of the completion, if there was one.
+            route: Route of the HTTP request.
+            headers: Trace headers of the HTTP request.
+        """
+        attributes = {"flashtrace.id": trace_id, "flashtrace.route": route}
+        if request_id is not None:
+            attributes["gen_ai.request.id"] = request_id
+        with self.telemetry.span(ATTRIBUTION_SPAN, headers, attributes) as span:
+            observation = Observation(self, trace_id, request_id, route, span)
+            try:
+                yield observation
+            except asyncio.CancelledError:
+                observation.cancelled()
+                raise

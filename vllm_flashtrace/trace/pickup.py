@@ -1,0 +1,161 @@
+"""How a finished trace is picked up from the workers, and how their answers become one.
+
+With tensor parallelism each rank holds the proximities of its own heads. A token's score is its
+share of a layer's proximity over all heads, so the ranks first give their totals per layer, get
+the sums back, and answer with their parts of the scores. What travels is one number per layer and
+then one per token, and no rank ever waits for another: a rank that failed says so, and the trace
+fails with its reason.
+
+With pipeline parallelism each stage holds its own layers and needs nothing of the others: ``e_j``
+is summed over layers, so the stages' scores add up.
+
+Invariant: nothing stays behind in a worker after :func:`pick_up` has ended, however it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.trace.budget import AccumulatorBudget
+from vllm_flashtrace.trace.model_part import stages
+from vllm_flashtrace.trace.wire import (
+    WireReport,
+    decode_report,
+    decode_wire,
+    tensor_bytes,
+    tensor_of,
+)
+
+
+class WorkerCall(NamedTuple):
+    """A ``collective_rpc``: the method's name and its arguments."""
+
+    method: str
+    args: tuple[Any, ...]
+
+
+PickUp = Generator[WorkerCall, Sequence[Any], TraceReport]
+
+
+def pick_up(nonce: str) -> PickUp:
+    """Yields calls to all workers, is sent their answers, and returns the trace's report.
+
+    Args:
+        nonce: The trace's nonce.
+
+    Raises:
+        TraceError: The trace failed in a worker, or a worker does not know it.
+    """
+    replies = yield WorkerCall("flashtrace_collect", (nonce,))
+    try:
+        wires = _decoded(replies)
+        members = stages([wire.part for wire in wires])
+        if all(wire.status == "completed" for wire in wires):
+            return _merged(members, [decode_report(reply) for reply in replies])
+        denominators = _denominators(members, wires)
+    except TraceError:
+        if len(replies) > 1:
+            yield WorkerCall("flashtrace_discard", (nonce,))
+        raise
+    replies = yield WorkerCall(
+        "flashtrace_collect", (nonce, tensor_bytes(denominators, torch.float64))
+    )
+    members = stages([wire.part for wire in _decoded(replies)])
+    return _merged(members, [decode_report(reply) for reply in replies])
+
+
+def decode_status(replies: Sequence[Any]) -> dict[str, Any]:
+    """One status of all workers: a refusal of any, the tightest budget, the largest counts.
+
+    What a worker says of itself (``worker``) is left out.
+    """
+    merged: dict[str, Any] = {}
+    budgets = []
+    for reply in replies:
+        status = msgspec.msgpack.decode(reply)
+        budget = AccumulatorBudget.from_status(status)
+        if budget is not None:
+            budgets.append(budget)
+        for key, value in status.items():
+            if key == "worker":
+                continue
+            known = merged.get(key)
+            if known is None:
+                merged[key] = value
+            elif key != "refusal" and value is not None:
+                merged[key] = max(known, value)
+    if budgets:
+        merged |= AccumulatorBudget.tightest(budgets).to_status()
+    return merged
+
+
+def _decoded(replies: Sequence[Any]) -> list[WireReport]:
+    """All answers; raises the first failure, preferring a reason to a missing result."""
+    wires: list[WireReport] = []
+    failures: list[TraceError] = []
+    for reply in replies:
+        try:
+            wires.append(decode_wire(reply))
+        except TraceError as error:
+            failures.append(error)
+    if failures:
+        raise min(failures, key=lambda failure: failure.code == "result_missing")
+    if not wires:
+        raise TraceError("result_missing", "no worker answered")
+    return wires
+
+
+def _denominators(members: Sequence[Sequence[int]], wires: Sequence[WireReport]) -> torch.Tensor:
+    """The proximity of all heads' tokens and, once, of the residual: float64, one per layer."""
+    if any(wire.status != "partial" for wire in wires):
+        raise TraceError("result_missing", "the workers' results do not belong together")
+    return torch.cat([_stage_denominators([wires[i] for i in stage]) for stage in members])
+
+
+def _stage_denominators(wires: Sequence[WireReport]) -> torch.Tensor:
+    totals = [tensor_of(wire.totals, torch.float64) for wire in wires]
+    residuals = [tensor_of(wire.residual, torch.float64) for wire in wires]
+    if {len(one) for one in totals + residuals} != {wires[0].part.num_layers}:
+        raise TraceError("result_missing", "the workers' results do not belong together")
+    return torch.stack(totals).sum(0) + residuals[0]
+
+
+def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) -> TraceReport:
+    """The parts of all workers as one report; costs are those of the slowest.
+
+    Raises:
+        TraceError: ``result_missing``: they are not of one trace.
+    """
+    first = reports[0]
+    if len({report.scores.shape for report in reports}) > 1:
+        raise TraceError("result_missing", "the workers' results do not belong together")
+    per_stage = [[reports[i] for i in stage] for stage in members]
+    phases = {name for report in reports for name in report.seconds}
+    return TraceReport(
+        scores=torch.stack([report.scores for report in reports]).sum(0),
+        layer_scores=_layer_scores(per_stage),
+        recomputed_tokens=first.recomputed_tokens,
+        cached_tokens=first.cached_tokens,
+        restarts=first.restarts,
+        seconds={name: max(report.seconds.get(name, 0.0) for report in reports) for name in phases},
+    )
+
+
+def _layer_scores(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:
+    """Scores of all layers in order: ranks of a stage add up, stages follow each other."""
+    layers = []
+    missing = 0
+    for stage in per_stage:
+        parts = [report.layer_scores for report in stage if report.layer_scores is not None]
+        missing += len(stage) - len(parts)
+        if parts:
+            layers.append(torch.stack(parts).sum(0))
+    if layers and missing:
+        raise TraceError("result_missing", "a worker's scores per layer are missing")
+    return torch.cat(layers) if layers else None

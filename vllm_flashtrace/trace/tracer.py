@@ -1,0 +1,256 @@
+"""Runs attributions on an asynchronous engine: one trace request per hop.
+
+Invariant: :meth:`AsyncTracer.attribute` returns an attribution object whatever happens to the
+trace, and leaves no request behind in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import time
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.base.errors import FlashTraceError, TraceError
+from vllm_flashtrace.base.logs import log_unexpected, logger
+from vllm_flashtrace.base.records import Completion, TraceUsage
+from vllm_flashtrace.text.plan import TracePlan, plan_trace
+from vllm_flashtrace.text.result import build_result, failed_result
+from vllm_flashtrace.trace.admission import Admission
+from vllm_flashtrace.trace.budget import AccumulatorBudget
+from vllm_flashtrace.trace.cache_use import cache_lookup
+from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.engine_hop import EngineContext, run_hop, while_alive
+from vllm_flashtrace.trace.engines import Engines
+from vllm_flashtrace.trace.hop import take_report, trace_call
+from vllm_flashtrace.trace.observation import Observation, Observer
+from vllm_flashtrace.trace.pickup import decode_status
+
+__all__ = ["AsyncTracer", "EngineContext", "served_name"]
+
+_NO_ROUTE = "unknown"
+
+
+class AsyncTracer:
+    """Attributes completions through vLLM's ``EngineClient``.
+
+    Attributes:
+        config: Options of the server.
+        observer: Metrics, spans and log lines of the attributions.
+    """
+
+    def __init__(self, engine_client: Any, config: FlashTraceConfig) -> None:
+        self._engine = engine_client
+        self._engines = Engines(engine_client)
+        self.config = config
+        vllm_config = engine_client.vllm_config
+        self.observer = Observer(
+            served_name(vllm_config.model_config),
+            tracing=vllm_config.observability_config.otlp_traces_endpoint is not None,
+        )
+        self._admission = Admission(
+            config.max_concurrent_traces,
+            max_waiting=config.max_waiting_traces,
+            max_waiting_seconds=config.max_waiting_seconds,
+            on_change=self.observer.metrics.load,
+        )
+        self._budget: AccumulatorBudget | None = None
+        # Planning runs in threads; a fast tokenizer must not be shared with the server's own.
+        self._tokenizer = copy.deepcopy(engine_client.get_tokenizer())
+        self._refusal: str | None = None
+        self._asked = False
+
+    async def support(self) -> str | None:
+        """Why the served model cannot be traced, or None if it can; asked once.
+
+        Also learns how much memory this server's traces may take.
+        """
+        if not self._asked:
+            try:
+                status = decode_status(await self._engines.call_all("flashtrace_status"))
+                self._refusal = self._engines.refusal() or status["refusal"]
+                self._limit(AccumulatorBudget.from_status(status))
+            except Exception as error:
+                logger.warning("FlashTrace is not active in the engine: %s", error)
+                self._refusal = "the engine runs without the FlashTrace plugin"
+            self._asked = True
+        return self._refusal
+
+    @property
+    def load(self) -> dict[str, int | None]:
+        """What this server's traces take now: places, queue and accumulator memory in bytes."""
+        return {
+            "running": self._admission.holders,
+            "waiting": self._admission.waiting,
+            "accumulator_bytes": self._admission.held_bytes,
+            "accumulator_budget_bytes": self._admission.budget_bytes,
+        }
+
+    async def worker_reports(self, timeout: float) -> list[dict[str, Any]]:
+        """What each worker of each engine says of itself and its traces.
+
+        Args:
+            timeout: Longest wait in seconds; a busy engine answers between two steps.
+
+        Raises:
+            TimeoutError: No answer in time.
+            TraceError: ``engine_dead``.
+        """
+        async with asyncio.timeout(timeout):
+            replies = await while_alive(self._engines, self._engines.call_all("flashtrace_status"))
+        return [msgspec.msgpack.decode(reply) for reply in replies]
+
+    async def attribute(
+        self,
+        request: FlashTraceRequest,
+        completion: Completion,
+        context: EngineContext,
+        *,
+        trace_id: str,
+        route: str = _NO_ROUTE,
+        reasoning_parser: Any | None = None,
+        render: Any | None = None,
+    ) -> dict[str, Any]:
+        """Attributes one completion.
+
+        Args:
+            request: What is asked for.
+            completion: The completion to explain.
+            context: What the trace shares with it.
+            trace_id: Public id of the attribution.
+            route: Route of the HTTP request, for metrics and logs.
+            reasoning_parser: Finds the reasoning in the generated tokens.
+            render: Renders chat messages as the prompt was rendered.
+
+        Returns:
+            The attribution object of the public interface; status ``failed`` or ``skipped`` with
+            a reason when there is no attribution.
+
+        Raises:
+            asyncio.CancelledError: When the caller gave up; the engine request is aborted.
+        """
+        with self._watch(trace_id, context, route) as watch:
+            try:
+                self._admission.refuse_if_full()  # Before the work of planning.
+                async with asyncio.timeout(self.config.trace_timeout_seconds):
+                    plan = await asyncio.to_thread(
+                        self._plan, request, completion, reasoning_parser, render
+                    )
+                    usage = await self._admitted(plan, context, trace_id, watch)
+                    result = await asyncio.to_thread(
+                        build_result, plan, plan.recursion.result(), usage, trace_id
+                    )
+            except Exception as error:
+                result = failed_result(trace_id, self._reason(error))
+            watch.ended(result)
+            return result
+
+    def lost(
+        self,
+        trace_id: str,
+        error: FlashTraceError,
+        context: EngineContext | None = None,
+        *,
+        route: str = _NO_ROUTE,
+        status: Literal["failed", "skipped"] | None = None,
+    ) -> dict[str, Any]:
+        """The object of an attribution that could not even begin; counted and logged.
+
+        Args:
+            trace_id: Public id of the attribution.
+            error: Why.
+            context: Context of the completion, if there is one.
+            route: Route of the HTTP request, for metrics and logs.
+            status: By default the error's code decides.
+        """
+        result = failed_result(trace_id, error, status)
+        with self._watch(trace_id, context or EngineContext(), route) as watch:
+            watch.ended(result)
+        return result
+
+    def _watch(
+        self, trace_id: str, context: EngineContext, route: str
+    ) -> AbstractContextManager[Observation]:
+        return self.observer.attribution(trace_id, context.request_id, route, context.trace_headers)
+
+    def _reason(self, error: Exception) -> FlashTraceError:
+        if isinstance(error, FlashTraceError):
+            return error
+        if isinstance(error, TimeoutError):
+            limit = self.config.trace_timeout_seconds
+            return TraceError("timeout", f"the trace took longer than {limit:g} s")
+        if self._engine.errored:
+            return TraceError("engine_dead", "the engine has stopped")
+        log_unexpected("an attribution", error)
+        return TraceError("internal_error", f"{type(error).__name__}: {error}")
+
+    def _plan(
+        self,
+        request: FlashTraceRequest,
+        completion: Completion,
+        reasoning_parser: Any | None,
+        render: Any | None,
+    ) -> TracePlan:
+        return plan_trace(
+            request,
+            completion,
+            self._tokenizer,
+            reasoning_parser=reasoning_parser,
+            render=render,
+            max_trace_tokens=self._engine.model_config.max_model_len - 1,
+            auto_threshold=self.config.auto_threshold,
+            max_hops=self.config.max_hops,
+        )
+
+    def _limit(self, budget: AccumulatorBudget | None) -> None:
+        if budget is not None:
+            servers = getattr(self._engine.vllm_config.parallel_config, "_api_process_count", 1)
+            self._budget = budget.shared_by(servers)
+            self._admission.budget_bytes = self._budget.limit_bytes
+            self.observer.metrics.load(self._admission)
+
+    async def _admitted(
+        self, plan: TracePlan, context: EngineContext, trace_id: str, watch: Observation
+    ) -> TraceUsage:
+        """Runs all hops in one place, so that later hops do not queue behind new attributions."""
+        cost = 0
+        if self._budget is not None:
+            # Hops run one after the other, and none is longer than the plan.
+            self._budget.check(len(plan.token_ids))
+            cost = self._budget.cost(len(plan.token_ids))
+        async with self._admission.place(cost) as waited:
+            usage = TraceUsage(seconds={"queue": waited})
+            hop = 0
+            # A completion leaves its tokens in its engine's cache, and every hop does.
+            computed_before = context.request_id is not None
+            while (weights := plan.recursion.next_weights()) is not None:
+                call = trace_call(plan, weights, self.config, context.cache_salt)
+                began = time.monotonic()
+                with watch.hop(hop, len(weights.positions)) as span:
+                    run = await run_hop(
+                        self._engines, call, context, f"{trace_id}-hop{hop}", span.headers
+                    )
+                    lookup = cache_lookup(
+                        call.spec.first_target,
+                        run.cached_tokens,
+                        self._engine.vllm_config.cache_config,
+                        computed_before,
+                    )
+                    watch.measured(span, run.report, lookup)
+                    take_report(plan, usage, run.report, time.monotonic() - began)
+                # What the engine has computed for this hop serves the next one.
+                context = dataclasses.replace(context, data_parallel_rank=run.rank)
+                computed_before = True
+                hop += 1
+        return usage
+
+
+def served_name(model_config: Any) -> str:
+    """The name in vLLM's own metrics: the first of those the model is served under."""
+    name = model_config.served_model_name
+    return str(name[0] if isinstance(name, list) else name)

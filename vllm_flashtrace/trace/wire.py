@@ -1,0 +1,198 @@
+"""The two messages between the API server and the workers: a sealed trace spec and its report.
+
+Invariant: only a process that holds the launcher's secret can make a spec that a worker accepts,
+and everything a worker returns is plain ``bytes``.
+
+A spec rides in ``SamplingParams.extra_args[EXTRA_ARGS_KEY]``. HTTP clients can reach the same
+dictionary through ``vllm_xargs``, but JSON has no byte strings and clients do not know the secret,
+so a spec is accepted only if it is of type ``bytes`` *and* its HMAC-SHA256 is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from typing import Any
+
+import msgspec
+import torch
+
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.trace.model_part import ModelPart
+
+EXTRA_ARGS_KEY = "flashtrace"
+SECRET_ENV = "FLASHTRACE_SECRET"
+_MAC_BYTES = hashlib.sha256().digest_size
+
+
+class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker must record for one trace request.
+
+    Attributes:
+        nonce: Key under which the report is kept for pick-up.
+        length: Number of prompt tokens of the trace request.
+        positions: int32 little-endian target positions, strictly ascending.
+        weights: float32 little-endian weights, one per position.
+        exact_fraction: Share of the proximity bound's mass that is evaluated exactly.
+        layers: Whether per-layer scores are wanted.
+    """
+
+    nonce: str
+    length: int
+    positions: bytes
+    weights: bytes
+    exact_fraction: float
+    layers: bool
+
+    @classmethod
+    def create(
+        cls,
+        weights: TargetWeights,
+        length: int,
+        *,
+        exact_fraction: float,
+        layers: bool = False,
+    ) -> TraceSpec:
+        """Builds a spec with a fresh nonce."""
+        return cls(
+            nonce=secrets.token_hex(16),
+            length=length,
+            positions=weights.positions.to(torch.int32).numpy().tobytes(),
+            weights=weights.weights.to(torch.float32).numpy().tobytes(),
+            exact_fraction=exact_fraction,
+            layers=layers,
+        )
+
+    @property
+    def first_target(self) -> int:
+        """First target position: no token from here on may come from the prefix cache."""
+        return int.from_bytes(self.positions[:4], "little", signed=True)
+
+    def target_weights(self) -> TargetWeights:
+        """The target as tensors; raises ValueError when malformed or outside the trace."""
+        positions = tensor_of(self.positions, torch.int32).to(torch.int64)
+        weights = TargetWeights(positions=positions, weights=tensor_of(self.weights, torch.float32))
+        if weights.last >= self.length:
+            raise ValueError(f"target position {weights.last} lies beyond {self.length} tokens")
+        return weights
+
+
+def ensure_secret() -> str:
+    """Returns the HMAC secret, creating it in this process's environment when absent.
+
+    The first process to load the plugin is the one that later spawns engine and workers, so they
+    inherit the same secret.
+    """
+    return os.environ.setdefault(SECRET_ENV, secrets.token_hex(32))
+
+
+def seal(spec: TraceSpec) -> bytes:
+    """HMAC-SHA256 followed by the msgpack form of ``spec``."""
+    payload = msgspec.msgpack.encode(spec)
+    return _mac(payload) + payload
+
+
+def sealed_spec(extra_args: dict[str, Any] | None) -> bytes | None:
+    """The sealed spec in a request's ``extra_args``, or None if it is not a trace request."""
+    value = (extra_args or {}).get(EXTRA_ARGS_KEY)
+    return value if type(value) is bytes else None
+
+
+def unseal(sealed: bytes) -> TraceSpec:
+    """Verifies and decodes a sealed spec.
+
+    Raises:
+        TraceError: ``forged_spec`` when the HMAC or the content does not verify.
+    """
+    mac, payload = sealed[:_MAC_BYTES], sealed[_MAC_BYTES:]
+    if not hmac.compare_digest(mac, _mac(payload)):
+        raise TraceError("forged_spec", "the trace spec was not made by this server")
+    try:
+        return msgspec.msgpack.decode(payload, type=TraceSpec)
+    except msgspec.MsgspecError as error:
+        raise TraceError("forged_spec", f"the trace spec is malformed: {error}") from error
+
+
+class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A finished or failed trace as a worker returns it.
+
+    Attributes:
+        status: ``completed``, ``partial``, ``failed`` or ``missing`` (unknown nonce, or expired).
+        scores: float32 ``[length]``.
+        layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
+        part: What of the model the numbers are of; ``L`` are the layers in it.
+        totals: Of a ``partial`` report, float64 ``[L]``, the proximity of all tokens.
+        residual: Of a ``partial`` report, float64 ``[L]``, the proximity of the residual.
+    """
+
+    status: str
+    code: str = ""
+    message: str = ""
+    scores: bytes = b""
+    layer_scores: bytes = b""
+    num_layers: int = 0
+    recomputed_tokens: int = 0
+    cached_tokens: int = 0
+    restarts: int = 0
+    seconds: dict[str, float] = {}
+    part: ModelPart = ModelPart()
+    totals: bytes = b""
+    residual: bytes = b""
+
+    def encode(self) -> bytes:
+        """Msgpack form."""
+        return msgspec.msgpack.encode(self)
+
+
+def decode_wire(data: Any) -> WireReport:
+    """A worker's answer to a pick-up.
+
+    Raises:
+        TraceError: The trace failed in the worker, or the worker no longer knows it.
+    """
+    if not isinstance(data, bytes):
+        raise TraceError("result_missing", f"a worker answered {type(data).__name__}")
+    wire = msgspec.msgpack.decode(data, type=WireReport)
+    if wire.status == "missing":
+        raise TraceError("result_missing", "the engine holds no result for this trace")
+    if wire.status not in ("completed", "partial"):
+        raise TraceError(wire.code or "trace_failed", wire.message or "the trace failed")
+    return wire
+
+
+def decode_report(data: bytes) -> TraceReport:
+    """Turns a worker's final answer into a report; raises TraceError as `decode_wire` does."""
+    wire = decode_wire(data)
+    if wire.status != "completed":
+        raise TraceError("result_missing", f"the worker's result is {wire.status}")
+    layers = None
+    if wire.num_layers:
+        layers = tensor_of(wire.layer_scores, torch.float32).view(wire.num_layers, -1)
+    return TraceReport(
+        scores=tensor_of(wire.scores, torch.float32),
+        layer_scores=layers,
+        recomputed_tokens=wire.recomputed_tokens,
+        cached_tokens=wire.cached_tokens,
+        restarts=wire.restarts,
+        seconds=wire.seconds,
+    )
+
+
+def tensor_bytes(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> bytes:
+    """Little-endian bytes of ``tensor``."""
+    return tensor.detach().to(device="cpu", dtype=dtype).contiguous().numpy().tobytes()
+
+
+def tensor_of(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in the result of `tensor_bytes`."""
+    if not data:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype)
+
+
+def _mac(payload: bytes) -> bytes:
+    return hmac.digest(ensure_secret().encode(), payload, "sha256")

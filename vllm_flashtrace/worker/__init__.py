@@ -1,0 +1,1 @@
+"""Inside a vLLM worker: records a trace while its request is prefilled."""

@@ -1,0 +1,222 @@
+"""The loaded model of a CUDA worker, as the recorder sees it.
+
+Invariant: nothing here waits for the device, and nothing is copied out of the KV cache or of the
+weights: kernels read both where vLLM keeps them. What is queued while a request holds its KV blocks
+reads them before a later step can write to them, because vLLM runs its steps on the same stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.core.scores import LayerSums
+from vllm_flashtrace.kernels import AttentionForm, PagedRows, paged_column_sums, proximity
+from vllm_flashtrace.trace.budget import part_of_memory
+from vllm_flashtrace.worker.clock import Clock, CudaClock, HostClock
+from vllm_flashtrace.worker.gpu_attention import (
+    check_gpu_config,
+    check_gpu_layer,
+    flashinfer_quantizes_queries,
+    gpu_attention_form,
+)
+from vllm_flashtrace.worker.gpu_cache import (
+    CacheScales,
+    KeyValueViews,
+    cache_scales,
+    key_value_views,
+    quantized_dtype,
+)
+from vllm_flashtrace.worker.layers import TracedLayer, check_config, find_layers
+from vllm_flashtrace.worker.lora import added_weight
+from vllm_flashtrace.worker.stage import model_part
+from vllm_flashtrace.worker.step import RowGroup, Segment
+from vllm_flashtrace.worker.taps import has_taps
+from vllm_flashtrace.worker.trace import ModelShape
+
+_MIB = 1 << 20
+_PART_OF_FREE_MEMORY = 2
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a layer's numbers are to be read.
+
+    Attributes:
+        form: How it forms attention weights, with the scales of K and of quantised queries.
+        scales: All scales of its cache.
+        dtype: What a quantised cache's bytes are; None if it is not quantised.
+        quantized_queries: Whether queries reach the kernel in fp8.
+    """
+
+    form: AttentionForm
+    scales: CacheScales
+    dtype: torch.dtype | None
+    quantized_queries: bool
+
+
+class GPUTracedModel:
+    """Reads what traces need from a vLLM model on one of the recorded CUDA backends."""
+
+    # Kernels take the target rows of all traces of a step in one launch.
+    batched = True
+    slot_of: Callable[[int], int] | None = None
+
+    def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
+        """Inspects the model; raises UnsupportedModelError naming what is in the way."""
+        check_config(config)
+        check_gpu_config(config)
+        self.layers = find_layers(model, config)
+        if not has_taps(model):
+            raise UnsupportedModelError("the model was loaded without taps")
+        self.device = device
+        self.part = model_part(model, config)
+        self.shape = ModelShape(
+            num_layers=len(self.layers),
+            num_heads=self.layers[0].attention.num_heads,
+            num_kv_heads=self.layers[0].attention.num_kv_heads,
+            hidden_size=config.model_config.get_hidden_size(),
+        )
+        self._flashinfer_quantizes = flashinfer_quantizes_queries(config)
+        # Layers are counted from the first on this worker.
+        self._names = {layer.name: index for index, layer in enumerate(self.layers)}
+        self._clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
+        self._readings: dict[int, _Reading] = {}
+        self._column_norms: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            self._check_projection(layer)
+            self._reading(index)
+
+    def layer_index(self, layer_name: str) -> int | None:
+        """Index of an attention layer of this model; None for one of another model."""
+        return self._names.get(layer_name)
+
+    def clock(self) -> Clock:
+        """The device's clock."""
+        return self._clock
+
+    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
+        """The configured limit, or half of what is free beside the norms that will be kept."""
+        if max_accumulator_mib is not None:
+            return max_accumulator_mib * _MIB
+        norms = self.shape.num_layers * self.shape.num_heads * self.shape.hidden_size * 4
+        return device_memory_limit(self.device, norms)
+
+    def plan_rows(self, segments: Sequence[Segment]) -> PagedRows:
+        """See :class:`~vllm_flashtrace.worker.step.StepModel`."""
+        rows = [segment.row_segment for segment in segments]
+        return PagedRows.build(rows, self.shape.num_heads, self.shape.num_kv_heads, self.device)
+
+    def add_column_sums(self, layer: int, query: torch.Tensor, group: RowGroup) -> None:
+        """See :class:`~vllm_flashtrace.worker.step.StepModel`; ``[tokens, H * d]`` will do."""
+        reading = self._reading(layer)
+        if (query.dtype in _FP8) != reading.quantized_queries:
+            raise TraceError(
+                "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
+            )
+        keys = self._views(layer, reading).keys
+        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, keys.shape[3]))
+        paged_column_sums(heads, keys, group.rows, reading.form, layer)
+
+    def token_proximity(
+        self,
+        layer: int,
+        sums: LayerSums,
+        block_table: torch.Tensor,
+        exact_fraction: float,
+        adapter: int | None = None,
+    ) -> torch.Tensor:
+        """See :class:`~vllm_flashtrace.worker.recorder.TracedModel`."""
+        reading = self._reading(layer)
+        weight, norms = self.layers[layer].out_proj.weight.detach(), self._norms(layer)
+        if adapter is not None:
+            added = added_weight(self.layers[layer], adapter, self.slot_of)
+            if added is not None:
+                # In float32: an adapter's small changes would be lost in sixteen bits.
+                weight = added.add_(weight)
+                norms = self._norms_of(weight)
+        return proximity(
+            sums.column_sums,
+            self._views(layer, reading).values,
+            block_table,
+            weight,
+            norms,
+            sums.stream,
+            value_scale=reading.scales.value,
+            exact_fraction=exact_fraction,
+        )
+
+    def forget_weights(self) -> None:
+        """Drops what was derived from weights, for when they are about to change."""
+        self._column_norms.clear()
+        self._readings.clear()
+
+    def end_step(self) -> None:
+        """Nothing is kept for a step only."""
+
+    def _reading(self, layer: int) -> _Reading:
+        """Scales and sinks are weights: read when first needed, and again after a change."""
+        reading = self._readings.get(layer)
+        if reading is None:
+            traced = self.layers[layer]
+            attention = traced.attention
+            check_gpu_layer(traced, self._flashinfer_quantizes)
+            reading = self._readings[layer] = _Reading(
+                form=gpu_attention_form(traced),
+                scales=cache_scales(attention),
+                dtype=quantized_dtype(attention),
+                quantized_queries=attention.query_quant is not None,
+            )
+        return reading
+
+    def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
+        return key_value_views(self.layers[layer].attention, reading.dtype)
+
+    def _norms(self, layer: int) -> torch.Tensor:
+        """float32 ``[H, D]``, Euclidean norms of ``W_O``'s rows per head; kept once computed."""
+        norms = self._column_norms.get(layer)
+        if norms is None:
+            norms = self._norms_of(self.layers[layer].out_proj.weight.detach())
+            self._column_norms[layer] = norms
+        return norms
+
+    def _norms_of(self, weight: torch.Tensor) -> torch.Tensor:
+        by_head = weight.unflatten(1, (self.shape.num_heads, -1))
+        return torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32).t().contiguous()
+
+    def _check_projection(self, layer: TracedLayer) -> None:
+        weight = layer.out_proj.weight
+        width = self.shape.num_heads * layer.attention.head_size
+        if (
+            tuple(weight.shape) != (self.shape.hidden_size, width)
+            or weight.dtype not in _FLOATS
+            or weight.device.type != self.device.type
+        ):
+            raise UnsupportedModelError(
+                f"traces are not supported with an output projection of {weight.dtype} "
+                f"{tuple(weight.shape)} on {weight.device} ({layer.name})"
+            )
+
+
+def device_memory_limit(device: torch.device, reserved: int = 0) -> int:
+    """The default limit of accumulators: half of the memory nobody has taken.
+
+    vLLM has taken its share by the time this is asked: weights, KV cache and CUDA graphs. What is
+    left also serves activations beyond the profiled ones and the recorder's temporaries, hence
+    half.
+
+    Args:
+        device: Where accumulators live.
+        reserved: Bytes that will be taken beside them.
+    """
+    if device.type != "cuda":
+        return part_of_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - reserved) // _PART_OF_FREE_MEMORY

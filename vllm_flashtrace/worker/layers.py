@@ -1,0 +1,206 @@
+"""Finds the attention layers of a loaded vLLM model and says whether they can be traced exactly.
+
+Invariant: a model passes only if every feature on the way from ``v`` to the residual stream is one
+that the capture path reproduces; anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+
+from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.kernels import AttentionForm
+from vllm_flashtrace.trace.engines import check_data_parallel
+from vllm_flashtrace.worker.lora import base_projection
+from vllm_flashtrace.worker.stage import stage_layers
+
+# Architectures whose decoder layer is pre-norm, adds the attention block's output to the residual
+# stream unscaled, and is called as (positions, hidden_states, residual).
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TracedLayer:
+    """One decoder layer's modules.
+
+    Attributes:
+        index: Position in the whole model's stack.
+        name: The attention layer's name in vLLM's forward context.
+        decoder: The decoder layer; its input is the residual stream ``x_prev``.
+        block: The attention block; its output is what is added to the residual stream.
+        attention: vLLM's attention layer.
+        out_proj: The output projection ``W_O``, without adapters.
+        adapters: What holds LoRA adapters of the output projection, or None.
+    """
+
+    index: int
+    name: str
+    decoder: nn.Module
+    block: nn.Module
+    attention: Attention
+    out_proj: RowParallelLinear
+    adapters: nn.Module | None = None
+
+
+def check_config(config: VllmConfig) -> None:
+    """Refuses engine configurations that the capture path does not cover.
+
+    Raises:
+        UnsupportedModelError: Naming the feature in the way.
+    """
+    parallel = config.parallel_config
+    refusals = {
+        # Ranks of such a model run in step with each other, and so would a rank's traces.
+        "data parallelism of a mixture-of-experts model": parallel.data_parallel_size > 1
+        and config.model_config.is_moe,
+        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer": config.kv_transfer_config is not None,
+        "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
+        "a pooling model": config.model_config.runner_type != "generate",
+        "a quantized model": config.model_config.quantization is not None,
+        "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
+    check_data_parallel(parallel)
+    architecture = config.model_config.architecture
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"traces are not supported for {architecture}; "
+            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+
+
+def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
+    """The decoder layers of a supported model that are on this worker, in order.
+
+    With pipeline parallelism these are the layers of its stage.
+
+    Raises:
+        UnsupportedModelError: A layer uses a feature that cannot be traced exactly.
+    """
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    layers = []
+    for context_name, attention in config.compilation_config.static_forward_context.items():
+        if isinstance(attention, MLAAttention):
+            raise UnsupportedModelError(
+                f"traces are not supported with multi-head latent attention (MLA) ({context_name})"
+            )
+        if not isinstance(attention, Attention):
+            continue
+        name = names.get(id(attention))
+        if name is None or not name.endswith(".self_attn.attn"):
+            raise UnsupportedModelError(f"{context_name} is not inside a known decoder layer")
+        block_name = name.removesuffix(".attn")
+        decoder_name = block_name.removesuffix(".self_attn")
+        block = modules[block_name]
+        out_proj, adapters = base_projection(getattr(block, "o_proj", None))
+        _check_attention(context_name, attention, block, out_proj)
+        layers.append(
+            TracedLayer(
+                index=int(decoder_name.rsplit(".", 1)[1]),
+                name=context_name,
+                decoder=modules[decoder_name],
+                block=block,
+                attention=attention,
+                out_proj=out_proj,
+                adapters=adapters,
+            )
+        )
+    layers.sort(key=lambda layer: layer.index)
+    if [layer.index for layer in layers] != list(stage_layers(model, config)) or not layers:
+        raise UnsupportedModelError("some decoder layers have no attention layer")
+    if len({(layer.attention.num_heads, layer.attention.head_size) for layer in layers}) > 1:
+        raise UnsupportedModelError("attention layers of different sizes are not supported")
+    return layers
+
+
+def output_projection(layer: TracedLayer) -> torch.Tensor:
+    """``W_O`` of a layer as the linear layer keeps it, ``[D, H * d]``, in the model's dtype.
+
+    With tensor parallelism these are the columns of this rank's own heads. The CPU backend empties
+    ``weight`` after packing it for its kernels, so the matrix is got by applying the projection to
+    the identity. The bias is not part of it: it belongs to no token.
+    """
+    projection, attention = layer.out_proj, layer.attention
+    rows = attention.num_heads * attention.head_size
+    weight = projection.weight
+    if weight.ndim == 2 and weight.shape[1] == rows:
+        return weight.detach()
+    identity = torch.eye(rows, dtype=projection.params_dtype)
+    with torch.inference_mode():
+        return projection.quant_method.apply(projection, identity).t().contiguous()
+
+
+def attention_form(layer: TracedLayer) -> AttentionForm:
+    """How a layer of the CPU backend forms its attention weights."""
+    impl: Any = layer.attention.impl
+    return AttentionForm(
+        scale=float(impl.scale),
+        sliding_window=layer.attention.sliding_window,
+        soft_cap=float(impl.logits_soft_cap or 0),
+        alibi_slopes=impl.alibi_slopes,
+        sinks=impl.sinks.float() if impl.sinks is not None else None,
+    )
+
+
+def check_cache(config: KVCacheConfig) -> None:
+    """Refuses KV caches in which a trace's first tokens may be gone when it ends.
+
+    Raises:
+        UnsupportedModelError: Naming the reason.
+    """
+    groups = config.kv_cache_groups
+    if len(groups) != 1:
+        raise UnsupportedModelError(
+            f"traces are not supported with {len(groups)} KV cache groups; models that mix full "
+            "and sliding-window attention need --disable-hybrid-kv-cache-manager"
+        )
+    spec = groups[0].kv_cache_spec
+    if getattr(spec, "attention_chunk_size", None) or getattr(spec, "non_causal", False):
+        raise UnsupportedModelError("traces are supported with causal attention only")
+    if type(spec) is not FullAttentionSpec:
+        raise UnsupportedModelError(
+            f"traces are not supported with a {type(spec).__name__}: its cache does not keep every "
+            "token"
+        )
+
+
+def _check_attention(
+    name: str, attention: Attention, block: nn.Module, out_proj: nn.Module | None
+) -> None:
+    refusals = {
+        f"{type(attention).__name__} layers": type(attention) is not Attention,
+        f"{AttentionType(attention.attn_type).value} attention": attention.attn_type
+        != AttentionType.DECODER,
+        "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
+        "values of another size than keys": attention.head_size_v != attention.head_size,
+        "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
+        "an output gate in attention": bool(getattr(block, "attn_output_gate", False)),
+        "a quantized or unknown output projection": not (
+            isinstance(out_proj, RowParallelLinear)
+            and isinstance(out_proj.quant_method, UnquantizedLinearMethod)
+        ),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")

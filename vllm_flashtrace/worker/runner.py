@@ -1,0 +1,241 @@
+"""Connects a model runner with the recorder.
+
+Invariant: nothing here raises into the runner, and a step without target rows has no observer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_flashtrace.base.errors import FlashTraceError, UnsupportedModelError
+from vllm_flashtrace.base.logs import log_unexpected, logger
+from vllm_flashtrace.trace.budget import AccumulatorBudget
+from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.wire import sealed_spec
+from vllm_flashtrace.worker.cpu_model import CPUTracedModel
+from vllm_flashtrace.worker.layers import check_cache
+from vllm_flashtrace.worker.lora import adapter_slot
+from vllm_flashtrace.worker.recorder import Recorder, TracedModel
+from vllm_flashtrace.worker.step import BatchRow, StepRecorder
+
+_ATTRIBUTE = "_flashtrace_capture"
+
+
+class RunnerModel(TracedModel, Protocol):
+    """A traced model as its runner uses it.
+
+    Attributes:
+        slot_of: Tells where a LoRA adapter's weights are, by its id.
+    """
+
+    slot_of: Callable[[int], int] | None
+
+    def layer_index(self, layer_name: str) -> int | None:
+        """Index of an attention layer of this model; None for one of another model."""
+
+    def forget_weights(self) -> None:
+        """Drops derived weights, for when the model's weights are about to change."""
+
+    def end_step(self) -> None:
+        """Returns memory that only a step with traces needs."""
+
+    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
+        """What all accumulators together may take: the configured limit, or the default."""
+
+
+class RunnerCapture:
+    """One model runner's traces.
+
+    Attributes:
+        recorder: The traces.
+        refusal: Why the model cannot be traced, or None.
+        records_step: Whether the step that was last observed computes target rows; it must then
+            run as code and not as a CUDA graph.
+        scheduled: Tokens of each request in that step.
+    """
+
+    records_step: bool
+    scheduled: Mapping[str, int]
+
+    def __init__(self, runner: Any) -> None:
+        self.refusal: str | None = None
+        self.forget_step()
+        self._model: RunnerModel | None = None
+        ttl = FlashTraceConfig().result_ttl_seconds
+        budget: AccumulatorBudget | None = None
+        try:
+            config = FlashTraceConfig.from_additional_config(runner.vllm_config.additional_config)
+            ttl = config.result_ttl_seconds
+            check_cache(runner.kv_cache_config)
+            self._model = _runner_model(runner)
+            self._model.slot_of = functools.partial(adapter_slot, runner)
+            limit = self._model.accumulator_limit_bytes(config.max_accumulator_mib)
+            budget = AccumulatorBudget.of_model(limit, self._model.shape)
+        except Exception as error:
+            self._model = None
+            self.refusal = error.message if isinstance(error, FlashTraceError) else repr(error)
+            logger.warning("FlashTrace: this model is served without attribution: %s", self.refusal)
+        self.recorder = Recorder(self._model or _NoModel(self.refusal), ttl, budget)
+
+    def forget_weights(self) -> None:
+        """Drops what was derived from the model's weights."""
+        if self._model is not None:
+            self._model.forget_weights()
+
+    def observe(self, scheduler_output: SchedulerOutput) -> None:
+        """Learns about new and finished requests and about the step; must never raise."""
+        self.forget_step()
+        try:
+            self.recorder.drop(scheduler_output.finished_req_ids)
+            for new in scheduler_output.scheduled_new_reqs:
+                params = new.sampling_params
+                sealed = sealed_spec(params.extra_args) if params is not None else None
+                if sealed is not None:
+                    lora = new.lora_request
+                    self.recorder.register(
+                        new.req_id,
+                        sealed,
+                        len(new.prompt_token_ids or ()),
+                        lora.lora_int_id if lora is not None else None,
+                    )
+            self.scheduled = scheduler_output.num_scheduled_tokens
+            self.records_step = self._records(scheduler_output)
+        except Exception as error:
+            log_unexpected("reading the scheduler's output", error)
+
+    def forget_step(self) -> None:
+        """The step is over; what runs until the next one is none of ours."""
+        self.scheduled, self.records_step = {}, False
+
+    def begin_forward(self, batch: Callable[[], Iterable[BatchRow]]) -> StepObserver | None:
+        """What watches the forward pass about to run, or None; must never raise.
+
+        Args:
+            batch: Gives the step's requests; called only if a trace is among them.
+        """
+        try:
+            if self._model is None or self.recorder.active_requests.isdisjoint(self.scheduled):
+                return None
+            step = self.recorder.begin_step(list(batch()))
+            if step is None:
+                return None
+            return StepObserver(self._model, step, self._fail_scheduled)
+        except Exception as error:
+            log_unexpected("preparing a step", error)
+            self._fail_scheduled(error)
+            return None
+
+    def end_forward(self, observer: StepObserver) -> None:
+        """Finishes traces while their KV blocks are held; must never raise."""
+        try:
+            self.recorder.finish_step(observer.step)
+            observer.model.end_step()
+        except Exception as error:
+            log_unexpected("finishing a step", error)
+            self._fail_scheduled(error)
+
+    def _records(self, scheduler_output: SchedulerOutput) -> bool:
+        new = scheduler_output.scheduled_new_reqs
+        computed = {each.req_id: each.num_computed_tokens for each in new}
+        cached = scheduler_output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for req_id in self.recorder.active_requests.intersection(self.scheduled):
+            first = self.recorder.first_target(req_id)
+            stop = computed.get(req_id, 0) + self.scheduled[req_id]
+            if first is not None and stop > first:
+                return True
+        return False
+
+    def _fail_scheduled(self, error: BaseException) -> None:
+        for req_id in self.recorder.active_requests.intersection(self.scheduled):
+            self.recorder.fail(req_id, error)
+
+
+class StepObserver:
+    """Shows a forward pass to a step's recorder; an exception there becomes failed traces."""
+
+    def __init__(
+        self, model: RunnerModel, step: StepRecorder, fail: Callable[[BaseException], None]
+    ) -> None:
+        self.model = model
+        self.step = step
+        self._fail = fail
+
+    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
+        """See :class:`~vllm_flashtrace.worker.observer.ForwardObserver`."""
+        try:
+            layer = self.model.layer_index(layer_name)
+            if layer is not None:
+                self.step.record_attention(layer, query)
+        except Exception as error:
+            self._fail(error)
+
+    def on_residual(self, residual: torch.Tensor) -> None:
+        """See :class:`~vllm_flashtrace.worker.observer.ForwardObserver`."""
+        try:
+            self.step.record_residual(residual)
+        except Exception as error:
+            self._fail(error)
+
+
+def capture_of(runner: Any) -> RunnerCapture:
+    """The runner's capture, made at first use (the model must be loaded)."""
+    capture = existing_capture(runner)
+    if capture is None:
+        capture = RunnerCapture(runner)
+        setattr(runner, _ATTRIBUTE, capture)
+    return capture
+
+
+def existing_capture(runner: Any) -> RunnerCapture | None:
+    """The runner's capture, if one was made."""
+    return getattr(runner, _ATTRIBUTE, None)
+
+
+def observe_step(runner: Any, scheduler_output: SchedulerOutput) -> RunnerCapture | None:
+    """Shows a step about to run to the runner's capture, which the first trace request makes.
+
+    Returns:
+        The capture, or None while no trace was ever asked of this runner. Never raises.
+    """
+    capture = existing_capture(runner)
+    try:
+        if capture is None and _has_trace(scheduler_output):
+            capture = capture_of(runner)
+    except Exception as error:
+        log_unexpected("reading the scheduler's output", error)
+    if capture is not None:
+        capture.observe(scheduler_output)
+    return capture
+
+
+def _has_trace(scheduler_output: SchedulerOutput) -> bool:
+    return any(
+        new.sampling_params is not None and sealed_spec(new.sampling_params.extra_args) is not None
+        for new in scheduler_output.scheduled_new_reqs
+    )
+
+
+def _runner_model(runner: Any) -> RunnerModel:
+    if runner.device.type == "cpu":
+        return CPUTracedModel(runner.get_model(), runner.vllm_config)
+    if runner.device.type == "cuda":
+        from vllm_flashtrace.worker.gpu_model import GPUTracedModel
+
+        return GPUTracedModel(runner.get_model(), runner.vllm_config, runner.device)
+    raise UnsupportedModelError(f"traces are not supported on {runner.device.type}")
+
+
+class _NoModel:
+    """Stands in where the model cannot be traced; every use says why."""
+
+    def __init__(self, reason: str | None) -> None:
+        self._reason = reason or "unknown"
+
+    def __getattr__(self, _: str) -> Any:
+        raise UnsupportedModelError(self._reason)
