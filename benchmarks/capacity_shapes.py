@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.worker.trace import ModelShape
+from vllm_flashtrace.trace.budget import AccumulatorBudget, ModelShape
 
 _BFLOAT16 = 2
 

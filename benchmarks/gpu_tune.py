@@ -61,7 +61,8 @@ _Kernel = tuple[ModuleType, Callable[[], Tensor]]
 
 def _kernels(forms: Forms, layer: Layer) -> list[_Kernel]:
     """Modules with tiles, and calls that take one of them."""
-    from vllm_flashtrace.kernels import triton_column_sums, triton_lse, triton_overshoot
+    from vllm_flashtrace.kernels import triton_column_sums, triton_lse
+    from vllm_flashtrace.kernels import triton_proximity as triton_overshoot
 
     arguments = (layer.query, layer.keys, layer.rows, layer.form)
     first = forms.first_pass(*arguments)

@@ -19,7 +19,7 @@ import httpx
 import psutil
 
 from tests.server.live_server import OURS, STOCK, Server, serve
-from vllm_flashtrace.base.environment import prepare_environment
+from vllm_flashtrace.base.process import prepare_environment
 from vllm_flashtrace.trace.config import SECTION
 
 _PLUGIN = "flashtrace"

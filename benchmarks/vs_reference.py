@@ -28,8 +28,7 @@ from benchmarks import per_token
 from benchmarks.memory import WorkerMemory
 from benchmarks.reference import ReferenceFailed, ReferenceRequest, run_in_fitting_mode
 from benchmarks.trace_latency import Bench, Case
-from vllm_flashtrace.core.hop_result import HopResult
-from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.hops import HopRecursion, HopResult
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.models import prepare_smollm2
 

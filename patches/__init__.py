@@ -6,8 +6,7 @@ attribution.
 
 | module                  | platform | changes                                         |
 | ----------------------- | -------- | ----------------------------------------------- |
-| ``cpu_attention``       | CPU      | the CPU attention backend, via vLLM's registry  |
-| ``cuda_attention``      | CUDA     | three attention backends, via vLLM's registry   |
+| ``attention_backends``  | all      | attention backends, via vLLM's registry         |
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad options of ours stop the start              |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
@@ -17,9 +16,6 @@ attribution.
 | ``scheduler_share``     | all      | how much of a step trace prefills may take      |
 | ``weight_updates``      | all      | forgets derived weights when weights change     |
 | ``worker_rpc``          | all      | methods added to the worker base class          |
-
-``recording_attention`` and the ``recording_*`` modules of single backends hold the classes that the
-first two register.
 """
 
 from __future__ import annotations
@@ -88,14 +84,12 @@ def _modules() -> list[ModuleType]:
 def _platform_modules() -> list[ModuleType]:
     """What only one platform needs; elsewhere traces are refused by the worker, by name."""
     from vllm.platforms import current_platform
+    from vllm_flashtrace.patches import attention_backends
 
     if current_platform.is_cpu():
-        from vllm_flashtrace.patches import cpu_attention
-
-        return [cpu_attention]
+        return [attention_backends]
     if current_platform.is_cuda():
-        from vllm_flashtrace.patches import attention_backends as cuda_attention
         from vllm_flashtrace.patches import model_runner_v2
 
-        return [cuda_attention, model_runner_v2]
+        return [attention_backends, model_runner_v2]
     return []

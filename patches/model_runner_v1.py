@@ -21,8 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 
 from vllm_flashtrace.worker.observer import observing
-from vllm_flashtrace.worker.runner import existing_capture, observe_step
-from vllm_flashtrace.worker.runner_v1 import batch_rows
+from vllm_flashtrace.worker.runner import batch_rows_v1, existing_capture, observe_step
 
 
 def check() -> None:
@@ -77,7 +76,7 @@ def apply() -> None:
         capture = existing_capture(self)
         if capture is None:
             return stock_forward(self, *args, **kwargs)
-        observer = capture.begin_forward(lambda: batch_rows(self, capture.scheduled))
+        observer = capture.begin_forward(lambda: batch_rows_v1(self, capture.scheduled))
         if observer is None:
             return stock_forward(self, *args, **kwargs)
         with observing(observer):

@@ -29,9 +29,9 @@ from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import (
     RunnerCapture,
     StepObserver,
+    batch_rows_v2,
     observe_step,
 )
-from vllm_flashtrace.worker.runner_v2 import batch_rows
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "execute_model": ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),
@@ -53,7 +53,7 @@ class _Step:
     def begin_forward(self, input_batch: Any, block_tables: Sequence[Any]) -> None:
         """Sets the observer if the step computes target rows."""
         self.observer = self.capture.begin_forward(
-            lambda: batch_rows(self.runner, input_batch, block_tables)
+            lambda: batch_rows_v2(self.runner, input_batch, block_tables)
         )
         if self.observer is not None:
             self.observed.enter_context(observing(self.observer))

@@ -16,8 +16,7 @@ import msgspec
 from vllm.v1.worker.worker_base import WorkerBase
 from vllm_flashtrace.patches._check import PatchError
 
-from vllm_flashtrace.worker.runner import capture_of
-from vllm_flashtrace.worker.worker_report import worker_report
+from vllm_flashtrace.worker.runner import capture_of, worker_report
 
 _METHODS = ("flashtrace_collect", "flashtrace_discard", "flashtrace_status")
 

@@ -32,9 +32,9 @@ def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
 CAPTURE = "vllm_flashtrace.worker"
 PHASES = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
-    "batch": ("vllm_flashtrace.patches.model_runner_v1", None, "batch_rows"),
+    "batch": ("vllm_flashtrace.patches.model_runner_v1", None, "batch_rows_v2"),
     "observer": ("vllm_flashtrace.worker.runner", None, "StepObserver"),
-    "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
+    "chunk": (f"{CAPTURE}.step", "Trace", "begin_chunk"),
     "row plan": ("vllm_flashtrace.worker.cpu_model", "CPUTracedModel", "plan_rows"),
     "attention": ("vllm_flashtrace.core.attention", "TargetRowBlocks", "add"),
     "key read": ("vllm_flashtrace.worker.cpu_model", None, "read_keys"),
@@ -47,7 +47,7 @@ PHASES = {
         "output_projection",
     ),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
-    "scores": (f"{CAPTURE}.finished", None, "token_shares"),
+    "scores": (f"{CAPTURE}.recorder", None, "token_shares"),
 }
 
 

@@ -6,20 +6,15 @@ runs without attribution.
 
 from __future__ import annotations
 
-import os
-
 from vllm_flashtrace.base.logs import logger
-from vllm_flashtrace.base.orphans import end_with_parent_if_asked
-from vllm_flashtrace.base.processes import note_process
-from vllm_flashtrace.server.store_folder import ensure_store_folder
+from vllm_flashtrace.base.process import (
+    DISABLE_ENV,
+    enabled,
+    end_with_parent_if_asked,
+    note_process,
+)
+from vllm_flashtrace.server.sqlite_store import ensure_store_folder
 from vllm_flashtrace.trace.wire import ensure_secret
-
-DISABLE_ENV = "VLLM_FLASHTRACE_DISABLE"
-
-
-def enabled() -> bool:
-    """Whether the kill switch ``VLLM_FLASHTRACE_DISABLE=1`` is off."""
-    return os.environ.get(DISABLE_ENV, "0") in ("", "0")
 
 
 def register() -> None:

@@ -25,7 +25,7 @@ from benchmarks.faithfulness.resources import Resources
 from benchmarks.faithfulness.runner import Runner
 from benchmarks.faithfulness.summary import rounded, summarise
 from benchmarks.faithfulness.work import WorkFile
-from vllm_flashtrace.base.orphans import end_engine_with_this_process
+from vllm_flashtrace.base.process import end_engine_with_this_process
 from vllm_flashtrace.offline.engine_log import engine_log
 
 

@@ -19,7 +19,7 @@ from benchmarks.faithfulness.options import Options
 from benchmarks.faithfulness.tasks import make_examples
 from benchmarks.faithfulness.tasks.files import read_examples
 from benchmarks.faithfulness.work import key_of
-from vllm_flashtrace.text.skip import skip_mask
+from vllm_flashtrace.text.plan import skip_mask
 
 
 @dataclass(frozen=True)

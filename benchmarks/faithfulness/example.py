@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_flashtrace.text.sentences import sentence_spans
+from vllm_flashtrace.text.result import sentence_spans
 
 Span = tuple[int, int]
 

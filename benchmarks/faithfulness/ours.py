@@ -19,7 +19,7 @@ from benchmarks.faithfulness.method import MethodFailed, Scores, Values
 from vllm_flashtrace.api.request import parse_flashtrace_field
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.records import Completion, TraceUsage
-from vllm_flashtrace.core.hop_result import HopMass
+from vllm_flashtrace.core.hops import HopMass
 from vllm_flashtrace.offline.jobs import pick_up_now
 from vllm_flashtrace.text.plan import TracePlan, plan_trace
 from vllm_flashtrace.trace.config import FlashTraceConfig

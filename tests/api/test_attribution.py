@@ -13,7 +13,7 @@ from openai.types.completion import Completion
 from openai.types.responses import Response
 
 from vllm_flashtrace import Attribution, TraceError
-from vllm_flashtrace.api.token_scores import MassBalance
+from vllm_flashtrace.api.scores import MassBalance
 
 WORDS = ["<s>", "The", " code", " is", " 73", "06", ".", " Code", "?"]
 SCORES = [0.2, 0.0, 0.05, 0.05, 0.15, 0.25, 0.0, 0.1, 0.0]

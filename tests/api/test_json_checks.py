@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vllm_flashtrace.api.json_checks import MAX_NESTING, check_messages, check_nesting, check_text
+from vllm_flashtrace.api.checks import MAX_NESTING, check_messages, check_nesting, check_text
 from vllm_flashtrace.base.errors import InvalidRequestError
 
 

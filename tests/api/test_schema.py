@@ -11,16 +11,14 @@ from pydantic import ValidationError
 from vllm_flashtrace.api.request import (
     PRESETS,
     FlashTraceRequest,
-    RequestLimits,
-    check_against_limit,
-    parse_flashtrace_field,
-)
-from vllm_flashtrace.api.schema_options import (
     RegexTarget,
+    RequestLimits,
     TextTarget,
     TokensTarget,
     ToolCallTarget,
     WeightsTarget,
+    check_against_limit,
+    parse_flashtrace_field,
 )
 from vllm_flashtrace.base.errors import InvalidRequestError
 

@@ -22,9 +22,11 @@ def run(code: str, **env: str) -> str:
 
 
 def test_a_started_process_knows_its_ancestors_and_itself():
-    child = "from vllm_flashtrace import processes as p; p.note_process(['b']); print(p.lineage())"
+    child = (
+        "from vllm_flashtrace.base import process as p; p.note_process(['b']); print(p.lineage())"
+    )
     out = run(
-        "import subprocess, sys, os; from vllm_flashtrace import processes as p\n"
+        "import subprocess, sys, os; from vllm_flashtrace.base import process as p\n"
         "p.note_process(['a']); p.note_process(['a'])\n"
         f"out = subprocess.check_output([sys.executable, '-c', {child!r}], text=True)\n"
         "import ast, json; print(json.dumps([os.getpid(), ast.literal_eval(out)]))"
@@ -37,7 +39,7 @@ def test_a_started_process_knows_its_ancestors_and_itself():
 
 def test_a_forked_process_is_in_the_list_too():
     out = run(
-        "import multiprocessing, json; from vllm_flashtrace import processes as p\n"
+        "import multiprocessing, json; from vllm_flashtrace.base import process as p\n"
         "p.note_process(['a'])\n"
         "context = multiprocessing.get_context('fork'); queue = context.SimpleQueue()\n"
         "fork = context.Process(target=lambda: queue.put(p.lineage())); fork.start()\n"
@@ -51,6 +53,6 @@ def test_a_forked_process_is_in_the_list_too():
 
 
 def test_a_foreign_value_in_the_environment_is_not_believed():
-    code = "from vllm_flashtrace import processes as p; print(p.lineage())"
+    code = "from vllm_flashtrace.base import process as p; print(p.lineage())"
     for value in ("nonsense", '[{"pid": "x", "patches": []}]', '{"pid": 1}'):
         assert run(code, FLASHTRACE_PROCESSES=value).strip() == "[]"

@@ -28,8 +28,7 @@ from benchmarks.capacity_model import (
 )
 from benchmarks.capacity_shapes import SHAPES
 from benchmarks.capacity_simulation import Cluster, Outcome, simulate
-from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.worker.trace import ModelShape
+from vllm_flashtrace.trace.budget import AccumulatorBudget, ModelShape
 
 pytestmark = pytest.mark.timeout(60)
 

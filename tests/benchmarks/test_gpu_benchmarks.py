@@ -81,7 +81,8 @@ def test_dry_run_checks_and_times_every_kernel(tmp_path: Path) -> None:
 
 
 def test_dry_run_looks_for_tiles_and_puts_them_back(tmp_path: Path) -> None:
-    from vllm_flashtrace.kernels import triton_column_sums, triton_lse, triton_overshoot
+    from vllm_flashtrace.kernels import triton_column_sums, triton_lse
+    from vllm_flashtrace.kernels import triton_proximity as triton_overshoot
 
     modules = (triton_lse, triton_column_sums, triton_overshoot)
     before = [dict(module._TILES) for module in modules]

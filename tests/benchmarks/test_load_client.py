@@ -110,8 +110,11 @@ def test_arrivals_are_a_seeded_process_of_the_given_rate():
 
 
 def test_trace_fields_are_valid_for_every_length():
-    from vllm_flashtrace.api.limits import RequestLimits
-    from vllm_flashtrace.api.request import check_against_limit, parse_flashtrace_field
+    from vllm_flashtrace.api.request import (
+        RequestLimits,
+        check_against_limit,
+        parse_flashtrace_field,
+    )
 
     for target in ("output", "two-hop"):
         for length in (2, 8, 256):

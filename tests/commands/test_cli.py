@@ -17,7 +17,7 @@ import vllm_flashtrace
 from tests.api.test_attribution import failed, flashtrace
 from vllm_flashtrace import Attribution, TraceError
 from vllm_flashtrace.commands import cli
-from vllm_flashtrace.offline.flashtrace import engine_log
+from vllm_flashtrace.offline import engine_log
 
 
 def run(*argv: str) -> int:
@@ -440,7 +440,7 @@ class TestEngineLog:
     def test_an_engine_that_does_not_start_is_one_line(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from vllm_flashtrace.offline.flashtrace import flashtrace as offline
+        from vllm_flashtrace.offline import flashtrace as offline
 
         def refuse(model: str, **engine_args: Any) -> None:
             raise ValueError("2 errors:\n  no such model")
@@ -455,7 +455,7 @@ class TestEngineLog:
     def test_the_engine_is_stopped_when_its_work_fails(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from vllm_flashtrace.offline.flashtrace import flashtrace as offline
+        from vllm_flashtrace.offline import flashtrace as offline
 
         stopped: list[bool] = []
 

@@ -11,8 +11,7 @@ from rich.console import Console
 from tests.api.samples import sample
 from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.commands.demo import run_demo
-from vllm_flashtrace.commands.scenario import Scenario
+from vllm_flashtrace.commands.demo import Scenario, run_demo
 from vllm_flashtrace.models.smollm2 import ModelPreparationError
 
 FACT_SCORE, FILLER_SCORE = 3.0, 0.05

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from vllm_flashtrace.commands.scenario import ANSWER, FACT, FILLER, QUESTION, build_scenario
+from vllm_flashtrace.commands.demo import ANSWER, FACT, FILLER, QUESTION, build_scenario
 from vllm_flashtrace.models import prepare_smollm2
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine
-from vllm_flashtrace.commands.scenario import FILLER
+from vllm_flashtrace.commands.demo import FILLER
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from vllm_flashtrace.base.records import TraceReport
-from vllm_flashtrace.core.hop_result import HopResult
-from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.hops import HopRecursion, HopResult
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
@@ -44,7 +43,7 @@ class Engine:
     _ids = itertools.count()
 
     def __init__(self, model: Path, **overrides: Any) -> None:
-        from vllm_flashtrace.base.environment import prepare_environment
+        from vllm_flashtrace.base.process import prepare_environment
 
         # Tests send functions to the worker to cause faults there.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

@@ -147,7 +147,7 @@ def test_fully_sharded_adapters_are_refused(engine: Engine) -> None:
     from vllm.lora.layers import RowParallelLinearWithShardedLoRA
 
     from vllm_flashtrace.base.errors import UnsupportedModelError
-    from vllm_flashtrace.worker.lora import base_projection
+    from vllm_flashtrace.worker.layers import base_projection
 
     with pytest.raises(UnsupportedModelError, match="fully sharded"):
         base_projection(object.__new__(RowParallelLinearWithShardedLoRA))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.harness import Engine
 from vllm_flashtrace import Attribution, FlashTrace, InvalidRequestError
-from vllm_flashtrace.commands.scenario import build_scenario
+from vllm_flashtrace.commands.demo import build_scenario
 
 SCENARIO = build_scenario()
 MESSAGES = SCENARIO.messages

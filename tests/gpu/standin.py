@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm_flashtrace.patches import attention_backends
 
 CPU = torch.device("cpu")
 PACKAGE = "vllm_flashtrace.patches"
 BACKENDS = {
-    "FLASH_ATTN": f"{PACKAGE}.recording_flash_attn.RecordingFlashAttentionBackend",
-    "TRITON_ATTN": f"{PACKAGE}.recording_triton_attn.RecordingTritonAttentionBackend",
-    "FLASHINFER": f"{PACKAGE}.recording_flashinfer.RecordingFlashInferBackend",
+    "FLASH_ATTN": f"{PACKAGE}.attention_backends.RecordingFlashAttentionBackend",
+    "TRITON_ATTN": f"{PACKAGE}.attention_backends.RecordingTritonAttentionBackend",
+    "FLASHINFER": f"{PACKAGE}.attention_backends.RecordingFlashInferBackend",
 }
 _FLASHINFER = ("flashinfer", "flashinfer.decode", "flashinfer.prefill", "flashinfer.utils")
 
@@ -69,7 +70,7 @@ def flashinfer_names() -> Iterator[None]:
         patch.undo()
         for name in (*modules, "vllm.v1.attention.backends.flashinfer"):
             sys.modules.pop(name, None)
-        sys.modules.pop(f"{PACKAGE}.recording_flashinfer", None)
+        vars(attention_backends).pop("RecordingFlashInferBackend", None)
 
 
 class _Names(types.ModuleType):

@@ -21,10 +21,10 @@ from vllm.v1.kv_cache_interface import (
 from tests.gpu.standin import CPU, stock_halves
 from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
-from vllm_flashtrace.worker import runner_v2
+from vllm_flashtrace.worker import runner as runner_v2
 from vllm_flashtrace.worker.gpu_cache import key_value_views
-from vllm_flashtrace.worker.kernel_blocks import kernel_block_table
 from vllm_flashtrace.worker.layers import check_cache
+from vllm_flashtrace.worker.runner import kernel_block_table
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_block_tables_that_are_refused(loaded: V2Engine) -> None:
     with pytest.raises(UnsupportedModelError, match="packed kernel blocks"):
         kernel_block_table(table, [packed])
     with pytest.raises(UnsupportedModelError, match="2 KV cache groups"):
-        list(runner_v2.batch_rows(loaded.runner, None, [table, table]))
+        list(runner_v2.batch_rows_v2(loaded.runner, None, [table, table]))
     split = SimpleNamespace(pcp_manager=object(), attn_groups=loaded.runner.attn_groups)
     with pytest.raises(UnsupportedModelError, match="prefill context parallelism"):
-        list(runner_v2.batch_rows(split, None, [table]))
+        list(runner_v2.batch_rows_v2(split, None, [table]))
 
 
 def test_a_v2_batch_that_contradicts_itself(loaded: V2Engine) -> None:
@@ -132,7 +132,7 @@ def test_a_v2_batch_that_contradicts_itself(loaded: V2Engine) -> None:
         num_computed_tokens_np=np.array([0, 10]),
         num_scheduled_tokens=np.array([5, 3]),
     )
-    rows = runner_v2.batch_rows(loaded.runner, batch, [torch.zeros(2, 4, dtype=torch.int32)])
+    rows = runner_v2.batch_rows_v2(loaded.runner, batch, [torch.zeros(2, 4, dtype=torch.int32)])
     assert next(rows).stop == 5
     with pytest.raises(TraceError, match="request b has 4 rows for 3 tokens"):
         next(rows)

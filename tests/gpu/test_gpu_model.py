@@ -15,9 +15,8 @@ from tests.gpu.standin import BACKENDS, CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.kernels import AttentionForm
-from vllm_flashtrace.worker.clock import HostClock
-from vllm_flashtrace.worker.gpu_attention import gpu_attention_form
-from vllm_flashtrace.worker.gpu_model import GPUTracedModel
+from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
+from vllm_flashtrace.worker.step import HostClock
 
 SCALE = 0.3
 SLOPES = [0.5, 0.25, 0.125, 0.0625]

@@ -249,7 +249,7 @@ def test_flashinfer(loaded: V2Engine, layer: Any, monkeypatch: pytest.MonkeyPatc
             asked = {name: lambda _: False for name in CAPABILITIES}
             asked[capability] = lambda major: major in (90, 100)
             with monkeypatch.context() as patch:
-                platform = "vllm_flashtrace.worker.gpu_attention.current_platform"
+                platform = "vllm_flashtrace.worker.gpu_model.current_platform"
                 patch.setattr(platform, SimpleNamespace(**asked))
                 assert "for which FlashInfer quantizes the queries" in refusal(loaded)
                 attention = loaded.config.attention_config.__dict__

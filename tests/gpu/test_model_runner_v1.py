@@ -18,8 +18,7 @@ from vllm_flashtrace.patches import model_runner_v1
 
 from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
-from vllm_flashtrace.worker.runner import _ATTRIBUTE
-from vllm_flashtrace.worker.runner_v1 import batch_rows
+from vllm_flashtrace.worker.runner import _ATTRIBUTE, batch_rows_v1
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_the_batch_of_a_v1_runner(loaded: V2Engine) -> None:
     batch = v1_batch({"a": (0, [5, 3]), "b": (130, [9, 2])})
     [group] = loaded.runner.attn_groups[0]
     runner = SimpleNamespace(input_batch=batch, attn_groups=loaded.runner.attn_groups)
-    first, second = batch_rows(runner, {"a": 200, "b": 4})
+    first, second = batch_rows_v1(runner, {"a": 200, "b": 4})
     assert (first.req_id, first.first_row, first.start, first.stop) == ("a", 0, 0, 200)
     assert (second.req_id, second.first_row, second.start, second.stop) == ("b", 200, 130, 134)
     assert first.block_table[:4].tolist() == [10, 11, 6, 7]

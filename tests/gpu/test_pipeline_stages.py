@@ -17,8 +17,8 @@ from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import LIMIT, Traced, V2Engine, apply_patches, traced, untraced, v2_engine
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.base.records import TraceReport
-from vllm_flashtrace.trace.model_part import ModelPart
 from vllm_flashtrace.trace.pickup import pick_up
+from vllm_flashtrace.trace.wire import ModelPart
 
 
 @contextlib.contextmanager

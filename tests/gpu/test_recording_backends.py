@@ -14,7 +14,7 @@ import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm_flashtrace.patches import attention_backends as cuda_attention
+from vllm_flashtrace.patches import attention_backends
 from vllm_flashtrace.patches._check import PatchError
 
 from tests.gpu.standin import BACKENDS, backend_class, flashinfer_names
@@ -150,8 +150,8 @@ def test_faults_of_the_stock_kernel_pass(backends: Any, monkeypatch: pytest.Monk
 
 def test_registered_over_the_stock_members(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
-    cuda_attention.check()
-    cuda_attention.apply()
+    attention_backends.check(attention_backends.CUDA_BACKENDS)
+    attention_backends.apply(attention_backends.CUDA_BACKENDS)
     found = {name: AttentionBackendEnum[name].get_path() for name in BACKENDS}
     assert found == BACKENDS
 
@@ -161,7 +161,7 @@ def test_another_plugins_backend_is_left_alone(
 ) -> None:
     theirs = {AttentionBackendEnum.FLASH_ATTN: "theirs.Backend"}
     monkeypatch.setattr(registry, "_ATTN_OVERRIDES", theirs)
-    cuda_attention.apply()
+    attention_backends.apply(attention_backends.CUDA_BACKENDS)
     assert AttentionBackendEnum.FLASH_ATTN.get_path() == "theirs.Backend"
     assert AttentionBackendEnum.TRITON_ATTN.get_path() == BACKENDS["TRITON_ATTN"]
     assert "theirs.Backend" in caplog.text
@@ -182,18 +182,17 @@ def test_a_moved_kernel_interface_is_refused(
     if source is not None:
         (tmp_path / "moved_backend.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    entry = ("FLASH_ATTN", "moved_backend", "Impl", "path")
-    monkeypatch.setattr(cuda_attention, "_BACKENDS", (entry,))
+    moved = attention_backends.StockBackend("FLASH_ATTN", "moved_backend", "Backend", "Impl")
     with pytest.raises(PatchError, match=message):
-        cuda_attention.check()
+        attention_backends.check([moved])
     assert "moved_backend" not in sys.modules
 
 
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ("cpu", {"cpu_attention"}),
-        ("cuda", {"cuda_attention", "model_runner_v2"}),
+        ("cpu", {"attention_backends"}),
+        ("cuda", {"attention_backends", "model_runner_v2"}),
         ("rocm", set()),
     ],
 )
@@ -248,7 +247,7 @@ def test_all_patches_for_cuda_fit_and_import_no_kernels() -> None:
         "assert 'flashtrace' not in B.CPU_ATTN.get_path()\n"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("vllm_flashtrace.patches.recording_") == 3
+    assert done.stdout.count("vllm_flashtrace.patches.attention_backends.Recording") == 3
 
 
 def test_a_moved_v2_runner_leaves_everything_untouched() -> None:
@@ -265,7 +264,7 @@ def test_a_moved_v2_runner_leaves_everything_untouched() -> None:
     assert "GPUModelRunner.prepare_attn (V2) takes" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["cuda_attention", "model_runner_v2"])
+@pytest.mark.parametrize("module", ["attention_backends", "model_runner_v2"])
 def test_every_patch_explains_itself(module: str) -> None:
     import importlib
 

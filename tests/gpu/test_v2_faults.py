@@ -26,10 +26,10 @@ from vllm_flashtrace.worker.observer import current
 CAPTURE, ADAPTER = "vllm_flashtrace.worker", "vllm_flashtrace.worker"
 PHASES: dict[str, tuple[str, str | None, str]] = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
-    "batch": ("vllm_flashtrace.patches.model_runner_v2", None, "batch_rows"),
-    "kernel blocks": (f"{ADAPTER}.runner_v2", None, "kernel_block_table"),
+    "batch": ("vllm_flashtrace.patches.model_runner_v2", None, "batch_rows_v2"),
+    "kernel blocks": (f"{ADAPTER}.runner", None, "kernel_block_table"),
     "step": (f"{CAPTURE}.recorder", "Recorder", "begin_step"),
-    "chunk": (f"{CAPTURE}.trace", "Trace", "begin_chunk"),
+    "chunk": (f"{CAPTURE}.step", "Trace", "begin_chunk"),
     "row plan": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "plan_rows"),
     "observer": (f"{ADAPTER}.runner", None, "StepObserver"),
     "layer name": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "layer_index"),
@@ -40,7 +40,7 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "norms": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "_norms"),
     "proximity": (f"{ADAPTER}.gpu_model", None, "proximity"),
     "end of step": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "end_step"),
-    "scores": (f"{CAPTURE}.finished", None, "token_shares"),
+    "scores": (f"{CAPTURE}.recorder", None, "token_shares"),
 }
 LATE = ("end of step",)  # The trace is complete by then.
 
@@ -106,7 +106,7 @@ def test_scheduler_output_that_cannot_be_read(
 def test_fault_in_one_trace_spares_the_other(
     engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_flashtrace.worker.trace import Trace
+    from vllm_flashtrace.worker.step import Trace
 
     bad, good = traced(80, (40, 80)), traced(70, (30, 66), seed=2)
     stock = Trace.begin_chunk

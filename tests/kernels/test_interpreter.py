@@ -15,7 +15,7 @@ from tests.kernels.interpreter import interpreted, kernel_modules
 from tests.kernels.paged import DEVICE
 from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.kernels.triton_lse import triton_lse
-from vllm_flashtrace.kernels.triton_values import widen
+from vllm_flashtrace.kernels.triton_operands import widen
 
 
 @triton.jit

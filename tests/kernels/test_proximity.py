@@ -13,11 +13,10 @@ from torch import Tensor
 from tests.kernels.layers import Layer, make_layer, relative_error
 from tests.kernels.paged import DEVICE, paged_cache
 from vllm_flashtrace.kernels import proximity
-from vllm_flashtrace.kernels.torch_proximity import torch_proximity
-from vllm_flashtrace.kernels.triton_nearest import nearest_coordinates
+from vllm_flashtrace.kernels.paged_proximity import torch_proximity
+from vllm_flashtrace.kernels.triton_operands import Operands, PagedValues
 from vllm_flashtrace.kernels.triton_proximity import triton_proximity
-from vllm_flashtrace.kernels.triton_screen import screen_pairs
-from vllm_flashtrace.kernels.triton_values import Operands, PagedValues
+from vllm_flashtrace.kernels.triton_screen import nearest_coordinates, screen_pairs
 
 F32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

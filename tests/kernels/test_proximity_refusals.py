@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.kernels.layers import make_layer
 from tests.kernels.paged import DEVICE, paged_cache
 from vllm_flashtrace.kernels import proximity
-from vllm_flashtrace.kernels.torch_proximity import torch_proximity
+from vllm_flashtrace.kernels.paged_proximity import torch_proximity
 from vllm_flashtrace.kernels.triton_proximity import triton_proximity
 
 FORMS = pytest.mark.parametrize("form", [torch_proximity, triton_proximity])

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.offline import flashtrace as offline
 from vllm_flashtrace.offline.flashtrace import FlashTrace
-from vllm_flashtrace.offline.flashtrace import flashtrace as offline
 
 
 class FakeLLM:

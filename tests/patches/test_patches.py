@@ -33,7 +33,7 @@ def test_applied_once() -> None:
         "print(B.CPU_ATTN.get_path())"
     )
     assert done.returncode == 0, done.stderr
-    assert "vllm_flashtrace.patches.cpu_attention" in done.stdout
+    assert "vllm_flashtrace.patches.attention_backends.RecordingCPUAttentionBackend" in done.stdout
 
 
 def test_moved_interface_leaves_vllm_untouched() -> None:
@@ -64,7 +64,7 @@ def test_kill_switch() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "cpu_attention",
+        "attention_backends",
         "data_parallel",
         "model_load",
         "model_runner_v1",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm_flashtrace.patches.token_share import MIN_CHUNK, TokenShare
+from vllm_flashtrace.patches.scheduler_share import MIN_CHUNK, TokenShare
 
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from live_server import (
+
+from tests.server.live_server import (
     OURS,
     PLAIN_REQUESTS,
     STOCK,
@@ -17,8 +18,7 @@ from live_server import (
     openapi,
     serve,
 )
-from scripted_app import App, build
-
+from tests.server.scripted_app import App, build
 from vllm_flashtrace.models.smollm2 import prepare_smollm2
 
 

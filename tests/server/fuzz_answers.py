@@ -7,13 +7,20 @@ import math
 from typing import Any
 
 import httpx
-from fuzz_bodies import ATTRIBUTIONS, CHAT, COMPLETIONS, FIELD, MESSAGES, RESPONSES, Sent
 
-from vllm_flashtrace.api.limits import RequestLimits
-from vllm_flashtrace.api.request import parse_flashtrace_field
+from tests.server.fuzz_bodies import (
+    ATTRIBUTIONS,
+    CHAT,
+    COMPLETIONS,
+    FIELD,
+    MESSAGES,
+    RESPONSES,
+    Sent,
+)
+from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.api.response import AttributionObject
 from vllm_flashtrace.base.errors import InvalidRequestError
-from vllm_flashtrace.server.service import RESERVED_XARGS
+from vllm_flashtrace.server.session import RESERVED_XARGS
 
 LIMITS = RequestLimits()
 UNREADABLE = object()

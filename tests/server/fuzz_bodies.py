@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from fuzz_fields import FIELDS, PLAUSIBLE, nested
 from hypothesis import strategies as st
 
+from tests.server.fuzz_fields import FIELDS, PLAUSIBLE, nested
 from vllm_flashtrace.api.request import FIELD
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal

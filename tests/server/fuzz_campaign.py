@@ -11,12 +11,12 @@ from typing import Any
 from zlib import crc32
 
 import httpx
-from fuzz_answers import check
-from fuzz_bodies import Sent
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from scripted_app import App
 
+from tests.server.fuzz_answers import check
+from tests.server.fuzz_bodies import Sent
+from tests.server.scripted_app import App
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, unseal
 
 SECONDS = 20.0  # No answer takes longer; the slowest here takes well under one.

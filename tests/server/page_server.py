@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from live_server import free_port
-from scripted_app import build
+
+from tests.server.live_server import free_port
+from tests.server.scripted_app import build
 
 PAGE_ON = """--additional-config={"flashtrace": {"page": true}}"""
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from fake_engine import FakeEngine
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tests.server.fake_engine import FakeEngine
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import anthropic
 import httpx2
 import openai
-from scripted_app import App
+
+from tests.server.scripted_app import App
 
 
 def openai_client(app: App) -> openai.AsyncOpenAI:

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from scripted_app import build
+from tests.server.scripted_app import build
 
 REQUESTS: list[tuple[str, str, dict[str, Any] | None]] = [
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "n": 2}),

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from live_server import OURS, Server, serve
+
+from tests.server.live_server import OURS, Server, serve
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from live_server import OURS, Server, serve
 
 from tests.engine.harness import relative_l1
 from tests.oracle import oracle_scores
+from tests.server.live_server import OURS, Server, serve
 from tests.tiny_models import VOCABULARY, make_tiny_model
 
 pytestmark = pytest.mark.timeout(600)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from scripted_app import App, build
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
+from tests.server.scripted_app import App, build
 from vllm_flashtrace.api.response import AttributionObject
 from vllm_flashtrace.server import deferred
 from vllm_flashtrace.server.session import new_trace_id
-from vllm_flashtrace.server.store_folder import STORE_ENV
+from vllm_flashtrace.server.sqlite_store import STORE_ENV
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

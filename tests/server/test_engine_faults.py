@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import _choice, _request_output
 
+from tests.server.fake_engine import _choice, _request_output
 from vllm_flashtrace.base import logs
-from vllm_flashtrace.trace import engine_hop
+from vllm_flashtrace.trace import hop as engine_hop
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

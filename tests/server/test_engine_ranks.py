@@ -10,17 +10,17 @@ from typing import Any
 
 import msgspec
 import pytest
-from scripted_app import App, build
 
+from tests.server.scripted_app import App, build
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
-from vllm_flashtrace.trace import cache_use
-from vllm_flashtrace.trace.cache_use import CacheUse, cache_lookup
+from vllm_flashtrace.trace import metrics as cache_use
 from vllm_flashtrace.trace.engines import (
     Engines,
     check_data_parallel,
     note_rank,
     noting_ranks,
 )
+from vllm_flashtrace.trace.metrics import CacheUse, cache_lookup
 from vllm_flashtrace.trace.wire import WireReport
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -76,7 +76,7 @@ class TwoEngines:
 
 
 async def two_engine_app(model_path: str, monkeypatch: pytest.MonkeyPatch, **worker: Any) -> App:
-    from fake_engine import FakeEngine
+    from tests.server.fake_engine import FakeEngine
 
     made = FakeEngine.__post_init__
 

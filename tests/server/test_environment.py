@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_flashtrace.base import environment
+from vllm_flashtrace.base import process as environment
 from vllm_flashtrace.server.launcher import apply_cpu_defaults, refuse_other_front_ends
 
 GIB = 1 << 30

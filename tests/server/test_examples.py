@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import OURS, Server, serve
-from page_server import PageServer, served
+
+from tests.server.live_server import OURS, Server, serve
+from tests.server.page_server import PageServer, served
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECORDING: dict[str, Any] = json.loads((EXAMPLES / "injected_agent.json").read_text("utf-8"))

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import schemathesis
-from fuzz_bodies import ATTRIBUTIONS, ROUTES, broken, requests
-from fuzz_campaign import SCALE, Campaign
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
@@ -22,11 +20,13 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from scripted_app import build
 
+from tests.server.fuzz_bodies import ATTRIBUTIONS, ROUTES, broken, requests
+from tests.server.fuzz_campaign import SCALE, Campaign
+from tests.server.scripted_app import build
 from vllm_flashtrace.api.request import FIELD
 from vllm_flashtrace.server.page import ROUTE as PAGE
-from vllm_flashtrace.server.store_folder import STORE_ENV
+from vllm_flashtrace.server.sqlite_store import STORE_ENV
 
 CHECKS = [
     not_a_server_error,

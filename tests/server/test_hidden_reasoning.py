@@ -10,8 +10,8 @@ import json
 
 import pytest
 import pytest_asyncio
-from scripted_app import build
 
+from tests.server.scripted_app import build
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

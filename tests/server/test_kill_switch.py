@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 OFF = {"VLLM_PLUGINS": "flashtrace", "VLLM_FLASHTRACE_DISABLE": "1"}
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def start(arguments: list[str], **env: str) -> subprocess.Popen[str]:
@@ -20,7 +20,7 @@ def start(arguments: list[str], **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *arguments],
         env={**inherited, **env},
-        cwd=HERE,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -35,7 +35,7 @@ def shown(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
 
 @pytest.fixture(scope="module")
 def surfaces(model_path: str) -> dict[str, tuple[dict[str, Any], str]]:
-    script = [str(HERE / "surface.py"), model_path]
+    script = ["-m", "tests.server.surface", model_path]
     running = {
         "stock": start(script, VLLM_PLUGINS="none"),
         "off": start(script, **OFF),

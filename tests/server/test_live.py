@@ -9,7 +9,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from live_server import PLAIN_REQUESTS, Server, ask, without_pace
+
+from tests.server.live_server import PLAIN_REQUESTS, Server, ask, without_pace
 
 pytestmark = pytest.mark.timeout(1200)
 

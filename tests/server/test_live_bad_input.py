@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import Server
-from test_bad_input import BAD_FIELDS
 
 from tests.faults import PHASES
+from tests.server.live_server import Server
+from tests.server.test_bad_input import BAD_FIELDS
 
 pytestmark = pytest.mark.timeout(1200)
 PROMPT = "The capital of France is"

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from live_server import OURS, Server, serve
-from otlp_receiver import Receiver, receive
-from test_metrics import parse, value
 
 from benchmarks.engine_processes import engine_core
+from tests.server.live_server import OURS, Server, serve
+from tests.server.otlp_receiver import Receiver, receive
+from tests.server.test_metrics import parse, value
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import (
+
+from tests.server.live_server import (
     OURS,
     PLAIN_REQUESTS,
     Server,

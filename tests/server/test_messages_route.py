@@ -8,9 +8,9 @@ from typing import Any
 
 import anthropic
 import pytest
-from scripted_app import App
-from sdk import anthropic_client
 
+from tests.server.scripted_app import App
+from tests.server.sdk import anthropic_client
 from vllm_flashtrace import Attribution
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

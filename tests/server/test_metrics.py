@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_app import build
 
+from tests.server.scripted_app import build
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.trace import metrics as metrics_module
 from vllm_flashtrace.trace.tracer import EngineContext

@@ -6,8 +6,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from scripted_app import build
 
+from tests.server.scripted_app import build
 from vllm_flashtrace.api.response import AttributionObject
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from live_server import OURS, STOCK
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+from tests.server.live_server import OURS, STOCK
 
 LINE = "additional_config.flashtrace.hop_limit: Extra inputs are not permitted (got 3)"
 BAD = {"flashtrace": {"hop_limit": 3}}

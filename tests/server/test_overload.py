@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from scripted_app import App, build
 
+from tests.server.scripted_app import App, build
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.trace.tracer import EngineContext
 from vllm_flashtrace.trace.wire import WireReport

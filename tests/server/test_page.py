@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from page_server import PAGE_ON
-from scripted_app import build
 
+from tests.server.page_server import PAGE_ON
+from tests.server.scripted_app import build
 from vllm_flashtrace.server import page
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

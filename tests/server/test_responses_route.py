@@ -10,10 +10,10 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from scripted_app import App, build
-from sdk import openai_client
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from tests.server.scripted_app import App, build
+from tests.server.sdk import openai_client
 from vllm_flashtrace import Attribution
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

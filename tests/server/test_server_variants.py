@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from scripted_app import build
+
+from tests.server.scripted_app import build
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

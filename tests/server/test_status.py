@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import vllm
-from scripted_app import App, build
 
+from tests.server.scripted_app import App, build
 from vllm_flashtrace.server import status
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
@@ -41,7 +41,7 @@ async def test_a_server_that_can_attribute_is_ready(app):
 
 async def test_the_patches_of_this_process_are_named(app):
     own = [e for e in (await report(app))["processes"] if e["pid"] == os.getpid()]
-    assert {"cpu_attention", "worker_rpc", "prefix_cache"} <= set(own[0]["patches"])
+    assert {"attention_backends", "worker_rpc", "prefix_cache"} <= set(own[0]["patches"])
 
 
 async def test_what_workers_say_is_passed_on(plugins, model_path):

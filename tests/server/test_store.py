@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.server import store_folder
+from vllm_flashtrace.server import sqlite_store as store_folder
+from vllm_flashtrace.server.deferred import StoreLimits
 from vllm_flashtrace.server.session import new_trace_id
-from vllm_flashtrace.server.sqlite_store import SqliteStore
-from vllm_flashtrace.server.store import StoreLimits
-from vllm_flashtrace.server.store_folder import (
+from vllm_flashtrace.server.sqlite_store import (
     STORE_ENV,
+    SqliteStore,
     ensure_store_folder,
     open_store_folder,
 )

@@ -11,7 +11,8 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from scripted_app import App, build
+
+from tests.server.scripted_app import App, build
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import pytest_asyncio
-from scripted_app import build
 
 from tests.chat_templates import TEMPLATES
+from tests.server.scripted_app import build
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from small_tokenizers import make_byte_level, make_metaspace
 from transformers import PreTrainedTokenizerFast
 
+from tests.text.small_tokenizers import make_byte_level, make_metaspace
 from vllm_flashtrace.base.records import Completion
 
 

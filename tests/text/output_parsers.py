@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from small_tokenizers import make_byte_level
 from transformers import PreTrainedTokenizerFast
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
+from tests.text.small_tokenizers import make_byte_level
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.server.rendering import make_reasoning_parser
 from vllm_flashtrace.text.generated import decode_generated
-from vllm_flashtrace.text.output_parts import OutputParts, take_apart
+from vllm_flashtrace.text.plan import OutputParts, take_apart
 
 MARKERS = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>"),

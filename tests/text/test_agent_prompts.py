@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from jinja_templates import template
 
 from tests.chat_templates import TEMPLATES
+from tests.text.jinja_templates import template
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.records import Completion, TraceUsage
 from vllm_flashtrace.text.plan import plan_trace

@@ -5,7 +5,7 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_flashtrace.text.ordered_search import forced_positions
+from vllm_flashtrace.text.prompt_texts import forced_positions
 
 
 def arrangements(text: str, wanted: list[str]) -> list[tuple[int, ...]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from output_parsers import MARKERS, take_apart_by, tokenizer_with, tool
 
+from tests.text.output_parsers import MARKERS, take_apart_by, tokenizer_with, tool
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.text.generated import decode_generated
-from vllm_flashtrace.text.output_parts import take_apart
-from vllm_flashtrace.text.parsed_output import ParsedOutput
+from vllm_flashtrace.text.generated import ParsedOutput, decode_generated
+from vllm_flashtrace.text.plan import take_apart
 from vllm_flashtrace.text.reasoning import find_reasoning
 
 PARSERS = ["qwen3", "deepseek_r1"]

@@ -10,7 +10,7 @@ import torch
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.text.parsed_output import ParsedOutput
+from vllm_flashtrace.text.generated import ParsedOutput
 from vllm_flashtrace.text.plan import plan_trace
 
 QUESTION = [{"role": "user", "content": "The secret code is 4821. Which code is it?"}]

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_flashtrace.api.schema_options import TextTarget, TokensTarget
+from vllm_flashtrace.api.request import TextTarget, TokensTarget
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.text.generated import decode_generated
-from vllm_flashtrace.text.output_parts import take_apart
-from vllm_flashtrace.text.parsed_output import ParsedOutput
+from vllm_flashtrace.text.generated import ParsedOutput, decode_generated
+from vllm_flashtrace.text.plan import take_apart
 from vllm_flashtrace.text.reasoning import find_reasoning
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.text.prompt_map import Located, PromptMap
-from vllm_flashtrace.text.sentences import containing, sentence_spans, sentences
+from vllm_flashtrace.text.result import containing, sentence_spans, sentences
 
 
 @pytest.mark.parametrize(

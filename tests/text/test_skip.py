@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_flashtrace.text.skip import skip_mask
+from vllm_flashtrace.text.plan import skip_mask
 
 TOKENS = [" cat", ",", " .", "\n", "", "...", "a,", "Cat"]
 

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-import vllm_flashtrace.text.targets as targets
+import vllm_flashtrace.text.plan as targets
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.text.generated import decode_generated
-from vllm_flashtrace.text.output_parts import take_apart
+from vllm_flashtrace.text.plan import resolve_target, take_apart
 from vllm_flashtrace.text.reasoning import find_reasoning
-from vllm_flashtrace.text.targets import resolve_target
 
 PROMPT = 5
 

@@ -7,9 +7,9 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from output_parsers import MARKERS, take_apart_by, tokenizer_with, tool
 
-from vllm_flashtrace.api.schema_options import ToolCallTarget
+from tests.text.output_parsers import MARKERS, take_apart_by, tokenizer_with, tool
+from vllm_flashtrace.api.request import ToolCallTarget
 from vllm_flashtrace.base.errors import TraceError
 
 PAY = {"to": "DE89 3704", "amount": 250, "urgent": True, "note": None, "tags": ["a", {"b": "to"}]}

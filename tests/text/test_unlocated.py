@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jinja2
 import pytest
-from jinja_templates import template
 
+from tests.text.jinja_templates import template
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.text.offsets import token_offsets
 from vllm_flashtrace.text.prompt_map import locate_prompt

@@ -14,10 +14,10 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
-from vllm_flashtrace.trace.budget import AccumulatorBudget, part_of_memory
+from vllm_flashtrace.trace.budget import AccumulatorBudget, ModelShape, part_of_memory
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.model_part import ModelPart
 from vllm_flashtrace.trace.wire import (
+    ModelPart,
     TraceSpec,
     WireReport,
     decode_report,
@@ -25,9 +25,8 @@ from vllm_flashtrace.trace.wire import (
     tensor_bytes,
     unseal,
 )
-from vllm_flashtrace.worker.clock import HostClock
 from vllm_flashtrace.worker.recorder import Recorder
-from vllm_flashtrace.worker.trace import ModelShape, Trace
+from vllm_flashtrace.worker.step import HostClock, Trace
 
 SHAPE = ModelShape(num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=16)
 BUDGET = AccumulatorBudget.of_model(10_000, SHAPE)

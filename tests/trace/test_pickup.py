@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.trace.model_part import ModelPart, stages
 from vllm_flashtrace.trace.pickup import decode_status, pick_up
-from vllm_flashtrace.trace.wire import WireReport, tensor_of
-from vllm_flashtrace.worker.clock import HostClock
-from vllm_flashtrace.worker.finished import FinishedTrace, TraceFacts, TraceSums
+from vllm_flashtrace.trace.wire import ModelPart, WireReport, stages, tensor_of
+from vllm_flashtrace.worker.recorder import FinishedTrace, TraceFacts, TraceSums
+from vllm_flashtrace.worker.step import HostClock
 
 LAYERS, CONTEXT, LENGTH = 3, 7, 9
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_flashtrace.api.attribution import Attribution
-from vllm_flashtrace.api.token_scores import TokenScore
+from vllm_flashtrace.api.scores import TokenScore
 
 LEVELS = 8
 

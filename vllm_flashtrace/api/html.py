@@ -24,7 +24,7 @@ from vllm_flashtrace.api.heat import (
     prompt_heat,
     visible,
 )
-from vllm_flashtrace.api.token_scores import TokenScore
+from vllm_flashtrace.api.scores import TokenScore
 
 TABLE_ROWS = 20
 _CONTEXT_TOKENS = 6

@@ -1,7 +1,11 @@
-"""Errors that a client is told about, each with a stable machine-readable code.
+"""Errors that a client or the command line is told about, each with a stable code.
+
+Errors that a client is told about, each with a stable machine-readable code.
 
 Invariant: every refusal or failure of a trace carries a code from this module's vocabulary and
 a sentence that names the offending field and value.
+
+What the command line reports in one line.
 """
 
 from __future__ import annotations
@@ -48,3 +52,7 @@ class UnsupportedModelError(FlashTraceError):
 
     def __init__(self, message: str) -> None:
         super().__init__("unsupported_model", message)
+
+
+class CommandError(Exception):
+    """A mistake or a failure that one line explains."""

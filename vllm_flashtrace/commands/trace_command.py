@@ -121,7 +121,7 @@ def run_trace(
         FlashTraceError: The engine did not start or refuses the prompt, or it cannot trace this
             model; a note names the engine's log.
     """
-    from vllm_flashtrace.base.environment import is_cpu_build
+    from vllm_flashtrace.base.process import is_cpu_build
     from vllm_flashtrace.offline.engine_log import command_engine
 
     engine_args: dict[str, Any] = {"disable_log_stats": True}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from vllm_flashtrace.core.attention import TargetRowBlocks, weighted_column_sums
-from vllm_flashtrace.core.attention_form import AttentionForm
-from vllm_flashtrace.core.hop_result import HopMass, HopResult
-from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.attention import AttentionForm, TargetRowBlocks, weighted_column_sums
+from vllm_flashtrace.core.hops import HopMass, HopRecursion, HopResult
 from vllm_flashtrace.core.proximity import (
+    LayerSums,
     OutputProjection,
     l1_proximity,
+    layer_scores,
     proximity_bounds,
     token_proximity,
+    token_shares,
 )
-from vllm_flashtrace.core.scores import LayerSums, layer_scores, token_shares
 from vllm_flashtrace.core.weights import TargetWeights
 
 __all__ = [

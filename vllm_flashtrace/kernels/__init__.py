@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_flashtrace.core.attention_form import AttentionForm
-from vllm_flashtrace.kernels.paged_attention import paged_column_sums, paged_lse
+from vllm_flashtrace.core.attention import AttentionForm
+from vllm_flashtrace.kernels.paged_attention import add_row_sums, paged_column_sums, paged_lse
 from vllm_flashtrace.kernels.paged_proximity import l1_proximity, proximity
-from vllm_flashtrace.kernels.row_sums import add_row_sums
 from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
 
 __all__ = [

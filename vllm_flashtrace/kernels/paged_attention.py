@@ -1,4 +1,15 @@
-"""Log-sum-exps and weighted column sums of attention over a paged K cache.
+"""Log-sum-exps, weighted column sums and row sums over a paged K cache: Triton, or plain torch.
+
+Log-sum-exps and weighted column sums from a paged K cache in plain torch.
+
+Invariant: the sums are those of `core.TargetRowBlocks`, on a view where one block holds all tokens
+and may be overwritten, and on a gathered copy otherwise.
+
+Weighted sums of the residual stream over target rows.
+
+Invariant: the device of the tensors picks the form, and both add the same numbers.
+
+Log-sum-exps and weighted column sums of attention over a paged K cache.
 
 Invariant: the device of the tensors picks the form, and both give the same numbers. Nothing of
 size rows times context is stored.
@@ -6,12 +17,73 @@ size rows times context is stored.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.core.attention_form import AttentionForm
-from vllm_flashtrace.kernels.target_rows import PagedRows
-from vllm_flashtrace.kernels.torch_column_sums import torch_column_sums, torch_lse
+from vllm_flashtrace.core.attention import AttentionForm, as_slice
+from vllm_flashtrace.kernels.paged_proximity import gather_tokens
+from vllm_flashtrace.kernels.target_rows import PagedRows, RowSegment
+
+
+def torch_column_sums(
+    query: Tensor,
+    key_cache: Tensor,
+    rows: PagedRows,
+    form: AttentionForm,
+    layer: int,
+    *,
+    overwrite_keys: bool = False,
+) -> None:
+    """Torch form of `column_sums.paged_column_sums`, which describes the arguments."""
+    query = _plain(query)
+    for segment, blocks in zip(rows.segments, rows.blocks, strict=True):
+        keys = _keys(key_cache, segment, may_view=overwrite_keys)
+        blocks.add(query, keys, form, segment.sums.column_sums[layer])
+
+
+def torch_lse(query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm) -> Tensor:
+    """Torch form of `column_sums.paged_lse`, which describes arguments and result."""
+    parts = [
+        blocks.log_sum_exp(_plain(query), _keys(key_cache, segment), form)
+        for segment, blocks in zip(rows.segments, rows.blocks, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _plain(query: Tensor) -> Tensor:
+    """Eight-bit floats cannot be indexed."""
+    return query.float() if query.itemsize == 1 else query
+
+
+def _keys(key_cache: Tensor, segment: RowSegment, *, may_view: bool = False) -> Tensor:
+    """float32 ``[G, d, columns]``."""
+    keys = gather_tokens(key_cache, segment.block_table, segment.columns).permute(1, 2, 0)
+    shares_memory = keys.untyped_storage().data_ptr() == key_cache.untyped_storage().data_ptr()
+    return keys.to(torch.float32, copy=shares_memory and not may_view)
+
+
+def add_row_sums(
+    residual: Tensor, rows: PagedRows, layer: int, to: Literal["residual", "stream"]
+) -> None:
+    """Adds ``sum_i w_i x_i`` over each segment's rows to one of its accumulators.
+
+    Args:
+        residual: ``[tokens, D]``, any float dtype and strides.
+        rows: The target rows.
+        layer: Layer of the accumulators.
+        to: Which accumulator.
+    """
+    if residual.is_cuda:
+        from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+
+        triton_row_sums(residual, rows, layer, to)
+        return
+    for segment in rows.segments:
+        sums = getattr(segment.sums, to)
+        sums[layer] += segment.weights @ residual[as_slice(segment.rows)].float()
+
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)

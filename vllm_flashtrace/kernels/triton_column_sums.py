@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.core.attention_form import AttentionForm
+from vllm_flashtrace.core.attention import AttentionForm
 from vllm_flashtrace.kernels.target_rows import PagedRows
 from vllm_flashtrace.kernels.triton_operands import (
     common_arguments,
     common_constants,
     load_queries,
+    load_values,
     masked_logits,
     on_device_of,
     operands_of,
@@ -28,7 +29,6 @@ from vllm_flashtrace.kernels.triton_operands import (
     window_of,
 )
 from vllm_flashtrace.kernels.triton_rows import REDUCTION, SUMS, WORK
-from vllm_flashtrace.kernels.triton_values import load_values
 
 
 class Tile(NamedTuple):

@@ -1,4 +1,11 @@
-"""Every pair of a token and a head: alignment, overshoot at the nearest coordinates, reach.
+"""The first pass of the proximity: every (token, head) pair, and which need a second look.
+
+What a layer's proximity pass needs to know of the stream and ``W_O`` before it sees a token.
+
+Invariant: ``W_O`` is read once, in the layout of the linear layer, and no changed copy of it is
+stored. Directions lose nothing to the type they are packed in.
+
+Every pair of a token and a head: alignment, overshoot at the nearest coordinates, reach.
 
 Invariant: one pass over the V cache. A value vector is loaded once for all query heads that share
 it, and nothing larger than ``[H, N]`` is stored.
@@ -6,6 +13,7 @@ it, and nothing larger than ``[H, N]`` is stored.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,8 +21,198 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.kernels.triton_nearest import DIRECTIONS, PIECES, Nearest
-from vllm_flashtrace.kernels.triton_values import Operands, PagedValues, load_values
+from vllm_flashtrace.kernels.triton_operands import Operands, PagedValues, load_values
+
+PIECES, NEAREST = tl.constexpr(3), tl.constexpr(8)
+"""Rows that together are the total direction; coordinates with an overshoot for every pair."""
+
+DIRECTIONS = tl.constexpr(16)
+"""Rows of a head's packed directions: pieces, nearest, zeros up to what a matrix product takes."""
+
+_COLUMNS, _ROWS, _SPLIT_ROWS = 128, 16, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Per head the direction of the total alignment and the coordinates easiest to overshoot.
+
+    Attributes:
+        directions: ``[H, 16, padded d]`` in the type of the matrix products. The sum of the first
+            three rows times `scale` is ``W_O^h s``, whose product with a value vector is the
+            alignment over all coordinates: sixteen bits three times hold a float32. The next eight
+            rows are the signed columns of ``W_O^h`` at the nearest coordinates; the rest is zero.
+        scale: float32 ``[H]``, powers of two; NaN where an input of the head is not finite.
+        sizes: float32 ``[H, 16]``, ``|x|`` at the nearest coordinates, infinite in other rows.
+        limits: float32 ``[H]``, the reach past which a ninth coordinate can overshoot.
+    """
+
+    directions: Tensor
+    scale: Tensor
+    sizes: Tensor
+    limits: Tensor
+
+
+def nearest_coordinates(
+    weight: Tensor, column_norms: Tensor, stream: Tensor, padded_dim: int, dtype: torch.dtype
+) -> Nearest:
+    """Finds the nearest coordinates of every head and packs their directions.
+
+    Args:
+        weight: ``[D, H*d]``, the output projection, any strides.
+        column_norms: float32 ``[H, D]``, contiguous.
+        stream: float32 ``[D]``, contiguous.
+        padded_dim: Power of two, at least ``d``.
+        dtype: Type of the matrix products: the weight's own, or float32.
+
+    Returns:
+        `Nearest`, on the device of the weight.
+    """
+    hidden, width = weight.shape
+    heads = len(column_norms)
+    splits = triton.cdiv(hidden, _SPLIT_ROWS)
+    partial = weight.new_empty(splits, width, dtype=torch.float32)
+    _total_direction_kernel[(triton.cdiv(width, _COLUMNS), splits)](
+        weight,
+        stream,
+        partial,
+        hidden,
+        width,
+        *weight.stride(),
+        SPLIT_ROWS=_SPLIT_ROWS,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+    )
+    nearest = Nearest(
+        directions=weight.new_empty(heads, DIRECTIONS.value, padded_dim, dtype=dtype),
+        scale=stream.new_empty(heads),
+        sizes=stream.new_empty(heads, DIRECTIONS.value),
+        limits=stream.new_empty(heads),
+    )
+    padded_hidden = triton.next_power_of_2(hidden)
+    _nearest_kernel[(heads,)](
+        weight,
+        column_norms,
+        stream,
+        partial,
+        nearest.directions,
+        nearest.scale,
+        nearest.sizes,
+        nearest.limits,
+        hidden,
+        splits,
+        *weight.stride(),
+        HEAD_DIM=width // heads,
+        PADDED_DIM=padded_dim,
+        PADDED_HIDDEN=padded_hidden,
+        num_warps=8 if padded_hidden <= 8192 else 16,
+    )
+    return nearest
+
+
+@triton.jit
+def _total_direction_kernel(
+    weight,
+    stream,
+    partial,
+    hidden,
+    width,
+    stride_row,
+    stride_column,
+    SPLIT_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``signs @ weight`` over one split of the rows; the reader adds the splits in order."""
+    split = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, SPLIT_ROWS, ROWS):
+        rows = split * SPLIT_ROWS + first + tl.arange(0, ROWS)
+        inside = rows < hidden
+        x = tl.load(stream + rows, mask=inside, other=0.0)
+        places = (
+            rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+        )
+        mask = inside[:, None] & (columns < width)[None, :]
+        w = tl.load(weight + places, mask=mask, other=0.0).to(tl.float32)
+        sums += tl.where(x < 0, -1.0, 1.0)[:, None] * w
+    total = tl.sum(sums, axis=0)
+    tl.store(partial + split * width + columns, total, mask=columns < width)
+
+
+@triton.jit
+def _nearest_kernel(
+    weight,
+    column_norms,
+    stream,
+    partial,
+    directions,
+    scale,
+    sizes,
+    limits,
+    hidden,
+    splits,
+    stride_row,
+    stride_column,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_HIDDEN: tl.constexpr,
+):
+    """One head: takes the smallest limit `NEAREST` times and keeps the one after."""
+    head = tl.program_id(0)
+    width = tl.num_programs(0) * HEAD_DIM
+    dims = tl.arange(0, PADDED_DIM)
+    in_head = dims < HEAD_DIM
+    columns = head * HEAD_DIM + dims
+    rows = tl.arange(0, DIRECTIONS)
+    dtype = directions.dtype.element_ty
+
+    total = tl.zeros([PADDED_DIM], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + split * width + columns, mask=in_head, other=0.0)
+    # A power of two near the largest entry keeps the pieces within the range of float16.
+    largest = tl.max(tl.abs(total), axis=0)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) / 256
+    power = tl.where((power > 0) & (power < float("inf")), power, 1.0)
+    remainder = tl.div_rn(total, power)
+    packed = tl.zeros([DIRECTIONS, PADDED_DIM], dtype)
+    for piece in tl.static_range(PIECES):
+        rounded = remainder.to(dtype)
+        remainder -= rounded.to(tl.float32)
+        packed = tl.where((rows == piece)[:, None], rounded[None, :], packed)
+
+    coordinates = tl.arange(0, PADDED_HIDDEN)
+    inside = coordinates < hidden
+    size = tl.abs(tl.load(stream + coordinates, mask=inside, other=0.0))
+    norms = tl.load(column_norms + head.to(tl.int64) * hidden + coordinates, mask=inside, other=0.0)
+    # What is not a number fails every comparison.
+    finite = (size < float("inf")) & (tl.abs(norms) < float("inf"))
+    wrong = tl.sum((~finite).to(tl.int32), axis=0)
+    wrong += tl.sum((~(tl.abs(total) < float("inf"))).to(tl.int32), axis=0)
+    distances = tl.where(norms > 0, tl.div_rn(size, norms), float("inf"))
+    distances = tl.where(distances < float("inf"), distances, float("inf"))
+
+    nearest_sizes = tl.full([DIRECTIONS], float("inf"), tl.float32)
+    for place in tl.static_range(PIECES, PIECES + NEAREST):
+        distance = tl.min(distances, axis=0)
+        coordinate = tl.argmin(distances, axis=0)
+        x = tl.load(stream + coordinate)
+        places = coordinate.to(tl.int64) * stride_row + columns.to(tl.int64) * stride_column
+        column = tl.load(weight + places, mask=in_head, other=0.0).to(tl.float32)
+        column = tl.where(x < 0, -column, column).to(dtype)
+        packed = tl.where((rows == place)[:, None], column[None, :], packed)
+        # Nothing overshoots an infinite size: no coordinate is left, or its column is zero.
+        x = tl.where(distance < float("inf"), tl.abs(x), float("inf"))
+        nearest_sizes = tl.where(rows == place, x, nearest_sizes)
+        distances = tl.where(coordinates == coordinate, float("inf"), distances)
+
+    first = head * DIRECTIONS
+    tl.store(directions + (first + rows)[:, None] * PADDED_DIM + dims[None, :], packed)
+    tl.store(sizes + first + rows, nearest_sizes)
+    tl.store(limits + head, tl.min(distances, axis=0))
+    tl.store(scale + head, tl.where(wrong > 0, float("nan"), power))
+
 
 # Rounding of the reach must never hide a coordinate.
 _REACH_SLACK = tl.constexpr(1 + 1e-5)

@@ -243,7 +243,7 @@ class FlashTrace:
         return str(rendered)
 
     def _output_parser(self, tool_call_parser: str | None) -> Any | None:
-        from vllm_flashtrace.offline.offline_output import offline_output_parser
+        from vllm_flashtrace.offline.engine import offline_output_parser
 
         try:
             return offline_output_parser(self.llm, tool_call_parser)

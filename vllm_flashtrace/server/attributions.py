@@ -1,5 +1,9 @@
 """``/v1/attributions``: attributes text that already exists, and gives out deferred attributions.
 
+How our routes answer a body that the web framework cannot read.
+
+Invariant: every refusal of our routes has OpenAI's error body, also those made before the route.
+
 Invariant: everything about existing text is known here, so a mistake in the request is an HTTP 400
 and never a ``failed`` object, unless the trace is deferred. A deferred attribution is reached by
 its id alone; there is no list of them.
@@ -7,18 +11,19 @@ its id alone; there is no list of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, WithJsonSchema
+from starlette.exceptions import HTTPException
 
-from vllm_flashtrace.api.checks import shown
-from vllm_flashtrace.api.json_checks import check_messages, check_text
+from vllm_flashtrace.api.checks import check_messages, check_text, shown
 from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
 from vllm_flashtrace.api.response import AttributionObject, DeletedAttribution
 from vllm_flashtrace.base.errors import InvalidRequestError
-from vllm_flashtrace.server.error_route import OpenAIErrorRoute
 from vllm_flashtrace.server.existing_text import (
     ExistingText,
     engine_options,
@@ -33,8 +38,27 @@ from vllm_flashtrace.server.openai import (
     with_cancellation,
 )
 from vllm_flashtrace.server.openapi import FIELD_SCHEMA
-from vllm_flashtrace.server.service import FIELD, TraceService
-from vllm_flashtrace.server.session import Attribution, new_trace_id
+from vllm_flashtrace.server.session import FIELD, Attribution, TraceService, new_trace_id
+
+
+class OpenAIErrorRoute(APIRoute):
+    """A route whose unreadable bodies are refused with HTTP 400 and OpenAI's error body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The framework's handler, with its bare HTTP 400 in our words."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except HTTPException as error:
+                if error.status_code != 400:
+                    raise
+                refusal = error_response(InvalidRequestError("body", f"body: {error.detail}"))
+                return JSONResponse(refusal.model_dump(), status_code=400)
+
+        return answer
+
 
 router = APIRouter(route_class=OpenAIErrorRoute)
 

@@ -15,13 +15,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_flashtrace.base.environment import (
+from vllm_flashtrace.base.process import (
     default_kv_cache_bytes,
     enable_plugin,
+    enabled,
     prepare_environment,
 )
-from vllm_flashtrace.plugin import enabled
-from vllm_flashtrace.server.store_folder import ensure_store_folder
+from vllm_flashtrace.server.sqlite_store import ensure_store_folder
 from vllm_flashtrace.trace.wire import ensure_secret
 
 logger = logging.getLogger("vllm.flashtrace")

@@ -1,5 +1,9 @@
 """``/v1/messages``, vLLM's form of Anthropic's Messages API, with the ``flashtrace`` field.
 
+The ``flashtrace`` field on routes whose request model drops keys it does not know.
+
+Invariant: on a route that cannot serve the field it is an HTTP 400, never ignored.
+
 Invariant: vLLM itself turns the request into a chat request and the chat's answer into a message;
 here that chat request is only looked at, so that an attribution is one of what was generated.
 
@@ -12,8 +16,9 @@ Written against vLLM 0.32.0: ``AnthropicServingMessages`` is a chat handler that
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
@@ -27,11 +32,55 @@ from vllm_flashtrace.server.openai import (
     error_response,
     recording_client,
 )
-from vllm_flashtrace.server.raw_body import field_as_sent
 from vllm_flashtrace.server.rendering import require_tool_calls
-from vllm_flashtrace.server.service import TraceService
-from vllm_flashtrace.server.session import RequestFacts, TraceSession
+from vllm_flashtrace.server.session import (
+    FIELD,
+    RequestFacts,
+    TraceService,
+    TraceSession,
+    refuse_reserved_xargs,
+)
 from vllm_flashtrace.server.streams import with_attribution_of_message
+
+
+async def field_as_sent(request: Any, raw_request: Any) -> Any:
+    """The value of the field in an HTTP request's body; None where it has none.
+
+    Args:
+        request: vLLM's request model.
+        raw_request: The HTTP request, whose body has been parsed already; None outside HTTP.
+    """
+    if request.model_extra is not None:
+        return request.model_extra.get(FIELD)
+    if raw_request is None:
+        return None
+    body = await raw_request.json()
+    return body.get(FIELD) if isinstance(body, dict) else None
+
+
+def refusing(handler: Any, method: str, route: str) -> Any:
+    """A copy of ``handler`` whose ``method`` refuses the ``flashtrace`` field.
+
+    Args:
+        handler: Handler of a route that cannot be traced.
+        method: Its method ``(request, raw_request)``.
+        route: The route, as the message names it.
+    """
+    stock: Callable[..., Awaitable[Any]] = getattr(handler, method)
+
+    async def guarded(request: Any, raw_request: Any = None) -> Any:
+        try:
+            refuse_reserved_xargs(request)
+            value = await field_as_sent(request, raw_request)
+            if value is not None and value is not False:
+                raise InvalidRequestError(FIELD, f"flashtrace is not available on {route}")
+        except InvalidRequestError as error:
+            return error_response(error)
+        return await stock(request, raw_request)
+
+    guarded_handler = copy.copy(handler)
+    setattr(guarded_handler, method, guarded)
+    return guarded_handler
 
 
 class MessageWithAttribution(AnthropicMessagesResponse):

@@ -22,7 +22,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
-from vllm_flashtrace.api.json_checks import check_messages
+from vllm_flashtrace.api.checks import check_messages
 from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.server.recording_client import RecordingClient
@@ -31,8 +31,7 @@ from vllm_flashtrace.server.rendering import (
     make_render,
     require_tool_calls,
 )
-from vllm_flashtrace.server.service import TraceService
-from vllm_flashtrace.server.session import RequestFacts, TraceSession
+from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
 from vllm_flashtrace.server.streams import (
     ChoiceWithAttribution,
     chat_choice,

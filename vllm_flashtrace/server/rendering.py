@@ -14,10 +14,9 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers import TokenizeParams, merge_kwargs
 from vllm.utils.mistral import is_mistral_tokenizer
 
-from vllm_flashtrace.api.request import FlashTraceRequest
-from vllm_flashtrace.api.schema_options import ToolCallTarget
+from vllm_flashtrace.api.request import FlashTraceRequest, ToolCallTarget
 from vllm_flashtrace.base.errors import InvalidRequestError
-from vllm_flashtrace.text.parsed_output import OutputParser, ParsedCall, ParsedOutput
+from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
 
 
 def make_render(handler: Any, request: Any) -> Callable[[Sequence[Mapping[str, Any]]], str | None]:

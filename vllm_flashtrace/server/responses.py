@@ -24,14 +24,13 @@ from vllm.exceptions import VLLMClientError
 from vllm.renderers import merge_kwargs
 from vllm.utils.mistral import is_mistral_tokenizer
 
-from vllm_flashtrace.api.json_checks import check_messages
+from vllm_flashtrace.api.checks import check_messages
 from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.server.openai import ErrorResponse, error_response
 from vllm_flashtrace.server.recording_client import RecordingClient
 from vllm_flashtrace.server.rendering import make_reasoning_parser, require_tool_calls
-from vllm_flashtrace.server.service import TraceService
-from vllm_flashtrace.server.session import RequestFacts, TraceSession
+from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
 

@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.logs import log_unexpected
-from vllm_flashtrace.base.processes import lineage
+from vllm_flashtrace.base.process import lineage
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.tracer import AsyncTracer, served_name
 

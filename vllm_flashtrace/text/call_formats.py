@@ -1,5 +1,15 @@
 """The forms in which models write tool calls, read with the place of every part.
 
+Where the parts of a JSON text lie.
+
+Invariant: a span is what the standard library's decoder read as that value, so reading it again
+gives the same value.
+
+Tool calls written as a list of Python calls, with the place of every argument.
+
+Invariant: only literals are read, nothing is evaluated, and every position counts characters of
+the given text although Python's own count bytes of a line.
+
 Invariant: a reader either accounts for every call that its form has in the text or gives None, and
 it never decides alone: what it read counts only where the server's own parser read the same.
 
@@ -9,20 +19,182 @@ text but for the bare form, whose failed attempts are counted.
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_flashtrace.base.records import Span
-from vllm_flashtrace.text.json_spans import (
-    elements,
-    inner_span,
-    members,
-    read_value,
-    skip_blanks,
-)
-from vllm_flashtrace.text.pythonic_calls import PythonicCall, read_pythonic
+
+_DECODER = json.JSONDecoder()
+_BLANKS = " \t\n\r"
+
+
+def read_value(text: str, start: int) -> tuple[Any, int]:
+    """Reads one JSON value that begins at `start`; returns it and its end.
+
+    Raises:
+        ValueError: There is none, or it is nested too deeply.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value, int(end)
+
+
+def skip_blanks(text: str, start: int) -> int:
+    """The first character from `start` on that JSON does not ignore between values."""
+    while start < len(text) and text[start] in _BLANKS:
+        start += 1
+    return start
+
+
+def members(text: str, start: int) -> dict[str, Span]:
+    """Spans of an object's values by key; the last one where a key occurs again.
+
+    Args:
+        text: Text with a valid object in it.
+        start: Where the object's brace stands.
+    """
+    spans: dict[str, Span] = {}
+    at = skip_blanks(text, start + 1)
+    while text[at] != "}":
+        key, at = read_value(text, at)
+        value_at = skip_blanks(text, skip_blanks(text, at) + 1)
+        _, end = read_value(text, value_at)
+        spans[key] = (value_at, end)
+        at = _next_item(text, end)
+    return spans
+
+
+def elements(text: str, start: int) -> Iterator[tuple[Any, Span]]:
+    """Values and spans of a valid array whose bracket stands at `start`."""
+    at = skip_blanks(text, start + 1)
+    while text[at] != "]":
+        value, end = read_value(text, at)
+        yield value, (at, end)
+        at = _next_item(text, end)
+
+
+def inner_span(text: str, span: Span) -> Span:
+    """The span of a string's characters without its quotes; any other value as it is.
+
+    An empty string keeps its quotes, since nothing else of it was written.
+    """
+    start, end = span
+    if text[start] == '"' and end - start > 2:
+        return start + 1, end - 1
+    return span
+
+
+def _next_item(text: str, end: int) -> int:
+    at = skip_blanks(text, end)
+    return skip_blanks(text, at + 1) if text[at] == "," else at
+
+
+_OPENING, _CLOSING = "<|python_start|>", "<|python_end|>"
+# The lines that Python counts; str.splitlines knows more line breaks.
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
+_STRING = re.compile(r"([rRuU]?)('''|\"\"\"|'|\")(.*)\2", re.DOTALL)
+_JSON_NAMES = {"null": None, "true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True)
+class PythonicCall:
+    """One call: its name, its span, the values of its keyword arguments and where they lie."""
+
+    name: str
+    span: Span
+    arguments: dict[str, Any]
+    values: dict[str, Span]
+
+
+def read_pythonic(text: str, begin: int) -> list[PythonicCall] | None:
+    """Reads a list of calls that the text from `begin` on consists of.
+
+    Returns:
+        None where the text is anything else, or an argument is no literal.
+    """
+    start = begin + len(text[begin:]) - len(text[begin:].lstrip())
+    if text.startswith(_OPENING, start):
+        start += len(_OPENING)
+    if not text.startswith("[", start):
+        return None
+    closing = text.find(_CLOSING, start)
+    source = text[start : closing if closing >= 0 else len(text)]
+    try:
+        body = ast.parse(source).body
+        value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Expr) else None
+        if not isinstance(value, ast.List):
+            return None
+        place = _Places(source, start)
+        return [_call(node, place) for node in value.elts]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+class _Places:
+    """Turns Python's lines and byte columns into characters of the whole text."""
+
+    def __init__(self, source: str, offset: int) -> None:
+        self._lines = [(match.start(), match.group()) for match in _LINE.finditer(source)]
+        self._source = source
+        self._offset = offset
+
+    def span(self, node: ast.expr) -> Span:
+        start = self._at(node.lineno, node.col_offset)
+        return start, self._at(node.end_lineno or 0, node.end_col_offset or 0)
+
+    def value(self, node: ast.expr) -> Span:
+        """The span of a value; of a text, only what stands between its quotes."""
+        start, end = self.span(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            written = self._source[start - self._offset : end - self._offset]
+            quoted = _STRING.fullmatch(written)
+            # Adjacent literals are one value: then there is more than one pair of quotes.
+            if quoted and quoted.group(3) and quoted.group(2) not in quoted.group(3):
+                return start + quoted.start(3), start + quoted.end(3)
+        return start, end
+
+    def _at(self, line: int, column: int) -> int:
+        begin, content = self._lines[line - 1]
+        return self._offset + begin + len(content.encode()[:column].decode())
+
+
+def _call(node: ast.expr, places: _Places) -> PythonicCall:
+    if not isinstance(node, ast.Call):
+        raise ValueError("not a call")
+    arguments: dict[str, Any] = {}
+    values: dict[str, Span] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise ValueError("arguments that are unpacked have no names")
+        arguments[keyword.arg] = _literal(keyword.value)
+        values[keyword.arg] = places.value(keyword.value)
+    return PythonicCall(ast.unparse(node.func), places.span(node), arguments, values)
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
+        return _JSON_NAMES[node.id]
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {
+            _literal(key) if key is not None else None: _literal(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+        }
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _literal(node.operand)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return -value if isinstance(node.op, ast.USub) else value
+    raise ValueError("not a literal")
+
 
 _MAX_FAILURES = 256
 _TAG = "<tool_call>"

@@ -1,32 +1,233 @@
 """What one trace has to do: tokens to prefill, what to explain, what to follow.
 
+Tokens that are neither explained nor credited.
+
+Invariant: whether a token is skipped depends on its own text alone.
+
+Which generated tokens are explained, and with what weight.
+
+Invariant: a resolved target consists of generated tokens only, is never empty, and never reaches
+beyond what was generated; otherwise a TraceError says why.
+
+The generated text with the parts that the server's parsers find in it.
+
+Invariant: the parsers run once per completion, and every part has its place in the same text.
+
 Invariant: every position in the plan lies within its tokens, and the tokens end with the last
 position that is explained, since later ones cannot influence it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.api.patterns import last_match
+from vllm_flashtrace.api.request import (
+    FlashTraceRequest,
+    RegexTarget,
+    TextTarget,
+    TokensTarget,
+    ToolCallTarget,
+)
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion, Span
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.text.generated import GeneratedText, decode_generated
-from vllm_flashtrace.text.marking import Render
+from vllm_flashtrace.text.generated import (
+    GeneratedText,
+    OutputParser,
+    ParsedOutput,
+    decode_generated,
+)
 from vllm_flashtrace.text.offsets import TokenText, token_offsets
-from vllm_flashtrace.text.output_parts import take_apart
-from vllm_flashtrace.text.parsed_output import OutputParser
 from vllm_flashtrace.text.prompt_map import PromptMap, locate_prompt
-from vllm_flashtrace.text.reasoning import Reasoning, find_reasoning
-from vllm_flashtrace.text.skip import skip_mask
-from vllm_flashtrace.text.targets import resolve_target
+from vllm_flashtrace.text.prompt_texts import Render
+from vllm_flashtrace.text.reasoning import (
+    Reasoning,
+    ReasoningBlock,
+    find_reasoning,
+    hidden_tokens,
+    reasoning_blocks,
+)
+from vllm_flashtrace.text.tool_calls import locate_calls, target_span
+
+# The list of the paper authors' implementation: comma, full stop and blanks.
+_PUNCTUATION = frozenset({"", ",", "."})
+
+
+def skip_mask(token_texts: Sequence[str], rule: str | Sequence[str]) -> Tensor | None:
+    """Marks skipped tokens.
+
+    Args:
+        token_texts: Text of each token.
+        rule: ``"none"``, ``"punctuation"``, or strings; a token whose text without surrounding
+            blanks equals one of them, itself without surrounding blanks, is skipped.
+
+    Returns:
+        bool ``[N]``, or None when the rule is ``"none"``.
+    """
+    if rule == "none":
+        return None
+    skipped = _PUNCTUATION if rule == "punctuation" else {text.strip() for text in rule}
+    return torch.tensor([text.strip() in skipped for text in token_texts], dtype=torch.bool)
+
+
+_REGEX_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTarget:
+    """What is explained.
+
+    Attributes:
+        weights: Weights over absolute positions.
+        text: The exact text looked for, or None where the tokens' own text says it.
+    """
+
+    weights: TargetWeights
+    text: str | None = None
+
+
+def resolve_target(
+    request: FlashTraceRequest,
+    generated: GeneratedText,
+    reasoning: Reasoning,
+    prompt_length: int,
+    tool_call: Callable[[ToolCallTarget], Span],
+) -> ResolvedTarget:
+    """Turns the request's ``target`` into weights.
+
+    Args:
+        request: The request.
+        generated: The decoded generated tokens.
+        reasoning: Their reasoning part, for ``"output"``.
+        prompt_length: Position of the first generated token.
+        tool_call: Finds a generated tool call in the visible text, or raises a TraceError.
+
+    Raises:
+        TraceError: ``empty_target``, ``target_not_found``, ``span_out_of_range``,
+            ``regex_timeout``, ``tool_call_not_found`` or ``argument_not_found``.
+    """
+    target = request.target
+    visible, shown = generated.visible, generated.shown
+    text: str | None = None
+    if isinstance(target, TextTarget):
+        start = shown.text.rfind(target.text)
+        if start < 0:
+            raise TraceError(
+                "target_not_found",
+                f"flashtrace.target.text {target.text[:80]!r} does not occur in the generated text",
+            )
+        text = target.text
+        weights = _ones(shown.overlapping(start, start + len(text)))
+    elif isinstance(target, RegexTarget):
+        start, end = _search(target.regex, shown.text)
+        text = shown.text[start:end]
+        weights = _ones(shown.overlapping(start, end))
+    elif isinstance(target, ToolCallTarget):
+        start, end = tool_call(target)
+        text = visible.text[start:end]
+        weights = _ones(visible.overlapping(start, end))
+    elif isinstance(target, TokensTarget):
+        _require_generated(max(end for _, end in target.tokens) - 1, len(generated))
+        weights = _ones([i for start, end in target.tokens for i in range(start, end)])
+    elif target == "output":
+        weights = _ones(reasoning.answer)
+    elif target == "generated":
+        weights = _ones(visible.overlapping(0, len(visible.text)))
+    else:
+        weights = target.weights
+        _require_generated(max(target.weights), len(generated))
+    if not weights:
+        missing = "answer after its reasoning" if target == "output" else "text"
+        raise TraceError("empty_target", f"flashtrace.target: the completion shows no {missing}")
+    return ResolvedTarget(
+        TargetWeights.from_mapping({prompt_length + i: w for i, w in weights.items()}), text
+    )
+
+
+def _ones(tokens: list[int]) -> dict[int, float]:
+    return dict.fromkeys(tokens, 1.0)
+
+
+def _search(pattern: str, text: str) -> tuple[int, int]:
+    try:
+        found = last_match(pattern, text, seconds=_REGEX_SECONDS)
+    except TimeoutError:
+        raise TraceError(
+            "regex_timeout",
+            f"flashtrace.target.regex {pattern[:80]!r} took longer than {_REGEX_SECONDS} s on the "
+            "generated text",
+        ) from None
+    if found is None:
+        raise TraceError(
+            "target_not_found",
+            f"flashtrace.target.regex {pattern[:80]!r} matches nothing in the generated text",
+        )
+    return found
+
+
+def _require_generated(last: int, length: int) -> None:
+    if last >= length:
+        raise TraceError(
+            "span_out_of_range",
+            f"flashtrace.target reaches generated token {last}, but {length} were generated",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParts:
+    """A completion taken apart.
+
+    Attributes:
+        generated: The decoded generated tokens, and how many of them are hidden.
+        parsed: What the server's parsers found; None where there are none.
+        reasoning: Their reasoning; None where nothing located it.
+    """
+
+    generated: GeneratedText
+    parsed: ParsedOutput | None = None
+    reasoning: list[ReasoningBlock] | None = None
+
+    def tool_call(self, target: ToolCallTarget) -> Span:
+        """Characters of the visible text that are the call or the argument a target names.
+
+        Raises:
+            TraceError: ``tool_call_not_found`` or ``argument_not_found``.
+        """
+        if self.parsed is None:
+            raise TraceError(
+                "tool_call_not_found",
+                f"flashtrace.target.tool_call {target.tool_call}: no tool call parser read this "
+                "completion",
+            )
+        calls = self.parsed.tool_calls
+        begin = self.reasoning[0].end if self.reasoning else 0
+        located = locate_calls(self.generated.visible.text, begin, calls)
+        return target_span(target, calls[: self.parsed.max_tool_calls], located)
+
+
+def take_apart(
+    generated: GeneratedText, completion: Completion, parser: OutputParser | None
+) -> OutputParts:
+    """Runs the server's parsers and locates what they found.
+
+    Args:
+        generated: The decoded generated tokens.
+        completion: The completion they are of.
+        parser: The server's parsers; None if it has none.
+    """
+    if parser is None:
+        return OutputParts(generated)
+    parsed = parser(completion.text, completion.generated_token_ids)
+    blocks = reasoning_blocks(parsed, generated, completion)
+    hidden = hidden_tokens(parsed, blocks, generated.visible, completion.generated_token_ids)
+    return OutputParts(replace(generated, hidden=hidden), parsed, blocks)
 
 
 @dataclass(frozen=True, slots=True)

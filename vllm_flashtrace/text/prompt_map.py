@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_flashtrace.base.records import Completion, Span
-from vllm_flashtrace.text.marking import MessageText, Render, message_texts
 from vllm_flashtrace.text.offsets import TokenText
 from vllm_flashtrace.text.prompt_texts import (
     Found,
+    MessageText,
     Place,
+    Render,
     clipped,
+    message_texts,
     place_by_marks,
     place_by_order,
     prompt_offset,

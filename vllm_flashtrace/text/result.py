@@ -1,4 +1,16 @@
-"""The ``flashtrace`` object of a response.
+"""From measured scores to the ``flashtrace`` object of a response.
+
+Shares of the messages in the input mass.
+
+Invariant: the scores of all segments add up to the input mass, the template's share stands last,
+and a message that could not be located has no score of its own rather than a wrong one.
+
+Scores of the prompt's sentences.
+
+Invariant: the sentences of a text partition it, and each token belongs to the one its first letter
+is in, so a sentence's score is the sum of its tokens' scores and nothing counts twice.
+
+The ``flashtrace`` object of a response.
 
 Invariant: every number in it is finite and plain JSON, and the masses of a completed attribution
 add up to one; otherwise there is no result but a TraceError.
@@ -6,18 +18,178 @@ add up to one; otherwise there is no result but a TraceError.
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
-from vllm_flashtrace.base.records import TraceUsage
+from vllm_flashtrace.base.records import Completion, Span, TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopResult
 from vllm_flashtrace.text.plan import TracePlan
-from vllm_flashtrace.text.segments import segments
-from vllm_flashtrace.text.sentences import sentences
+from vllm_flashtrace.text.prompt_map import PromptMap
+from vllm_flashtrace.text.prompt_texts import MessageText, message_texts
+
+_NAMES = ("name", "tool_call_id")
+
+
+def segments(
+    prompt_map: PromptMap, messages: Sequence[Mapping[str, Any]] | None, scores: Sequence[float]
+) -> list[dict[str, Any]]:
+    """One entry per message with its role, names and score, and one for the rest.
+
+    An assistant message with tool calls also has ``tool_calls``: which part of its score belongs to
+    each of them. The rest is the template, unless there are messages that could not be located:
+    then the rest names them.
+
+    Args:
+        prompt_map: The client's messages laid over the prompt.
+        messages: The client's messages, None for a plain prompt.
+        scores: Score of each prompt token.
+    """
+    of_message: dict[int, list[float]] = defaultdict(list)
+    of_call: dict[tuple[int, int], list[float]] = defaultdict(list)
+    rest: list[float] = []
+    for located, score in zip(prompt_map.tokens, scores, strict=True):
+        if located is None or located.message in prompt_map.unlocated:
+            rest.append(score)
+            continue
+        of_message[located.message].append(score)
+        if located.tool_call is not None:
+            of_call[located.message, located.tool_call].append(score)
+    entries: list[dict[str, Any]] = []
+    for i, role in enumerate(prompt_map.roles):
+        if i in prompt_map.unlocated:
+            continue
+        message = messages[i] if messages is not None else {}
+        names = {key: message[key] for key in _NAMES if isinstance(message.get(key), str)}
+        entries.append({"message": i, "role": role, **names, "score": math.fsum(of_message[i])})
+        calls = message.get("tool_calls")
+        if calls and isinstance(calls, Sequence):
+            entries[-1]["tool_calls"] = [
+                {"tool_call": n, **_call_names(call), "score": math.fsum(of_call[i, n])}
+                for n, call in enumerate(calls)
+            ]
+    last: dict[str, Any] = {"role": "template", "score": math.fsum(rest)}
+    if prompt_map.unlocated:
+        last |= {"role": "unlocated", "unlocated_messages": sorted(prompt_map.unlocated)}
+    elif not prompt_map.roles:
+        last["role"] = "prompt"
+    return [*entries, last]
+
+
+def _call_names(call: Any) -> dict[str, str]:
+    """Id and function name of a tool call, as far as the client gave them."""
+    if not isinstance(call, Mapping):
+        return {}
+    function = call.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    names = {"id": call.get("id"), "name": name}
+    return {key: value for key, value in names.items() if isinstance(value, str)}
+
+
+# Full stops that no letter follows, those of Chinese and Japanese, and ends of lines.
+_END = re.compile(
+    r"(?:(?<![.!?])[.!?]++[\"'\u2019\u201d)\]]*+(?=\s|\Z)|[\u3002\uff01\uff1f]++|\n)\s*+"
+)
+
+Key = tuple[int, int | None]
+"""A message and its content part."""
+
+
+def sentence_spans(text: str) -> list[Span]:
+    """Half-open character ranges that partition a text, blanks with the sentence before them.
+
+    A sentence ends with ``.``, ``!`` or ``?`` in front of a blank, with a full stop of Chinese or
+    Japanese, or with its line; abbreviations are not known.
+    """
+    spans: list[Span] = []
+    start = 0
+    for match in _END.finditer(text):
+        if text[start : match.end()].strip():
+            spans.append((start, match.end()))
+            start = match.end()
+    if start < len(text):
+        if spans and not text[start:].strip():
+            spans[-1] = (spans[-1][0], len(text))
+        else:
+            spans.append((start, len(text)))
+    return spans
+
+
+def containing(starts: Sequence[int], text: str, start: int, end: int) -> int:
+    """Index of the sentence that a token belongs to.
+
+    Args:
+        starts: Where each sentence starts, ascending from 0.
+        text: The text.
+        start: First character of the token.
+        end: One past its last.
+    """
+    blanks = end - start - len(text[start:end].lstrip())
+    return bisect.bisect_right(starts, start if blanks == end - start else start + blanks) - 1
+
+
+def sentences(
+    prompt_map: PromptMap, completion: Completion, scores: Sequence[float]
+) -> list[dict[str, Any]]:
+    """One entry per sentence of the located contents, in the order of the prompt.
+
+    An entry has ``message`` (and ``part``), ``start`` and ``end`` of the sentence without the
+    blanks around it, its ``text``, how many ``tokens`` it has, the ``score`` of all of them, and
+    their ``mean``. Sentences without a token of their own are left out.
+
+    Args:
+        prompt_map: The client's messages laid over the prompt.
+        completion: Holds the client's messages or prompt.
+        scores: Score of each prompt token.
+    """
+    texts = {(text.message, text.part): text.text for text in _contents(completion)}
+    spans = {key: sentence_spans(text) for key, text in texts.items()}
+    starts = {key: [start for start, _ in found] for key, found in spans.items()}
+    of_sentence: dict[tuple[Key, int], list[float]] = defaultdict(list)
+    for located, score in zip(prompt_map.tokens, scores, strict=True):
+        if located is None or located.start is None or located.end is None:
+            continue
+        key = located.message, located.part
+        if located.message in prompt_map.unlocated or key not in texts:
+            continue
+        number = containing(starts[key], texts[key], located.start, located.end)
+        of_sentence[key, number].append(score)
+    return [
+        _entry(key, texts[key], spans[key][number], own)
+        for (key, number), own in of_sentence.items()
+    ]
+
+
+def _contents(completion: Completion) -> list[MessageText]:
+    if completion.messages is not None:
+        return [text for text in message_texts(completion.messages) if text.is_content]
+    if completion.prompt_text is not None:
+        return [MessageText(0, None, completion.prompt_text)]
+    return []
+
+
+def _entry(key: Key, text: str, span: Span, own: Sequence[float]) -> dict[str, Any]:
+    message, part = key
+    sentence = text[slice(*span)]
+    start = span[0] + len(sentence) - len(sentence.lstrip())
+    score = math.fsum(own)
+    return {
+        "message": message,
+        **({} if part is None else {"part": part}),
+        "start": start,
+        "end": start + len(sentence.strip()),
+        "text": sentence.strip(),
+        "tokens": len(own),
+        "score": score,
+        "mean": score / len(own),
+    }
+
 
 OBJECT = "flashtrace.attribution"
 # Refusals that say nothing about the trace: the same request may succeed later.

@@ -9,15 +9,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from vllm_flashtrace.base.errors import TraceError
 
-if TYPE_CHECKING:
-    from vllm_flashtrace.worker.trace import ModelShape
-
 _FLOAT_BYTES = 4
 _DEFAULT_PART_OF_MEMORY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of the traced model on this worker; heads are those of its tensor-parallel rank."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_size: int
 
 
 @dataclass(frozen=True, slots=True)

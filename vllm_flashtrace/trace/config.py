@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_flashtrace.api.limits import RequestLimits
+from vllm_flashtrace.api.request import RequestLimits
 from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
 
 SECTION = "flashtrace"

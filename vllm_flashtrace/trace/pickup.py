@@ -23,11 +23,11 @@ import torch
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.trace.model_part import stages
 from vllm_flashtrace.trace.wire import (
     WireReport,
     decode_report,
     decode_wire,
+    stages,
     tensor_bytes,
     tensor_of,
 )

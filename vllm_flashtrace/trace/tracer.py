@@ -23,11 +23,10 @@ from vllm_flashtrace.text.plan import TracePlan, plan_trace
 from vllm_flashtrace.text.result import build_result, failed_result
 from vllm_flashtrace.trace.admission import Admission
 from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.trace.cache_use import cache_lookup
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.engine_hop import EngineContext, run_hop, while_alive
 from vllm_flashtrace.trace.engines import Engines
-from vllm_flashtrace.trace.hop import take_report, trace_call
+from vllm_flashtrace.trace.hop import EngineContext, run_hop, take_report, trace_call, while_alive
+from vllm_flashtrace.trace.metrics import cache_lookup
 from vllm_flashtrace.trace.observation import Observation, Observer
 from vllm_flashtrace.trace.pickup import decode_status
 

@@ -15,10 +15,9 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.core.scores import LayerSums
+from vllm_flashtrace.core.proximity import LayerSums
 from vllm_flashtrace.kernels import PagedRows, paged_column_sums, proximity
-from vllm_flashtrace.trace.budget import part_of_memory
-from vllm_flashtrace.worker.clock import HostClock
+from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
 from vllm_flashtrace.worker.cpu_cache import (
     BlockOrders,
     Scratch,
@@ -27,16 +26,15 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_values,
 )
 from vllm_flashtrace.worker.layers import (
+    added_weight,
     attention_form,
     check_config,
     find_layers,
+    model_part,
     output_projection,
 )
-from vllm_flashtrace.worker.lora import added_weight
-from vllm_flashtrace.worker.stage import model_part
-from vllm_flashtrace.worker.step import RowGroup, Segment
+from vllm_flashtrace.worker.step import HostClock, RowGroup, Segment
 from vllm_flashtrace.worker.taps import has_taps
-from vllm_flashtrace.worker.trace import ModelShape
 
 # What is gathered looks to the kernels like a cache of one large block.
 _ONE_BLOCK = torch.zeros(1, dtype=torch.int32)

@@ -1,5 +1,9 @@
 """The loaded model of a CUDA worker, as the recorder sees it.
 
+What a CUDA worker's attention layers do to their logits, and what of it cannot be reproduced.
+
+Invariant: whatever changes an attention weight is in the form, or the layer is refused by name.
+
 Invariant: nothing here waits for the device, and nothing is copied out of the KV cache or of the
 weights: kernels read both where vLLM keeps them. What is queued while a request holds its KV blocks
 reads them before a later step can write to them, because vLLM runs its steps on the same stream.
@@ -9,22 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
-from vllm_flashtrace.core.scores import LayerSums
+from vllm_flashtrace.core.proximity import LayerSums
 from vllm_flashtrace.kernels import AttentionForm, PagedRows, paged_column_sums, proximity
-from vllm_flashtrace.trace.budget import part_of_memory
-from vllm_flashtrace.worker.clock import Clock, CudaClock, HostClock
-from vllm_flashtrace.worker.gpu_attention import (
-    check_gpu_config,
-    check_gpu_layer,
-    flashinfer_quantizes_queries,
-    gpu_attention_form,
-)
+from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
 from vllm_flashtrace.worker.gpu_cache import (
     CacheScales,
     KeyValueViews,
@@ -32,12 +31,123 @@ from vllm_flashtrace.worker.gpu_cache import (
     key_value_views,
     quantized_dtype,
 )
-from vllm_flashtrace.worker.layers import TracedLayer, check_config, find_layers
-from vllm_flashtrace.worker.lora import added_weight
-from vllm_flashtrace.worker.stage import model_part
-from vllm_flashtrace.worker.step import RowGroup, Segment
+from vllm_flashtrace.worker.layers import (
+    TracedLayer,
+    added_weight,
+    check_config,
+    find_layers,
+    model_part,
+)
+from vllm_flashtrace.worker.observer import RecordingAttention
+from vllm_flashtrace.worker.step import Clock, CudaClock, HostClock, RowGroup, Segment
 from vllm_flashtrace.worker.taps import has_taps
-from vllm_flashtrace.worker.trace import ModelShape
+
+
+def check_gpu_config(config: VllmConfig) -> None:
+    """Refuses engine configurations that only matter on a GPU.
+
+    Raises:
+        UnsupportedModelError: Naming the feature in the way.
+    """
+    offload = config.offload_config
+    refusals = {
+        "R-SWA attention": config.model_config.rswa_window is not None,
+        "attention to later image tokens": bool(config.model_config.is_mm_prefix_lm),
+        "non-causal attention": bool(config.attention_config.use_non_causal),
+        "weights offloaded to the host": (
+            offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
+        ),
+        "KV caches on the host (HiSparse)": config.attention_config.hisparse_config is not None,
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
+
+
+def check_gpu_layer(layer: TracedLayer, flashinfer_quantizes: bool) -> None:
+    """Refuses attention layers whose weights the recorder would not reproduce.
+
+    Args:
+        layer: The layer.
+        flashinfer_quantizes: Whether FlashInfer quantises queries by itself where the cache is fp8.
+
+    Raises:
+        UnsupportedModelError: Naming the feature in the way.
+    """
+    attention: Any = layer.attention
+    impl: Any = attention.impl
+    backend = attention.attn_backend
+    # A backend derived from a recording one (chunked local attention, say) may build other block
+    # tables; only the classes that were registered are known.
+    if not isinstance(attention.impl, RecordingAttention) or backend.get_impl_cls() is not type(
+        impl
+    ):
+        raise UnsupportedModelError(
+            f"traces are not supported on the {backend.get_name()} backend ({layer.name})"
+        )
+    if "get_impl_cls" not in vars(backend):
+        raise UnsupportedModelError(
+            f"traces are not supported on the {backend.__name__} backend ({layer.name})"
+        )
+    flashinfer = backend.get_name() == "FLASHINFER"
+    quantized = quantized_dtype(attention) is not None
+    raw_queries = quantized and attention.query_quant is None
+    left, right = impl.sliding_window
+    refusals = {
+        "ALiBi of square roots": bool(getattr(impl, "use_alibi_sqrt", False)),
+        "ALiBi on the FLASHINFER backend": flashinfer and impl.alibi_slopes is not None,
+        "ALiBi and attention sinks": impl.alibi_slopes is not None and impl.sinks is not None,
+        "soft-capped logits on the FLASHINFER backend": flashinfer and bool(impl.logits_soft_cap),
+        "chunked local attention": getattr(impl, "chunk_lookback", -1) > -1,
+        "attention to later image tokens": bool(attention.use_mm_prefix),
+        f"a sliding window of {impl.sliding_window}": right > 0 or (left < 0) != (right < 0),
+        "an fp8 KV cache for which FlashInfer quantizes the queries": (
+            flashinfer and raw_queries and flashinfer_quantizes
+        ),
+        # Its kernels then apply the scales of quantised queries to queries that are not.
+        "fp8 scales on the FLASHINFER backend without quantized queries": (
+            flashinfer and raw_queries and cache_scales(attention) != CacheScales()
+        ),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature} ({layer.name})")
+
+
+def gpu_attention_form(layer: TracedLayer) -> AttentionForm:
+    """How a layer on a recorded CUDA backend forms its attention weights.
+
+    The scales that make numbers out of a quantised K cache and of quantised queries are part of the
+    factor on the dot products.
+    """
+    attention: Any = layer.attention
+    impl = attention.impl
+    scales = cache_scales(attention)
+    query_scale = scales.query if attention.query_quant is not None else 1.0
+    left, _ = impl.sliding_window
+    device = layer.out_proj.weight.device
+    slopes, sinks = impl.alibi_slopes, impl.sinks
+    return AttentionForm(
+        scale=float(impl.scale) * scales.key * query_scale,
+        sliding_window=left + 1 if left >= 0 else None,
+        soft_cap=float(impl.logits_soft_cap or 0.0),
+        alibi_slopes=slopes.to(device, torch.float32) if slopes is not None else None,
+        sinks=sinks.detach().to(device, torch.float32) if sinks is not None else None,
+    )
+
+
+def flashinfer_quantizes_queries(config: VllmConfig) -> bool:
+    """Whether FlashInfer turns queries into fp8 inside its ``forward`` where the cache is fp8.
+
+    The rule of ``FlashInferMetadataBuilder.get_q_data_type`` in vLLM 0.32.0.
+    """
+    if config.attention_config.disable_flashinfer_q_quantization:
+        return False
+    return bool(
+        current_platform.is_device_capability(90)
+        or current_platform.is_device_capability_family(100)
+    )
+
 
 _MIB = 1 << 20
 _PART_OF_FREE_MEMORY = 2

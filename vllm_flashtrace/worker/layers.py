@@ -1,27 +1,132 @@
 """Finds the attention layers of a loaded vLLM model and says whether they can be traced exactly.
 
+Which layers of the model are on this worker: all, or those of its pipeline stage.
+
+Invariant: a stage is what vLLM's own model says it runs, never guessed from what was found.
+
+LoRA adapters on the way from ``v`` to the residual stream.
+
+Invariant: an adapter's output projection is read from the slot that its request was computed with,
+in the step in which the trace ends, while the slot still holds that adapter.
+
+Adapters on other projections need no care: what they do to queries, keys, values and the stream is
+in what is recorded.
+
 Invariant: a model passes only if every feature on the way from ``v`` to the residual stream is one
 that the capture path reproduces; anything else is refused by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
-from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.trace.engines import check_data_parallel
-from vllm_flashtrace.worker.lora import base_projection
-from vllm_flashtrace.worker.stage import stage_layers
+from vllm_flashtrace.trace.wire import ModelPart
+
+
+def stage_layers(model: nn.Module, config: VllmConfig) -> range:
+    """The layers that this worker runs, as indices in the whole model.
+
+    Raises:
+        UnsupportedModelError: The model does not tell.
+    """
+    if config.parallel_config.pipeline_parallel_size == 1:
+        return range(config.model_config.get_total_num_hidden_layers())
+    inner: Any = getattr(model, "model", None)
+    try:
+        return range(inner.start_layer, inner.end_layer)
+    except AttributeError:
+        raise UnsupportedModelError(
+            "traces are not supported with pipeline parallelism of a model that does not tell its "
+            "stage's layers"
+        ) from None
+
+
+def is_last_stage(config: VllmConfig) -> bool:
+    """Whether the model's last layer is on this worker."""
+    return config.parallel_config.pipeline_parallel_size == 1 or get_pp_group().is_last_rank
+
+
+def model_part(model: nn.Module, config: VllmConfig) -> ModelPart:
+    """What of the model is on this worker."""
+    layers = stage_layers(model, config)
+    return ModelPart(
+        first_layer=layers.start,
+        num_layers=len(layers),
+        model_layers=config.model_config.get_total_num_hidden_layers(),
+        ranks=config.parallel_config.tensor_parallel_size,
+    )
+
+
+def base_projection(projection: nn.Module | None) -> tuple[nn.Module | None, nn.Module | None]:
+    """An output projection without its adapters, and the module that holds them, if any.
+
+    Raises:
+        UnsupportedModelError: The adapters are cut over ranks in a way that is not read here.
+    """
+    if not isinstance(projection, RowParallelLinearWithLoRA):
+        return projection, None
+    if type(projection) is not RowParallelLinearWithLoRA:
+        raise UnsupportedModelError("traces are not supported with fully sharded LoRA adapters")
+    return projection.base_layer, projection
+
+
+def added_weight(
+    layer: Any, adapter: int, slot_of: Callable[[int], int] | None
+) -> torch.Tensor | None:
+    """What an adapter adds to ``W_O``, float32 ``[D, H * d]`` of this rank's heads.
+
+    Args:
+        layer: The :class:`~vllm_flashtrace.worker.layers.TracedLayer`.
+        adapter: The adapter's id.
+        slot_of: Where adapters are.
+
+    Returns:
+        None where no adapter can change this projection.
+
+    Raises:
+        TraceError: ``recording_failed``: the adapter is not where it should be.
+    """
+    if layer.adapters is None:
+        return None
+    if slot_of is None:
+        raise TraceError("recording_failed", "the adapters of this worker are not known")
+    slot = slot_of(adapter)
+    (down,), (up,) = layer.adapters.lora_a_stacked, layer.adapters.lora_b_stacked
+    product: torch.Tensor = up[slot, 0].float() @ down[slot, 0].float()
+    return product
+
+
+def adapter_slot(runner: Any, adapter: int) -> int:
+    """Where the modules of a runner's model hold an adapter.
+
+    Args:
+        runner: A V1 or V2 model runner.
+        adapter: The adapter's id (``LoRARequest.lora_int_id``).
+
+    Raises:
+        TraceError: ``recording_failed``: the adapter is not active.
+    """
+    slots = runner.lora_manager._adapter_manager.lora_index_to_id
+    if adapter not in slots:
+        raise TraceError("recording_failed", f"LoRA adapter {adapter} is not active")
+    index: int = slots.index(adapter)
+    return index
+
 
 # Architectures whose decoder layer is pre-norm, adds the attention block's output to the residual
 # stream unscaled, and is called as (positions, hidden_states, residual).

@@ -1,14 +1,15 @@
-"""The one observer of the forward pass that is running, if any.
+"""The one observer of the forward pass that is running, and the attention mixin that calls it.
 
-Invariant: there is an observer only during the forward pass of a step that computes target rows of
-a trace. At all other times :func:`current` is None, and whoever asks does nothing.
+There is an observer only during the forward pass of a step that computes target rows of
+a trace. At all other
+times :func:`current` is None, and whoever asks does nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -43,3 +44,31 @@ def observing(observer: ForwardObserver) -> Iterator[None]:
         yield
     finally:
         _current = None
+
+
+class RecordingAttention:
+    """Comes first among the bases of an implementation, before the stock one."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Runs the stock kernel, then shows the queries ``[tokens, H, d]`` to the observer.
+
+        Without an observer the cost is reading one variable. There is no metadata in runs that only
+        measure memory.
+        """
+        result: torch.Tensor = super().forward(  # type: ignore[misc]
+            layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+        )
+        observer = current()
+        if observer is not None and attn_metadata is not None:
+            observer.on_attention(layer.layer_name, query)
+        return result

@@ -1,4 +1,27 @@
-"""Connects a model runner with the recorder.
+"""Connects a model runner, V1 or V2, with the recorder.
+
+Block tables as attention kernels read them.
+
+vLLM's KV cache manager and its runners count blocks of the cache's block size. A backend whose
+kernels need smaller blocks reads a cache that is viewed in such kernel blocks, through a table that
+its ``AttentionGroup`` derives when metadata is built; this module derives the same table for the
+recorder.
+
+The batch of a V1 model runner.
+
+Invariant: rows are in the order of the runner's flattened tokens, and block tables are those of
+the step, as the attention kernel reads them.
+
+The batch of a V2 model runner.
+
+Invariant: rows are in the order of the runner's flattened tokens, and block tables are those of
+the step, as the attention kernel reads them.
+
+What a worker says of itself in the status report.
+
+Invariant: never raises; what vLLM does not tell is ``None``.
+
+Connects a model runner with the recorder.
 
 Invariant: nothing here raises into the runner, and a step without target rows has no observer.
 """
@@ -6,22 +29,149 @@ Invariant: nothing here raises into the runner, and a step without target rows h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_flashtrace.base.errors import FlashTraceError, UnsupportedModelError
+from vllm_flashtrace.base.errors import FlashTraceError, TraceError, UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
+from vllm_flashtrace.base.process import lineage
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
-from vllm_flashtrace.worker.layers import check_cache
-from vllm_flashtrace.worker.lora import adapter_slot
+from vllm_flashtrace.worker.layers import adapter_slot, check_cache
 from vllm_flashtrace.worker.recorder import Recorder, TracedModel
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
+
+
+def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torch.Tensor:
+    """Ids of kernel blocks, in the order of the tokens they hold.
+
+    Args:
+        block_table: int32 ``[..., blocks]``, ids of the manager's blocks.
+        groups: The ``AttentionGroup`` objects of the one KV cache group.
+
+    Returns:
+        ``block_table`` itself where kernels use the manager's blocks, else int32
+        ``[..., blocks * kernel blocks per block]`` on the same device.
+
+    Raises:
+        UnsupportedModelError: Layers differ in the size of their kernel blocks, or the blocks of
+            other layers lie between those of one.
+    """
+    if len({group.kernel_block_size for group in groups}) != 1:
+        raise UnsupportedModelError(
+            "traces are not supported with layers whose kernels use blocks of different sizes"
+        )
+    group = groups[0]
+    if group.kernel_block_size is None:
+        return block_table
+    if group.kernel_block_stride:
+        raise UnsupportedModelError("traces are not supported with packed kernel blocks")
+    parts = group.kv_cache_spec.block_size // group.kernel_block_size
+    part = torch.arange(parts, dtype=block_table.dtype, device=block_table.device)
+    return (block_table.unsqueeze(-1) * parts + part).flatten(-2)
+
+
+def batch_rows_v1(runner: Any, scheduled: Mapping[str, int]) -> Iterator[BatchRow]:
+    """The requests of the step that a V1 runner has prepared.
+
+    Args:
+        runner: A ``vllm.v1.worker.gpu_model_runner.GPUModelRunner``, or one derived from it.
+        scheduled: Number of tokens of each request in this step.
+
+    Raises:
+        UnsupportedModelError: The kernels' blocks cannot be told from the manager's.
+    """
+    batch = runner.input_batch
+    blocks = batch.block_table[0].get_device_tensor(len(batch.req_ids))
+    tables = kernel_block_table(blocks, runner.attn_groups[0])
+    first_row = 0
+    for index, req_id in enumerate(batch.req_ids):
+        count = scheduled[req_id]
+        start = int(batch.num_computed_tokens_cpu[index])
+        yield BatchRow(req_id, first_row, start, start + count, tables[index])
+        first_row += count
+
+
+def batch_rows_v2(
+    runner: Any, input_batch: Any, block_tables: Sequence[torch.Tensor]
+) -> Iterator[BatchRow]:
+    """The requests of a step, without the rows that pad it for CUDA graphs.
+
+    Args:
+        runner: A ``vllm.v1.worker.gpu.model_runner.GPUModelRunner``.
+        input_batch: Its ``InputBatch`` for the step.
+        block_tables: int32 ``[requests with padding, blocks]`` of each KV cache group, as
+            ``prepare_attn`` gives them: the manager's blocks, on the runner's device, valid until
+            the next step.
+
+    Raises:
+        UnsupportedModelError: There are several KV cache groups, or tokens are split over ranks.
+        TraceError: The batch is not laid out as its own numbers say.
+    """
+    if len(block_tables) != 1:
+        raise UnsupportedModelError(
+            f"traces are not supported with {len(block_tables)} KV cache groups"
+        )
+    if runner.pcp_manager is not None:
+        raise UnsupportedModelError("traces are not supported with prefill context parallelism")
+    tables = kernel_block_table(block_tables[0], runner.attn_groups[0])
+    rows = input_batch.query_start_loc_np.tolist()
+    computed = input_batch.num_computed_tokens_np.tolist()
+    scheduled = input_batch.num_scheduled_tokens.tolist()
+    for index, req_id in enumerate(input_batch.req_ids):
+        first, count = rows[index], scheduled[index]
+        if rows[index + 1] - first != count:
+            raise TraceError(
+                "recording_failed",
+                f"request {req_id} has {rows[index + 1] - first} rows for {count} tokens",
+            )
+        start = computed[index]
+        yield BatchRow(req_id, first, start, start + count, tables[index])
+
+
+def worker_report(worker: Any) -> dict[str, Any]:
+    """Process, device, runner, attention backends and place in the parallel layout.
+
+    Args:
+        worker: vLLM's worker.
+    """
+    parallel = getattr(getattr(worker, "vllm_config", None), "parallel_config", None)
+    runner = getattr(worker, "model_runner", None)
+    return {
+        "pid": os.getpid(),
+        "rank": getattr(worker, "rank", None),
+        "tensor_parallel_size": getattr(parallel, "tensor_parallel_size", None),
+        "pipeline_parallel_size": getattr(parallel, "pipeline_parallel_size", None),
+        "data_parallel_rank": getattr(parallel, "data_parallel_index", None),
+        "device": str(getattr(runner, "device", None)),
+        "runner": _runner_version(runner),
+        "attention_backends": _backends(runner),
+        "processes": lineage(),
+    }
+
+
+def _runner_version(runner: Any) -> str | None:
+    for kind in type(runner).__mro__:
+        if kind.__module__ == "vllm.v1.worker.gpu.model_runner":
+            return "V2"
+        if kind.__module__ == "vllm.v1.worker.gpu_model_runner":
+            return "V1"
+    return None
+
+
+def _backends(runner: Any) -> list[str] | None:
+    try:
+        groups = [group for per_cache in runner.attn_groups for group in per_cache]
+        return sorted({str(group.backend.get_name()) for group in groups})
+    except Exception:
+        return None
+
 
 _ATTRIBUTE = "_flashtrace_capture"
 
@@ -167,7 +317,7 @@ class StepObserver:
         self._fail = fail
 
     def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
-        """See :class:`~vllm_flashtrace.worker.observer.ForwardObserver`."""
+        """See :class:`~vllm_flashtrace.worker.step.ForwardObserver`."""
         try:
             layer = self.model.layer_index(layer_name)
             if layer is not None:
@@ -176,7 +326,7 @@ class StepObserver:
             self._fail(error)
 
     def on_residual(self, residual: torch.Tensor) -> None:
-        """See :class:`~vllm_flashtrace.worker.observer.ForwardObserver`."""
+        """See :class:`~vllm_flashtrace.worker.step.ForwardObserver`."""
         try:
             self.step.record_residual(residual)
         except Exception as error:

@@ -27,9 +27,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.worker.layers import TracedLayer, check_config, find_layers
+from vllm_flashtrace.worker.layers import TracedLayer, check_config, find_layers, is_last_stage
 from vllm_flashtrace.worker.observer import current
-from vllm_flashtrace.worker.stage import is_last_stage
 
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"

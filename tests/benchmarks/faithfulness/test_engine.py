@@ -20,7 +20,7 @@ from benchmarks.faithfulness.ours import VARIANTS, OursFamily, Recursion
 from benchmarks.faithfulness.scorer import EngineScorer
 from benchmarks.faithfulness.scorer_speed import Case, Steps, rise, run_case
 from tests.tiny_models import make_tiny_model
-from vllm_flashtrace.core.hop_result import HopMass
+from vllm_flashtrace.core.hops import HopMass
 
 LONGEST = 640
 CHUNK = 256

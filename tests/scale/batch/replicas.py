@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.scale.batch.test_results import ATTRIBUTION, chat
 from vllm_flashtrace.scale.batch.batch_replica import ReplicaError
-from vllm_flashtrace.scale.batch.outcome import Outcome
+from vllm_flashtrace.scale.batch.results import Outcome
 
 POISON, REFUSE = "poison", "refuse"
 

@@ -8,10 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vllm_flashtrace.scale.batch import inputs
-from vllm_flashtrace.scale.batch.inputs import input_files, read_rows
-from vllm_flashtrace.scale.batch.rows import Defaults, RowError
-from vllm_flashtrace.scale.batch.scan import scan_input
-from vllm_flashtrace.scale.batch.source import FileRows
+from vllm_flashtrace.scale.batch.inputs import Defaults, RowError, input_files, read_rows
+from vllm_flashtrace.scale.batch.source import FileRows, scan_input
 
 
 def write(path: Path, *lines: str | bytes) -> Path:

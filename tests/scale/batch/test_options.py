@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from vllm_flashtrace.base.errors import InvalidRequestError
-from vllm_flashtrace.scale.batch import slots
-from vllm_flashtrace.scale.batch.engine_options import as_argv, workers_of
-from vllm_flashtrace.scale.batch.execution import _reason
+from vllm_flashtrace.scale.batch import batch_replica as slots
+from vllm_flashtrace.scale.batch.batch_replica import Slot
+from vllm_flashtrace.scale.batch.dataset import as_argv, workers_of
+from vllm_flashtrace.scale.batch.execution import _reason, progress
 from vllm_flashtrace.scale.batch.options import engine_argv, parse_flashtrace, parse_replicas
-from vllm_flashtrace.scale.batch.progress import progress
-from vllm_flashtrace.scale.batch.slots import Slot
-from vllm_flashtrace.scale.interruption import Interrupted, stop_on_signals
+from vllm_flashtrace.scale.ray_cluster import Interrupted, stop_on_signals
 
 
 def test_keywords_become_options() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_flashtrace.scale.batch import parts
-from vllm_flashtrace.scale.batch.parts import DamagedPartError, FinishedRows, PartsWriter
+from vllm_flashtrace.scale.batch import store as parts
+from vllm_flashtrace.scale.batch.store import DamagedPartError, FinishedRows, PartsWriter
 
 ROWS = 40
 

@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from openai.types.chat import ChatCompletion
 
-from vllm_flashtrace.scale.batch.finish import drop_store, finish
-from vllm_flashtrace.scale.batch.outcome import Outcome
-from vllm_flashtrace.scale.batch.parts import FinishedRows, PartsWriter
-from vllm_flashtrace.scale.batch.results import result_schema, table_rows
+from vllm_flashtrace.scale.batch.execution import drop_store, finish
+from vllm_flashtrace.scale.batch.results import Outcome, result_schema, table_rows
 from vllm_flashtrace.scale.batch.store import (
     ERRORS,
     OUTPUT,
     PARTS,
     RESULTS,
+    FinishedRows,
     Manifest,
     OutputFolderError,
+    PartsWriter,
     claim,
     locked,
 )

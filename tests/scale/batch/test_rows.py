@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vllm_flashtrace.scale.batch.rows import (
+from vllm_flashtrace.scale.batch.inputs import (
     ATTRIBUTIONS,
     CHAT,
     COMPLETIONS,

@@ -8,7 +8,7 @@ from typing import Any
 import ray.exceptions
 
 from vllm_flashtrace.scale.deploy.exchange import Application, Message
-from vllm_flashtrace.scale.deploy.served_app import ServedApp
+from vllm_flashtrace.scale.deploy.served_replica import ServedApp
 
 
 class ScriptedEngine:

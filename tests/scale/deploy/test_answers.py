@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from vllm_flashtrace.scale.deploy.errors import end_of_stream, is_event_stream, whole_answer
-from vllm_flashtrace.scale.deploy.metrics import merge
+from vllm_flashtrace.scale.deploy.exchange import end_of_stream, is_event_stream, whole_answer
+from vllm_flashtrace.scale.deploy.gateway import merge
 
 
 def events(text: bytes) -> list[tuple[str | None, str]]:

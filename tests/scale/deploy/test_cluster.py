@@ -28,7 +28,7 @@ with connect(num_cpus=1, object_store_memory=90 << 20) as ray:
 """
 _PARENT = """
 import multiprocessing, os, sys, time
-from vllm_flashtrace.base.orphans import end_engine_with_this_process, end_with_parent_if_asked
+from vllm_flashtrace.base.process import end_engine_with_this_process, end_with_parent_if_asked
 
 def child():
     end_with_parent_if_asked()

@@ -12,9 +12,8 @@ from ray.serve.exceptions import BackPressureError
 
 from tests.scale.deploy.scripted import Handle, as_raised, served
 from vllm_flashtrace.scale.deploy import gateway as module
-from vllm_flashtrace.scale.deploy.errors import EngineLostError
+from vllm_flashtrace.scale.deploy.exchange import REPLICA_HEADER, EngineLostError, taken_by
 from vllm_flashtrace.scale.deploy.gateway import Gateway
-from vllm_flashtrace.scale.deploy.taking import REPLICA_HEADER, taken_by
 
 EVENTS = [(b"content-type", b"text/event-stream")]
 TAKEN = [taken_by("r9")]

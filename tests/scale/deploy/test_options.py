@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 
 from vllm_flashtrace.base.process import bind_cores, binding
-from vllm_flashtrace.scale.deploy.application import (
+from vllm_flashtrace.scale.deploy.run_deploy import (
+    DeployOptions,
+    check_engine_options,
     cpus_per_replica,
+    parse_scaling,
     passed_environment,
     version_of,
 )
-from vllm_flashtrace.scale.deploy.options import DeployOptions, check_engine_options, parse_scaling
 from vllm_flashtrace.scale.deploy.served_replica import ReplicaPlan
 
 NONE = {"min_replicas": None, "max_replicas": None}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vllm_flashtrace.scale.deploy.store_actor import StoreHost, actor_name
+from vllm_flashtrace.server.deferred import StoreLimits
 from vllm_flashtrace.server.session import new_trace_id
-from vllm_flashtrace.server.store import StoreLimits
 
 LIMITS = StoreLimits(entries=2, nbytes=10_000, ttl_seconds=60.0)
 

@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from browser import ANSWER, rising
 from page_server import PAGE_ON, PageServer, served
 
 from tests.api.chromium import Chromium
+from tests.server.page.browser import ANSWER, rising
 
 
 @pytest.fixture(scope="session")

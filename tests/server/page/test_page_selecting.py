@@ -6,7 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from browser import (
+from page_server import PAGE_ON, served
+
+from tests.server.page.browser import (
     ANSWER,
     DONE,
     SHOWN,
@@ -19,8 +21,6 @@ from browser import (
     levels,
     set_field,
 )
-from page_server import PAGE_ON, served
-
 from vllm_flashtrace.trace.wire import unseal
 
 

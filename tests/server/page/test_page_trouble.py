@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
-from browser import (
+from page_server import PAGE_ON, served
+
+from tests.server.page.browser import (
     ANSWER,
     HOSTILE,
     PROBLEM,
@@ -19,7 +21,6 @@ from browser import (
     rising,
     set_field,
 )
-from page_server import PAGE_ON, served
 
 
 def test_hostile_text_stays_text(page, page_server):

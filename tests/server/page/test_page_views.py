@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from browser import (
+
+from tests.server.page.browser import (
     ANSWER,
     HOSTILE,
     SHOWN,
@@ -18,7 +19,6 @@ from browser import (
     levels,
     set_field,
 )
-
 from vllm_flashtrace.api.attribution import Attribution
 
 

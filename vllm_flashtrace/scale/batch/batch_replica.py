@@ -1,4 +1,10 @@
-"""One replica: an engine in a Ray actor, asked row by row.
+"""One replica of a batch: an engine in a Ray actor, asked row by row.
+
+Numbers the replicas on one machine, so that each can take CPU cores of its own.
+
+Invariant: a slot belongs to one living process; when that ends, however it ends, the slot is free.
+
+One replica: an engine in a Ray actor, asked row by row.
 
 Invariant: every row of a batch comes back once, in order; a row that fails fails alone. A replica
 whose engine died ends its process, so that Ray starts another one and sends the batch there.
@@ -11,19 +17,45 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_flashtrace.scale.batch.outcome import Outcome
+from vllm_flashtrace.scale.batch.results import Outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from vllm_flashtrace.server.in_process_server import InProcessServer
+    from vllm_flashtrace.server.engine_app import InProcessServer
+
+
+class Slot:
+    """The lowest number that no other replica of this user holds on this machine."""
+
+    def __init__(self, group: str) -> None:
+        """Takes a slot.
+
+        Args:
+            group: Replicas of one group share the numbers.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = Path(tempfile.gettempdir()) / f"vllm-flashtrace-{os.getuid()}" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        self.number = 0
+        while True:
+            self._lock = FileLock(folder / f"slot-{self.number}")
+            try:
+                self._lock.acquire(blocking=False)
+                return
+            except Timeout:
+                self.number += 1
+
 
 T = TypeVar("T")
 _SECTION = "flashtrace"
@@ -74,10 +106,12 @@ class Replica:
         Raises:
             ReplicaError: It does not start, or cannot trace the model.
         """
-        from vllm_flashtrace.base.environment import enable_plugin, prepare_environment
-        from vllm_flashtrace.base.orphans import end_engine_with_this_process
-        from vllm_flashtrace.base.process import bind_cores
-        from vllm_flashtrace.scale.batch.slots import Slot
+        from vllm_flashtrace.base.process import (
+            bind_cores,
+            enable_plugin,
+            end_engine_with_this_process,
+            prepare_environment,
+        )
         from vllm_flashtrace.trace.wire import ensure_secret
 
         self._settings = settings
@@ -123,7 +157,7 @@ class Replica:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _start(self) -> InProcessServer:
-        from vllm_flashtrace.server.in_process_server import in_process_server
+        from vllm_flashtrace.server.engine_app import in_process_server
 
         self._stack = AsyncExitStack()
         settings = self._settings
@@ -159,7 +193,7 @@ class Replica:
         return Outcome.answered(*place, status, answer)
 
     def _refuse_unknown(self, url: str, body: dict[str, Any]) -> None:
-        from vllm_flashtrace.server.in_process_server import known_fields
+        from vllm_flashtrace.server.engine_app import known_fields
 
         known = known_fields(url)
         for name in sorted(body):

@@ -1,4 +1,15 @@
-"""Has replicas answer the rows of a batch that are not finished, and stores what they say.
+"""Has replicas answer the rows that are not finished, shows progress, and writes the final files.
+
+How far a run is: a bar in a terminal, a line now and then elsewhere.
+
+Invariant: the last figures are always shown.
+
+The last step: final files from the store of finished rows.
+
+Invariant: a final file appears whole or not at all, rows are in input order, and doing the step
+again gives the same bytes. The store is deleted only after the manifest says that they are there.
+
+Has replicas answer the rows of a batch that are not finished, and stores what they say.
 
 Invariant: when it returns, every row is finished. Rows whose replica was lost time and again are
 tried once more by themselves, and only then become errors.
@@ -7,32 +18,189 @@ tried once more by themselves, and only then become errors.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
-from collections.abc import Callable
-from typing import TextIO
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.scale.batch.batch_replica import ReplicaError
-from vllm_flashtrace.scale.batch.dataset import read_requests
+from vllm_flashtrace.scale.batch.dataset import SPARE_CPUS, Pool, read_requests
 from vllm_flashtrace.scale.batch.inputs import read_rows
 from vllm_flashtrace.scale.batch.options import BatchOptions
-from vllm_flashtrace.scale.batch.outcome import Outcome
-from vllm_flashtrace.scale.batch.parts import FinishedRows, PartsWriter
-from vllm_flashtrace.scale.batch.pool import SPARE_CPUS, Pool
-from vllm_flashtrace.scale.batch.progress import progress
-from vllm_flashtrace.scale.batch.scan import Scan
-from vllm_flashtrace.scale.batch.source import FileRows
-from vllm_flashtrace.scale.interruption import Stopping, stop_on_signals
-from vllm_flashtrace.scale.ray_cluster import connect, import_ray
+from vllm_flashtrace.scale.batch.results import Outcome, make_table, result_schema, table_rows
+from vllm_flashtrace.scale.batch.source import FileRows, Scan
+from vllm_flashtrace.scale.batch.store import (
+    ERRORS,
+    OUTPUT,
+    PARTS,
+    RESULTS,
+    FinishedRows,
+    Manifest,
+    OutputFolderError,
+    PartsWriter,
+    replacing,
+)
+from vllm_flashtrace.scale.ray_cluster import Stopping, connect, import_ray, stop_on_signals
+
+_LINE_SECONDS = 10.0
+
+Report = Callable[[int, int], None]
+
+
+@contextmanager
+def progress(console: TextIO, total: int, done: int) -> Iterator[Report]:
+    """Shows progress for as long as the block lasts.
+
+    Args:
+        console: Where to show it.
+        total: Rows of the input.
+        done: Rows that earlier runs finished.
+
+    Yields:
+        ``report(rows, errors)`` to call with the rows finished since the last call, and how many of
+        these are errors.
+    """
+    if console.isatty():
+        with _bar(console, total, done) as report:
+            yield report
+        return
+    lines = _Lines(console, total, done)
+    try:
+        yield lines.report
+    finally:
+        lines.show()
+
+
+class _Lines:
+    def __init__(self, console: TextIO, total: int, done: int) -> None:
+        self._console = console
+        self._total, self._done, self._errors, self._new = total, done, 0, 0
+        self._began = self._shown = time.monotonic()
+
+    def report(self, rows: int, errors: int) -> None:
+        self._done, self._errors, self._new = (
+            self._done + rows,
+            self._errors + errors,
+            self._new + rows,
+        )
+        if time.monotonic() - self._shown >= _LINE_SECONDS:
+            self.show()
+
+    def show(self) -> None:
+        self._shown = time.monotonic()
+        rate = self._new / max(self._shown - self._began, 1e-9)
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+        print(
+            f"{self._done}/{self._total} rows, {self._errors} errors, {rate:.2f} rows/s{left}",
+            file=self._console,
+            flush=True,
+        )
+
+
+@contextmanager
+def _bar(console: TextIO, total: int, done: int) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[errors]} errors"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    began, new, failed = time.monotonic(), 0, 0
+    with Progress(*columns, console=Console(file=console)) as shown:
+        task = shown.add_task("rows", total=total, completed=done, errors=0, rate="")
+
+        def report(rows: int, errors: int) -> None:
+            nonlocal new, failed
+            new, failed = new + rows, failed + errors
+            rate = new / max(time.monotonic() - began, 1e-9)
+            shown.update(task, advance=rows, errors=failed, rate=f"{rate:.2f} rows/s")
+
+        yield report
+
+
+_ROW_GROUP = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Rows of the whole input by what became of them."""
+
+    rows: int
+    errors: int
+    failed_traces: int
+
+
+def finish(folder: Path, manifest: Manifest, finished: FinishedRows) -> Totals:
+    """Writes ``output.jsonl``, ``errors.jsonl`` and ``results.parquet``; drops the store.
+
+    Args:
+        folder: The output folder.
+        manifest: The run's.
+        finished: Every row of the input.
+    """
+    import pyarrow.parquet as pq
+
+    fingerprint = manifest.fingerprint
+    rows = errors = failed = 0
+    pending: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        drafts = [stack.enter_context(replacing(folder / n)) for n in (OUTPUT, ERRORS, RESULTS)]
+        files = [stack.enter_context(draft.open("w", encoding="ascii")) for draft in drafts[:2]]
+        writer = stack.enter_context(pq.ParquetWriter(drafts[2], result_schema()))
+        for _, record in finished.records():
+            outcome = Outcome.from_json(record)
+            is_error = outcome.error is not None
+            files[is_error].write(json.dumps(outcome.to_batch_record(fingerprint)) + "\n")
+            table = table_rows(outcome)
+            rows, errors = rows + 1, errors + is_error
+            failed += any(row["status"] in ("failed", "skipped") for row in table)
+            pending += table
+            if len(pending) >= _ROW_GROUP:
+                writer.write_table(make_table(pending))
+                pending = []
+        if pending:
+            writer.write_table(make_table(pending))
+    replace(manifest, finished=True).write(folder)
+    drop_store(folder)
+    return Totals(rows, errors, failed)
+
+
+def drop_store(folder: Path) -> None:
+    """Deletes the store of a finished run.
+
+    Raises:
+        OutputFolderError: A final file is missing.
+    """
+    for name in (OUTPUT, ERRORS, RESULTS):
+        if not (folder / name).exists():
+            raise OutputFolderError(f"the run in {folder} had finished, but {name} is gone")
+    if (folder / PARTS).exists():
+        shutil.rmtree(folder / PARTS)
+
 
 _BLOCK_BYTES = 256 << 10
 _OBJECT_STORE_BYTES = 1 << 30
 # Given-up batches after which it is the engine that is at fault, not a row.
 _MAX_LOST_BATCHES = 8
-Report = Callable[[int, int], None]
 
 
 class BatchError(FlashTraceError):

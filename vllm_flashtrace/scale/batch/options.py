@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_flashtrace.scale.batch.rows import Defaults
+from vllm_flashtrace.scale.batch.inputs import Defaults
 
 # They name the model, or belong to a server's socket.
 _NO_ENGINE_OPTIONS = ("--model", "--host", "--port", "--api-key", "--uds")
@@ -47,8 +47,7 @@ def parse_flashtrace(text: str) -> Any:
         ValueError: It is not JSON.
         InvalidRequestError: The field is refused.
     """
-    from vllm_flashtrace.api.limits import RequestLimits
-    from vllm_flashtrace.api.request import parse_flashtrace_field
+    from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 
     try:
         field = json.loads(text)

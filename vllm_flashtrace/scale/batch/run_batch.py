@@ -14,14 +14,11 @@ from typing import Any, TextIO
 
 from vllm_flashtrace import __version__
 from vllm_flashtrace.offline.engine_log import engine_log
-from vllm_flashtrace.scale.batch.execution import answer_rows
-from vllm_flashtrace.scale.batch.finish import Totals, drop_store, finish
+from vllm_flashtrace.scale.batch.execution import Totals, answer_rows, drop_store, finish
 from vllm_flashtrace.scale.batch.options import BatchOptions
-from vllm_flashtrace.scale.batch.parts import FinishedRows
-from vllm_flashtrace.scale.batch.scan import Scan, scan_input
-from vllm_flashtrace.scale.batch.store import PARTS, claim, locked
-from vllm_flashtrace.scale.interruption import Interrupted, stop_on_signals
-from vllm_flashtrace.scale.ray_cluster import import_ray
+from vllm_flashtrace.scale.batch.source import Scan, scan_input
+from vllm_flashtrace.scale.batch.store import PARTS, FinishedRows, claim, locked
+from vllm_flashtrace.scale.ray_cluster import Interrupted, import_ray, stop_on_signals
 
 _STDERR = 2
 

@@ -1,4 +1,12 @@
-"""What a run is, written down beside its results, so that only the same run goes on with them.
+"""The store of finished rows: append-only parts that survive a kill, and the manifest beside them.
+
+The store of finished rows: append-only parts that survive a kill at any moment.
+
+Invariant: a row that :meth:`PartsWriter.add` returned for is on disk; a row is kept once, the first
+time; a line that was cut off by a kill is as if it had never been begun, and any other damage is an
+error.
+
+What a run is, written down beside its results, so that only the same run goes on with them.
 
 Invariant: results of two different runs never mix: a folder belongs to one fingerprint, and one
 process at a time works in it.
@@ -8,15 +16,215 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from vllm_flashtrace.base.errors import FlashTraceError
-from vllm_flashtrace.scale.batch.parts import has_rows, sync_folder
+
+_PART_BYTES = 1 << 30  # Few enough to hold all parts of a run open at once.
+_NOWHERE = -1
+
+
+class DamagedPartError(FlashTraceError):
+    """A part holds something that no kill can leave behind."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("damaged_part", message)
+
+
+class FinishedRows:
+    """Where every finished row is: its part and offset, 12 bytes for each row of the input."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        """Reads what earlier runs left in ``folder``.
+
+        Args:
+            folder: Holds the parts; made if need be.
+            rows: Rows of the input.
+
+        Raises:
+            DamagedPartError: A part is damaged, or holds a row that the input has not.
+        """
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self._part = np.full(rows, _NOWHERE, dtype=np.int32)
+        self._offset = np.zeros(rows, dtype=np.int64)
+        self.count = 0
+        self.parts = 0
+        for path in sorted(folder.glob("part-*.jsonl")):
+            number = int(path.stem.removeprefix("part-"))
+            self.parts = number + 1
+            for offset, row in _intact_lines(path):
+                self.note(row, number, offset)
+
+    def __contains__(self, row: int) -> bool:
+        return bool(self._part[row] != _NOWHERE)
+
+    @property
+    def done(self) -> np.ndarray:
+        """Whether each row is finished, bool ``[rows]``."""
+        done: np.ndarray = self._part != _NOWHERE
+        return done
+
+    def note(self, row: int, part: int, offset: int) -> None:
+        """Notes where a row is, unless it is known already.
+
+        Raises:
+            DamagedPartError: The input has no such row.
+        """
+        if not 0 <= row < len(self._part):
+            raise DamagedPartError(f"{part_path(self.folder, part)} holds row {row} of another run")
+        if row not in self:
+            self._part[row], self._offset[row] = part, offset
+            self.count += 1
+
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        """Number and record of every finished row, in input order.
+
+        Raises:
+            DamagedPartError: A part changed meanwhile.
+        """
+        streams = [part_path(self.folder, n).open("rb") for n in range(self.parts)]
+        try:
+            for row in np.flatnonzero(self.done).tolist():
+                stream = streams[int(self._part[row])]
+                stream.seek(int(self._offset[row]))
+                decoded = _decode(stream.readline())
+                if decoded is None or decoded[0] != row:
+                    raise DamagedPartError(f"{stream.name} no longer holds row {row}")
+                yield decoded
+        finally:
+            for stream in streams:
+                stream.close()
+
+
+class PartsWriter:
+    """Appends finished rows; every run begins a part of its own."""
+
+    def __init__(self, finished: FinishedRows) -> None:
+        """Opens nothing yet.
+
+        Args:
+            finished: Is told of every row that is written.
+        """
+        self._finished = finished
+        self._descriptor: int | None = None
+        self._number = 0
+        self._size = 0
+
+    def add(self, records: Iterable[tuple[int, bytes]]) -> int:
+        """Stores records and waits until they are on disk.
+
+        Args:
+            records: Row number and record (one line without its end) each; rows that are finished
+                already are left out.
+
+        Returns:
+            How many were stored.
+        """
+        fresh: dict[int, bytes] = {}
+        for row, record in records:
+            if row not in self._finished:
+                fresh.setdefault(row, record)
+        if not fresh:
+            return 0
+        if self._descriptor is None or self._size >= _PART_BYTES:
+            self._begin()
+        assert self._descriptor is not None
+        places, lines, offset = [], [], self._size
+        for row, record in fresh.items():
+            line = _encode(row, record)
+            places.append((row, offset))
+            lines.append(line)
+            offset += len(line)
+        _write_all(self._descriptor, b"".join(lines))
+        os.fsync(self._descriptor)
+        self._size = offset
+        for row, place in places:
+            self._finished.note(row, self._number, place)
+        return len(fresh)
+
+    def close(self) -> None:
+        """Closes the part; what was added is on disk already."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _begin(self) -> None:
+        self.close()
+        self._number, self._size = self._finished.parts, 0
+        self._finished.parts += 1
+        path = part_path(self._finished.folder, self._number)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        sync_folder(path.parent)
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where the part with this number lies."""
+    return folder / f"part-{number:05d}.jsonl"
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether any part in ``folder`` holds anything."""
+    return any(path.stat().st_size for path in folder.glob("part-*.jsonl"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in ``folder`` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encode(row: int, record: bytes) -> bytes:
+    content = b"%d %s" % (row, record)
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
+def _decode(line: bytes) -> tuple[int, bytes] | None:
+    """Row and record of a line; None if it was cut off or damaged."""
+    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
+        return None
+    row, _, record = content.partition(b" ")
+    return int(row), record
+
+
+def _intact_lines(path: Path) -> Iterator[tuple[int, int]]:
+    """Offset and row of every line but a last one that was cut off."""
+    offset, damaged = 0, None
+    with path.open("rb") as stream:
+        for line in stream:
+            decoded = _decode(line)
+            if damaged is not None:
+                raise DamagedPartError(f"{path} is damaged at byte {damaged}")
+            if decoded is None:
+                damaged = offset
+            else:
+                yield offset, decoded[0]
+            offset += len(line)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
 
 MANIFEST, LOCK, PARTS = "manifest.json", ".lock", "parts"
 OUTPUT, ERRORS, RESULTS = "output.jsonl", "errors.jsonl", "results.parquet"

@@ -1,13 +1,25 @@
-"""Runs one HTTP request on an ASGI application and gives out what it sends, as it sends it.
+"""HTTP between gateway and replicas: one request on an ASGI application, and what a client is told.
+
+Runs one HTTP request on an ASGI application and gives out what it sends, as it sends it.
 
 Invariant: the application's task has ended when the exchange has, and a client that leaves is a
 disconnect to the application, as it is on a socket, before it is a cancellation.
+
+What a client is told when the replica that had its request is gone.
+
+Invariant: the answer has the form in which its route reports errors, streams included, so that the
+clients of these interfaces raise what they always raise; HTTP 503 says that it may be sent again.
+
+How a gateway and its client learn which replica has a request.
+
+Invariant: the message that tells the gateway is not ASGI's, and never reaches the server.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -66,3 +78,80 @@ async def _end(task: asyncio.Future[None]) -> None:
     await asyncio.wait([task], timeout=_LEAVING_SECONDS)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+RETRY_AFTER_SECONDS = 1
+_TYPE = "service_unavailable"
+
+
+class EngineLostError(Exception):
+    """The engine of this replica is dead: the request was not begun, another one may take it."""
+
+
+def error_body(path: str, code: str, message: str) -> dict[str, Any]:
+    """The body of an HTTP 503 in the form of ``path``'s interface."""
+    if path.startswith("/v1/messages"):
+        return {"type": "error", "error": {"type": _TYPE, "code": code, "message": message}}
+    error = {"message": message, "type": _TYPE, "param": None, "code": code}
+    return {"error": error}
+
+
+def whole_answer(
+    path: str, code: str, message: str, more: Sequence[tuple[bytes, bytes]] = ()
+) -> list[Message]:
+    """An HTTP 503, as ASGI messages.
+
+    Args:
+        path: Of the request.
+        code: Of the error.
+        message: For people.
+        more: Further headers.
+    """
+    body = json.dumps(error_body(path, code, message)).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"retry-after", str(RETRY_AFTER_SECONDS).encode()),
+        *more,
+    ]
+    return [
+        {"type": "http.response.start", "status": 503, "headers": headers},
+        {"type": "http.response.body", "body": body, "more_body": False},
+    ]
+
+
+def end_of_stream(path: str, code: str, message: str) -> Message:
+    """The last events of a stream that had begun, as an ASGI message."""
+    if path.startswith("/v1/responses"):
+        event = {"type": "error", "code": code, "message": message, "param": None}
+        text = f"event: error\ndata: {json.dumps(event)}\n\n"
+    elif path.startswith("/v1/messages"):
+        text = f"event: error\ndata: {json.dumps(error_body(path, code, message))}\n\n"
+    else:
+        text = f"data: {json.dumps(error_body(path, code, message))}\n\ndata: [DONE]\n\n"
+    return {"type": "http.response.body", "body": text.encode(), "more_body": False}
+
+
+def is_event_stream(start: Message) -> bool:
+    """Whether the answer that ``start`` begins is a stream of events."""
+    headers = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
+    return headers.get(b"content-type", b"").startswith(b"text/event-stream")
+
+
+REPLICA_HEADER = b"x-flashtrace-replica"
+_TAKEN = "flashtrace.taken"
+
+
+def taken_by(replica: str) -> Message:
+    """The message with which a replica takes a request."""
+    return {"type": _TAKEN, "replica": replica}
+
+
+def who_took(message: Message) -> str | None:
+    """The replica, if the message says that it took the request."""
+    return message["replica"] if message["type"] == _TAKEN else None
+
+
+def replica_header(replica: str) -> tuple[bytes, bytes]:
+    """The header of an answer that names its replica."""
+    return REPLICA_HEADER, replica.encode()

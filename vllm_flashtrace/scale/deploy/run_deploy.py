@@ -1,4 +1,16 @@
-"""What ``vllm-flashtrace deploy`` does.
+"""``vllm-flashtrace deploy``: its options, the Serve application, and what the command does.
+
+What the user asked of a deployment.
+
+Invariant: options that contradict each other are refused before Ray or an engine is started.
+
+The Serve application: gateways in front of engine replicas.
+
+Invariant: replicas of one version are made from the same plan by the same code, so that deploying
+again with another number of them restarts none of those that stay. On CPU that needs a given number
+of cores, for an equal share depends on how many there are.
+
+What ``vllm-flashtrace deploy`` does.
 
 Invariant: a mistake in the options is said before anything starts; whatever ends the command, what
 the replicas have begun is finished first, within the time for it, and a Ray started here ends.
@@ -6,22 +18,218 @@ the replicas have begun is finished first, within the time for it, and a Ray sta
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_flashtrace.base.environment import prepare_environment
+from vllm_flashtrace import __version__
 from vllm_flashtrace.base.errors import FlashTraceError
-from vllm_flashtrace.scale.deploy.application import build_application
-from vllm_flashtrace.scale.deploy.options import DeployOptions, check_engine_options
+from vllm_flashtrace.base.process import is_cpu_build, prepare_environment
+from vllm_flashtrace.scale.deploy.gateway import Gateway
+from vllm_flashtrace.scale.deploy.served_replica import EngineReplica, ReplicaPlan
 from vllm_flashtrace.scale.deploy.store_actor import NAMESPACE, actor_name
-from vllm_flashtrace.scale.interruption import Interrupted, Stopping, stop_on_signals
-from vllm_flashtrace.scale.ray_cluster import connect, import_ray
+from vllm_flashtrace.scale.ray_cluster import (
+    Interrupted,
+    Stopping,
+    connect,
+    import_ray,
+    stop_on_signals,
+)
+
+_SCALING = ("min_replicas", "max_replicas")
+
+
+@dataclass(frozen=True, slots=True)
+class DeployOptions:
+    """A checked command line.
+
+    Attributes:
+        argv: Model and options for ``vllm serve``.
+        host: Address that Serve's HTTP proxies listen on.
+        port: Their port.
+        name: Name of the Serve application.
+        scaling: ``num_replicas``, or Serve's ``autoscaling_config``, as deployment options.
+        max_ongoing_requests: Requests that one replica has at once; more wait in the gateway.
+        drain_seconds: How long a replica that is to stop may finish what it has begun.
+        cpus_per_replica: CPU cores of a replica; None for an equal share of the machine.
+        gateways: Replicas of the gateway.
+        request_router: Import path of a Serve request router, or None.
+        blocking: Whether the command stays, and takes the deployment down when it ends.
+    """
+
+    argv: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "flashtrace"
+    scaling: dict[str, Any] = field(default_factory=lambda: {"num_replicas": 1})
+    max_ongoing_requests: int = 256
+    drain_seconds: float = 60.0
+    cpus_per_replica: float | None = None
+    gateways: int = 1
+    request_router: str | None = None
+    blocking: bool = True
+
+    @property
+    def most_replicas(self) -> int:
+        """How many engine replicas there may be at once."""
+        autoscaling = self.scaling.get("autoscaling_config")
+        return int(autoscaling["max_replicas"] if autoscaling else self.scaling["num_replicas"])
+
+
+def parse_scaling(
+    replicas: int | None,
+    autoscaling: dict[str, Any],
+    more: str | None,
+) -> dict[str, Any]:
+    """Serve's deployment options for the number of replicas.
+
+    Args:
+        replicas: A fixed number, or None.
+        autoscaling: Options of Serve's ``AutoscalingConfig``; None where not given.
+        more: Further ones as a JSON object.
+
+    Raises:
+        ValueError: The options contradict each other or the JSON is bad.
+    """
+    chosen = {name: value for name, value in autoscaling.items() if value is not None}
+    chosen |= _json_object(more)
+    if not chosen:
+        return {"num_replicas": 1 if replicas is None else replicas}
+    if replicas is not None:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(chosen))
+        raise ValueError(f"--replicas is a fixed number and cannot be combined with {names}")
+    if "max_replicas" not in chosen:
+        raise ValueError("autoscaling needs --max-replicas")
+    least, most = (int(chosen.get(name, 1)) for name in _SCALING)
+    if least > most:
+        raise ValueError(f"--min-replicas {least} is more than --max-replicas {most}")
+    return {"autoscaling_config": {"min_replicas": least, **chosen}}
+
+
+def check_engine_options(args: Any) -> None:
+    """Refuses ``vllm serve`` options that have no meaning in a replica.
+
+    Args:
+        args: The parsed options.
+
+    Raises:
+        ValueError: With the option and what to use instead.
+    """
+    refusals = {
+        "--data-parallel-size": args.data_parallel_size > 1,
+        "--api-server-count": (args.api_server_count or 1) > 1,
+        "--headless": args.headless,
+        "--uds": args.uds is not None,
+        "--grpc": getattr(args, "grpc", False),
+    }
+    for option, given in refusals.items():
+        if given:
+            raise ValueError(f"{option} has no use in a deployment; use --replicas")
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--autoscaling: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--autoscaling must be a JSON object, got {text}")
+    return value
+
+
+ENGINES = "engine"
+_PASSED_ON = ("HF_", "VLLM_")
+_GATEWAY_REQUESTS = 10_000
+_HEALTH_SECONDS = 2.0
+_HEALTH_TIMEOUT_SECONDS = 30.0
+_DRAIN_LOOP_SECONDS = 0.5
+
+
+class GatewayDeployment:
+    """Serve's ingress class."""
+
+    def __init__(self, engines: Any) -> None:
+        """Keeps the handle of the engines' deployment."""
+        self._engines = engines
+
+    def __serve_build_asgi_app__(self) -> Gateway:
+        """What Serve runs for every HTTP request."""
+        return Gateway(self._engines)
+
+
+def build_application(options: DeployOptions, workers: int, cluster_cpus: float) -> Any:
+    """The application, ready for ``serve.run``.
+
+    Args:
+        options: Of the command.
+        workers: Worker processes of one engine.
+        cluster_cpus: Cores that Ray has.
+    """
+    serve = import_ray("ray.serve")
+    on_cpu = is_cpu_build()
+    cpus = cpus_per_replica(options, cluster_cpus) if on_cpu else None
+    plan = ReplicaPlan(
+        argv=options.argv,
+        deployment=options.name,
+        environment=passed_environment(),
+        workers=workers,
+        cpus=cpus,
+        drain_seconds=options.drain_seconds,
+    )
+    common = {
+        "graceful_shutdown_timeout_s": options.drain_seconds,
+        "graceful_shutdown_wait_loop_s": _DRAIN_LOOP_SECONDS,
+        "health_check_period_s": _HEALTH_SECONDS,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_SECONDS,
+    }
+    router = options.request_router
+    engines = serve.deployment(
+        EngineReplica,
+        name=ENGINES,
+        max_ongoing_requests=options.max_ongoing_requests,
+        ray_actor_options={"num_cpus": cpus} if on_cpu else {"num_gpus": workers},
+        **({"request_router_config": {"request_router_class": router}} if router else {}),
+        **options.scaling,
+        **common,
+    )
+    gateway = serve.ingress()(GatewayDeployment)
+    # Serve would take every call to be a new version, and restart every replica.
+    engines = engines.options(version=version_of(plan), _internal=True).bind(plan)
+    return serve.deployment(
+        gateway,
+        name="gateway",
+        num_replicas=options.gateways,
+        max_ongoing_requests=_GATEWAY_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        **common,
+    ).bind(engines)
+
+
+def cpus_per_replica(options: DeployOptions, cluster_cpus: float) -> float:
+    """Cores of a replica that computes on the CPU: whole ones while there are enough."""
+    if options.cpus_per_replica is not None:
+        return options.cpus_per_replica
+    share = cluster_cpus / options.most_replicas
+    return float(int(share)) if share >= 1 else share
+
+
+def version_of(plan: ReplicaPlan) -> str:
+    """Differs where replicas that were made from another plan have to be replaced."""
+    return hashlib.sha256(repr((__version__, plan)).encode()).hexdigest()[:16]
+
+
+def passed_environment() -> dict[str, str]:
+    """Variables of this process that engines on any machine are to see."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PASSED_ON)}
+
 
 _OBJECT_STORE_BYTES = 256 << 20
 _POLL_SECONDS = 0.5

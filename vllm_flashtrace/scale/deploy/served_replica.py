@@ -1,5 +1,10 @@
 """One engine replica: vLLM's own application and engine in a Ray Serve actor.
 
+vLLM's application on a replica: what the gateway calls, and the end of it.
+
+Invariant: a request is taken only while the engine lives, and the first thing that its answer holds
+is that it was taken. Draining waits for everything that was begun, deferred attributions included.
+
 Invariant: a replica whose engine is dead takes no request and ends its process, and its engine's
 processes end with it, however it ends. One that is told to stop first finishes what it has begun.
 """
@@ -9,19 +14,113 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
-from vllm_flashtrace.base.environment import enable_plugin, prepare_environment
-from vllm_flashtrace.base.orphans import end_engine_with_this_process
-from vllm_flashtrace.base.process import bind_cores
-from vllm_flashtrace.scale.deploy.errors import EngineLostError
-from vllm_flashtrace.scale.deploy.exchange import Message
-from vllm_flashtrace.scale.deploy.served_app import ServedApp
+from vllm_flashtrace.base.process import (
+    bind_cores,
+    enable_plugin,
+    end_engine_with_this_process,
+    prepare_environment,
+)
+from vllm_flashtrace.scale.deploy.exchange import (
+    Application,
+    EngineLostError,
+    Message,
+    exchange,
+    replica_header,
+    taken_by,
+)
 from vllm_flashtrace.scale.ray_cluster import import_ray
-from vllm_flashtrace.server.store import AttributionStore, StoreLimits
+from vllm_flashtrace.server.deferred import AttributionStore, StoreLimits
 from vllm_flashtrace.trace.wire import ensure_secret
+
+_POLL_SECONDS = 0.25
+
+
+class ServedApp:
+    """An application with its engine."""
+
+    def __init__(self, app: Application, engine: Any, service: Any, name: str) -> None:
+        """Wraps what was started elsewhere.
+
+        Args:
+            app: vLLM's application.
+            engine: Its ``EngineClient``.
+            service: Its :class:`TraceService`; None where the plugin is off.
+            name: Names this replica in answers and metrics.
+        """
+        self.name = name
+        self._app = app
+        self._engine = engine
+        self._deferred = None if service is None else service.deferred
+        self._ongoing = 0
+        self._keeping: asyncio.Task[None] | None = None
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are being answered, and deferred attributions."""
+        return self._ongoing + (0 if self._deferred is None else int(self._deferred.unfinished))
+
+    async def forward(self, scope: Message, body: bytes) -> AsyncGenerator[list[Message], None]:
+        """Answers one HTTP request with ASGI messages.
+
+        Yields:
+            First one message of our own, :func:`taken_by`: the request was taken. Then the
+            application's.
+
+        Raises:
+            EngineLostError: It was not taken.
+        """
+        if self._engine.errored:
+            raise EngineLostError(f"the engine of replica {self.name} is dead")
+        self._ongoing += 1
+        try:
+            async with aclosing(exchange(self._app, scope, body)) as answer:
+                yield [taken_by(self.name)]
+                async for messages in answer:
+                    yield [self._signed(message) for message in messages]
+        finally:
+            self._ongoing -= 1
+
+    async def metrics(self) -> tuple[str, str]:
+        """This replica's name and its page of metrics."""
+        scope: Message = {"type": "http", "method": "GET", "path": "/metrics", "headers": []}
+        scope |= {"query_string": b"", "http_version": "1.1", "raw_path": b"/metrics"}
+        sent = [message async for part in exchange(self._app, scope, b"") for message in part]
+        return self.name, b"".join(message.get("body", b"") for message in sent).decode()
+
+    async def check_health(self) -> None:
+        """Tells the store that this replica is there.
+
+        Raises:
+            Exception: The engine is dead.
+        """
+        await self._engine.check_health()
+        if self._deferred is not None and (self._keeping is None or self._keeping.done()):
+            # Not waited for: a store that does not answer makes no replica unhealthy.
+            self._keeping = asyncio.create_task(self._deferred.keep())
+
+    async def drain(self, seconds: float) -> bool:
+        """Waits for all that was begun; False if something was left after ``seconds``."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.unfinished and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        return not self.unfinished
+
+    async def engine_death(self) -> None:
+        """Returns when the engine is dead."""
+        while not self._engine.errored:
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _signed(self, message: Message) -> Message:
+        if message["type"] != "http.response.start":
+            return message
+        headers = [*message.get("headers", ()), replica_header(self.name)]
+        return {**message, "headers": headers}
+
 
 # Left of the time to stop in for the engine itself.
 _ENGINE_STOP_SECONDS = 5.0
@@ -112,8 +211,7 @@ class EngineReplica:
         end_engine_with_this_process()
 
     def _make_store(self, owner: str, limits: StoreLimits) -> AttributionStore:
-        from vllm_flashtrace.scale.deploy.store_actor import LEASE_SECONDS
-        from vllm_flashtrace.scale.deploy.store_client import ActorStore
+        from vllm_flashtrace.scale.deploy.store_actor import LEASE_SECONDS, ActorStore
 
         limits = replace(limits, lease_seconds=LEASE_SECONDS)
         return ActorStore(self._plan.deployment, owner, limits)
