@@ -8,19 +8,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vllm_flashtrace.base import __version__ as __version__
+
 if TYPE_CHECKING:
     from vllm_flashtrace.api.attribution import Attribution
-    from vllm_flashtrace.base.errors import FlashTraceError, InvalidRequestError, TraceError
+    from vllm_flashtrace.base.errors import (
+        FlashTraceError,
+        InvalidRequestError,
+        TraceError,
+        UnsupportedModelError,
+    )
     from vllm_flashtrace.offline.flashtrace import FlashTrace
     from vllm_flashtrace.scale.batch.dataset import flashtrace_dataset
 
-__version__ = "0.1.0"
+
 __all__ = [
     "Attribution",
     "FlashTrace",
     "FlashTraceError",
     "InvalidRequestError",
     "TraceError",
+    "UnsupportedModelError",
     "flashtrace_dataset",
 ]
 
@@ -30,6 +38,7 @@ _HOME = {
     "FlashTraceError": "vllm_flashtrace.base.errors",
     "InvalidRequestError": "vllm_flashtrace.base.errors",
     "TraceError": "vllm_flashtrace.base.errors",
+    "UnsupportedModelError": "vllm_flashtrace.base.errors",
     "flashtrace_dataset": "vllm_flashtrace.scale.batch.dataset",
 }
 

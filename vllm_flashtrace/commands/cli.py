@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from vllm_flashtrace import __version__
+from vllm_flashtrace.base import __version__
 from vllm_flashtrace.base.errors import CommandError, FlashTraceError
 
 

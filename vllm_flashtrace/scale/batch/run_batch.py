@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
-from vllm_flashtrace import __version__
+from vllm_flashtrace.base import __version__
 from vllm_flashtrace.offline.engine_log import engine_log
 from vllm_flashtrace.scale.batch.execution import Totals, answer_rows, drop_store, finish
 from vllm_flashtrace.scale.batch.options import BatchOptions

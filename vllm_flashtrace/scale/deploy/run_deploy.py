@@ -28,7 +28,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_flashtrace import __version__
+from vllm_flashtrace.base import __version__
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.process import is_cpu_build, prepare_environment
 from vllm_flashtrace.scale.deploy.gateway import Gateway
