@@ -28,7 +28,7 @@ from benchmarks.batch_work import (
     results,
     write_lines,
 )
-from benchmarks.engine_processes import engine_core
+from benchmarks.processes import engine_core
 
 _RUN_SECONDS = 600.0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.engine_processes import engine_processes
+from benchmarks.processes import engine_processes
 
 ENGINE_OPTIONS = (
     "--max-model-len",

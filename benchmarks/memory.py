@@ -1,66 +1,106 @@
-"""Resident memory of a process, read from Linux's ``/proc``.
+"""What the accumulators of a trace take, by the shape of the model and the length of the context.
 
-The kernel keeps the largest resident size that a process ever had; writing 5 to ``clear_refs``
-starts that record anew. So a peak between two moments is exact, with no sampling.
+Counted as the server's own budget does (`vllm_flashtrace.trace.budget`), in float32: column sums per
+layer, head and token, and two residual vectors per layer. Nothing is run.
+
+    python -m benchmarks.memory [--contexts 8192 32768 131072] [--json OUT]
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tests.engine.harness import Engine
+from benchmarks.tables import Column, count, decimals, emit, markdown
+from vllm_flashtrace.trace.budget import AccumulatorBudget, ModelShape
+from vllm_flashtrace.trace.config import FlashTraceConfig
 
-_RESET_PEAK = "5"
-
-
-def rss_mb(pid: int | None = None) -> float:
-    """Resident MiB of a process (this one by default) now."""
-    return _status_mb(pid, "VmRSS")
+_MIB = 1 << 20
+_BFLOAT16_BYTES = 2
 
 
-def peak_rss_mb(pid: int | None = None) -> float:
-    """Largest resident MiB since the start, or since `reset_peak`."""
-    return _status_mb(pid, "VmHWM")
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Published sizes of a model, and how many tensor-parallel ranks it is split over."""
+
+    model: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    ranks: int = 1
 
 
-def reset_peak(pid: int | None = None) -> None:
-    """Starts the record of the largest resident size anew."""
-    Path(f"/proc/{pid or os.getpid()}/clear_refs").write_text(_RESET_PEAK)
+SHAPES = (
+    Shape("Llama-3.1-8B", 32, 32, 8, 128, 4096),
+    Shape("Qwen3-8B", 36, 32, 8, 128, 4096),
+    Shape("Qwen3-32B", 64, 64, 8, 128, 5120),
+    Shape("Qwen3-32B", 64, 64, 8, 128, 5120, ranks=2),
+    Shape("Llama-3.1-70B", 80, 64, 8, 128, 8192, ranks=4),
+    Shape("Llama-3.1-70B", 80, 64, 8, 128, 8192, ranks=8),
+    Shape("Qwen2.5-72B", 80, 64, 8, 128, 8192, ranks=4),
+)
 
 
-class WorkerMemory:
-    """Peak memory of the engine's worker process, beside what it holds when idle."""
-
-    def __init__(self, engine: Engine) -> None:
-        """Returns freed memory to the system and starts to record.
-
-        Args:
-            engine: An engine that runs no request now.
-        """
-        self._pid = engine.on_worker(_release_freed)
-        self.idle_mb = rss_mb(self._pid)
-        reset_peak(self._pid)
-
-    def peak_mb(self) -> float:
-        """Largest resident MiB since construction."""
-        return peak_rss_mb(self._pid)
-
-
-def _release_freed(worker: Any) -> int:
-    """Runs in the worker: freed but kept pages would hide what a later run allocates."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc has it
-        trim(0)
-    return os.getpid()
+def row(shape: Shape, contexts: Sequence[int]) -> dict[str, Any]:
+    """Bytes on each rank: of a trace, and relative to the bfloat16 KV cache of its context."""
+    per_rank = ModelShape(
+        num_layers=shape.layers,
+        num_heads=shape.heads // shape.ranks,
+        num_kv_heads=max(1, shape.kv_heads // shape.ranks),
+        hidden_size=shape.hidden,
+    )
+    budget = AccumulatorBudget.of_model(0, per_rank)
+    longest = contexts[-1]
+    cache = _BFLOAT16_BYTES * 2 * shape.layers * per_rank.num_kv_heads * shape.head_dim * longest
+    return {
+        "model": shape.model,
+        "shape": f"{shape.layers} / {shape.heads} / {shape.kv_heads} / {shape.head_dim}"
+        f" / {shape.hidden}",
+        "ranks": shape.ranks,
+        "trace_bytes": {str(context): budget.cost(context) for context in contexts},
+        "to_kv": budget.cost(longest) / cache,
+    }
 
 
-def _status_mb(pid: int | None, key: str) -> float:
-    for line in Path(f"/proc/{pid or os.getpid()}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) / 1024
-    raise KeyError(key)
+def table(result: dict[str, Any]) -> str:
+    """MiB of one trace by context, and of as many as run at once."""
+    contexts, traces = result["contexts"], result["max_concurrent_traces"]
+    rows = []
+    for found in result["rows"]:
+        mib = {key: value / _MIB for key, value in found["trace_bytes"].items()}
+        rows.append({**found, **mib, "at_once": traces * mib[str(contexts[-1])]})
+    columns = [
+        Column("model", "model", str),
+        Column("L / H / G / d / D", "shape", str),
+        Column("ranks", "ranks", count),
+        *(Column(f"{count(c)} tokens, MiB", str(c), decimals(0)) for c in contexts),
+        Column(f"{traces} at once, {count(contexts[-1])}", "at_once", count),
+        Column("to the KV cache of its context", "to_kv", lambda share: f"{100 * share:.1f} %"),
+    ]
+    return markdown(columns, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    result = {
+        "contexts": options.contexts,
+        "max_concurrent_traces": FlashTraceConfig().max_concurrent_traces,
+        "rows": [row(shape, options.contexts) for shape in SHAPES],
+    }
+    emit(result, table(result), options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

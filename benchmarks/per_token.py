@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.memory import WorkerMemory
+from benchmarks.processes import WorkerMemory
 from benchmarks.reference import ReferenceFailed, ReferenceRequest, Span, run_reference
 from benchmarks.reference_process import SINK_CHUNK_TOKENS
 from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION

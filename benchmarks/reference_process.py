@@ -20,7 +20,7 @@ import torch
 from flashtrace import core as package
 from torch import nn
 
-from benchmarks.memory import peak_rss_mb, rss_mb
+from benchmarks.processes import peak_rss_mb, rss_mb
 from benchmarks.reference import GIB, ReferenceRequest, Span
 
 # The package's own defaults.

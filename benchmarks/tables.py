@@ -1,13 +1,16 @@
-"""Markdown tables of benchmark results, one function per table of the README.
+"""Markdown tables of benchmark results, for the terminal and for the pages of the documentation.
 
-Each takes the parsed JSON that a benchmark wrote and returns Markdown, or "" where it has nothing.
+One function per table. Each takes the parsed JSON that a benchmark wrote and returns Markdown, or
+"" where there is nothing to show.
 """
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
@@ -56,6 +59,16 @@ CASE = (
     Column("reasoning", "reasoning", count),
     Column("output", "output", count),
 )
+
+
+def plain(rows: Sequence[Row]) -> str:
+    """A table of every plain value of the rows, with their keys as headings."""
+
+    def text(value: Any) -> str:
+        return f"{value:,.3g}" if isinstance(value, float) else str(value)
+
+    names = [name for name, value in rows[0].items() if not isinstance(value, dict | list)]
+    return markdown([Column(name.replace("_", " "), name, text) for name in names], rows)
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
@@ -250,9 +263,78 @@ def cap(result: Result) -> str:
     return f"{wrapped(caption)}\n\n{table}"
 
 
+def gpu_kernels(result: Result) -> str:
+    """Times of the kernels, and how many cases agreed with float64."""
+    timings: list[Row] = result.get("timings") or []
+    if not timings:
+        return ""
+    checked = ""
+    if (found := result.get("correctness")) is not None:
+        passed = found["cases"] - found["failed"] - len(found["not_run"])
+        checked = f"{count(passed)} of {count(found['cases'])} cases agree with float64. "
+    caption = (
+        f"Kernels of one layer on {result['device']} (torch {result['torch']}, Triton "
+        f"{result['triton']}; `python -m benchmarks.gpu_kernels`). {checked}Milliseconds "
+        "of log-sum-exps and column sums of the last rows of a context, bfloat16, beside PyTorch's "
+        "attention over contiguous keys and values. The floor takes all products and all memory at "
+        "the device's best rates:"
+    )
+    place = ("layer", "context", "rows")
+    ms = {(row["operation"], *(row[key] for key in place)): row["ms"] for row in timings}
+    attention = [
+        {
+            **row,
+            "lse_ms": ms.get(("paged_lse", *(row[key] for key in place))),
+            "torch_ms": ms.get(("PyTorch attention", *(row[key] for key in place))),
+        }
+        for row in timings
+        if row["operation"] == "paged_column_sums"
+    ]
+    layer = (Column("layer", "layer", str), Column("context", "context", count))
+    parts = [
+        wrapped(caption),
+        markdown(
+            [
+                *layer,
+                Column("rows", "rows", count),
+                Column("log-sum-exps", "lse_ms", decimals(3)),
+                Column("with column sums", "ms", decimals(3)),
+                Column("PyTorch", "torch_ms", decimals(3)),
+                Column("to PyTorch", "ratio_to_torch", decimals(2)),
+                Column("TFLOP/s", "tflops", count),
+                Column("to floor", "ratio_to_floor", times),
+                Column("host", "host_ms", decimals(3)),
+            ],
+            attention,
+        ),
+    ]
+    exact = [row for row in timings if row["operation"] == "proximity, exact fraction 1.0"]
+    if exact:
+        shares = sorted({f"{100 * row['far_share']:.0f}" for row in exact})
+        note = (
+            f"Exact proximities of all tokens, where {' to '.join(shares)} % of the pairs of a "
+            "token and a head need more than eight coordinates:"
+        )
+        columns = [
+            *layer,
+            Column("milliseconds", "ms", decimals(3)),
+            Column("floor", "floor_ms", decimals(3)),
+            Column("host", "host_ms", decimals(3)),
+        ]
+        parts += [wrapped(note), markdown(columns, exact)]
+    return "\n\n".join(parts)
+
+
 def wrapped(text: str) -> str:
-    """Lines as long as the README's."""
+    """Lines as long as those of the documentation."""
     return textwrap.fill(text, 140, break_on_hyphens=False)
+
+
+def emit(result: Any, text: str, path: Path | None = None) -> None:
+    """Prints a table and writes the result as JSON, if a path is given."""
+    print(text)
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _line(cells: Any) -> str:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.memory import WorkerMemory
+from benchmarks.processes import WorkerMemory
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
 from vllm_flashtrace.core.weights import TargetWeights

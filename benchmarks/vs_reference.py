@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import per_token
-from benchmarks.memory import WorkerMemory
+from benchmarks.processes import WorkerMemory
 from benchmarks.reference import ReferenceFailed, ReferenceRequest, run_in_fitting_mode
 from benchmarks.trace_latency import Bench, Case
 from vllm_flashtrace.core.hops import HopRecursion, HopResult

@@ -25,7 +25,7 @@ SIZES = 5
 
 def main() -> None:
     """Runs both series and prints a table."""
-    from benchmarks.memory import rss_mb
+    from benchmarks.processes import rss_mb
     from tests.engine.conftest import text_tokens
     from tests.engine.harness import Engine, TraceJob
 

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.engine_processes import engine_core
+from benchmarks.processes import engine_core
 from tests.server.live_server import OURS, Server, serve
 from tests.server.otlp_receiver import Receiver, receive
 from tests.server.test_metrics import parse, value

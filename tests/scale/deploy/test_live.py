@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.engine_processes import engine_core, worker
+from benchmarks.processes import engine_core, worker
 from tests.scale.deploy.deployment import OPTIONS, REPLICA_HEADER, Deployment, deploy, stop, until
 from tests.server import live_server
 from tests.tiny_models import make_tiny_model
