@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.faithfulness.example import Prepared
-from benchmarks.faithfulness.hf_record import RecordedForward, record_forward
+from benchmarks.faithfulness.hf_record import OutputProjection, RecordedForward, record_forward
 from benchmarks.faithfulness.method import MethodFailed
-from vllm_flashtrace.core import OutputProjection
 
 GIB = 1 << 30
 

@@ -16,10 +16,9 @@ from benchmarks.faithfulness.hf_record import LayerRecord, RecordedForward
 from vllm_flashtrace.core import (
     HopRecursion,
     HopResult,
-    LayerSums,
     TargetWeights,
     l1_proximity,
-    layer_scores,
+    token_proximity,
     token_shares,
 )
 
@@ -38,17 +37,16 @@ def proximity_scores(recorded: RecordedForward, target: TargetWeights) -> Tensor
     scores = torch.zeros(len(recorded.layers[0].before), dtype=torch.float64)
     for layer in recorded.layers:
         attention = layer.attention[:, rows, :seen]
-        sums = LayerSums(
-            column_sums=(weights[None, None] @ attention).squeeze(1),
-            residual=weights @ layer.before[rows],
-            stream=weights @ layer.after[rows],
-        )
-        scores[:seen] += layer_scores(
-            sums,
+        stream = weights @ layer.after[rows]
+        tokens = token_proximity(
+            (weights[None, None] @ attention).squeeze(1),
             layer.values[:seen],
             layer.projection.weight,
+            stream,
             column_norms=layer.projection.column_norms,
         )
+        residual = l1_proximity(weights @ layer.before[rows], stream)
+        scores[:seen] += token_shares(tokens, tokens.sum() + residual)
     return scores
 
 

@@ -9,12 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.core import OutputProjection
+
+class OutputProjection(NamedTuple):
+    """``W_O`` of one layer by heads: float32 ``[H, d, D]``, and its columns' norms ``[H, D]``."""
+
+    weight: Tensor
+    column_norms: Tensor
 
 
 @dataclass(frozen=True)

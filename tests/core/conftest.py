@@ -10,15 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.core.single_layer import layer_scores, weighted_column_sums
 from tests.oracle import LayerActivations, activation_scores, as_float64, capture_hf, dense_weights
 from tests.tiny_models import FAMILIES, make_tiny_model
-from vllm_flashtrace.core import (
-    AttentionForm,
-    LayerSums,
-    TargetWeights,
-    layer_scores,
-    weighted_column_sums,
-)
+from vllm_flashtrace.core import AttentionForm, LayerSums, TargetWeights
 
 LENGTH = 160
 PROMPT = 100

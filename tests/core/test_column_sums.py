@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_flashtrace.core import AttentionForm, TargetRowBlocks, weighted_column_sums
+from tests.core.single_layer import weighted_column_sums
+from vllm_flashtrace.core import AttentionForm, TargetRowBlocks
 from vllm_flashtrace.core import attention as column_sums
 
 SCALE = 0.3
@@ -145,23 +146,18 @@ def test_a_row_of_weight_zero_is_not_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"positions": torch.tensor([3, 9])}, "outside the context of 8"),
-        ({"positions": torch.tensor([-1, 3])}, "outside the context of 8"),
+        ({"positions": torch.tensor([-1, 3])}, "not be negative, got -1"),
         ({"positions": torch.tensor([3])}, "weights and positions"),
-        ({"key": torch.ones(8, 3, 4)}, "not a multiple of 3"),
-        ({"key": torch.ones(8, 2, 5)}, "query must be"),
-        ({"out": torch.zeros(4, 7)}, "out must be"),
-        ({"out": torch.zeros(4, 8, dtype=torch.float64)}, "out must be"),
+        ({"num_kv_heads": 3}, "not a multiple of 3"),
         ({"block_rows": 0}, "block_rows"),
     ],
 )
 def test_misfits_are_refused(change, message) -> None:
     args = {
-        "query": torch.ones(2, 4, 4),
-        "key": torch.ones(8, 2, 4),
         "weights": torch.ones(2),
         "positions": torch.tensor([3, 4]),
-        "form": AttentionForm(1.0),
+        "num_heads": 4,
+        "num_kv_heads": 2,
     }
     with pytest.raises(ValueError, match=message):
-        weighted_column_sums(**{**args, **change})
+        TargetRowBlocks(**{**args, **change})

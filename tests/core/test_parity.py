@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from tests.core.conftest import LENGTH, PROMPT, Captured, head_projections, layer_sums
+from tests.core.single_layer import layer_scores, proximity_bounds
 from tests.oracle import LayerActivations, activation_scores, dense_weights, oracle_hops
 from vllm_flashtrace.core import (
+    DEFAULT_EXACT_FRACTION,
     HopRecursion,
     TargetWeights,
-    layer_scores,
-    proximity_bounds,
     token_proximity,
 )
-from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
 
 TARGETS = {
     "last token": TargetWeights.from_spans([(LENGTH - 1, LENGTH)]),

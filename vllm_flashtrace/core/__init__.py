@@ -1,33 +1,44 @@
-"""The FlashTrace maths in plain torch (arXiv 2602.01914): no engine, no tokenizer, no I/O."""
+"""The FlashTrace method (arXiv 2602.01914) in plain torch: no engine, no tokenizer, no I/O.
+
+A finished trace is input, reasoning and output. For a target, non-negative weights ``w_i`` over its
+positions (`weights`), one attribution pass gives every earlier token a score. With ``alpha`` the
+attention weights of a layer, ``x_prev`` the residual stream entering its attention block and
+``x_mid`` the stream after attention is added (section 3.2):
+
+    c_h[j]  = sum_i w_i alpha^h_ij                                          `attention`
+    r       = sum_i w_i x_prev_i,    x = sum_i w_i x_mid_i
+    f_jh    = c_h[j] v_j^h W_O^h
+    prox(z) = max(0, ||x||_1 - ||x - z||_1)                                 `proximity`
+    e_j     = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))
+
+A token's score is ``e_j`` summed over layers. ``c``, ``r`` and ``x`` are additive over target
+positions, so they may be accumulated over chunks and segments; ``prox`` is applied once, at the
+end. Later hops take the scores on the reasoning as the next target (section 3.3, `hops`).
+"""
 
 from __future__ import annotations
 
-from vllm_flashtrace.core.attention import AttentionForm, TargetRowBlocks, weighted_column_sums
+from vllm_flashtrace.core.attention import AttentionForm, TargetRowBlocks
 from vllm_flashtrace.core.hops import HopMass, HopRecursion, HopResult
 from vllm_flashtrace.core.proximity import (
+    DEFAULT_EXACT_FRACTION,
     LayerSums,
-    OutputProjection,
     l1_proximity,
-    layer_scores,
-    proximity_bounds,
     token_proximity,
     token_shares,
 )
 from vllm_flashtrace.core.weights import TargetWeights
 
 __all__ = [
+    "DEFAULT_EXACT_FRACTION",
     "AttentionForm",
     "HopMass",
     "HopRecursion",
     "HopResult",
     "LayerSums",
-    "OutputProjection",
     "TargetRowBlocks",
     "TargetWeights",
     "l1_proximity",
-    "layer_scores",
-    "proximity_bounds",
     "token_proximity",
     "token_shares",
-    "weighted_column_sums",
 ]

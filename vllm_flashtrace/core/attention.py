@@ -1,17 +1,8 @@
-"""Attention weights of target rows, and their weighted column sums, without storing the matrix.
+"""Weighted column sums of causal attention, ``c_h[j] = sum_i w_i alpha^h_ij`` (section 3.2).
 
-How an attention layer turns queries and keys into attention weights.
-
-Invariant: whatever a layer does to its logits is either here or the layer is not traced.
-
-Attention weights of a few target rows, before division by their denominators.
-
-Invariant: a row's exponentials and their sum are finite for finite input, whatever the logits.
-
-Weighted column sums of the causal attention matrix, without storing that matrix.
-
-Invariant: the result is additive over rows, so a target may be fed in any number of pieces, in any
-order, and the sum over the pieces is the column sums of the whole target.
+The only part of the method that touches the attention matrix. The matrix is never stored: rows are
+taken in blocks of bounded size, and each block computes only the columns that its rows can see. The
+sums are additive over rows, so a target may be fed in pieces, in any order.
 """
 
 from __future__ import annotations
@@ -22,10 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK_FLOATS = 1 << 22
+"""Largest block of attention weights held at a time (16 MiB of float32)."""
+
+_BLOCK_ROWS = 128
+"""Rows of a matrix product per key/value head: enough for its speed, few enough for the cache."""
+
+_LARGEST_DENOMINATOR = 1e25
+"""Far below overflow, and its reciprocal times a small weight is far from float32's subnormals."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionForm:
-    """Logits of query ``i`` and key ``j <= i`` of head ``h``, and what is normalised over.
+    """How a layer makes attention weights: everything it does to a logit before the softmax.
 
     With ``z = scale * q_ih . k_j``, the logit is ``soft_cap * tanh(z / soft_cap)`` if there is a
     cap and ``z`` otherwise, plus ``alibi_slopes[h] * (j - i)``. Keys further back than the window
@@ -58,7 +58,7 @@ class AttentionForm:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a causal softmax of scaled dot products and nothing else."""
+        """Whether the layer is a causal softmax of scaled dot products and nothing else."""
         return (
             self.sliding_window is None
             and self.soft_cap == 0
@@ -71,13 +71,124 @@ class AttentionForm:
         return 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1)
 
 
-_LARGEST_DENOMINATOR = 1e25
-# Far below overflow, and its reciprocal times a small weight is far from float32's subnormals.
+class TargetRowBlocks:
+    """The rows of a target cut into blocks; the same for every layer, so made once.
+
+    Rows of weight zero are left out. Memory for one block of attention weights is kept from layer
+    to layer.
+
+    Attributes:
+        blocks: Ascending by position.
+        columns: Number of keys needed: one more than the last position.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        positions: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        rows: Tensor | None = None,
+        block_rows: int | None = None,
+    ) -> None:
+        """Cuts the rows.
+
+        Args:
+            weights: float32 ``[R]``, non-negative target weight of each row.
+            positions: int64 ``[R]``, absolute position of each row; row ``i`` attends to keys
+                ``j <= positions[i]``. Any order.
+            num_heads: Query heads H.
+            num_kv_heads: Key/value heads G.
+            rows: int64 ``[R]``, where the rows lie in the query tensor; ``0..R-1`` if None.
+            block_rows: Upper limit on the rows of a block; chosen by the head counts if None.
+
+        Raises:
+            ValueError: The shapes do not fit together, or a position is negative.
+        """
+        if num_kv_heads == 0 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads"
+            )
+        if weights.dim() != 1 or weights.shape != positions.shape:
+            raise ValueError(
+                f"weights and positions must be of one length; "
+                f"got {tuple(weights.shape)} and {tuple(positions.shape)}"
+            )
+        if block_rows is None:
+            block_rows = max(1, _BLOCK_ROWS * num_kv_heads // num_heads)
+        if block_rows < 1:
+            raise ValueError(f"block_rows must be at least 1, got {block_rows}")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        kept = weights.nonzero().squeeze(1)
+        kept = kept[positions[kept].argsort()]  # ascending, so early blocks see few columns
+        places = kept if rows is None else rows[kept]
+        visible = (positions[kept] + 1).tolist()
+        if visible and visible[0] < 1:
+            raise ValueError(f"positions must not be negative, got {visible[0] - 1}")
+        self.columns: int = visible[-1] if visible else 0
+        self.blocks: list[RowBlock] = []
+        start = 0
+        while start < len(visible):
+            limit = min(start + block_rows, len(visible))
+            fitting = _BLOCK_FLOATS // (num_heads * visible[limit - 1])
+            stop = start + max(1, min(limit - start, fitting))
+            self.blocks.append(
+                RowBlock(
+                    rows=as_slice(places[start:stop]),
+                    row_weights=weights[kept[start:stop]].float(),
+                    positions=positions[kept[start:stop]],
+                    columns=visible[stop - 1],
+                    common=visible[start],
+                    hidden=_hidden(visible[start:stop], weights.device),
+                )
+            )
+            start = stop
+        largest = max((len(b.row_weights) * b.columns for b in self.blocks), default=0)
+        self._memory_size = num_heads * largest
+        self._memory: Tensor | None = None
+
+    def add(self, query: Tensor, keys: Tensor, form: AttentionForm, out: Tensor) -> None:
+        """Adds ``c_h[j] = sum_i w_i alpha^h_ij`` for every head and token.
+
+        Args:
+            query: ``[tokens, H, d]``, queries after position encoding, any float dtype.
+            keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token;
+                overwritten.
+            form: How the layer makes attention weights ``alpha`` of queries and keys.
+            out: float32 ``[H, >= n]``, added to in place.
+        """
+        if not self.blocks:
+            return
+        keys = keys[:, :, : self.columns]
+        if form.is_plain:
+            keys -= keys[:, :, :1].clone()
+        memory = self.block_memory(keys)
+        for block in self.blocks:
+            queries = block.queries(query, self.num_kv_heads, form.scale)
+            if form.is_plain:
+                first, attention, denominators = 0, *block.plain_weights(queries, keys, memory)
+            else:
+                first = form.first_visible(int(block.positions[0]))
+                attention, denominators, _ = block.weights_of(form, queries, keys, first, memory)
+            # The softmax denominator is folded into the row weights: one pass less over the block.
+            row_weights = block.row_weights / denominators
+            sums = torch.bmm(row_weights[:, None], attention).squeeze(1)
+            out[:, first : block.columns] += sums
+
+    def block_memory(self, like: Tensor) -> Tensor:
+        """Memory for one block of attention weights, made at first use."""
+        if self._memory is None or self._memory.device != like.device:
+            self._memory = torch.empty(self._memory_size, device=like.device)
+        return self._memory
 
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Some ascending rows and the columns they can see.
+    """Rows that ascend by position, and the columns they can see.
+
+    Its weights are exponentials that are finite for finite input, whatever the logits, and are not
+    yet divided by their sums, the denominators.
 
     Attributes:
         rows: Rows of the query tensor, a slice where they are adjacent.
@@ -163,182 +274,6 @@ class RowBlock:
         return grouped, grouped.view(-1, len(self.row_weights), columns)
 
 
-_BLOCK_FLOATS = 1 << 22
-"""Largest block of attention weights held at a time (16 MiB of float32)."""
-
-_BLOCK_ROWS = 128
-"""Rows of a matrix product per key/value head: enough for its speed, few enough for the cache."""
-
-
-class TargetRowBlocks:
-    """The rows of a target cut into blocks; the same for every layer, so made once.
-
-    Rows of weight zero are left out. Memory for one block of attention weights is kept from layer
-    to layer.
-    """
-
-    def __init__(
-        self,
-        weights: Tensor,
-        positions: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        *,
-        rows: Tensor | None = None,
-        block_rows: int | None = None,
-    ) -> None:
-        """Cuts the rows.
-
-        Args:
-            weights: float32 ``[R]``, non-negative target weight of each row.
-            positions: int64 ``[R]``, absolute position of each row; row ``i`` attends to keys
-                ``j <= positions[i]``. Any order.
-            num_heads: Query heads H.
-            num_kv_heads: Key/value heads G.
-            rows: int64 ``[R]``, where the rows lie in the query tensor; ``0..R-1`` if None.
-            block_rows: Upper limit on the rows of a block; chosen by the head counts if None.
-
-        Raises:
-            ValueError: The shapes do not fit together, or a position is negative.
-        """
-        if num_kv_heads == 0 or num_heads % num_kv_heads:
-            raise ValueError(
-                f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads"
-            )
-        if weights.dim() != 1 or weights.shape != positions.shape:
-            raise ValueError(
-                f"weights and positions must be of one length; "
-                f"got {tuple(weights.shape)} and {tuple(positions.shape)}"
-            )
-        if block_rows is None:
-            block_rows = max(1, _BLOCK_ROWS * num_kv_heads // num_heads)
-        if block_rows < 1:
-            raise ValueError(f"block_rows must be at least 1, got {block_rows}")
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        kept = weights.nonzero().squeeze(1)
-        kept = kept[positions[kept].argsort()]  # ascending, so early blocks see few columns
-        places = kept if rows is None else rows[kept]
-        visible = (positions[kept] + 1).tolist()
-        if visible and visible[0] < 1:
-            raise ValueError(f"positions must not be negative, got {visible[0] - 1}")
-        self.columns: int = visible[-1] if visible else 0
-        """Number of keys needed: one more than the last position."""
-        self._blocks: list[RowBlock] = []
-        start = 0
-        while start < len(visible):
-            limit = min(start + block_rows, len(visible))
-            fitting = _BLOCK_FLOATS // (num_heads * visible[limit - 1])
-            stop = start + max(1, min(limit - start, fitting))
-            self._blocks.append(
-                RowBlock(
-                    rows=as_slice(places[start:stop]),
-                    row_weights=weights[kept[start:stop]].float(),
-                    positions=positions[kept[start:stop]],
-                    columns=visible[stop - 1],
-                    common=visible[start],
-                    hidden=_hidden(visible[start:stop], weights.device),
-                )
-            )
-            start = stop
-        largest = max((len(b.row_weights) * b.columns for b in self._blocks), default=0)
-        self._memory_size = num_heads * largest
-        self._memory: Tensor | None = None
-
-    def add(self, query: Tensor, keys: Tensor, form: AttentionForm, out: Tensor) -> None:
-        """Adds ``c_h[j] = sum_i w_i alpha^h_ij`` for every head and token.
-
-        Args:
-            query: ``[tokens, H, d]``, queries after position encoding, any float dtype.
-            keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token;
-                overwritten.
-            form: How the layer makes attention weights ``alpha`` of queries and keys.
-            out: float32 ``[H, >= n]``, added to in place.
-        """
-        if not self._blocks:
-            return
-        keys = keys[:, :, : self.columns]
-        if form.is_plain:
-            keys -= keys[:, :, :1].clone()
-        memory = self._block_memory(keys)
-        for block in self._blocks:
-            queries = block.queries(query, self.num_kv_heads, form.scale)
-            if form.is_plain:
-                first, attention, denominators = 0, *block.plain_weights(queries, keys, memory)
-            else:
-                first = form.first_visible(int(block.positions[0]))
-                attention, denominators, _ = block.weights_of(form, queries, keys, first, memory)
-            # The softmax denominator is folded into the row weights: one pass less over the block.
-            row_weights = block.row_weights / denominators
-            sums = torch.bmm(row_weights[:, None], attention).squeeze(1)
-            out[:, first : block.columns] += sums
-
-    def log_sum_exp(self, query: Tensor, keys: Tensor, form: AttentionForm) -> Tensor:
-        """Computes ``log sum_j exp(logit_ij)`` of every row and head, a sink included.
-
-        Arguments as `add`; ``keys`` are left as they are.
-
-        Returns:
-            float32 ``[R, H]``, the rows ascending by position.
-        """
-        parts = [keys.new_empty(0, self.num_heads)]
-        memory = self._block_memory(keys)
-        for block in self._blocks:
-            queries = block.queries(query, self.num_kv_heads, form.scale)
-            first = form.first_visible(int(block.positions[0]))
-            _, denominators, largest = block.weights_of(form, queries, keys, first, memory)
-            parts.append((largest + denominators.log()).t())
-        return torch.cat(parts)
-
-    def _block_memory(self, like: Tensor) -> Tensor:
-        """Memory for one block of attention weights, made at first use."""
-        if self._memory is None or self._memory.device != like.device:
-            self._memory = torch.empty(self._memory_size, device=like.device)
-        return self._memory
-
-
-def weighted_column_sums(
-    query: Tensor,
-    key: Tensor,
-    weights: Tensor,
-    positions: Tensor,
-    form: AttentionForm,
-    *,
-    out: Tensor | None = None,
-    block_rows: int | None = None,
-) -> Tensor:
-    """Computes ``c_h[j] = sum_i w_i alpha^h_ij`` for every head and token.
-
-    This is the only part of FlashTrace (arXiv 2602.01914) that touches the attention matrix. Rows
-    are taken block by block, so at most ``H * block_rows * N`` attention weights exist at a time
-    (fewer rows per block where even that is large), and a block computes only the columns that
-    its rows can see. Rows of weight zero are not computed.
-
-    Args:
-        query: ``[R, H, d]``, queries of the target rows after position encoding, any float dtype.
-        key: ``[N, G, d]``, keys of the whole context as cached; head ``h`` reads key/value head
-            ``h // (H // G)``.
-        weights: float32 ``[R]``, non-negative target weight of each row.
-        positions: int64 ``[R]``, absolute position of each row; row ``i`` attends to keys
-            ``j <= positions[i]``. Any order.
-        form: How the layer makes attention weights ``alpha`` of queries and keys.
-        out: float32 ``[H, >= N]`` accumulator; its first ``N`` columns are added to in place.
-        block_rows: Upper limit on the rows of a block.
-
-    Returns:
-        float32 ``[H, N]``: the column sums, or the view ``out[:, :N]`` after adding them.
-
-    Raises:
-        ValueError: The shapes do not fit together, or a position lies outside the context.
-    """
-    _check(query, key, weights, positions, out)
-    heads, (context, groups, _) = query.shape[1], key.shape
-    if out is None:
-        out = torch.zeros(heads, context, dtype=torch.float32, device=query.device)
-    blocks = TargetRowBlocks(weights, positions, heads, groups, block_rows=block_rows)
-    blocks.add(query, key.permute(1, 2, 0).to(torch.float32, copy=True), form, out)
-    return out[:, :context]
-
-
 def _hidden(visible: list[int], device: torch.device) -> Tensor | None:
     """Columns beyond the common ones that a row may not see, bool ``[B, last - first]``."""
     if visible[0] == visible[-1]:
@@ -352,34 +287,3 @@ def as_slice(rows: Tensor) -> Tensor | slice:
     first, last = int(rows[0]), int(rows[-1])
     adjacent = last - first + 1 == rows.numel() and bool((rows.diff() == 1).all())
     return slice(first, last + 1) if adjacent else rows
-
-
-def _check(
-    query: Tensor, key: Tensor, weights: Tensor, positions: Tensor, out: Tensor | None
-) -> None:
-    if query.dim() != 3 or key.dim() != 3 or query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"query must be [R, H, d] and key [N, G, d]; "
-            f"got {tuple(query.shape)} and {tuple(key.shape)}"
-        )
-    rows, heads, _ = query.shape
-    context = key.shape[0]
-    if weights.shape != (rows,) or positions.shape != (rows,):
-        raise ValueError(
-            f"weights and positions must be [{rows}]; "
-            f"got {tuple(weights.shape)} and {tuple(positions.shape)}"
-        )
-    if out is not None and (
-        out.dim() != 2
-        or out.shape[0] != heads
-        or out.shape[1] < context
-        or out.dtype != torch.float32
-    ):
-        raise ValueError(
-            f"out must be float32 [{heads}, >= {context}]; got {out.dtype} {tuple(out.shape)}"
-        )
-    if rows and (int(positions.min()) < 0 or int(positions.max()) >= context):
-        raise ValueError(
-            f"positions {int(positions.min())}..{int(positions.max())} "
-            f"lie outside the context of {context} tokens"
-        )

@@ -1,13 +1,13 @@
-"""Recursion of attribution over the reasoning (paper, section 3.3), and what the hops add up to.
+"""Recursion of attribution over the reasoning (section 3.3).
 
-Outcome of the recursion over hops, for everything downstream to read.
+Hop 0 explains the target; hop ``k`` explains the reasoning, weighted by the scores that hop ``k-1``
+put on it. Each hop's scores are normalised to sum to 1 over the context. With ``rho_k`` the mass of
+hop ``k`` on the reasoning and ``w_I^(k)`` its scores on the input,
 
-Invariant: masses are float64 shares of the whole, and those of one record sum to one.
+    final scores = w_I^(0) + sum_{k>=1} (prod_{j<k} rho_j) w_I^(k)
 
-Recursion of attribution over the reasoning: which target comes next, what the hops add up to.
-
-Invariant: mass is conserved. After any number of hops, the mass on the input, on skipped tokens and
-on generated tokens that are not followed, plus the mass still on reasoning, is exactly one.
+Mass is conserved: after any number of hops, what is on the input, on skipped tokens and on
+generated tokens that are not followed, plus what is still on the reasoning, sums to 1.
 """
 
 from __future__ import annotations
@@ -22,75 +22,8 @@ from torch import Tensor
 from vllm_flashtrace.core.weights import TargetWeights
 
 
-@dataclass(frozen=True, slots=True)
-class HopMass:
-    """Where the mass of one hop went; the four parts sum to 1.
-
-    Attributes:
-        hop: Index of the hop, 0 for the target itself.
-        input_mass: On prompt tokens that recursion does not follow.
-        reasoning_mass: On tokens that recursion follows (rho of this hop).
-        target_mass: On generated tokens that recursion does not follow, the target among them.
-        skipped_mass: On skipped tokens, wherever they are.
-        weight: Share of the whole that this hop redistributes, the product of the earlier rho.
-    """
-
-    hop: int
-    input_mass: float
-    reasoning_mass: float
-    target_mass: float
-    skipped_mass: float
-    weight: float
-
-
-@dataclass(frozen=True, eq=False)
-class HopResult:
-    """The recursion's outcome.
-
-    ``input_mass + remaining_mass + target_mass + skipped_mass == 1`` up to float64 rounding.
-
-    Attributes:
-        scores: float64 ``[N]``, final mass on each input token, zero elsewhere.
-        generated_scores: float64 ``[N]``, mass that passed through each token that is not input
-            (reasoning, target, skipped), each hop counted with its weight; zero on input tokens.
-            For display: mass on reasoning is counted again wherever it flows next.
-        layer_scores: float64 ``[L, N]``, each layer's share of `scores`, or None.
-        hops: Mass of each hop.
-        input_mass: Sum of `scores`.
-        remaining_mass: Mass still on reasoning after the last hop.
-        target_mass: Mass on generated tokens that recursion does not follow.
-        skipped_mass: Mass on skipped tokens.
-        per_hop_scores: float64 ``[N]`` of each hop, normalised to sum to 1.
-    """
-
-    scores: Tensor
-    generated_scores: Tensor
-    layer_scores: Tensor | None
-    hops: tuple[HopMass, ...]
-    input_mass: float
-    remaining_mass: float
-    target_mass: float
-    skipped_mass: float
-    per_hop_scores: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Hop:
-    """Normalised scores of one hop: ``[N]``, perhaps ``[L, N]``, and their mass by part."""
-
-    scores: Tensor
-    layer_scores: Tensor | None
-    mass: HopMass
-
-
 class HopRecursion:
-    """Runs the recursion without doing any attribution itself.
-
-    Hop 0 explains the target. Each later hop explains the reasoning, weighted by the scores it got
-    from the hop before, and its result counts with the mass that was on the reasoning. With
-    ``rho_k`` the reasoning mass of hop ``k`` and ``w_I^(k)`` its scores on the input,
-
-        final scores = sum_k (prod_{j<k} rho_j) w_I^(k)        (arXiv 2602.01914)
+    """Chooses the target of each hop and adds up the hops; the caller runs the attribution.
 
     Use::
 
@@ -255,6 +188,67 @@ class HopRecursion:
         if difference > 1e-3:
             raise ValueError(f"layer_scores do not sum to scores: relative L1 {difference:.1e}")
         return checked
+
+
+@dataclass(frozen=True, slots=True)
+class HopMass:
+    """Where the mass of one hop went, in shares of the hop; the four parts sum to 1.
+
+    Attributes:
+        hop: Index of the hop, 0 for the target itself.
+        input_mass: On prompt tokens that recursion does not follow.
+        reasoning_mass: On tokens that recursion follows (rho of this hop).
+        target_mass: On generated tokens that recursion does not follow, the target among them.
+        skipped_mass: On skipped tokens, wherever they are.
+        weight: Share of the whole that this hop redistributes, the product of the earlier rho.
+    """
+
+    hop: int
+    input_mass: float
+    reasoning_mass: float
+    target_mass: float
+    skipped_mass: float
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class HopResult:
+    """The recursion's outcome.
+
+    ``input_mass + remaining_mass + target_mass + skipped_mass == 1`` up to float64 rounding.
+
+    Attributes:
+        scores: float64 ``[N]``, final mass on each input token, zero elsewhere.
+        generated_scores: float64 ``[N]``, mass that passed through each token that is not input
+            (reasoning, target, skipped), each hop counted with its weight; zero on input tokens.
+            For display: mass on reasoning is counted again wherever it flows next.
+        layer_scores: float64 ``[L, N]``, each layer's share of `scores`, or None.
+        hops: Mass of each hop.
+        input_mass: Sum of `scores`.
+        remaining_mass: Mass still on reasoning after the last hop.
+        target_mass: Mass on generated tokens that recursion does not follow.
+        skipped_mass: Mass on skipped tokens.
+        per_hop_scores: float64 ``[N]`` of each hop, normalised to sum to 1.
+    """
+
+    scores: Tensor
+    generated_scores: Tensor
+    layer_scores: Tensor | None
+    hops: tuple[HopMass, ...]
+    input_mass: float
+    remaining_mass: float
+    target_mass: float
+    skipped_mass: float
+    per_hop_scores: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Hop:
+    """Normalised scores of one hop: ``[N]``, perhaps ``[L, N]``, and their mass by part."""
+
+    scores: Tensor
+    layer_scores: Tensor | None
+    mass: HopMass
 
 
 def _checked_mask(name: str, mask: Tensor, length: int) -> Tensor:

@@ -1,23 +1,24 @@
-"""Scores of one layer: L1 proximity of every token to the residual stream (paper, section 3.2).
+"""Token scores of one layer from its accumulated sums (section 3.2).
 
-L1 proximity of every token's contribution to the residual stream.
+With ``f_jh = c_h[j] v_j^h W_O^h`` the contribution of token ``j`` through head ``h``, ``r`` the
+residual entering the attention block and ``x`` the stream after it,
 
-Invariant: nothing of size ``tokens * heads * D`` is ever stored, and yet every score is exact:
-only the coordinates that a contribution can push past zero are computed, which are few.
+    prox(z) = max(0, ||x||_1 - ||x - z||_1)
+    e_j     = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))
 
-Token scores of one layer from its accumulated sums.
-
-Invariant: a score is returned only when every input is finite; a layer's scores and its residual
-share never exceed one in total.
+The residual counts in the denominator only. Contributions have ``tokens * heads * D`` coordinates;
+`token_proximity` is exact without storing or even computing most of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+DEFAULT_EXACT_FRACTION = 1.0
+"""Share of the bound's mass that is evaluated exactly; see `token_proximity`."""
 
 _TEMPORARY_FLOATS = 1 << 22
 """Largest block of contributions held at a time (16 MiB of float32)."""
@@ -28,27 +29,28 @@ _FEW_COLUMNS, _SOME_COLUMNS = 8, 32
 # Rounding of the reach must never hide a coordinate.
 _REACH_SLACK = 1 + 1e-5
 
-DEFAULT_EXACT_FRACTION = 1.0
-"""Share of the bound's mass that is evaluated exactly; see `token_proximity`."""
 
-
-class OutputProjection(NamedTuple):
-    """``W_O`` of one layer, cut by heads.
+@dataclass
+class LayerSums:
+    """What one layer accumulates over the target positions; every field is additive over them.
 
     Attributes:
-        weight: float32 ``[H, d, D]``, so that a head's contribution is ``v @ weight[h]``.
-        column_norms: float32 ``[H, D]``, Euclidean norms of its columns.
+        column_sums: float32 ``[H, N]``, weighted column sums of the attention matrix.
+        residual: float32 ``[D]``, weighted sum of the stream entering the attention block.
+        stream: float32 ``[D]``, weighted sum of the stream after attention has been added.
     """
 
-    weight: Tensor
-    column_norms: Tensor
+    column_sums: Tensor
+    residual: Tensor
+    stream: Tensor
 
 
 def l1_proximity(contribution: Tensor, stream: Tensor) -> Tensor:
-    """Computes ``max(0, ||x||_1 - ||x - z||_1)``, how much of ``x`` is explained by ``z``.
+    """Computes ``prox(z) = max(0, ||x||_1 - ||x - z||_1)``, how much of ``x`` comes from ``z``.
 
     With ``s = sign(x)`` (+1 at 0) and ``t = s * z``, coordinate by coordinate
-    ``|x| - |x - z| = min(t, 2|x| - t)``: the same number without subtracting two large norms.
+    ``|x| - |x - z| = min(t, 2|x| - t)``: the same number without subtracting two large norms, which
+    would lose small contributions in float32.
 
     Args:
         contribution: ``[..., D]``, the added vectors ``z``.
@@ -59,29 +61,6 @@ def l1_proximity(contribution: Tensor, stream: Tensor) -> Tensor:
     """
     aligned = contribution * _signs(stream)
     return torch.minimum(aligned, 2 * stream.abs() - aligned).sum(dim=-1).clamp(min=0)
-
-
-def proximity_bounds(
-    column_sums: Tensor, values: Tensor, out_proj: Tensor, stream: Tensor
-) -> Tensor:
-    """Bounds every (token, head) proximity from above at ``d`` multiply-adds each.
-
-    The contribution of token ``j`` through head ``h`` is ``z = c_h[j] v_j W_O^h``, and
-    ``u_h = W_O^h s`` with ``s = sign(x)`` is one vector per head. From `l1_proximity`,
-    ``prox(z) <= max(0, sum_i s_i z_i) = c_h[j] max(0, v_j.u_h)``, since ``c_h[j] >= 0``.
-
-    Args:
-        column_sums: float32 ``[H, N]``, non-negative.
-        values: ``[N, G, d]``, value vectors with their bias, as cached.
-        out_proj: ``[H, d, D]``, the output projection of each head, so ``v @ out_proj[h]``.
-        stream: ``[D]``, the residual stream after attention.
-
-    Returns:
-        float32 ``[N, H]``.
-    """
-    directions = out_proj.float() @ _signs(stream.float())  # [H, d]
-    aligned = _products(directions[:, None], values.float()).squeeze(1)
-    return aligned.mul_(column_sums).clamp_(min=0).T
 
 
 def token_proximity(
@@ -95,20 +74,22 @@ def token_proximity(
 ) -> Tensor:
     """Computes each token's proximity to the residual stream, summed over heads.
 
-    With ``t_i = s_i z_i`` the proximity is ``sum_i t_i - 2 sum_i max(0, t_i - |x_i|)``. The first
-    sum costs ``d`` multiply-adds for a (token, head) pair (see `proximity_bounds`). The second, the
-    overshoot, runs over coordinates that the contribution pushes past zero. By Cauchy-Schwarz
-    ``t_i <= c_h[j] ||v_j|| ||W_O^h[:, i]||``, so coordinate ``i`` matters only to pairs whose reach
-    ``c_h[j] ||v_j||`` exceeds ``|x_i| / ||W_O^h[:, i]||``. On real text that is one coordinate in a
-    thousand: most pairs have none, few have more than a handful, so the exact result costs little
-    more than its bound.
+    With ``s = sign(x)`` and ``t_i = s_i z_i``, the proximity of ``z`` is the positive part of
+    ``sum_i t_i - 2 sum_i max(0, t_i - |x_i|)``.
+
+    The first sum is ``c_h[j] v_j . (W_O^h s)``: ``d`` multiply-adds for a (token, head) pair. It
+    bounds the proximity from above. The second, the overshoot, runs over coordinates that the
+    contribution pushes past zero. By Cauchy-Schwarz ``t_i <= c_h[j] ||v_j|| ||W_O^h[:, i]||``, so
+    coordinate ``i`` matters only to pairs whose reach ``c_h[j] ||v_j||`` exceeds
+    ``|x_i| / ||W_O^h[:, i]||``. On real text that is one coordinate in a thousand: most pairs have
+    none, few have more than a handful, so the exact result costs little more than its bound.
 
     Args:
         column_sums: float32 ``[H, N]``, non-negative.
         values: ``[N, G, d]``, value vectors with their bias, as cached. Fastest where the memory
             order is ``[G, N, d]``.
-        out_proj: ``[H, d, D]``, the output projection of each head. Fastest as a view of a linear
-            layer's own weight, ``[D, H * d]``.
+        out_proj: ``[H, d, D]``, the output projection of each head, so ``f = v @ out_proj[h]``.
+            Fastest as a view of a linear layer's own weight, ``[D, H * d]``.
         stream: ``[D]``, the residual stream after attention, in the weighting of `column_sums`.
         exact_fraction: Below 1.0, the pairs with the largest bounds, which together hold this share
             of the bounds' total, are exact; the rest count with the overshoot of few coordinates,
@@ -158,6 +139,20 @@ def token_proximity(
         known = overshoot.gather(1, tokens)
         overshoot.scatter_(1, tokens, torch.where(reach > 0, further, known))
     return totals.sub_(overshoot.mul_(2)).clamp_(min=0).sum(dim=0)
+
+
+def token_shares(proximities: Tensor, denominators: Tensor) -> Tensor:
+    """Computes ``e_j``, each token's share of a layer's proximity.
+
+    Args:
+        proximities: ``[..., N]``, summed over heads; over some of the heads gives their part.
+        denominators: ``[...]``, the proximity of all tokens through all heads and of the residual.
+
+    Returns:
+        ``[..., N]``, zeros where nothing is aligned with the stream.
+    """
+    shares = proximities / denominators[..., None]
+    return torch.where(denominators[..., None] > 0, shares, torch.zeros_like(shares))
 
 
 def _products(directions: Tensor, values: Tensor) -> Tensor:
@@ -222,119 +217,3 @@ def _largest(bounds: Tensor, fraction: float) -> Tensor:
     mass = ranked.cumsum(0, dtype=torch.float64)
     last = torch.searchsorted(mass, fraction * mass[-1:])
     return bounds >= ranked[last.clamp_(max=ranked.numel() - 1)]
-
-
-@dataclass
-class LayerSums:
-    """What one layer accumulates over the target positions; every field is additive over them.
-
-    Attributes:
-        column_sums: float32 ``[H, N]``, weighted column sums of the attention matrix.
-        residual: float32 ``[D]``, weighted sum of the stream entering the attention block.
-        stream: float32 ``[D]``, weighted sum of the stream after attention has been added.
-    """
-
-    column_sums: Tensor
-    residual: Tensor
-    stream: Tensor
-
-
-def layer_scores(
-    sums: LayerSums,
-    values: Tensor,
-    out_proj: Tensor,
-    *,
-    exact_fraction: float = DEFAULT_EXACT_FRACTION,
-    column_norms: Tensor | None = None,
-) -> Tensor:
-    """Computes the share of the attention block's output that flows from each token.
-
-    ``e_j = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))`` with ``f_jh`` the contribution of
-    token ``j`` through head ``h`` and ``r`` the residual (arXiv 2602.01914; the residual counts in
-    the denominator only). Does not change when all target weights are scaled by one factor.
-
-    Args:
-        sums: The layer's sums over all target positions.
-        values: ``[N, G, d]``, value vectors with their bias, as cached.
-        out_proj: ``[H, d, D]``, the output projection of each head, so ``v @ out_proj[h]``.
-        exact_fraction: See `token_proximity`.
-        column_norms: See `token_proximity`.
-
-    Returns:
-        float32 ``[N]``, non-negative, summing to at most one; zeros if nothing is aligned with the
-        stream, the residual included.
-
-    Raises:
-        ValueError: The shapes do not fit together, or a tensor holds a NaN, an infinity or (in
-            the column sums) a negative number; the message names it.
-    """
-    _check_shapes(sums, values, out_proj)
-    _check_numbers(sums, out_proj if column_norms is None else column_norms)
-    tokens = token_proximity(
-        sums.column_sums,
-        values,
-        out_proj,
-        sums.stream,
-        exact_fraction=exact_fraction,
-        column_norms=column_norms,
-    )
-    residual = l1_proximity(sums.residual.float(), sums.stream.float())
-    return token_shares(tokens, tokens.sum() + residual)
-
-
-def token_shares(proximities: Tensor, denominators: Tensor) -> Tensor:
-    """Computes ``e_j``, each token's share of a layer's proximity.
-
-    Args:
-        proximities: ``[..., N]``, summed over heads; over some of the heads gives their part.
-        denominators: ``[...]``, the proximity of all tokens through all heads and of the residual.
-
-    Returns:
-        ``[..., N]``, zeros where nothing is aligned with the stream.
-    """
-    shares = proximities / denominators[..., None]
-    return torch.where(denominators[..., None] > 0, shares, torch.zeros_like(shares))
-
-
-def _check_shapes(sums: LayerSums, values: Tensor, out_proj: Tensor) -> None:
-    shapes = {
-        "column_sums": sums.column_sums.shape,
-        "values": values.shape,
-        "out_proj": out_proj.shape,
-        "residual": sums.residual.shape,
-        "stream": sums.stream.shape,
-    }
-    listing = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-    if values.dim() != 3 or out_proj.dim() != 3 or 0 in values.shape:
-        raise ValueError(f"values must be [N, G, d] and out_proj [H, d, D]; got {listing}")
-    context, groups, dim = values.shape
-    heads, hidden = out_proj.shape[0], out_proj.shape[2]
-    expected = {
-        "column_sums": (heads, context),
-        "out_proj": (heads, dim, hidden),
-        "residual": (hidden,),
-        "stream": (hidden,),
-    }
-    if heads % groups or any(shapes[name] != shape for name, shape in expected.items()):
-        raise ValueError(f"the layer's tensors do not fit together: {listing}")
-
-
-def _check_numbers(sums: LayerSums, projection: Tensor) -> None:
-    """Refuses what is not finite; `projection` is the matrix or the norms of its columns.
-
-    Values are checked where their norms are computed anyway, in `token_proximity`.
-    """
-    tensors = {
-        "column_sums": sums.column_sums,
-        "residual": sums.residual,
-        "stream": sums.stream,
-        "out_proj": projection,
-    }
-    # A sum is one pass without a temporary, and neither a NaN nor an infinity leaves it finite.
-    totals = torch.stack([t.sum().float() for t in tensors.values()] + [sums.column_sums.min()])
-    *finite, _ = totals.isfinite().tolist()
-    for name, fine in zip(tensors, finite, strict=True):
-        if not fine:
-            raise ValueError(f"{name} of the layer is not finite")
-    if (lowest := float(totals[-1])) < 0:
-        raise ValueError(f"column_sums of the layer has a negative entry: {lowest}")

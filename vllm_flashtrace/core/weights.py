@@ -1,8 +1,4 @@
-"""Target of an attribution pass: non-negative weights over positions of the trace.
-
-Invariant: positions ascend strictly and every weight is positive and finite, so a target is never
-empty and never names a row that need not be computed.
-"""
+"""Target of an attribution pass: weights ``w_i > 0`` over positions of the trace (section 3.2)."""
 
 from __future__ import annotations
 
@@ -17,9 +13,9 @@ from vllm_flashtrace.base.records import Span
 
 @dataclass(frozen=True, eq=False)
 class TargetWeights:
-    """Sparse weights ``w_i > 0`` over absolute token positions.
+    """Sparse weights ``w_i > 0`` over absolute token positions; at least one.
 
-    Zero weights given to the constructor are dropped.
+    Zero weights given to the constructor are dropped, so no row is computed for nothing.
 
     Attributes:
         positions: int64 ``[R]``, strictly ascending, on the CPU.
