@@ -45,7 +45,7 @@ def memory_mb(pid: int) -> dict[str, float]:
     """Resident MiB of an API server, its engine core and its worker."""
     root = psutil.Process(pid)
     found = {"server": root, "engine": engine_core(root), "worker": worker(root)}
-    return {role: process.memory_info().rss / 2**20 for role, process in found.items()}
+    return {f"{role}_mb": process.memory_info().rss / 2**20 for role, process in found.items()}
 
 
 def rss_mb(pid: int | None = None) -> float:

@@ -8,10 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.mixed_load import fetch_deferred, rest, send_all
-from benchmarks.mixed_requests import make_request
-from benchmarks.servers import plugin_server
-from benchmarks.worker_state import DEV_MODE
+from benchmarks.load import DEV_MODE, plugin_server
+from benchmarks.mixed_load import fetch_deferred, make_request, rest, send_all
 
 FEW_BLOCKS = [
     "--enforce-eager",

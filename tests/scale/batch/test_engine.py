@@ -10,7 +10,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.batch_work import Batch, difference, malformed, requests, results, write_lines
+from benchmarks.batch_runs import Batch, difference, malformed, requests, results, write_lines
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(240)
