@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_flashtrace.api.request import RequestLimits
-from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
 
 SECTION = "flashtrace"
 
@@ -43,7 +42,7 @@ class FlashTraceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    exact_fraction: float = Field(default=DEFAULT_EXACT_FRACTION, ge=0.0, le=1.0)
+    exact_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
     max_hops: int = Field(default=8, ge=0, le=64)
     auto_threshold: float = Field(default=0.05, gt=0.0, lt=1.0)
     max_concurrent_traces: int = Field(default=8, ge=1)
