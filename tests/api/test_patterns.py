@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -31,6 +32,12 @@ ACCEPTED = [
     r"(?P<year>\d{4})-\d\d",
     r"[ab|]+",
     r"a\|a",
+    "a" * 600,
+    "a?" * 200 + "b",
+    r"(?x) \d{4} - \d{2}  # ( year and [ month",
+    r"(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}",
+    r"(?s)answer.{200,}",
+    "((a{1,1000}){1,1000}){1,1000}",
 ]
 
 EXPONENTIAL = [
@@ -75,8 +82,9 @@ REFUSED = [
     ("[[:alpha:]]+", "[:alpha:]"),
     ("(?:a){1000000}", "too many times"),
     ("((a{1000}){1000}){1000}", "too many times"),
-    ("a" * 600, "too large"),
-    ("a?" * 200 + "b", "too complex"),
+    ("(?:" * 60 + "a" + "){2,3}" * 60, "too many times"),
+    ("(?:" * 80 + "a" + "b)+" * 80, "too many times"),
+    ("(?:" + "a|" * 200 + "b){5000}", "too many times"),
 ]
 
 
@@ -85,10 +93,14 @@ def test_useful_pattern_is_accepted(pattern):
     assert check_pattern(pattern) is None
 
 
+@pytest.mark.parametrize("text", ["a" * 26 + "c!", "a" * 65_536 + "!", "ab1 c," * 10_000 + "!"])
 @pytest.mark.parametrize("pattern", EXPONENTIAL)
-def test_exponential_pattern_is_refused(pattern):
-    with pytest.raises(PatternError, match="exponential time"):
-        check_pattern(pattern)
+def test_exponential_pattern_is_accepted_and_ends_within_its_time(pattern, text):
+    check_pattern(pattern)
+    begun = time.process_time()
+    with contextlib.suppress(TimeoutError):
+        last_match(pattern, text, seconds=0.05)
+    assert time.process_time() - begun < 2.0
 
 
 @pytest.mark.parametrize(("pattern", "reason"), REFUSED)
@@ -98,12 +110,25 @@ def test_refusal_says_why(pattern, reason):
     assert reason in str(refusal.value)
 
 
-@pytest.mark.parametrize("pattern", ["a?" * 256, r"\w{1,100}" * 5, "(" * 256 + ")" * 256])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a?" * 256,
+        r"\w{1,100}" * 5,
+        "(" * 256 + ")" * 256,
+        "(a|" * 120 + "b" + ")" * 120,
+        "(?:" * 120 + "a" + ")?" * 120,
+        "(?i)" + "[!-\uffff]" * 100,
+        "(?:a|bc|d){3500}",
+        "|".join(f"w{i}" for i in range(140)),
+        *(pattern for pattern, _ in REFUSED),
+    ],
+)
 def test_check_of_a_large_pattern_is_quick(pattern):
     begun = time.process_time()
-    with pytest.raises(PatternError):
+    with contextlib.suppress(PatternError):
         check_pattern(pattern)
-    assert time.process_time() - begun < 2.0
+    assert time.process_time() - begun < 0.5
 
 
 _atoms = st.sampled_from(["a", "b", ".", "[ab]", r"\w", "(?=a)", ""])
@@ -122,16 +147,15 @@ _patterns = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(_patterns)
-def test_accepted_pattern_is_never_exponential(body):
+def test_search_for_any_pattern_ends_within_its_time(body):
     # "c" ends the text but never follows a match, so every path is tried before giving up.
     pattern = f"(?:{body})!"
-    try:
-        check_pattern(pattern)
-    except PatternError:
-        return
+    check_pattern(pattern)
     for text in ("a" * 26 + "c!", "ab" * 13 + "c!"):
-        # Exponential patterns take hours here, others of six parts milliseconds.
-        regex.compile(f"^{pattern}").search(text, timeout=2.0)
+        begun = time.process_time()
+        with contextlib.suppress(TimeoutError):
+            last_match(f"^{pattern}", text, seconds=0.02)
+        assert time.process_time() - begun < 1.0
 
 
 @settings(max_examples=100, deadline=None)

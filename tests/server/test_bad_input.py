@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 
 import pytest
 
@@ -116,17 +118,27 @@ async def test_messages_too_deep_to_be_copied_are_refused(app, path, body, name)
     check_refused(app, await app.post(path, **body, flashtrace=True), name)
 
 
-async def test_catastrophic_regex_does_not_hang_the_server(app):
-    app.engine.answers = ["a" * 60 + "!"]
-    response = await app.complete(
-        flashtrace={"target": {"regex": "(a+)+$"}}, max_tokens=200, prompt="Hi"
+@pytest.mark.parametrize("regex", ["(a|aa)+$", "((a)|a)+$", "(a{1,30}){1,30}$"])
+async def test_regex_of_exponential_time_fails_alone_and_in_time(app, regex):
+    text = "a" * 60 + "!"
+    app.engine.answers = [text]
+    begun = time.process_time()
+    field = {"target": {"regex": regex}}
+    answers = await asyncio.gather(
+        app.complete(flashtrace=field, max_tokens=200, prompt="Hi"),
+        app.complete(flashtrace=True, max_tokens=200, prompt="Hi"),
     )
-    if response.status_code == 400:
-        check_refused(app, response, "flashtrace")
-    else:
-        choice = response.json()["choices"][0]
-        assert choice["text"] == app.engine.answers[0]
-        assert choice["flashtrace"]["status"] == "failed"
+    slow, quick = (answer.json()["choices"][0] for answer in answers)
+    assert slow["text"] == quick["text"] == text
+    assert slow["flashtrace"]["status"] == "failed"
+    assert slow["flashtrace"]["error"]["code"] == "regex_timeout"
+    assert quick["flashtrace"]["status"] == "completed"
+    # Where the text is the client's own, it is the client's mistake.
+    response = await app.post("/v1/attributions", prompt="Hi", completion=text, flashtrace=field)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "flashtrace.target.regex"
+    assert time.process_time() - begun < 3.0
 
 
 @pytest.mark.parametrize("route", ["chat", "complete"])

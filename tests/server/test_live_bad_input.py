@@ -42,8 +42,7 @@ MORE_BAD_FIELDS = [
     ("weight NaN", {"target": {"weights": {"0": float("nan")}}}),
     ("weight infinite", {"target": {"weights": {"0": float("inf")}}}),
     ("span beyond max_tokens", {"target": {"tokens": [[0, 9]]}}),
-    ("catastrophic regex", {"target": {"regex": "(a+)+$"}}),
-    ("catastrophic alternation", {"target": {"regex": "(a|a)*b"}}),
+    ("regex that is too large to compile", {"target": {"regex": "((a{99}){99}){99}"}}),
 ]
 ALL = [*BAD_FIELDS, *MORE_BAD_FIELDS]
 
