@@ -11,8 +11,12 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from tests.server.live_server import OURS, STOCK
+from vllm_flashtrace.trace.config import FlashTraceConfig
 
-LINE = "additional_config.flashtrace.hop_limit: Extra inputs are not permitted (got 3)"
+LINE = (
+    "additional_config.flashtrace.hop_limit: Extra inputs are not permitted (got 3); allowed: "
+    + ", ".join(FlashTraceConfig.model_fields)
+)
 BAD = {"flashtrace": {"hop_limit": 3}}
 
 

@@ -1,7 +1,7 @@
 """Options of the plugin, read from ``--additional-config '{"flashtrace": {...}}'``.
 
-Invariant: every key is declared here with its default, and an unknown or ill-typed key stops the
-server at start instead of being ignored.
+Each option is a field of `FlashTraceConfig` with its default, range and description; the table in
+the documentation is made of them. An unknown key or a value of the wrong type stops the start.
 """
 
 from __future__ import annotations
@@ -17,45 +17,94 @@ SECTION = "flashtrace"
 
 
 class FlashTraceConfig(BaseModel):
-    """Server-side options.
+    """Server-side options; ``FlashTraceConfig.model_fields[name].description`` says what each does.
 
-    Attributes:
-        exact_fraction: Share of the proximity bound's mass evaluated exactly; 1.0 is exact.
-        max_hops: Largest ``hops`` a request may ask for, and where ``"auto"`` stops at the latest.
-        auto_threshold: ``"auto"`` stops when less than this share of the mass is on reasoning.
-        max_concurrent_traces: Attributions in the engine at once, per API server.
-        max_waiting_traces: Attributions that may wait for a place; above it they are ``skipped``.
-        max_waiting_seconds: Longest wait for a place; after it they are ``skipped``.
-        max_accumulator_mib: Memory that the accumulators of all traces may take together; None for
-            a sixteenth of the machine's memory.
-        trace_token_share: Part of a step's token budget that trace prefills may take while other
-            requests are there.
-        trace_timeout_seconds: Longest time one attribution may take before it fails.
-        result_ttl_seconds: How long a worker keeps a result that nobody picks up.
-        max_stored_attributions: Deferred attributions kept at once, finished or not, by all API
-            servers together; above it the oldest finished ones go, and if none is finished the
-            new one is ``skipped``.
-        max_stored_mib: Size of all finished deferred attributions; above it the oldest go.
-        stored_ttl_seconds: How long a finished deferred attribution can be fetched.
-        page: Whether ``/flashtrace`` serves the HTML page.
+    Offline (`FlashTrace`) the options about waiting, storing and the page have no effect.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    exact_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
-    max_hops: int = Field(default=8, ge=0, le=64)
-    auto_threshold: float = Field(default=0.05, gt=0.0, lt=1.0)
-    max_concurrent_traces: int = Field(default=8, ge=1)
-    max_waiting_traces: int = Field(default=256, ge=0)
-    max_waiting_seconds: float = Field(default=60.0, gt=0.0)
-    max_accumulator_mib: int | None = Field(default=None, gt=0)
-    trace_token_share: float = Field(default=0.25, gt=0.0, le=1.0)
-    trace_timeout_seconds: float = Field(default=300.0, gt=0.0)
-    result_ttl_seconds: float = Field(default=60.0, gt=0.0)
-    max_stored_attributions: int = Field(default=1000, ge=1)
-    max_stored_mib: int = Field(default=256, ge=1)
-    stored_ttl_seconds: float = Field(default=3600.0, gt=0.0)
-    page: bool = False
+    exact_fraction: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the proximity bounds' mass that is evaluated exactly; below 1.0 the "
+        "remaining (token, head) pairs count with a value between their proximity and its bound.",
+    )
+    max_hops: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description='Largest `hops` a request may ask for, and where `"auto"` stops at the latest.',
+    )
+    auto_threshold: float = Field(
+        default=0.05,
+        gt=0.0,
+        lt=1.0,
+        description='`"auto"` stops when less than this share of the mass is left on reasoning.',
+    )
+    max_concurrent_traces: int = Field(
+        default=8,
+        ge=1,
+        description="Attributions that one API server has in the engine at once.",
+    )
+    max_waiting_traces: int = Field(
+        default=256,
+        ge=0,
+        description="Attributions that may wait for a place in the engine, per API server; further "
+        "ones are `skipped` with code `overloaded`.",
+    )
+    max_waiting_seconds: float = Field(
+        default=60.0,
+        gt=0.0,
+        description="Seconds that an attribution waits for a place in the engine before it is "
+        "`skipped` with code `overloaded`.",
+    )
+    max_accumulator_mib: int | None = Field(
+        default=None,
+        gt=0,
+        description="MiB per worker that the accumulators of all traces may take together; `null` "
+        "is a sixteenth of the machine's memory on the CPU and half of the free device memory on a "
+        "GPU.",
+    )
+    trace_token_share: float = Field(
+        default=0.25,
+        gt=0.0,
+        le=1.0,
+        description="Share of a step's token budget that trace prefills may take together while "
+        "other requests are in the scheduler.",
+    )
+    trace_timeout_seconds: float = Field(
+        default=300.0,
+        gt=0.0,
+        description="Seconds that one attribution may take, waiting included, before it is "
+        "`failed` with code `timeout`.",
+    )
+    result_ttl_seconds: float = Field(
+        default=60.0,
+        gt=0.0,
+        description="Seconds that a worker keeps a finished trace that the API server has not "
+        "picked up.",
+    )
+    max_stored_attributions: int = Field(
+        default=1000,
+        ge=1,
+        description="Deferred attributions, finished or not, that all API servers keep together; "
+        "above it the oldest finished ones are dropped, and if none is finished the new one is "
+        "`skipped`.",
+    )
+    max_stored_mib: int = Field(
+        default=256,
+        ge=1,
+        description="MiB that all finished deferred attributions may take; above it the oldest are "
+        "dropped.",
+    )
+    stored_ttl_seconds: float = Field(
+        default=3600.0,
+        gt=0.0,
+        description="Seconds that a finished deferred attribution can be fetched.",
+    )
+    page: bool = Field(default=False, description="Whether `/flashtrace` serves the HTML page.")
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> FlashTraceConfig:
@@ -74,9 +123,10 @@ class FlashTraceConfig(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join([SECTION, *(str(part) for part in first["loc"])])
-            raise ValueError(
-                f"additional_config.{name}: {first['msg']} (got {first['input']!r})"
-            ) from error
+            message = f"additional_config.{name}: {first['msg']} (got {first['input']!r})"
+            if first["type"] == "extra_forbidden":
+                message += f"; allowed: {', '.join(cls.model_fields)}"
+            raise ValueError(message) from error
 
     @property
     def limits(self) -> RequestLimits:
