@@ -1,14 +1,73 @@
-"""What every part of the test suite may use."""
+"""What every part of the test suite may use, and how its parts share the machine."""
 
 from __future__ import annotations
 
+import collections
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import engine_starts
+from tests.cores import BIND, own_core
+
 # Read when Ray is imported: what a test leaves to the garbage collector must start no Ray.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
+# A part has servers and engines that its tests share, so it stays in one process of the suite. The
+# longest come first, so that none is waited for at the end.
+PARTS = ("server", "engine", "scale", "kernels", "gpu", "benchmarks")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault(BIND, str(own_core()))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Names the part of each test for ``--dist loadgroup``, and sorts the parts."""
+    if not hasattr(config, "workerinput"):
+        return
+    parts = {item: _part(item.path) for item in items}
+    for item, part in parts.items():
+        item.add_marker(pytest.mark.xdist_group(part))
+    order = {part: i for i, part in enumerate(PARTS)}
+    items.sort(key=lambda item: order.get(parts[item], len(order)))
+
+
+def _part(path: Path) -> str:
+    """The folder of ``tests`` that a test is in."""
+    return path.relative_to(Path(__file__).parent).parts[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Takes over the starts that a process of the suite counted."""
+    engine_starts.STARTED.extend(getattr(node, "workeroutput", {}).get("engine_starts", []))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands the counted starts to the process that prints the summary."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["engine_starts"] = engine_starts.STARTED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints how many engines were started, and why."""
+    if not engine_starts.STARTED:
+        return
+    terminalreporter.section(f"{len(engine_starts.STARTED)} engine starts")
+    for reason, count in collections.Counter(engine_starts.STARTED).most_common():
+        terminalreporter.line(f"{count:3} {reason}")
+
+
+@pytest.fixture(scope="module")
+def all_cores() -> Iterator[None]:
+    """Engines are bound as they would be for a user who has bound nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(BIND, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

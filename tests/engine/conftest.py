@@ -1,4 +1,4 @@
-"""Engines shared by the whole test session; each is started when the first test needs it."""
+"""Engines shared by the tests of this folder; each is started when the first test needs it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from tests.engine.harness import Engine
 from vllm_flashtrace.commands.demo import FILLER
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def smollm2(smollm2_folder: Path) -> Iterator[Engine]:
     """SmolLM2 in float32, eager, with prefix caching."""
-    engine = Engine(smollm2_folder)
+    engine = Engine(smollm2_folder, "SmolLM2, float32, eager: most tests of tests/engine")
     yield engine
     engine.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def crowded(smollm2_folder: Path) -> Iterator[Engine]:
     """The same model with small steps, few KV blocks and no prefix cache."""
     engine = Engine(
         smollm2_folder,
+        "small steps and few KV blocks: chunks and preemptions",
         enable_prefix_caching=False,
         max_num_batched_tokens=160,
         num_gpu_blocks_override=17,
@@ -35,7 +36,7 @@ def crowded(smollm2_folder: Path) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hf_smollm2(smollm2_folder: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
@@ -44,7 +45,7 @@ def hf_smollm2(smollm2_folder: Path) -> torch.nn.Module:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trace_tokens(smollm2: Engine) -> list[int]:
     """A natural text of about 600 tokens."""
     return text_tokens(smollm2, 600)

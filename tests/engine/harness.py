@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from tests import engine_starts
+from tests.cores import BIND
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.hops import HopRecursion, HopResult
 from vllm_flashtrace.core.weights import TargetWeights
@@ -42,18 +45,41 @@ class Engine:
 
     _ids = itertools.count()
 
-    def __init__(self, model: Path, **overrides: Any) -> None:
+    def __init__(
+        self, model: Path, reason: str, *, in_process: bool = False, **overrides: Any
+    ) -> None:
+        """Starts the engine.
+
+        Args:
+            model: Its folder.
+            reason: Why no other engine will do; see :mod:`tests.engine_starts`.
+            in_process: Runs engine core and worker in this process, which starts in a quarter of
+                the time. There is one such engine at a time.
+            overrides: Arguments of ``vllm.LLM`` besides ``SMALL``.
+        """
         from vllm_flashtrace.base.process import prepare_environment
 
+        engine_starts.note(f"{reason}{' (in this process)' if in_process else ''}")
         # Tests send functions to the worker to cause faults there.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         prepare_environment()
         from vllm import LLM
 
-        self.llm = LLM(model=str(model), **{**SMALL, **overrides})
+        self._in_process = in_process
+        with pytest.MonkeyPatch.context() as patch:
+            if in_process:
+                overrides["distributed_executor_backend"] = "uni"
+                patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+                # The other tests of this process keep its cores.
+                patch.setenv(BIND, "nobind")
+            self.llm = LLM(model=str(model), **{**SMALL, **overrides})
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+        if self._in_process:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
 
     def trace(self, job: TraceJob) -> TraceReport:
         return self.trace_many([job])[0]

@@ -13,7 +13,7 @@ def test_bfloat16_against_float32(
 ) -> None:
     job = TraceJob(trace_tokens, TargetWeights.from_spans([(560, 600)]))
     reference = smollm2.trace(job).scores
-    engine = Engine(smollm2_folder, dtype="bfloat16")
+    engine = Engine(smollm2_folder, "bfloat16", in_process=True, dtype="bfloat16")
     try:
         cold = engine.trace(job).scores  # the whole trace in one step
         scores = engine.trace(job).scores  # what the prefix cache does not hold

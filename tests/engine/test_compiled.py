@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import engine_starts
 from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     folder, token_ids, out = sys.argv[1:]
-    engine = Engine(Path(folder), enforce_eager=False)
+    engine = Engine(Path(folder), "stock", enforce_eager=False)
     Path(out).write_text(json.dumps(answers(engine, json.loads(token_ids))))
     engine.close()
 """
@@ -47,7 +48,7 @@ def answers(engine: Engine, token_ids: list[int]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def compiled(smollm2_folder: Path) -> Iterator[Engine]:
-    engine = Engine(smollm2_folder, enforce_eager=False)
+    engine = Engine(smollm2_folder, "compiled", enforce_eager=False)
     yield engine
     engine.close()
 
@@ -109,6 +110,7 @@ def test_untraced_requests_get_the_bytes_of_a_stock_engine(
 ) -> None:
     script, out = tmp_path / "stock.py", tmp_path / "stock.json"
     script.write_text(STOCK)
+    engine_starts.note("compiled, without the plugin: its bytes are the reference")
     subprocess.run(
         [sys.executable, str(script), str(smollm2_folder), json.dumps(trace_tokens), str(out)],
         env={**os.environ, "VLLM_FLASHTRACE_DISABLE": "1", "PYTHONPATH": os.getcwd()},

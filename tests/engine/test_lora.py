@@ -71,7 +71,15 @@ def adapters(base: Path) -> list[Adapter]:
 
 @pytest.fixture(scope="module")
 def engine(base: Path) -> Iterator[Engine]:
-    engine = Engine(base, max_model_len=1024, enable_lora=True, max_loras=2, max_lora_rank=RANK)
+    engine = Engine(
+        base,
+        "LoRA",
+        in_process=True,
+        max_model_len=1024,
+        enable_lora=True,
+        max_loras=2,
+        max_lora_rank=RANK,
+    )
     yield engine
     engine.close()
 

@@ -52,7 +52,7 @@ def _compare(folder: Path, reference: Path, **engine_args: Any) -> None:
         reference, attn_implementation="eager", dtype=torch.float32
     )
     expected = oracle_scores(model, token_ids, weights.positions, weights.weights)
-    engine = Engine(folder, max_model_len=1024, **engine_args)
+    engine = Engine(folder, "a model family", in_process=True, max_model_len=1024, **engine_args)
     try:
         exact = engine.trace(TraceJob(token_ids, weights)).scores
         pruned = engine.trace(TraceJob(token_ids, weights, exact_fraction=0.9)).scores

@@ -38,7 +38,13 @@ CHUNKED = {"max_model_len": 1024, "max_num_batched_tokens": 128}
 
 def start(folder: Path, stages: int, patch: pytest.MonkeyPatch, **options: Any) -> Engine:
     core_each(patch, stages)
-    engine = Engine(folder, pipeline_parallel_size=stages, **{**CHUNKED, **options})
+    engine = Engine(
+        folder,
+        f"pipeline parallel, {stages} stages",
+        in_process=stages == 1,
+        pipeline_parallel_size=stages,
+        **{**CHUNKED, **options},
+    )
     engine.llm.collective_rpc(make_buffers)
     return engine
 

@@ -26,7 +26,7 @@ def test_a_cache_that_forgets_tokens(tmp_path: Path) -> None:
         "layer_types": ["sliding_attention"] * 4,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    engine = Engine(folder, max_model_len=1024)
+    engine = Engine(folder, "a model that is refused", in_process=True, max_model_len=1024)
     try:
         assert "SlidingWindowSpec" in engine.status()["refusal"]
         token_ids = list(range(10, 210))

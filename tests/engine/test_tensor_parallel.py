@@ -30,7 +30,13 @@ JOBS = [
 
 def start(folder: Path, ranks: int, patch: pytest.MonkeyPatch) -> Engine:
     core_each(patch, ranks)
-    return Engine(folder, max_model_len=1024, tensor_parallel_size=ranks)
+    return Engine(
+        folder,
+        f"tensor parallel, {ranks} ranks",
+        in_process=ranks == 1,
+        max_model_len=1024,
+        tensor_parallel_size=ranks,
+    )
 
 
 def one_rank(folder: Path, patch: pytest.MonkeyPatch) -> list[TraceReport]:
