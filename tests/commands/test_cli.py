@@ -17,7 +17,7 @@ import vllm_flashtrace
 from tests.api.test_attribution import failed, flashtrace
 from vllm_flashtrace import Attribution, TraceError
 from vllm_flashtrace.commands import cli
-from vllm_flashtrace.offline import engine_log
+from vllm_flashtrace.offline import engine as offline_engine
 
 
 def run(*argv: str) -> int:
@@ -61,7 +61,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         fake.model, fake.engine_args = model, engine_args
         yield fake
 
-    monkeypatch.setattr(engine_log, "command_engine", command_engine)
+    monkeypatch.setattr(offline_engine, "command_engine", command_engine)
     monkeypatch.setitem(
         sys.modules, "vllm", types.SimpleNamespace(SamplingParams=types.SimpleNamespace)
     )
@@ -79,17 +79,22 @@ def trace(prompt_file: str, *options: str) -> int:
     return run("trace", "--model", "m", "--prompt-file", prompt_file, *options)
 
 
-@pytest.mark.parametrize("command", [[], ["trace"], ["demo"], ["batch"], ["deploy"]])
-def test_help_needs_neither_torch_nor_vllm(command: list[str]) -> None:
-    code = (
-        "import sys\nfrom vllm_flashtrace.commands.cli import main\n"
-        f"try:\n    main({[*command, '--help']})\n"
-        "except SystemExit as stopped:\n    print('exit', stopped.code)\n"
-        "print('loaded', sorted({'torch', 'vllm', 'transformers', 'ray'} & set(sys.modules)))"
-    )
+def test_help_needs_neither_torch_nor_vllm() -> None:
+    # A process of its own: in this one torch is loaded already.
+    code = """
+import sys
+from vllm_flashtrace.commands.cli import main
+for command in [], ["trace"], ["demo"], ["batch"], ["deploy"]:
+    try:
+        main([*command, "--help"])
+    except SystemExit as stopped:
+        print("exit", stopped.code)
+print("loaded", sorted({"torch", "vllm", "transformers", "ray"} & set(sys.modules)))
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.splitlines()[-2:] == ["exit 0", "loaded []"]
-    assert "Usage: vllm-flashtrace" in result.stdout
+    assert result.stdout.splitlines().count("exit 0") == 5
+    assert result.stdout.splitlines()[-1] == "loaded []"
+    assert result.stdout.count("Usage: vllm-flashtrace") == 5
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,10 +141,15 @@ class TestTrace:
         assert trace(prompt_file, "--max-tokens", "7", "--max-model-len", "99") == 0
         assert engine.model == "m"
         assert engine.engine_args["max_model_len"] == 99
+        assert engine.engine_args["enforce_eager"] is True
         assert engine.asked["prompt"] == "The code is 7306. Code?"
         assert vars(engine.asked["params"]) == {"temperature": 0.0, "max_tokens": 7}
         assert engine.asked["flashtrace"]["top_k"] is None
         assert "06" in capsys.readouterr().out
+
+    def test_the_model_is_compiled_if_asked(self, engine: FakeEngine, prompt_file: str) -> None:
+        assert trace(prompt_file, "--no-enforce-eager") == 0
+        assert engine.engine_args["enforce_eager"] is False
 
     def test_writes_files(self, engine: FakeEngine, prompt_file: str, tmp_path: Path) -> None:
         json_file, html_file = tmp_path / "a.json", tmp_path / "a.html"
@@ -186,7 +196,10 @@ class TestTrace:
     ) -> None:
         engine.result = failed()
         assert trace(prompt_file, "--json", str(tmp_path / "a.json")) == 2
-        assert "target_not_found" in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert out == "Completion  It is 7306.\n"
+        assert err.startswith("vllm-flashtrace: the attribution failed: ")
+        assert "(target_not_found)" in err and err.count("\n") == 1
         assert json.loads((tmp_path / "a.json").read_text("utf-8"))["text"] == "It is 7306."
 
     @pytest.mark.parametrize(
@@ -201,6 +214,8 @@ class TestTrace:
             (b"x", ["--hops", "999"], "flashtrace.hops"),
             (b"x", ["--target-text", ""], "flashtrace.target.text"),
             (b"x", ["--completion-file", "/nonexistent/c"], "/nonexistent/c"),
+            (b"x", ["--completion-file", "/dev/null"], "--completion-file /dev/null is empty"),
+            (b"x", ["--model", "/nonexistent/m"], "--model /nonexistent/m does not exist"),
             (b"x", ["--json", "/nonexistent/a.json"], "/nonexistent"),
             (b"x", ["--html", "/"], "is a folder"),
         ],
@@ -410,7 +425,7 @@ class TestEngineLog:
     def test_output_of_child_processes_is_kept_apart(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        with engine_log.engine_log():
+        with offline_engine.engine_log():
             subprocess.run([sys.executable, "-c", "import os; os.write(2, b'noise')"], check=True)
             [log] = tmp_path.iterdir()
             assert log.read_text() == "noise"
@@ -421,7 +436,7 @@ class TestEngineLog:
     def test_a_failure_names_the_log(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        with pytest.raises(RuntimeError) as caught, engine_log.engine_log():
+        with pytest.raises(RuntimeError) as caught, offline_engine.engine_log():
             os.write(2, b"reason")
             raise RuntimeError("boom")
         [log] = tmp_path.iterdir()
@@ -433,24 +448,60 @@ class TestEngineLog:
         self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-        with engine_log.engine_log():
+        with offline_engine.engine_log():
             os.write(2, b"wanted")
         assert capfd.readouterr().err == "wanted"
 
-    def test_an_engine_that_does_not_start_is_one_line(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize(
+        ("logged", "error", "cause"),
+        [
+            ("", ValueError("2 errors:\n  no such model"), "2 errors: no such model"),
+            ("", KeyError(), "KeyError"),
+            (
+                "(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:9] ValueError: no room\n"
+                "(EngineCore pid=7) RuntimeError: see root cause above\n",
+                RuntimeError("Engine core initialization failed. See root cause above."),
+                "ValueError: no room",
+            ),
+        ],
+    )
+    def test_an_engine_that_does_not_start_is_one_line_that_names_the_cause(
+        self,
+        logged: str,
+        error: Exception,
+        cause: str,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         from vllm_flashtrace.offline import flashtrace as offline
 
         def refuse(model: str, **engine_args: Any) -> None:
-            raise ValueError("2 errors:\n  no such model")
+            os.write(2, logged.encode())
+            raise error
 
         monkeypatch.setattr(offline, "FlashTrace", refuse)
         prompt = tmp_path / "prompt.txt"
         prompt.write_text("x", "utf-8")
         assert trace(str(prompt)) == 2
         message = only_error_line(capsys)
-        assert "the engine of m failed: 2 errors: no such model; engine log: " in message
+        assert message.startswith(f"vllm-flashtrace: the engine of m failed: {cause}; engine log: ")
+        log = Path(message.rpartition("engine log: ")[2].strip())
+        assert "Traceback" in log.read_text()
+
+    def test_a_missing_vllm_names_the_extra(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from vllm_flashtrace.offline import flashtrace as offline
+
+        def refuse(model: str, **engine_args: Any) -> None:
+            raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+
+        monkeypatch.setattr(offline, "FlashTrace", refuse)
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text("x", "utf-8")
+        assert trace(str(prompt)) == 2
+        assert "vllm is not installed; install vllm-flashtrace[cpu]" in only_error_line(capsys)
 
     def test_the_engine_is_stopped_when_its_work_fails(
         self, monkeypatch: pytest.MonkeyPatch
@@ -467,6 +518,6 @@ class TestEngineLog:
                 stopped.append(True)
 
         monkeypatch.setattr(offline, "FlashTrace", engine)
-        with pytest.raises(TraceError, match="too long"), engine_log.command_engine("m"):
+        with pytest.raises(TraceError, match="too long"), offline_engine.command_engine("m"):
             raise ValueError("prompt too long")
         assert stopped == [True]

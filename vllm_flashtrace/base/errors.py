@@ -1,11 +1,7 @@
-"""Errors that a client or the command line is told about, each with a stable code.
+"""Errors that a client or the user of a command is told about, and how one is put in a line.
 
-Errors that a client is told about, each with a stable machine-readable code.
-
-Invariant: every refusal or failure of a trace carries a code from this module's vocabulary and
-a sentence that names the offending field and value.
-
-What the command line reports in one line.
+Every refusal or failure of a trace carries a stable code and a sentence that names the offending
+field and value.
 """
 
 from __future__ import annotations
@@ -56,3 +52,12 @@ class UnsupportedModelError(FlashTraceError):
 
 class CommandError(Exception):
     """A mistake or a failure that one line explains."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """The message of any exception as one line; of a pydantic error only what it complains of."""
+    details = getattr(error, "errors", None)
+    if isinstance(error, ValueError) and callable(details):
+        messages = [str(each["msg"]).removeprefix("Value error, ") for each in details()]
+        return " ".join("; ".join(messages).split())
+    return " ".join(str(error).split()) or type(error).__name__

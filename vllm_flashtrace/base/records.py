@@ -1,7 +1,7 @@
 """Small records that the parts of the package exchange.
 
-Invariant: nothing here knows vLLM; positions are absolute token indices of the trace
-``prompt + generated`` unless a name says otherwise, and spans are half-open ``[start, end)``.
+Positions are absolute token indices of the trace ``prompt + generated`` unless a name says
+otherwise, and spans are half-open ``[start, end)``.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
-"""The ``vllm-flashtrace`` command.
+"""The ``vllm-flashtrace`` command line.
 
-``vllm-flashtrace batch`` and ``deploy``: arguments of the commands that run several engines.
-
-Invariant: Ray, torch and vLLM are imported only when a command runs.
-
-Invariant: the command line itself imports neither torch nor vLLM, so help and usage errors are
-instant; a mistake of the user's is one line on standard error and exit code 2.
+Torch, vLLM and Ray are imported only when a command runs, so that help and usage errors come at
+once. A user's mistake is one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,9 +16,171 @@ import typer
 from typer.core import TyperCommand
 
 from vllm_flashtrace.base import __version__
-from vllm_flashtrace.base.errors import CommandError, FlashTraceError
+from vllm_flashtrace.base.errors import CommandError, FlashTraceError, in_one_line
+
+PROGRAM = "vllm-flashtrace"
+USER_ERROR = 2
+
+app = typer.Typer(
+    name=PROGRAM,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Tells, for every completion, which prompt tokens it came from.",
+)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments after the program's name; those of the process if None.
+
+    Raises:
+        SystemExit: Always; 0 on success, 2 for a mistake in the arguments or their files.
+    """
+    try:
+        arguments = None if argv is None else list(argv)
+        code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+    except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            sys.exit(0)
+        _fail(error.format_message())
+    except (CommandError, FlashTraceError) as error:
+        _fail(str(error), getattr(error, "__notes__", ()))
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        _fail("vllm is not installed; install vllm-flashtrace[cpu] or vllm-flashtrace[cuda]")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, notes: Sequence[str] = ()) -> NoReturn:
+    reason = "; ".join([" ".join(message.split()) or "failed", *notes])
+    print(f"{PROGRAM}: {reason}", file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+@contextmanager
+def _mistakes_in_one_line(extra: str | None = None) -> Iterator[None]:
+    """Reports what the user got wrong as a `CommandError`.
+
+    Args:
+        extra: Extra of this package that brings any module which is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        message = f"{error.name} is not installed; install vllm-flashtrace[{extra}]"
+        raise CommandError(message) from None
+    except (OSError, ValueError) as error:
+        raise CommandError(in_one_line(error)) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{PROGRAM} {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
+    ] = False,
+) -> None:
+    pass
+
+
+class _PassThroughCommand(TyperCommand):
+    """A command that leaves its arguments, ``--help`` and ``--`` included, as they are."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keeps everything in ``ctx.args``."""
+        ctx.args = list(args)
+        return []
+
+
+@app.command(cls=_PassThroughCommand, add_help_option=False)
+def serve(ctx: typer.Context) -> None:
+    """Serve a model: `vllm serve` with attribution on; takes all of its options."""
+    from vllm_flashtrace.server.launcher import main as launch
+
+    launch(ctx.args)
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Option(help="Model name or folder.")],
+    prompt_file: Annotated[
+        Path, typer.Option(help="Text, or a JSON list of chat messages; - reads standard input.")
+    ],
+    completion_file: Annotated[
+        Path | None, typer.Option(help="Explain this text instead of generating one.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the attribution as JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with the heat-map.")
+    ] = None,
+    hops: Annotated[str, typer.Option(help="Recursive hops: a number, or auto.")] = "1",
+    target_text: Annotated[
+        str | None, typer.Option(help="Explain the last occurrence of this text alone.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Rows of the table.")] = 10,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
+    system: Annotated[
+        str | None, typer.Option(help="Send the prompt as a chat with this system message.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send a text prompt as a chat's user message.")
+    ] = False,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Longest prompt with completion, in tokens.")
+    ] = None,
+    enforce_eager: Annotated[
+        bool, typer.Option(help="Start without compiling the model, which takes longer than a run.")
+    ] = True,
+    full: Annotated[bool, typer.Option("--full", help="Print the prompt without gaps.")] = False,
+) -> None:
+    """Complete a prompt, or take a completion, and show which tokens it came from."""
+    from vllm_flashtrace.commands import trace_command as command
+
+    with _mistakes_in_one_line():
+        command.check_model(model)
+        prompt = command.read_prompt(prompt_file, system=system, chat=chat)
+        completion = None
+        if completion_file is not None:
+            completion = command.read_text(completion_file, "--completion-file")
+        field = command.flashtrace_field(hops, target_text)
+        command.check_writable(path for path in (json_file, html_file) if path is not None)
+    attribution = command.run_trace(
+        model,
+        prompt,
+        completion,
+        field,
+        max_tokens=max_tokens,
+        max_model_len=max_model_len,
+        enforce_eager=enforce_eager,
+    )
+    command.show(attribution, full=full, rows=top_k)
+    if json_file is not None:
+        attribution.to_json(json_file)
+    if html_file is not None:
+        attribution.to_html(html_file)
+    if attribution.status != "completed":
+        raise CommandError(command.why_none(attribution))
+
+
+@app.command()
 def batch(
     input_path: Annotated[
         Path, typer.Option("--input", help="A .jsonl or .parquet file, or a folder of them.")
@@ -43,26 +202,22 @@ def batch(
     ] = None,
 ) -> int:
     """Complete and attribute whole files; the same command again goes on where it stopped."""
-    try:
-        from vllm_flashtrace.scale.batch import options as batch_options
-        from vllm_flashtrace.scale.batch.run_batch import run_batch
+    with _mistakes_in_one_line("scale"):
+        from vllm_flashtrace.scale.batch import run_batch as command
 
-        options = batch_options.BatchOptions(
+        options = command.BatchOptions(
             input=input_path,
             output=output,
             model=model,
-            argv=batch_options.engine_argv(engine_options or ()),
-            replicas=batch_options.parse_replicas(replicas),
+            argv=command.engine_argv(engine_options or ()),
+            replicas=command.parse_replicas(replicas),
             batch_size=batch_size,
-            defaults=batch_options.Defaults(batch_options.parse_flashtrace(flashtrace), max_tokens),
+            defaults=command.Defaults(command.parse_flashtrace(flashtrace), max_tokens),
         )
-        return run_batch(options)
-    except ModuleNotFoundError as error:
-        raise CommandError(f"batch needs {error.name}; install vllm-flashtrace[scale]") from None
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from None
+        return command.run_batch(options)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def deploy(
     ctx: typer.Context,
     model: Annotated[
@@ -110,13 +265,12 @@ def deploy(
     ] = True,
 ) -> int:
     """Serve a model from several engines, behind Ray Serve; takes all options of vllm serve."""
-    try:
-        from vllm_flashtrace.scale.deploy import run_deploy as deploy_options
-        from vllm_flashtrace.scale.deploy.run_deploy import run_deploy
+    with _mistakes_in_one_line("scale"):
+        from vllm_flashtrace.scale.deploy import run_deploy as command
 
         if model.startswith("-"):
             raise ValueError(f"the model comes before options of vllm serve, got {model}")
-        scaling = deploy_options.parse_scaling(
+        scaling = command.parse_scaling(
             replicas,
             {
                 "min_replicas": min_replicas,
@@ -127,160 +281,20 @@ def deploy(
             },
             autoscaling,
         )
-        return run_deploy(
-            deploy_options.DeployOptions(
-                argv=("--model", model, *ctx.args),
-                host=host,
-                port=port,
-                name=name,
-                scaling=scaling,
-                max_ongoing_requests=max_ongoing_requests,
-                drain_seconds=drain_timeout,
-                cpus_per_replica=cpus_per_replica,
-                gateways=gateways,
-                request_router=request_router,
-                blocking=blocking,
-            )
+        options = command.DeployOptions(
+            argv=("--model", model, *ctx.args),
+            host=host,
+            port=port,
+            name=name,
+            scaling=scaling,
+            max_ongoing_requests=max_ongoing_requests,
+            drain_seconds=drain_timeout,
+            cpus_per_replica=cpus_per_replica,
+            gateways=gateways,
+            request_router=request_router,
+            blocking=blocking,
         )
-    except ModuleNotFoundError as error:
-        raise CommandError(f"deploy needs {error.name}; install vllm-flashtrace[scale]") from None
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from None
-
-
-PROGRAM = "vllm-flashtrace"
-USER_ERROR = 2
-
-app = typer.Typer(
-    name=PROGRAM,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Tells, for every completion, which prompt tokens it came from.",
-)
-
-
-class _PassThroughCommand(TyperCommand):
-    """A command that leaves its arguments, ``--help`` and ``--`` included, as they are."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keeps everything in ``ctx.args``."""
-        ctx.args = list(args)
-        return []
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line.
-
-    Args:
-        argv: Arguments after the program's name; those of the process if None.
-
-    Raises:
-        SystemExit: Always; 0 on success, 2 for a mistake in the arguments or their files.
-    """
-    try:
-        arguments = None if argv is None else list(argv)
-        code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
-    except typer.TyperException as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            sys.exit(0)
-        _fail(error.format_message())
-    except (CommandError, FlashTraceError) as error:
-        _fail(str(error), getattr(error, "__notes__", ()))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    sys.exit(code or 0)
-
-
-def _fail(message: str, notes: Sequence[str] = ()) -> NoReturn:
-    lines = [line for line in map(str.strip, message.splitlines()) if line]
-    reason = "; ".join([*lines[:1], *notes]) or "failed"
-    print(f"{PROGRAM}: {reason}", file=sys.stderr)
-    sys.exit(USER_ERROR)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"{PROGRAM} {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command(cls=_PassThroughCommand, add_help_option=False)
-def serve(ctx: typer.Context) -> None:
-    """Serve a model: `vllm serve` with attribution on; takes all of its options."""
-    from vllm_flashtrace.server.launcher import main as launch
-
-    launch(ctx.args)
-
-
-@app.command()
-def trace(
-    model: Annotated[str, typer.Option(help="Model name or folder.")],
-    prompt_file: Annotated[
-        Path, typer.Option(help="Text, or a JSON list of chat messages; - reads standard input.")
-    ],
-    completion_file: Annotated[
-        Path | None, typer.Option(help="Explain this text instead of generating one.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the attribution as JSON.")
-    ] = None,
-    html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with the heat-map.")
-    ] = None,
-    hops: Annotated[str, typer.Option(help="Recursive hops: a number, or auto.")] = "1",
-    target_text: Annotated[
-        str | None, typer.Option(help="Explain the last occurrence of this text alone.")
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="Rows of the table.")] = 10,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
-    system: Annotated[
-        str | None, typer.Option(help="Send the prompt as a chat with this system message.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Send a text prompt as a chat's user message.")
-    ] = False,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=2, help="Longest prompt with completion, in tokens.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Print the prompt without gaps.")] = False,
-) -> None:
-    """Complete a prompt, or take a completion, and show which tokens it came from."""
-    from vllm_flashtrace.commands import trace_command as command
-
-    try:
-        prompt = command.read_prompt(prompt_file, system=system, chat=chat)
-        completion = command.read_text(completion_file) if completion_file else None
-        field = command.flashtrace_field(hops, target_text)
-        command.check_writable(path for path in (json_file, html_file) if path is not None)
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from None
-    attribution = command.run_trace(
-        model, prompt, completion, field, max_tokens=max_tokens, max_model_len=max_model_len
-    )
-    command.show(attribution, full=full, rows=top_k)
-    if json_file is not None:
-        attribution.to_json(json_file)
-    if html_file is not None:
-        attribution.to_html(html_file)
-    if attribution.status != "completed":
-        raise CommandError(str(attribution))
-
-
-app.command()(batch)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(deploy)
+        return command.run_deploy(options)
 
 
 @app.command()
@@ -294,24 +308,11 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="Print the prompt without gaps.")] = False,
 ) -> int:
     """Ask a small bundled model a question whose answer is hidden in a long context."""
-    try:
+    with _mistakes_in_one_line("cpu,demo"):
         if model_path:
-            return _print_model_path()
+            from vllm_flashtrace.models import prepare_smollm2
+
+            print(prepare_smollm2())
+            return 0
         from vllm_flashtrace.commands.demo import run_demo
-    except ModuleNotFoundError as error:
-        raise CommandError(
-            f"the demo needs {error.name}; install vllm-flashtrace[cpu,demo]"
-        ) from None
     return run_demo(html_file, full=full)
-
-
-def _print_model_path() -> int:
-    from vllm_flashtrace.models import prepare_smollm2
-    from vllm_flashtrace.models.smollm2 import ModelPreparationError
-
-    try:
-        folder = prepare_smollm2()
-    except (ModelPreparationError, OSError) as error:
-        raise CommandError(str(error)) from None
-    print(folder)
-    return 0

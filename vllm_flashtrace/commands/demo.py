@@ -1,15 +1,4 @@
-"""The demo: a question whose answer is hidden in a long context, and where it was found.
-
-The demo's prompt: one fact hidden in repetitive filler, and a question about it.
-
-Invariant: the fact occurs exactly once, and its character span in the user's message is exact.
-The filler is the one of the RULER benchmark's needle-in-a-haystack tasks (arXiv 2404.06654).
-
-Runs the demo: prepare the model, ask the question, show where the answer came from.
-
-Invariant: the last line on standard output is the fact's share of the input mass, printed only for
-a correct answer whose trace completed; anything else ends with one line that says what went wrong.
-"""
+"""The demo: a question whose answer is hidden in a long context, and where it was found."""
 
 from __future__ import annotations
 
@@ -23,11 +12,88 @@ from rich.console import Console
 
 from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.api.terminal import TerminalHeatMap
-from vllm_flashtrace.base.errors import FlashTraceError
+from vllm_flashtrace.base.errors import CommandError, FlashTraceError, in_one_line
 from vllm_flashtrace.models import prepare_smollm2
-from vllm_flashtrace.models.smollm2 import ModelPreparationError
-from vllm_flashtrace.offline.engine_log import command_engine
+from vllm_flashtrace.offline.engine import command_engine
 
+DEFAULT_HTML = Path("flashtrace-demo.html")
+
+# A start in seconds on a small machine matters more here than speed: no compilation, and a cache
+# that holds one conversation several times over (46 KB per token in float32).
+ENGINE_ARGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "max_num_seqs": 4,
+    "kv_cache_memory_bytes": 512 * 2**20,
+    "enforce_eager": True,
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+}
+_MAX_ANSWER_TOKENS = 32
+
+
+def run_demo(
+    html_path: Path = DEFAULT_HTML,
+    *,
+    full: bool = False,
+    console: Console | None = None,
+    prepare: Callable[[], Path] = prepare_smollm2,
+    ask: Callable[[Path, Scenario], Attribution] | None = None,
+) -> int:
+    """Runs the demo and prints its result.
+
+    The last line on standard output is the fact's share of the input mass. It appears only for a
+    correct answer whose trace completed; anything else ends with one line on standard error.
+
+    Args:
+        html_path: Where the heat-map page is written.
+        full: Whether to print the whole prompt.
+        console: Where results go; standard output if None.
+        prepare: Returns the model folder.
+        ask: Answers and attributes; a vLLM engine started for this one question if None.
+
+    Returns:
+        Exit code: 0 if the model answered correctly and its answer was attributed, else 1.
+    """
+    console = console or Console()
+    scenario = build_scenario()
+    try:
+        folder = prepare()
+        _progress("Starting vLLM and asking the model (about a minute on two CPU cores) …")
+        attribution = (ask or ask_vllm)(folder, scenario)
+        if scenario.answer not in (attribution.text or ""):
+            return _fail(f"the model answered {attribution.text!r}, not {scenario.answer!r}")
+        if attribution.status != "completed":
+            return _fail(str(attribution))
+        share = attribution.share(scenario.fact_start, scenario.fact_end, message=0)
+        attribution.to_html(html_path)
+    except (FlashTraceError, CommandError, OSError, ValueError) as error:
+        return _fail(in_one_line(error), *getattr(error, "__notes__", ()))
+    _print_result(console, scenario, attribution, html_path, full)
+    console.print(f"fact share of input mass: {share:.1%}".replace("%", " %"), highlight=False)
+    return 0
+
+
+def ask_vllm(folder: Path, scenario: Scenario) -> Attribution:
+    """Asks the question on an engine that lives only as long as this call."""
+    with command_engine(str(folder), **ENGINE_ARGS) as engine:
+        from vllm import SamplingParams
+
+        [attribution] = engine.generate(
+            [scenario.messages],
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=_MAX_ANSWER_TOKENS),
+            flashtrace={
+                # The code alone: the words around it repeat the question, and come from there.
+                "target": {"text": scenario.answer},
+                "hops": 1,
+                "top_k": None,
+                "include": ["tokens", "segments", "generated"],
+            },
+        )
+    return attribution
+
+
+# The filler of the needle-in-a-haystack tasks of the RULER benchmark (arXiv 2404.06654).
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 FACT = "The secret access code for the Lisbon office is 7306."
 ANSWER = "7306"
@@ -57,7 +123,7 @@ class Scenario:
 
 
 def build_scenario(repeats: int = 20, depth: float = 0.5) -> Scenario:
-    """Hides the fact in filler.
+    """Hides the fact, which occurs once, in filler.
 
     Args:
         repeats: How often the filler occurs; 20 make about 500 tokens.
@@ -73,82 +139,6 @@ def build_scenario(repeats: int = 20, depth: float = 0.5) -> Scenario:
     content = " ".join(sentences) + "\n\n" + QUESTION
     start = content.index(FACT)
     return Scenario([{"role": "user", "content": content}], start, start + len(FACT))
-
-
-DEFAULT_HTML = Path("flashtrace-demo.html")
-
-# A start in seconds on a small machine matters more here than speed: no compilation, and a cache
-# that holds one conversation several times over (46 KB per token in float32).
-ENGINE_ARGS: dict[str, Any] = {
-    "dtype": "float32",
-    "max_model_len": 2048,
-    "max_num_seqs": 4,
-    "kv_cache_memory_bytes": 512 * 2**20,
-    "enforce_eager": True,
-    "disable_log_stats": True,
-    "use_tqdm_on_load": False,
-}
-_MAX_ANSWER_TOKENS = 32
-
-Ask = Callable[[Path, Scenario], Attribution]
-
-
-def run_demo(
-    html_path: Path = DEFAULT_HTML,
-    *,
-    full: bool = False,
-    console: Console | None = None,
-    prepare: Callable[[], Path] = prepare_smollm2,
-    ask: Ask | None = None,
-) -> int:
-    """Runs the demo and prints its result.
-
-    Args:
-        html_path: Where the heat-map page is written.
-        full: Whether to print the whole prompt.
-        console: Where results go; standard output if None.
-        prepare: Returns the model folder.
-        ask: Answers and attributes; a vLLM engine started for this one question if None.
-
-    Returns:
-        Exit code: 0 if the model answered correctly and its answer was attributed, else 1.
-    """
-    console = console or Console()
-    scenario = build_scenario()
-    try:
-        folder = prepare()
-        _progress("Starting vLLM and asking the model (about a minute on two CPU cores) …")
-        attribution = (ask or ask_vllm)(folder, scenario)
-        if scenario.answer not in (attribution.text or ""):
-            return _fail(f"the model answered {attribution.text!r}, not {scenario.answer!r}")
-        if attribution.status != "completed":
-            return _fail(str(attribution))
-        share = attribution.share(scenario.fact_start, scenario.fact_end, message=0)
-        attribution.to_html(html_path)
-    except (FlashTraceError, ModelPreparationError, OSError, ValueError) as error:
-        return _fail(str(error), *getattr(error, "__notes__", ()))
-    _print_result(console, scenario, attribution, html_path, full)
-    console.print(f"fact share of input mass: {share:.1%}".replace("%", " %"), highlight=False)
-    return 0
-
-
-def ask_vllm(folder: Path, scenario: Scenario) -> Attribution:
-    """Asks the question on an engine that lives only as long as this call."""
-    with command_engine(str(folder), **ENGINE_ARGS) as engine:
-        from vllm import SamplingParams
-
-        [attribution] = engine.generate(
-            [scenario.messages],
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=_MAX_ANSWER_TOKENS),
-            flashtrace={
-                # The code alone: the words around it repeat the question, and come from there.
-                "target": {"text": scenario.answer},
-                "hops": 1,
-                "top_k": None,
-                "include": ["tokens", "segments", "generated"],
-            },
-        )
-    return attribution
 
 
 def _print_result(

@@ -1,6 +1,6 @@
 """What ``vllm-flashtrace trace`` does with its options.
 
-Invariant: everything the user can get wrong is checked before an engine starts.
+Everything the user can get wrong is checked before an engine starts, where that is possible.
 """
 
 from __future__ import annotations
@@ -18,19 +18,73 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 file; ``-`` is standard input.
+def run_trace(
+    model: str,
+    prompt: str | Messages,
+    completion: str | None,
+    field: dict[str, Any],
+    *,
+    max_tokens: int,
+    max_model_len: int | None,
+    enforce_eager: bool,
+) -> Attribution:
+    """Starts an engine, completes the prompt greedily unless there is a completion, and explains.
+
+    Raises:
+        FlashTraceError: The engine did not start or refuses the prompt, or it cannot trace this
+            model; a note names the engine's log.
+    """
+    from vllm_flashtrace.offline.engine import command_engine
+
+    engine_args: dict[str, Any] = {"disable_log_stats": True, "enforce_eager": enforce_eager}
+    if max_model_len is not None:
+        engine_args["max_model_len"] = max_model_len
+    with command_engine(model, **engine_args) as engine:
+        if completion is not None:
+            return engine.attribute(prompt, completion, flashtrace=field)
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        [attribution] = engine.generate(prompt, params, flashtrace=field)
+        return attribution
+
+
+def show(attribution: Attribution, *, full: bool, rows: int) -> None:
+    """Prints the heat-map, the completion and the table of top tokens, or the completion alone."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from vllm_flashtrace.api.terminal import render_terminal
+
+    console = Console(highlight=False)
+    if attribution.status == "completed":
+        console.print(render_terminal(attribution, full=full, rows=rows))
+    else:
+        console.print(
+            Text("Completion  ", "bold").append(attribution.text or "(empty)", "not bold")
+        )
+
+
+def why_none(attribution: Attribution) -> str:
+    """The sentence on an attribution without scores."""
+    error = attribution.error or {}
+    return f"the attribution {attribution.status}: {error.get('message')} ({error.get('code')})"
+
+
+def read_text(path: Path, option: str) -> str:
+    """Reads the UTF-8 file given for ``option``; ``-`` is standard input.
 
     Raises:
         OSError: The file cannot be read.
         ValueError: It is empty or not UTF-8.
     """
+    name = "standard input" if str(path) == "-" else str(path)
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
+        raise ValueError(f"{option} {name} is not UTF-8 text: {error.reason}") from None
     if not text:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{option} {name} is empty")
     return text
 
 
@@ -46,7 +100,7 @@ def read_prompt(path: Path, *, system: str | None, chat: bool) -> str | Messages
         OSError: The file cannot be read.
         ValueError: It is empty, a message is malformed, or there are two system messages.
     """
-    text = read_text(path)
+    text = read_text(path, "--prompt-file")
     prompt: str | Messages = _messages(path, text) or text
     if isinstance(prompt, str) and (chat or system is not None):
         prompt = [{"role": "user", "content": prompt}]
@@ -91,6 +145,16 @@ def flashtrace_field(hops: str, target_text: str | None) -> dict[str, Any]:
     return field
 
 
+def check_model(model: str) -> None:
+    """Fails early where ``model`` is the path of a folder that is not there.
+
+    Raises:
+        OSError: There is no such folder.
+    """
+    if model.startswith(("/", "./", "../")) and not Path(model).exists():
+        raise FileNotFoundError(f"--model {model} does not exist")
+
+
 def check_writable(paths: Iterable[Path]) -> None:
     """Fails early where a result could not be written.
 
@@ -104,46 +168,3 @@ def check_writable(paths: Iterable[Path]) -> None:
             raise FileNotFoundError(f"the folder {path.parent} does not exist")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise PermissionError(f"{path} may not be written")
-
-
-def run_trace(
-    model: str,
-    prompt: str | Messages,
-    completion: str | None,
-    field: dict[str, Any],
-    *,
-    max_tokens: int,
-    max_model_len: int | None,
-) -> Attribution:
-    """Starts an engine, completes the prompt greedily unless there is a completion, and explains.
-
-    Raises:
-        FlashTraceError: The engine did not start or refuses the prompt, or it cannot trace this
-            model; a note names the engine's log.
-    """
-    from vllm_flashtrace.base.process import is_cpu_build
-    from vllm_flashtrace.offline.engine_log import command_engine
-
-    engine_args: dict[str, Any] = {"disable_log_stats": True}
-    if max_model_len is not None:
-        engine_args["max_model_len"] = max_model_len
-    if is_cpu_build():
-        # Compiling takes longer than one trace.
-        engine_args["enforce_eager"] = True
-    with command_engine(model, **engine_args) as engine:
-        if completion is not None:
-            return engine.attribute(prompt, completion, flashtrace=field)
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        [attribution] = engine.generate(prompt, params, flashtrace=field)
-        return attribution
-
-
-def show(attribution: Attribution, *, full: bool, rows: int) -> None:
-    """Prints the heat-map, the completion and the table of top tokens."""
-    from rich.console import Console
-
-    from vllm_flashtrace.api.terminal import render_terminal
-
-    Console(highlight=False).print(render_terminal(attribution, full=full, rows=rows))

@@ -1,7 +1,7 @@
 """A cache of generated folders that are either complete or absent.
 
-Invariant: a folder appears under its final name only after every file in it, and a manifest with
-their sizes and hashes, has reached the disk; concurrent builders of one folder wait for each other.
+A folder appears under its final name only after every file in it, and a manifest with their sizes
+and hashes, has reached the disk. Concurrent builders of one folder wait for each other.
 """
 
 from __future__ import annotations

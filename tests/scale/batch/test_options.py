@@ -13,8 +13,13 @@ from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.scale.batch import batch_replica as slots
 from vllm_flashtrace.scale.batch.batch_replica import Slot
 from vllm_flashtrace.scale.batch.dataset import as_argv, workers_of
-from vllm_flashtrace.scale.batch.execution import _reason, progress
-from vllm_flashtrace.scale.batch.options import engine_argv, parse_flashtrace, parse_replicas
+from vllm_flashtrace.scale.batch.run_batch import (
+    _reason,
+    engine_argv,
+    parse_flashtrace,
+    parse_replicas,
+    progress,
+)
 from vllm_flashtrace.scale.ray_cluster import Interrupted, stop_on_signals
 
 

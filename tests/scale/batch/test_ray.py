@@ -15,10 +15,9 @@ import vllm_flashtrace
 from tests.scale.batch.replicas import POISON, REFUSE, StandIn
 from vllm_flashtrace.scale import ray_cluster
 from vllm_flashtrace.scale.batch import dataset as pool
-from vllm_flashtrace.scale.batch.execution import BatchError, answer_rows
 from vllm_flashtrace.scale.batch.inputs import Defaults
-from vllm_flashtrace.scale.batch.options import BatchOptions
 from vllm_flashtrace.scale.batch.results import Outcome, result_schema
+from vllm_flashtrace.scale.batch.run_batch import BatchError, BatchOptions, answer_rows
 from vllm_flashtrace.scale.batch.source import scan_input
 from vllm_flashtrace.scale.batch.store import FinishedRows
 

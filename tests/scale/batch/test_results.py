@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from openai.types.chat import ChatCompletion
 
-from vllm_flashtrace.scale.batch.execution import drop_store, finish
 from vllm_flashtrace.scale.batch.results import Outcome, result_schema, table_rows
 from vllm_flashtrace.scale.batch.store import (
     ERRORS,
@@ -22,6 +21,8 @@ from vllm_flashtrace.scale.batch.store import (
     OutputFolderError,
     PartsWriter,
     claim,
+    drop_store,
+    finish,
     locked,
 )
 

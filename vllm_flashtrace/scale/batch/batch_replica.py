@@ -1,20 +1,13 @@
 """One replica of a batch: an engine in a Ray actor, asked row by row.
 
-Numbers the replicas on one machine, so that each can take CPU cores of its own.
-
-Invariant: a slot belongs to one living process; when that ends, however it ends, the slot is free.
-
-One replica: an engine in a Ray actor, asked row by row.
-
-Invariant: every row of a batch comes back once, in order; a row that fails fails alone. A replica
-whose engine died ends its process, so that Ray starts another one and sends the batch there.
+Every row of a batch comes back once, in order, and a row that fails fails alone. A replica whose
+engine died ends its process, so that Ray starts another one and sends the batch there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -26,36 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vllm_flashtrace.base.errors import in_one_line
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.scale.batch.results import Outcome
+from vllm_flashtrace.scale.ray_cluster import prepare_actor
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from vllm_flashtrace.server.engine_app import InProcessServer
-
-
-class Slot:
-    """The lowest number that no other replica of this user holds on this machine."""
-
-    def __init__(self, group: str) -> None:
-        """Takes a slot.
-
-        Args:
-            group: Replicas of one group share the numbers.
-        """
-        from filelock import FileLock, Timeout
-
-        folder = Path(tempfile.gettempdir()) / f"vllm-flashtrace-{os.getuid()}" / group
-        folder.mkdir(parents=True, exist_ok=True)
-        self.number = 0
-        while True:
-            self._lock = FileLock(folder / f"slot-{self.number}")
-            try:
-                self._lock.acquire(blocking=False)
-                return
-            except Timeout:
-                self.number += 1
-
 
 T = TypeVar("T")
 _SECTION = "flashtrace"
@@ -68,8 +40,6 @@ _PATIENCE: dict[str, Any] = {
 }
 _SERVER_ERROR = 500
 _ENGINE_DEAD = 70  # The process's exit code.
-
-logger = logging.getLogger("vllm.flashtrace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,31 +76,17 @@ class Replica:
         Raises:
             ReplicaError: It does not start, or cannot trace the model.
         """
-        from vllm_flashtrace.base.process import (
-            bind_cores,
-            enable_plugin,
-            end_engine_with_this_process,
-            prepare_environment,
-        )
-        from vllm_flashtrace.trace.wire import ensure_secret
-
         self._settings = settings
         self._slot = Slot(settings.group)
-        if settings.cores:
-            bind_cores(self._slot.number, settings.cores, settings.workers)
         os.environ.pop("VLLM_API_KEY", None)
-        prepare_environment()
-        enable_plugin()
-        ensure_secret()
-        end_engine_with_this_process()
+        prepare_actor(self._slot.number, settings.cores, settings.workers)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="replica", daemon=True).start()
         try:
             self._server = self._run(self._start())
         except Exception as error:
             logger.exception("the engine did not start")
-            reason = " ".join(str(error).split())
-            raise ReplicaError(f"the engine did not start: {reason}") from None
+            raise ReplicaError(f"the engine did not start: {in_one_line(error)}") from None
         if (refusal := self._server.refusal) is not None:
             raise ReplicaError(f"{settings.model} cannot be traced: {refusal}")
 
@@ -199,3 +155,30 @@ class Replica:
         for name in sorted(body):
             if known is not None and name != _SECTION and name not in known:
                 raise ValueError(f"{name} is no field that {url} knows")
+
+
+class Slot:
+    """The lowest number that no other replica of this user holds on this machine.
+
+    It tells the replicas of a machine apart, so that each can take CPU cores of its own. A number
+    is free again when its process ends, however it ends.
+    """
+
+    def __init__(self, group: str) -> None:
+        """Takes a slot.
+
+        Args:
+            group: Replicas of one group share the numbers.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = Path(tempfile.gettempdir()) / f"vllm-flashtrace-{os.getuid()}" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        self.number = 0
+        while True:
+            self._lock = FileLock(folder / f"slot-{self.number}")
+            try:
+                self._lock.acquire(blocking=False)
+                return
+            except Timeout:
+                self.number += 1

@@ -1,15 +1,8 @@
-"""The Ray Data pipelines, for the command and for datasets of the user's own.
+"""The Ray Data pipelines: for a dataset of the user's own, and for the files of the command.
 
-Options of a replica's engine: from Python keywords, and how many devices they ask for.
-
-Invariant: options reach vLLM's own parser unchanged, which judges them where the engine starts.
-
-The replicas of a run: how many, with which resources, and the step of the pipeline they are.
-
-Invariant: a lost replica is replaced and its batches are done again; a batch is given up only after
-it was there when several were lost.
-
-Invariant: rows stream; at no time is the input, or the output, in memory as a whole.
+Rows stream: at no time is the input, or the output, in memory as a whole. A lost replica is
+replaced and its batches are done again; a batch is given up after it was there when several were
+lost.
 """
 
 from __future__ import annotations
@@ -31,6 +24,13 @@ from vllm_flashtrace.scale.ray_cluster import RayUnavailableError, import_ray
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# Batches that a replica works on at once: the next one fills the engine while one ends.
+BATCHES_AT_ONCE = 2
+# After so many more tries a batch is given up; the command then tries its rows one by one.
+BATCH_RETRIES = 2
+# Ray's own CPUs for whatever else the pipeline does.
+SPARE_CPUS = 1
+_READER_CPUS = 0.25
 _PARALLEL = (
     ("--tensor-parallel-size", "-tp"),
     ("--pipeline-parallel-size", "-pp"),
@@ -38,65 +38,72 @@ _PARALLEL = (
 )
 
 
-def as_argv(engine_args: Mapping[str, Any]) -> tuple[str, ...]:
-    """``{"max_model_len": 2048, "enforce_eager": True}`` as options of ``vllm serve``.
+def flashtrace_dataset(
+    ds: Any,
+    *,
+    model: str,
+    flashtrace: Mapping[str, Any] | bool = True,
+    max_tokens: int | None = None,
+    replicas: int | tuple[int, int] = 1,
+    batch_size: int = 32,
+    engine_args: Mapping[str, Any] | None = None,
+) -> Any:
+    """Completes and attributes the rows of a Ray dataset.
 
     Args:
-        engine_args: Names with ``_`` or ``-``. True and False switch, None is left out, lists
-            become several values, and mappings become JSON.
-    """
-    argv: list[str] = []
-    for name, value in engine_args.items():
-        option = name.replace("_", "-")
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            argv.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(value, Mapping):
-            argv += [f"--{option}", json.dumps(value)]
-        elif isinstance(value, list | tuple):
-            argv += [f"--{option}", *map(str, value)]
-        else:
-            argv += [f"--{option}", str(value)]
-    return tuple(argv)
+        ds: A ``ray.data.Dataset``. Its rows have ``messages`` or ``prompt``, or ``prompt`` and
+            ``completion`` (text to explain), and may have ``custom_id``, ``flashtrace`` and any
+            field of an OpenAI request body; a null is an absent field.
+        model: Model name or folder.
+        flashtrace: The ``flashtrace`` field of rows that have none.
+        max_tokens: Most tokens to generate for rows that do not say.
+        replicas: Engines, each in an actor of its own; or the fewest and the most of them.
+        batch_size: Rows that an actor takes at once.
+        engine_args: Options of ``vllm serve``, e.g. ``{"max_model_len": 2048}``.
 
-
-def workers_of(argv: Sequence[str]) -> int:
-    """Worker processes, hence GPUs, of one engine: the product of its parallel sizes.
+    Returns:
+        A lazy ``ray.data.Dataset`` with the columns of ``result_schema()``, a row for each choice.
+        Rows that fail have the status ``error``. A row without ``custom_id`` is known by a digest
+        of its content; ``source`` is empty and ``line`` 0.
 
     Raises:
-        ValueError: A size is no number of at least 1.
+        RayUnavailableError: Ray is not installed, or not connected.
+        ValueError: The replicas do not fit.
     """
-    workers = 1
-    for names in _PARALLEL:
-        workers *= _size(argv, names)
-    return workers
+    if not import_ray().is_initialized():
+        raise RayUnavailableError("the dataset's Ray is gone; connect to it first")
+    sizes = (replicas, replicas) if isinstance(replicas, int) else replicas
+    pool = Pool.plan(model, as_argv(engine_args or {}), sizes, batch_size)
+    defaults = Defaults(flashtrace, max_tokens)
+    requests = ds.map_batches(
+        _as_requests, fn_args=(defaults,), batch_format="pyarrow", zero_copy_batch=True
+    )
+    return pool.answer(requests).map_batches(
+        _as_results, batch_format="pyarrow", zero_copy_batch=True
+    )
 
 
-def _size(argv: Sequence[str], names: tuple[str, ...]) -> int:
-    size: str | None = None
-    for position, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name.replace("_", "-") in names:
-            size = value if equals else next(iter(argv[position + 1 : position + 2]), "")
-    if size is None:
-        return 1
-    if not (size.isascii() and size.isdigit() and int(size) > 0):
-        raise ValueError(f"engine options: {names[0]} must be a number of at least 1, got {size!r}")
-    return int(size)
+def _as_requests(batch: pa.Table, defaults: Defaults) -> pa.Table:
+    return request_table([_as_request(record, defaults) for record in batch.to_pylist()])
 
 
-# Batches that a replica works on at once: the next one fills the engine while one ends.
-BATCHES_AT_ONCE = 2
-# After so many more tries a batch is given up; the command then tries its rows one by one.
-BATCH_RETRIES = 2
-# Ray's own CPUs for whatever else the pipeline does.
-SPARE_CPUS = 1
+def _as_request(record: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
+    value = plain_record(record)
+    error = value if isinstance(value, RowError) else None
+    digest = hashlib.sha256(json.dumps(record, default=repr).encode()).hexdigest()
+    custom_id = custom_id_of(value) or f"row-{digest[:32]}"
+    columns = {"row": 0, "source": "", "line": 0}
+    return columns | request_columns(custom_id, value, defaults, error)
+
+
+def _as_results(batch: pa.Table) -> pa.Table:
+    outcomes = map(Outcome.from_json, batch.column("outcome").to_pylist())
+    return make_table([row for outcome in outcomes for row in table_rows(outcome)])
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The replicas of a run.
+    """The replicas of a run: how many, with which resources, and the step of a pipeline they are.
 
     Attributes:
         settings: How each starts.
@@ -187,9 +194,6 @@ def _cores_each(replicas: int, workers: int) -> int:
     return cores
 
 
-_READER_CPUS = 0.25
-
-
 def read_requests(files: Sequence[FileRows]) -> Any:
     """A dataset of the files' requests, read on this machine a little ahead of the replicas."""
     ray = import_ray()
@@ -228,64 +232,49 @@ def _metadata(ray_data: Any, rows: FileRows) -> Any:
     )
 
 
-def flashtrace_dataset(
-    ds: Any,
-    *,
-    model: str,
-    flashtrace: Mapping[str, Any] | bool = True,
-    max_tokens: int | None = None,
-    replicas: int | tuple[int, int] = 1,
-    batch_size: int = 32,
-    engine_args: Mapping[str, Any] | None = None,
-) -> Any:
-    """Completes and attributes the rows of a Ray dataset.
+def as_argv(engine_args: Mapping[str, Any]) -> tuple[str, ...]:
+    """``{"max_model_len": 2048, "enforce_eager": True}`` as options of ``vllm serve``, unchecked.
 
     Args:
-        ds: A ``ray.data.Dataset``. Its rows have ``messages`` or ``prompt``, or ``prompt`` and
-            ``completion`` (text to explain), and may have ``custom_id``, ``flashtrace`` and any
-            field of an OpenAI request body; a null is an absent field.
-        model: Model name or folder.
-        flashtrace: The ``flashtrace`` field of rows that have none.
-        max_tokens: Most tokens to generate for rows that do not say.
-        replicas: Engines, each in an actor of its own; or the fewest and the most of them.
-        batch_size: Rows that an actor takes at once.
-        engine_args: Options of ``vllm serve``, e.g. ``{"max_model_len": 2048}``.
+        engine_args: Names with ``_`` or ``-``. True and False switch, None is left out, lists
+            become several values, and mappings become JSON.
+    """
+    argv: list[str] = []
+    for name, value in engine_args.items():
+        option = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, Mapping):
+            argv += [f"--{option}", json.dumps(value)]
+        elif isinstance(value, list | tuple):
+            argv += [f"--{option}", *map(str, value)]
+        else:
+            argv += [f"--{option}", str(value)]
+    return tuple(argv)
 
-    Returns:
-        A lazy ``ray.data.Dataset`` with the columns of ``result_schema()``, a row for each choice.
-        Rows that fail have the status ``error``. A row without ``custom_id`` is known by a digest
-        of its content; ``source`` is empty and ``line`` 0.
+
+def workers_of(argv: Sequence[str]) -> int:
+    """Worker processes, hence GPUs, of one engine: the product of its parallel sizes.
 
     Raises:
-        RayUnavailableError: Ray is not installed, or not connected.
-        ValueError: The replicas do not fit.
+        ValueError: A size is no number of at least 1.
     """
-    if not import_ray().is_initialized():
-        raise RayUnavailableError("the dataset's Ray is gone; connect to it first")
-    sizes = (replicas, replicas) if isinstance(replicas, int) else replicas
-    pool = Pool.plan(model, as_argv(engine_args or {}), sizes, batch_size)
-    defaults = Defaults(flashtrace, max_tokens)
-    requests = ds.map_batches(
-        _as_requests, fn_args=(defaults,), batch_format="pyarrow", zero_copy_batch=True
-    )
-    return pool.answer(requests).map_batches(
-        _as_results, batch_format="pyarrow", zero_copy_batch=True
-    )
+    workers = 1
+    for names in _PARALLEL:
+        workers *= _size(argv, names)
+    return workers
 
 
-def _as_requests(batch: pa.Table, defaults: Defaults) -> pa.Table:
-    return request_table([_as_request(record, defaults) for record in batch.to_pylist()])
-
-
-def _as_request(record: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
-    value = plain_record(record)
-    error = value if isinstance(value, RowError) else None
-    digest = hashlib.sha256(json.dumps(record, default=repr).encode()).hexdigest()
-    custom_id = custom_id_of(value) or f"row-{digest[:32]}"
-    columns = {"row": 0, "source": "", "line": 0}
-    return columns | request_columns(custom_id, value, defaults, error)
-
-
-def _as_results(batch: pa.Table) -> pa.Table:
-    outcomes = map(Outcome.from_json, batch.column("outcome").to_pylist())
-    return make_table([row for outcome in outcomes for row in table_rows(outcome)])
+def _size(argv: Sequence[str], names: tuple[str, ...]) -> int:
+    size: str | None = None
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") in names:
+            size = value if equals else next(iter(argv[position + 1 : position + 2]), "")
+    if size is None:
+        return 1
+    if not (size.isascii() and size.isdigit() and int(size) > 0):
+        raise ValueError(f"engine options: {names[0]} must be a number of at least 1, got {size!r}")
+    return int(size)

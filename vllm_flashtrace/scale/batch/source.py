@@ -1,13 +1,7 @@
-"""The first pass over an input, and its rows for Ray Data.
+"""The files of an input: a first pass that numbers and checks all rows, and the rows for Ray Data.
 
-The first pass over an input: how many rows, which ids are taken, and what exactly was read.
-
-Invariant: it depends on the files' bytes and names alone. Of two rows with one id the first in
-input order keeps it.
-
-Rows for Ray Data: the scanned files in the columns that replicas take.
-
-Invariant: reading a file again gives the same rows; rows that are finished are left out.
+Both depend on the files' names and bytes alone. Of two rows with one id the first in input order
+keeps it.
 """
 
 from __future__ import annotations
@@ -34,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _DIGEST = 16
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +95,6 @@ def _later_ones(digests: bytes) -> np.ndarray:
     order = np.lexsort((values["low"], values["high"]))  # Stable: ties stay in input order.
     ordered = values[order]
     return np.sort(order[1:][ordered[1:] == ordered[:-1]])
-
-
-_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,19 @@
-"""The store of finished rows: append-only parts that survive a kill, and the manifest beside them.
+"""The output folder of a run: its manifest, the store of finished rows, and the final files.
 
-The store of finished rows: append-only parts that survive a kill at any moment.
-
-Invariant: a row that :meth:`PartsWriter.add` returned for is on disk; a row is kept once, the first
-time; a line that was cut off by a kill is as if it had never been begun, and any other damage is an
-error.
-
-What a run is, written down beside its results, so that only the same run goes on with them.
-
-Invariant: results of two different runs never mix: a folder belongs to one fingerprint, and one
-process at a time works in it.
+A row that :meth:`PartsWriter.add` returned for is on disk, and is kept once, the first time. A line
+that a kill cut off counts for nothing; any other damage is an error. A folder belongs to one run,
+known by the fingerprint in its manifest, and one process at a time works in it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -27,9 +21,168 @@ from typing import Any, Self
 import numpy as np
 
 from vllm_flashtrace.base.errors import FlashTraceError
+from vllm_flashtrace.scale.batch.results import Outcome, make_table, result_schema, table_rows
 
+MANIFEST, LOCK, PARTS = "manifest.json", ".lock", "parts"
+OUTPUT, ERRORS, RESULTS = "output.jsonl", "errors.jsonl", "results.parquet"
+_FORMAT = 1
 _PART_BYTES = 1 << 30  # Few enough to hold all parts of a run open at once.
 _NOWHERE = -1
+_ROW_GROUP = 512
+
+
+class OutputFolderError(FlashTraceError):
+    """The output folder is in use, or holds results of another run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("output_folder", message)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One run.
+
+    Attributes:
+        facts: Everything that the results depend on, as JSON.
+        finished: Whether the final files are written.
+    """
+
+    facts: Mapping[str, Any]
+    finished: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the facts, in hex."""
+        return sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Replaces the folder's manifest in one step."""
+        content = {"format": _FORMAT, "fingerprint": self.fingerprint, "finished": self.finished}
+        with replacing(folder / MANIFEST) as path:
+            path.write_text(json.dumps({**content, "run": self.facts}, indent=2) + "\n", "utf-8")
+
+
+def claim(folder: Path, facts: Mapping[str, Any]) -> Manifest:
+    """The manifest of this run in ``folder``: the one that is there, or a new one.
+
+    Args:
+        folder: The output folder, locked by the caller.
+        facts: Everything that the results depend on, as JSON.
+
+    Raises:
+        OutputFolderError: The folder holds results of another run; the message names what
+            differs.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        for name in (OUTPUT, ERRORS, RESULTS, PARTS):
+            if (folder / name).exists():
+                raise OutputFolderError(f"{folder} has {name} but no {MANIFEST}; use another one")
+        manifest = Manifest(facts)
+        manifest.write(folder)
+        return manifest
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        earlier, finished = content["run"], bool(content["finished"])
+        known = content["format"] == _FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputFolderError(f"{path} is damaged: {error!r}") from None
+    if not known:
+        raise OutputFolderError(f"{path} is of another version of vllm-flashtrace")
+    differing = [
+        name for name in sorted({*earlier, *facts}) if earlier.get(name) != facts.get(name)
+    ]
+    if differing and not finished and not has_rows(folder / PARTS):
+        manifest = Manifest(facts)  # The earlier run came to nothing.
+        manifest.write(folder)
+        return manifest
+    if differing:
+        raise OutputFolderError(
+            f"{folder} holds results of another run (other {', '.join(differing)}); "
+            "use another output folder"
+        )
+    return Manifest(facts, finished)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other runs out of it; a kill releases it.
+
+    Raises:
+        OSError: It cannot be made or written.
+        OutputFolderError: Another run works in it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OutputFolderError(f"another run is working in {folder}") from None
+    with lock:
+        lock.release()  # ``with`` holds it once more.
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Rows of the whole input by what became of them."""
+
+    rows: int
+    errors: int
+    failed_traces: int
+
+
+def finish(folder: Path, manifest: Manifest, finished: FinishedRows) -> Totals:
+    """Writes ``output.jsonl``, ``errors.jsonl`` and ``results.parquet``; drops the store.
+
+    Rows are in input order. A file appears whole or not at all, and the store goes only after the
+    manifest says that the files are there, so that the step can be done again at any time.
+
+    Args:
+        folder: The output folder.
+        manifest: The run's.
+        finished: Every row of the input.
+    """
+    import pyarrow.parquet as pq
+
+    fingerprint = manifest.fingerprint
+    rows = errors = failed = 0
+    pending: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        drafts = [stack.enter_context(replacing(folder / n)) for n in (OUTPUT, ERRORS, RESULTS)]
+        files = [stack.enter_context(draft.open("w", encoding="ascii")) for draft in drafts[:2]]
+        writer = stack.enter_context(pq.ParquetWriter(drafts[2], result_schema()))
+        for _, record in finished.records():
+            outcome = Outcome.from_json(record)
+            is_error = outcome.error is not None
+            files[is_error].write(json.dumps(outcome.to_batch_record(fingerprint)) + "\n")
+            table = table_rows(outcome)
+            rows, errors = rows + 1, errors + is_error
+            failed += any(row["status"] in ("failed", "skipped") for row in table)
+            pending += table
+            if len(pending) >= _ROW_GROUP:
+                writer.write_table(make_table(pending))
+                pending = []
+        if pending:
+            writer.write_table(make_table(pending))
+    replace(manifest, finished=True).write(folder)
+    drop_store(folder)
+    return Totals(rows, errors, failed)
+
+
+def drop_store(folder: Path) -> None:
+    """Deletes the store of a finished run.
+
+    Raises:
+        OutputFolderError: A final file is missing.
+    """
+    for name in (OUTPUT, ERRORS, RESULTS):
+        if not (folder / name).exists():
+            raise OutputFolderError(f"the run in {folder} had finished, but {name} is gone")
+    if (folder / PARTS).exists():
+        shutil.rmtree(folder / PARTS)
 
 
 class DamagedPartError(FlashTraceError):
@@ -182,15 +335,6 @@ def has_rows(folder: Path) -> bool:
     return any(path.stat().st_size for path in folder.glob("part-*.jsonl"))
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in ``folder`` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _encode(row: int, record: bytes) -> bytes:
     content = b"%d %s" % (row, record)
     return b"%08x %s\n" % (zlib.crc32(content), content)
@@ -226,105 +370,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-MANIFEST, LOCK, PARTS = "manifest.json", ".lock", "parts"
-OUTPUT, ERRORS, RESULTS = "output.jsonl", "errors.jsonl", "results.parquet"
-_FORMAT = 1
-
-
-class OutputFolderError(FlashTraceError):
-    """The output folder is in use, or holds results of another run."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("output_folder", message)
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """One run.
-
-    Attributes:
-        facts: Everything that the results depend on, as JSON.
-        finished: Whether the final files are written.
-    """
-
-    facts: Mapping[str, Any]
-    finished: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the facts, in hex."""
-        return sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
-
-    def write(self, folder: Path) -> None:
-        """Replaces the folder's manifest in one step."""
-        content = {"format": _FORMAT, "fingerprint": self.fingerprint, "finished": self.finished}
-        with replacing(folder / MANIFEST) as path:
-            path.write_text(json.dumps({**content, "run": self.facts}, indent=2) + "\n", "utf-8")
-
-
-def claim(folder: Path, facts: Mapping[str, Any]) -> Manifest:
-    """The manifest of this run in ``folder``: the one that is there, or a new one.
-
-    Args:
-        folder: The output folder, locked by the caller.
-        facts: Everything that the results depend on, as JSON.
-
-    Raises:
-        OutputFolderError: The folder holds results of another run; the message names what
-            differs.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        for name in (OUTPUT, ERRORS, RESULTS, PARTS):
-            if (folder / name).exists():
-                raise OutputFolderError(f"{folder} has {name} but no {MANIFEST}; use another one")
-        manifest = Manifest(facts)
-        manifest.write(folder)
-        return manifest
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        earlier, finished = content["run"], bool(content["finished"])
-        known = content["format"] == _FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputFolderError(f"{path} is damaged: {error!r}") from None
-    if not known:
-        raise OutputFolderError(f"{path} is of another version of vllm-flashtrace")
-    differing = [
-        name for name in sorted({*earlier, *facts}) if earlier.get(name) != facts.get(name)
-    ]
-    if differing and not finished and not has_rows(folder / PARTS):
-        manifest = Manifest(facts)  # The earlier run came to nothing.
-        manifest.write(folder)
-        return manifest
-    if differing:
-        raise OutputFolderError(
-            f"{folder} holds results of another run (other {', '.join(differing)}); "
-            "use another output folder"
-        )
-    return Manifest(facts, finished)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it; a kill releases it.
-
-    Raises:
-        OSError: It cannot be made or written.
-        OutputFolderError: Another run works in it.
-    """
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise OutputFolderError(f"another run is working in {folder}") from None
-    with lock:
-        lock.release()  # ``with`` holds it once more.
-        yield
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``path`` in one step once the block is through."""
@@ -334,3 +379,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.fsync(stream.fileno())
     draft.replace(path)
     sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in ``folder`` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,18 +1,8 @@
 """HTTP between gateway and replicas: one request on an ASGI application, and what a client is told.
 
-Runs one HTTP request on an ASGI application and gives out what it sends, as it sends it.
-
-Invariant: the application's task has ended when the exchange has, and a client that leaves is a
-disconnect to the application, as it is on a socket, before it is a cancellation.
-
-What a client is told when the replica that had its request is gone.
-
-Invariant: the answer has the form in which its route reports errors, streams included, so that the
-clients of these interfaces raise what they always raise; HTTP 503 says that it may be sent again.
-
-How a gateway and its client learn which replica has a request.
-
-Invariant: the message that tells the gateway is not ASGI's, and never reaches the server.
+Where the replica that had a request is gone, the client's answer has the form in which its route
+reports errors, streams included, so that client libraries raise what they always raise. HTTP 503
+says that the request may be sent again.
 """
 
 from __future__ import annotations
@@ -27,12 +17,20 @@ Application = Callable[[Message, Callable[[], Awaitable[Message]], Any], Awaitab
 
 # How long an application may take to notice that its client left.
 _LEAVING_SECONDS = 5.0
+RETRY_AFTER_SECONDS = 1
+REPLICA_HEADER = b"x-flashtrace-replica"
+_TYPE = "service_unavailable"
+# A message of ours that tells the gateway which replica has a request; it never reaches the client.
+_TAKEN = "flashtrace.taken"
 
 
 async def exchange(
     app: Application, scope: Message, body: bytes
 ) -> AsyncGenerator[list[Message], None]:
-    """Sends ``body`` to ``app``.
+    """Sends ``body`` to ``app``, whose task has ended when this generator has.
+
+    When the caller leaves, the application gets a disconnect, as on a socket, before it is
+    cancelled.
 
     Args:
         app: The application.
@@ -78,10 +76,6 @@ async def _end(task: asyncio.Future[None]) -> None:
     await asyncio.wait([task], timeout=_LEAVING_SECONDS)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-RETRY_AFTER_SECONDS = 1
-_TYPE = "service_unavailable"
 
 
 class EngineLostError(Exception):
@@ -136,10 +130,6 @@ def is_event_stream(start: Message) -> bool:
     """Whether the answer that ``start`` begins is a stream of events."""
     headers = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
     return headers.get(b"content-type", b"").startswith(b"text/event-stream")
-
-
-REPLICA_HEADER = b"x-flashtrace-replica"
-_TAKEN = "flashtrace.taken"
 
 
 def taken_by(replica: str) -> Message:

@@ -1,15 +1,4 @@
-"""The ASGI application in front of the engine replicas, and one page of metrics for all of them.
-
-One page of metrics for all replicas.
-
-Invariant: no sample of a replica is lost or changed but for the label that names the replica, so
-that counters never go back because another replica answers.
-
-The ASGI application in front of the engine replicas.
-
-Invariant: a client gets the answer of one replica. Its request goes to another one only while none
-has said that it took it; from then on the death of the replica is an error that the client is told.
-"""
+"""The ASGI application in front of the engine replicas, and one page of metrics for all of them."""
 
 from __future__ import annotations
 
@@ -31,44 +20,6 @@ from vllm_flashtrace.scale.deploy.exchange import (
 from vllm_flashtrace.scale.ray_cluster import import_ray
 
 LABEL = "replica"
-
-
-def merge(pages: Mapping[str, str]) -> str:
-    """Merges Prometheus text pages.
-
-    Args:
-        pages: Text by name of the replica.
-
-    Returns:
-        One page; every sample has a ``replica`` label.
-    """
-    families: dict[str, list[str]] = {}
-    comments: dict[str, list[str]] = {}
-    for replica, text in pages.items():
-        family = ""
-        for line in text.splitlines():
-            if line.startswith(("# HELP ", "# TYPE ")):
-                family = line.split(" ", 3)[2]
-                known = comments.setdefault(family, [])
-                if line not in known:
-                    known.append(line)
-            elif line and not line.startswith("#"):
-                families.setdefault(family, []).append(_labelled(line, replica))
-    lines = []
-    for family in {**comments, **families}:
-        lines += [*comments.get(family, ()), *families.get(family, ())]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _labelled(line: str, replica: str) -> str:
-    label = f'{LABEL}="{replica}"'
-    name, brace, rest = line.partition("{")
-    if brace:
-        return f"{name}{{{label},{rest}"
-    name, _, value = line.partition(" ")
-    return f"{name}{{{label}}} {value}"
-
-
 LOST = "replica_lost"
 BUSY = "overloaded"
 NO_METRICS = "metrics_unavailable"
@@ -86,7 +37,11 @@ logger = logging.getLogger("ray.serve")
 
 
 class Gateway:
-    """Forwards HTTP requests to engine replicas."""
+    """Forwards HTTP requests to engine replicas.
+
+    A client gets the answer of one replica. Its request goes to another one only while none has
+    said that it took it; from then on the death of the replica is an error that the client is told.
+    """
 
     def __init__(self, engines: Any) -> None:
         """Wraps the handle of the engines' deployment."""
@@ -209,3 +164,39 @@ async def _lifespan(receive: Any, send: Any) -> None:
     for phase in ("startup", "shutdown"):
         await receive()
         await send({"type": f"lifespan.{phase}.complete"})
+
+
+def merge(pages: Mapping[str, str]) -> str:
+    """Merges Prometheus text pages; no sample is lost or changed but for the replica's label.
+
+    Args:
+        pages: Text by name of the replica.
+
+    Returns:
+        One page; every sample has a ``replica`` label.
+    """
+    families: dict[str, list[str]] = {}
+    comments: dict[str, list[str]] = {}
+    for replica, text in pages.items():
+        family = ""
+        for line in text.splitlines():
+            if line.startswith(("# HELP ", "# TYPE ")):
+                family = line.split(" ", 3)[2]
+                known = comments.setdefault(family, [])
+                if line not in known:
+                    known.append(line)
+            elif line and not line.startswith("#"):
+                families.setdefault(family, []).append(_labelled(line, replica))
+    lines = []
+    for family in {**comments, **families}:
+        lines += [*comments.get(family, ()), *families.get(family, ())]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _labelled(line: str, replica: str) -> str:
+    label = f'{LABEL}="{replica}"'
+    name, brace, rest = line.partition("{")
+    if brace:
+        return f"{name}{{{label},{rest}"
+    name, _, value = line.partition(" ")
+    return f"{name}{{{label}}} {value}"

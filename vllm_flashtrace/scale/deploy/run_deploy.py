@@ -1,19 +1,8 @@
 """``vllm-flashtrace deploy``: its options, the Serve application, and what the command does.
 
-What the user asked of a deployment.
-
-Invariant: options that contradict each other are refused before Ray or an engine is started.
-
-The Serve application: gateways in front of engine replicas.
-
-Invariant: replicas of one version are made from the same plan by the same code, so that deploying
-again with another number of them restarts none of those that stay. On CPU that needs a given number
-of cores, for an equal share depends on how many there are.
-
-What ``vllm-flashtrace deploy`` does.
-
-Invariant: a mistake in the options is said before anything starts; whatever ends the command, what
-the replicas have begun is finished first, within the time for it, and a Ray started here ends.
+Options that are bad or contradict each other are refused before Ray or an engine is started.
+Whatever ends the command, what the replicas have begun is finished first, within the time for it,
+and a Ray that was started here ends.
 """
 
 from __future__ import annotations
@@ -42,7 +31,17 @@ from vllm_flashtrace.scale.ray_cluster import (
     stop_on_signals,
 )
 
+ENGINES = "engine"
 _SCALING = ("min_replicas", "max_replicas")
+_PASSED_ON = ("HF_", "VLLM_")
+_GATEWAY_REQUESTS = 10_000
+_HEALTH_SECONDS = 2.0
+_HEALTH_TIMEOUT_SECONDS = 30.0
+_DRAIN_LOOP_SECONDS = 0.5
+_OBJECT_STORE_BYTES = 256 << 20
+_POLL_SECONDS = 0.5
+# Beyond the time for draining: for the engine's own end.
+_STOP_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,176 +79,6 @@ class DeployOptions:
         """How many engine replicas there may be at once."""
         autoscaling = self.scaling.get("autoscaling_config")
         return int(autoscaling["max_replicas"] if autoscaling else self.scaling["num_replicas"])
-
-
-def parse_scaling(
-    replicas: int | None,
-    autoscaling: dict[str, Any],
-    more: str | None,
-) -> dict[str, Any]:
-    """Serve's deployment options for the number of replicas.
-
-    Args:
-        replicas: A fixed number, or None.
-        autoscaling: Options of Serve's ``AutoscalingConfig``; None where not given.
-        more: Further ones as a JSON object.
-
-    Raises:
-        ValueError: The options contradict each other or the JSON is bad.
-    """
-    chosen = {name: value for name, value in autoscaling.items() if value is not None}
-    chosen |= _json_object(more)
-    if not chosen:
-        return {"num_replicas": 1 if replicas is None else replicas}
-    if replicas is not None:
-        names = ", ".join("--" + name.replace("_", "-") for name in sorted(chosen))
-        raise ValueError(f"--replicas is a fixed number and cannot be combined with {names}")
-    if "max_replicas" not in chosen:
-        raise ValueError("autoscaling needs --max-replicas")
-    least, most = (int(chosen.get(name, 1)) for name in _SCALING)
-    if least > most:
-        raise ValueError(f"--min-replicas {least} is more than --max-replicas {most}")
-    return {"autoscaling_config": {"min_replicas": least, **chosen}}
-
-
-def check_engine_options(args: Any) -> None:
-    """Refuses ``vllm serve`` options that have no meaning in a replica.
-
-    Args:
-        args: The parsed options.
-
-    Raises:
-        ValueError: With the option and what to use instead.
-    """
-    refusals = {
-        "--data-parallel-size": args.data_parallel_size > 1,
-        "--api-server-count": (args.api_server_count or 1) > 1,
-        "--headless": args.headless,
-        "--uds": args.uds is not None,
-        "--grpc": getattr(args, "grpc", False),
-    }
-    for option, given in refusals.items():
-        if given:
-            raise ValueError(f"{option} has no use in a deployment; use --replicas")
-
-
-def _json_object(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--autoscaling: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"--autoscaling must be a JSON object, got {text}")
-    return value
-
-
-ENGINES = "engine"
-_PASSED_ON = ("HF_", "VLLM_")
-_GATEWAY_REQUESTS = 10_000
-_HEALTH_SECONDS = 2.0
-_HEALTH_TIMEOUT_SECONDS = 30.0
-_DRAIN_LOOP_SECONDS = 0.5
-
-
-class GatewayDeployment:
-    """Serve's ingress class."""
-
-    def __init__(self, engines: Any) -> None:
-        """Keeps the handle of the engines' deployment."""
-        self._engines = engines
-
-    def __serve_build_asgi_app__(self) -> Gateway:
-        """What Serve runs for every HTTP request."""
-        return Gateway(self._engines)
-
-
-def build_application(options: DeployOptions, workers: int, cluster_cpus: float) -> Any:
-    """The application, ready for ``serve.run``.
-
-    Args:
-        options: Of the command.
-        workers: Worker processes of one engine.
-        cluster_cpus: Cores that Ray has.
-    """
-    serve = import_ray("ray.serve")
-    on_cpu = is_cpu_build()
-    cpus = cpus_per_replica(options, cluster_cpus) if on_cpu else None
-    plan = ReplicaPlan(
-        argv=options.argv,
-        deployment=options.name,
-        environment=passed_environment(),
-        workers=workers,
-        cpus=cpus,
-        drain_seconds=options.drain_seconds,
-    )
-    common = {
-        "graceful_shutdown_timeout_s": options.drain_seconds,
-        "graceful_shutdown_wait_loop_s": _DRAIN_LOOP_SECONDS,
-        "health_check_period_s": _HEALTH_SECONDS,
-        "health_check_timeout_s": _HEALTH_TIMEOUT_SECONDS,
-    }
-    router = options.request_router
-    engines = serve.deployment(
-        EngineReplica,
-        name=ENGINES,
-        max_ongoing_requests=options.max_ongoing_requests,
-        ray_actor_options={"num_cpus": cpus} if on_cpu else {"num_gpus": workers},
-        **({"request_router_config": {"request_router_class": router}} if router else {}),
-        **options.scaling,
-        **common,
-    )
-    gateway = serve.ingress()(GatewayDeployment)
-    # Serve would take every call to be a new version, and restart every replica.
-    engines = engines.options(version=version_of(plan), _internal=True).bind(plan)
-    return serve.deployment(
-        gateway,
-        name="gateway",
-        num_replicas=options.gateways,
-        max_ongoing_requests=_GATEWAY_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        **common,
-    ).bind(engines)
-
-
-def cpus_per_replica(options: DeployOptions, cluster_cpus: float) -> float:
-    """Cores of a replica that computes on the CPU: whole ones while there are enough."""
-    if options.cpus_per_replica is not None:
-        return options.cpus_per_replica
-    share = cluster_cpus / options.most_replicas
-    return float(int(share)) if share >= 1 else share
-
-
-def version_of(plan: ReplicaPlan) -> str:
-    """Differs where replicas that were made from another plan have to be replaced."""
-    return hashlib.sha256(repr((__version__, plan)).encode()).hexdigest()[:16]
-
-
-def passed_environment() -> dict[str, str]:
-    """Variables of this process that engines on any machine are to see."""
-    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PASSED_ON)}
-
-
-_OBJECT_STORE_BYTES = 256 << 20
-_POLL_SECONDS = 0.5
-# Beyond the time for draining: for the engine's own end.
-_STOP_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What the options of ``vllm serve`` say to Serve.
-
-    Attributes:
-        workers: Worker processes of an engine.
-        tls: Serve's options for TLS.
-        access_log: Whether requests are logged.
-    """
-
-    workers: int
-    tls: dict[str, str]
-    access_log: bool
 
 
 class DeployError(FlashTraceError):
@@ -382,3 +211,163 @@ def _check_port(options: DeployOptions) -> None:
 
 def _say(text: str) -> None:
     print(f"vllm-flashtrace: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the options of ``vllm serve`` say to Serve.
+
+    Attributes:
+        workers: Worker processes of an engine.
+        tls: Serve's options for TLS.
+        access_log: Whether requests are logged.
+    """
+
+    workers: int
+    tls: dict[str, str]
+    access_log: bool
+
+
+class GatewayDeployment:
+    """Serve's ingress class."""
+
+    def __init__(self, engines: Any) -> None:
+        """Keeps the handle of the engines' deployment."""
+        self._engines = engines
+
+    def __serve_build_asgi_app__(self) -> Gateway:
+        """What Serve runs for every HTTP request."""
+        return Gateway(self._engines)
+
+
+def build_application(options: DeployOptions, workers: int, cluster_cpus: float) -> Any:
+    """The application, ready for ``serve.run``.
+
+    Replicas of one version are made from the same plan by the same code, so that deploying again
+    with another number of them restarts none of those that stay. On CPU that needs
+    ``cpus_per_replica``, because an equal share depends on how many there are.
+
+    Args:
+        options: Of the command.
+        workers: Worker processes of one engine.
+        cluster_cpus: Cores that Ray has.
+    """
+    serve = import_ray("ray.serve")
+    on_cpu = is_cpu_build()
+    cpus = cpus_per_replica(options, cluster_cpus) if on_cpu else None
+    plan = ReplicaPlan(
+        argv=options.argv,
+        deployment=options.name,
+        environment=passed_environment(),
+        workers=workers,
+        cpus=cpus,
+        drain_seconds=options.drain_seconds,
+    )
+    common = {
+        "graceful_shutdown_timeout_s": options.drain_seconds,
+        "graceful_shutdown_wait_loop_s": _DRAIN_LOOP_SECONDS,
+        "health_check_period_s": _HEALTH_SECONDS,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_SECONDS,
+    }
+    router = options.request_router
+    engines = serve.deployment(
+        EngineReplica,
+        name=ENGINES,
+        max_ongoing_requests=options.max_ongoing_requests,
+        ray_actor_options={"num_cpus": cpus} if on_cpu else {"num_gpus": workers},
+        **({"request_router_config": {"request_router_class": router}} if router else {}),
+        **options.scaling,
+        **common,
+    )
+    gateway = serve.ingress()(GatewayDeployment)
+    # Serve would take every call to be a new version, and restart every replica.
+    engines = engines.options(version=version_of(plan), _internal=True).bind(plan)
+    return serve.deployment(
+        gateway,
+        name="gateway",
+        num_replicas=options.gateways,
+        max_ongoing_requests=_GATEWAY_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        **common,
+    ).bind(engines)
+
+
+def cpus_per_replica(options: DeployOptions, cluster_cpus: float) -> float:
+    """Cores of a replica that computes on the CPU: whole ones while there are enough."""
+    if options.cpus_per_replica is not None:
+        return options.cpus_per_replica
+    share = cluster_cpus / options.most_replicas
+    return float(int(share)) if share >= 1 else share
+
+
+def version_of(plan: ReplicaPlan) -> str:
+    """Differs where replicas that were made from another plan have to be replaced."""
+    return hashlib.sha256(repr((__version__, plan)).encode()).hexdigest()[:16]
+
+
+def passed_environment() -> dict[str, str]:
+    """Variables of this process that engines on any machine are to see."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PASSED_ON)}
+
+
+def parse_scaling(
+    replicas: int | None,
+    autoscaling: dict[str, Any],
+    more: str | None,
+) -> dict[str, Any]:
+    """Serve's deployment options for the number of replicas.
+
+    Args:
+        replicas: A fixed number, or None.
+        autoscaling: Options of Serve's ``AutoscalingConfig``; None where not given.
+        more: Further ones as a JSON object.
+
+    Raises:
+        ValueError: The options contradict each other or the JSON is bad.
+    """
+    chosen = {name: value for name, value in autoscaling.items() if value is not None}
+    chosen |= _json_object(more)
+    if not chosen:
+        return {"num_replicas": 1 if replicas is None else replicas}
+    if replicas is not None:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(chosen))
+        raise ValueError(f"--replicas is a fixed number and cannot be combined with {names}")
+    if "max_replicas" not in chosen:
+        raise ValueError("autoscaling needs --max-replicas")
+    least, most = (int(chosen.get(name, 1)) for name in _SCALING)
+    if least > most:
+        raise ValueError(f"--min-replicas {least} is more than --max-replicas {most}")
+    return {"autoscaling_config": {"min_replicas": least, **chosen}}
+
+
+def check_engine_options(args: Any) -> None:
+    """Refuses ``vllm serve`` options that have no meaning in a replica.
+
+    Args:
+        args: The parsed options.
+
+    Raises:
+        ValueError: With the option and what to use instead.
+    """
+    refusals = {
+        "--data-parallel-size": args.data_parallel_size > 1,
+        "--api-server-count": (args.api_server_count or 1) > 1,
+        "--headless": args.headless,
+        "--uds": args.uds is not None,
+        "--grpc": getattr(args, "grpc", False),
+    }
+    for option, given in refusals.items():
+        if given:
+            raise ValueError(f"{option} has no use in a deployment; use --replicas")
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--autoscaling: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--autoscaling must be a JSON object, got {text}")
+    return value

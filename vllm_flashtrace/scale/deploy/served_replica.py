@@ -1,13 +1,4 @@
-"""One engine replica: vLLM's own application and engine in a Ray Serve actor.
-
-vLLM's application on a replica: what the gateway calls, and the end of it.
-
-Invariant: a request is taken only while the engine lives, and the first thing that its answer holds
-is that it was taken. Draining waits for everything that was begun, deferred attributions included.
-
-Invariant: a replica whose engine is dead takes no request and ends its process, and its engine's
-processes end with it, however it ends. One that is told to stop first finishes what it has begun.
-"""
+"""One engine replica: vLLM's own application and engine in a Ray Serve actor."""
 
 from __future__ import annotations
 
@@ -19,12 +10,6 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_flashtrace.base.process import (
-    bind_cores,
-    enable_plugin,
-    end_engine_with_this_process,
-    prepare_environment,
-)
 from vllm_flashtrace.scale.deploy.exchange import (
     Application,
     EngineLostError,
@@ -33,15 +18,113 @@ from vllm_flashtrace.scale.deploy.exchange import (
     replica_header,
     taken_by,
 )
-from vllm_flashtrace.scale.ray_cluster import import_ray
+from vllm_flashtrace.scale.ray_cluster import import_ray, prepare_actor
 from vllm_flashtrace.server.deferred import AttributionStore, StoreLimits
-from vllm_flashtrace.trace.wire import ensure_secret
 
 _POLL_SECONDS = 0.25
+# Left of the time to stop in for the engine itself.
+_ENGINE_STOP_SECONDS = 5.0
+# For the answers of a dead engine to get out.
+_LAST_WORDS_SECONDS = 5.0
+
+logger = logging.getLogger("ray.serve")  # Serve shows what it logs of a replica.
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlan:
+    """What every replica of a deployment is made from.
+
+    Attributes:
+        argv: Model and options for ``vllm serve``.
+        deployment: Name of the deployment.
+        environment: Environment variables that vLLM is to see.
+        workers: Worker processes of an engine.
+        cpus: Cores of a replica where it computes on the CPU, else None.
+        drain_seconds: How long a replica that is to stop may finish what it has begun.
+    """
+
+    argv: tuple[str, ...]
+    deployment: str
+    environment: dict[str, str]
+    workers: int
+    cpus: float | None
+    drain_seconds: float
+
+
+class EngineReplica:
+    """Serve's deployment class.
+
+    A replica whose engine is dead takes no request and ends its process, and its engine's processes
+    end with it, however it ends. One that is told to stop first finishes what it has begun.
+    """
+
+    async def __init__(self, plan: ReplicaPlan) -> None:  # type: ignore[misc]
+        """Starts the engine; Serve sends no request before it has."""
+        context = import_ray("ray.serve").get_replica_context()
+        self._plan = plan
+        self._served: ServedApp | None = None
+        os.environ.update(plan.environment)
+        prepare_actor(context.rank.local_rank, plan.cpus, plan.workers)
+
+        from vllm_flashtrace.server.engine_app import engine_app, read_engine_options
+
+        args = read_engine_options(plan.argv, neighbours=(context.world_size or 1) - 1)
+        self._stack = AsyncExitStack()
+        app, engine = await self._stack.enter_async_context(engine_app(args, self._make_store))
+        service = getattr(app.state, "flashtrace", None)
+        self._served = ServedApp(app, engine, service, context.replica_id.unique_id)
+        self._watch = asyncio.create_task(self._end_with_engine(self._served))
+
+    async def forward(self, scope: Message, body: bytes) -> AsyncIterator[list[Message]]:
+        """Answers one HTTP request; see :meth:`ServedApp.forward`."""
+        async with aclosing(self._ready.forward(scope, body)) as answer:
+            async for messages in answer:
+                yield messages
+
+    async def metrics(self) -> tuple[str, str]:
+        """This replica's name and its page of metrics."""
+        return await self._ready.metrics()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        await self._ready.check_health()
+
+    async def __del__(self) -> None:
+        """Serve calls it when the last request is over: finishes what was deferred, then ends."""
+        served, self._served = getattr(self, "_served", None), None
+        if served is None:
+            return
+        self._watch.cancel()
+        seconds = max(self._plan.drain_seconds - _ENGINE_STOP_SECONDS, 0)
+        if not await served.drain(seconds):
+            logger.warning("Deferred attributions are not finished after %.0f s", seconds)
+        await self._stack.aclose()
+
+    @property
+    def _ready(self) -> ServedApp:
+        if self._served is None:
+            raise EngineLostError("the replica is ending")
+        return self._served
+
+    def _make_store(self, owner: str, limits: StoreLimits) -> AttributionStore:
+        from vllm_flashtrace.scale.deploy.store_actor import LEASE_SECONDS, ActorStore
+
+        limits = replace(limits, lease_seconds=LEASE_SECONDS)
+        return ActorStore(self._plan.deployment, owner, limits)
+
+    async def _end_with_engine(self, served: ServedApp) -> None:
+        await served.engine_death()
+        logger.error("The engine of replica %s died; the replica ends", served.name)
+        await served.drain(_LAST_WORDS_SECONDS)
+        os._exit(1)
 
 
 class ServedApp:
-    """An application with its engine."""
+    """An application with its engine, as the gateway calls it.
+
+    A request is taken only while the engine lives, and the first thing that its answer holds is
+    that it was taken.
+    """
 
     def __init__(self, app: Application, engine: Any, service: Any, name: str) -> None:
         """Wraps what was started elsewhere.
@@ -120,104 +203,3 @@ class ServedApp:
             return message
         headers = [*message.get("headers", ()), replica_header(self.name)]
         return {**message, "headers": headers}
-
-
-# Left of the time to stop in for the engine itself.
-_ENGINE_STOP_SECONDS = 5.0
-# For the answers of a dead engine to get out.
-_LAST_WORDS_SECONDS = 5.0
-
-logger = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaPlan:
-    """What every replica of a deployment is made from.
-
-    Attributes:
-        argv: Model and options for ``vllm serve``.
-        deployment: Name of the deployment.
-        environment: Environment variables that vLLM is to see.
-        workers: Worker processes of an engine.
-        cpus: Cores of a replica where it computes on the CPU, else None.
-        drain_seconds: How long a replica that is to stop may finish what it has begun.
-    """
-
-    argv: tuple[str, ...]
-    deployment: str
-    environment: dict[str, str]
-    workers: int
-    cpus: float | None
-    drain_seconds: float
-
-
-class EngineReplica:
-    """Serve's deployment class."""
-
-    async def __init__(self, plan: ReplicaPlan) -> None:  # type: ignore[misc]
-        """Starts the engine; Serve sends no request before it has."""
-        context = import_ray("ray.serve").get_replica_context()
-        self._plan = plan
-        self._served: ServedApp | None = None
-        self._prepare_process(context.rank.local_rank)
-
-        from vllm_flashtrace.server.engine_app import engine_app, read_engine_options
-
-        args = read_engine_options(plan.argv, neighbours=(context.world_size or 1) - 1)
-        self._stack = AsyncExitStack()
-        app, engine = await self._stack.enter_async_context(engine_app(args, self._make_store))
-        service = getattr(app.state, "flashtrace", None)
-        self._served = ServedApp(app, engine, service, context.replica_id.unique_id)
-        self._watch = asyncio.create_task(self._end_with_engine(self._served))
-
-    async def forward(self, scope: Message, body: bytes) -> AsyncIterator[list[Message]]:
-        """Answers one HTTP request; see :meth:`ServedApp.forward`."""
-        async with aclosing(self._ready.forward(scope, body)) as answer:
-            async for messages in answer:
-                yield messages
-
-    async def metrics(self) -> tuple[str, str]:
-        """This replica's name and its page of metrics."""
-        return await self._ready.metrics()
-
-    async def check_health(self) -> None:
-        """Serve replaces the replica when this raises."""
-        await self._ready.check_health()
-
-    async def __del__(self) -> None:
-        """Serve calls it when the last request is over: finishes what was deferred, then ends."""
-        served, self._served = getattr(self, "_served", None), None
-        if served is None:
-            return
-        self._watch.cancel()
-        seconds = max(self._plan.drain_seconds - _ENGINE_STOP_SECONDS, 0)
-        if not await served.drain(seconds):
-            logger.warning("Deferred attributions are not finished after %.0f s", seconds)
-        await self._stack.aclose()
-
-    @property
-    def _ready(self) -> ServedApp:
-        if self._served is None:
-            raise EngineLostError("the replica is ending")
-        return self._served
-
-    def _prepare_process(self, local_rank: int) -> None:
-        os.environ.update(self._plan.environment)
-        if self._plan.cpus is not None:
-            bind_cores(local_rank, self._plan.cpus, self._plan.workers)
-        prepare_environment()
-        enable_plugin()
-        ensure_secret()
-        end_engine_with_this_process()
-
-    def _make_store(self, owner: str, limits: StoreLimits) -> AttributionStore:
-        from vllm_flashtrace.scale.deploy.store_actor import LEASE_SECONDS, ActorStore
-
-        limits = replace(limits, lease_seconds=LEASE_SECONDS)
-        return ActorStore(self._plan.deployment, owner, limits)
-
-    async def _end_with_engine(self, served: ServedApp) -> None:
-        await served.engine_death()
-        logger.error("The engine of replica %s died; the replica ends", served.name)
-        await served.drain(_LAST_WORDS_SECONDS)
-        os._exit(1)

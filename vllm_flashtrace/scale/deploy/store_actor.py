@@ -1,15 +1,7 @@
-"""The store of deferred attributions of all replicas: a Ray actor, and its client.
+"""The store of deferred attributions of all replicas: a Ray actor, and its client in a replica.
 
-The store of deferred attributions of all replicas, in a Ray actor of its own.
-
-Invariant: it has the bounds and the states of the store that API servers of one machine share, for
-it is that store behind calls. It outlives every replica; its process may restart on its machine
-without losing an entry.
-
-A replica's view of the store that a Ray actor keeps for all of them.
-
-Invariant: to its callers it is the :class:`AttributionStore` of one machine; trouble with the actor
-is a ``ConnectionError``.
+It is the store that API servers of one machine share, with its bounds and states, behind calls. It
+outlives every replica, and its process may restart on its machine without losing an entry.
 """
 
 from __future__ import annotations
@@ -34,6 +26,88 @@ LEASE_SECONDS = 20.0
 # Replicas call at every health check; where none has for so long, there are none.
 IDLE_SECONDS = 600.0
 _CALLS_AT_ONCE = 16
+# Longer than the store waits for its own file.
+_CALL_SECONDS = 40.0
+
+
+class ActorStore:
+    """An :class:`AttributionStore` that calls the actor; from any thread but that of an event loop.
+
+    Trouble with the actor is a ``ConnectionError``.
+    """
+
+    def __init__(self, deployment: str, owner: str, limits: StoreLimits) -> None:
+        """Starts the actor if there is none.
+
+        Args:
+            deployment: Name of the deployment.
+            owner: Names this replica in the store.
+            limits: Bounds, the same in every replica.
+        """
+        self._ray = import_ray()
+        self._deployment = deployment
+        self._owner = owner
+        self._limits = limits
+        self._host = find_or_start(self._ray, deployment)
+
+    def reserve(self, attribution_id: str) -> str:
+        """Adds a ``queued`` entry and returns its JSON."""
+        answer = self._call("reserve", attribution_id)
+        if not isinstance(answer, str):
+            raise TraceError(*answer)
+        return answer
+
+    def start(self, attribution_id: str) -> bool:
+        """Marks an entry ``running``; False when it was deleted meanwhile."""
+        return bool(self._call("start", attribution_id))
+
+    def finish(self, attribution_id: str, attribution: dict[str, Any]) -> bool:
+        """Stores an attribution with its final status; False when its entry was deleted."""
+        return bool(self._call("finish", attribution_id, attribution))
+
+    def get(self, attribution_id: str) -> str | None:
+        """The JSON of an entry's attribution object; None when unknown or over its time."""
+        found: str | None = self._call("get", attribution_id)
+        return found
+
+    def delete(self, attribution_id: str) -> bool:
+        """Drops an entry; False when unknown or over its time."""
+        return bool(self._call("delete", attribution_id))
+
+    def renew(self) -> set[str]:
+        """Keeps this server's unfinished entries; returns the ids of all that are still there."""
+        return set(self._call("renew"))
+
+    def abandon(self) -> None:
+        """Lets this server's unfinished entries fail with ``server_lost``: it stops."""
+        self._call("abandon")
+
+    def counts(self) -> dict[str, int]:
+        """Number of entries by status, of all servers together."""
+        return dict(self._call("counts"))
+
+    def close(self) -> None:
+        """Lets go of what the actor holds for this replica; a later call takes it up again."""
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            try:
+                return self._ask(method, arguments)
+            except errors.ActorDiedError:
+                # It left because no replica was there, or its machine is gone.
+                self._host = find_or_start(self._ray, self._deployment)
+                return self._ask(method, arguments)
+        except errors.RayError as error:
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise ConnectionError(
+                f"the store of deferred attributions cannot be used: {reason[0]}"
+            ) from error
+
+    def _ask(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        call = self._host.call.remote(self._owner, self._limits, method, *arguments)
+        return self._ray.get(call, timeout=_CALL_SECONDS)
 
 
 class StoreHost:
@@ -138,84 +212,3 @@ def find_or_start(ray: Any, name: str) -> Any:
 def actor_name(deployment: str) -> str:
     """Name of the actor in :data:`NAMESPACE`."""
     return f"attributions of {deployment}"
-
-
-# Longer than the store waits for its own file.
-_CALL_SECONDS = 40.0
-
-
-class ActorStore:
-    """Calls the store of a deployment; from any thread but that of an event loop."""
-
-    def __init__(self, deployment: str, owner: str, limits: StoreLimits) -> None:
-        """Starts the actor if there is none.
-
-        Args:
-            deployment: Name of the deployment.
-            owner: Names this replica in the store.
-            limits: Bounds, the same in every replica.
-        """
-        self._ray = import_ray()
-        self._deployment = deployment
-        self._owner = owner
-        self._limits = limits
-        self._host = find_or_start(self._ray, deployment)
-
-    def reserve(self, attribution_id: str) -> str:
-        """Adds a ``queued`` entry and returns its JSON."""
-        answer = self._call("reserve", attribution_id)
-        if not isinstance(answer, str):
-            raise TraceError(*answer)
-        return answer
-
-    def start(self, attribution_id: str) -> bool:
-        """Marks an entry ``running``; False when it was deleted meanwhile."""
-        return bool(self._call("start", attribution_id))
-
-    def finish(self, attribution_id: str, attribution: dict[str, Any]) -> bool:
-        """Stores an attribution with its final status; False when its entry was deleted."""
-        return bool(self._call("finish", attribution_id, attribution))
-
-    def get(self, attribution_id: str) -> str | None:
-        """The JSON of an entry's attribution object; None when unknown or over its time."""
-        found: str | None = self._call("get", attribution_id)
-        return found
-
-    def delete(self, attribution_id: str) -> bool:
-        """Drops an entry; False when unknown or over its time."""
-        return bool(self._call("delete", attribution_id))
-
-    def renew(self) -> set[str]:
-        """Keeps this server's unfinished entries; returns the ids of all that are still there."""
-        return set(self._call("renew"))
-
-    def abandon(self) -> None:
-        """Lets this server's unfinished entries fail with ``server_lost``: it stops."""
-        self._call("abandon")
-
-    def counts(self) -> dict[str, int]:
-        """Number of entries by status, of all servers together."""
-        return dict(self._call("counts"))
-
-    def close(self) -> None:
-        """Lets go of what the actor holds for this replica; a later call takes it up again."""
-        self._call("close")
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        errors = self._ray.exceptions
-        try:
-            try:
-                return self._ask(method, arguments)
-            except errors.ActorDiedError:
-                # It left because no replica was there, or its machine is gone.
-                self._host = find_or_start(self._ray, self._deployment)
-                return self._ask(method, arguments)
-        except errors.RayError as error:
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise ConnectionError(
-                f"the store of deferred attributions cannot be used: {reason[0]}"
-            ) from error
-
-    def _ask(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        call = self._host.call.remote(self._owner, self._limits, method, *arguments)
-        return self._ray.get(call, timeout=_CALL_SECONDS)
