@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export VLLM_TARGET_DEVICE ?= cpu
 
-.PHONY: help demo test test-fast lint bench bench-faithfulness clean
+.PHONY: help demo test test-fast lint docs bench bench-faithfulness clean
 
 help:
 	@echo "make demo   ask a small real model a question and see where its answer came from"
 	@echo "make test   lint, type-check and run all tests"
+	@echo "make docs   the documentation, in site/"
 	@echo "make bench  small benchmarks"
 	@echo "make bench-faithfulness  do the scores find where answers come from? a small subset"
 
@@ -36,6 +37,13 @@ test: lint
 	$(BIN)/vllm-flashtrace demo --model-path
 	$(BIN)/python -m pytest -q
 
+$(VENV)/.docs: $(VENV)/.dev requirements/docs.txt
+	$(PIP) install --quiet --no-deps -r requirements/docs.txt
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --ignore tests/engine --ignore tests/serving
 
@@ -50,4 +58,4 @@ bench-faithfulness: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.faithfulness --preset quick --json .cache/faithfulness-quick.json
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
