@@ -2,15 +2,16 @@
 
     python -m benchmarks.gpu_engine --json OUT [--runner v1|v2] [--attention-backend NAME]
 
-Two engines stand side by side on one GPU of 80 GB, with the plugin and with
-``VLLM_FLASHTRACE_DISABLE=1``, and are measured in turn; medians are compared.
+An engine with the plugin is measured first; then one with ``VLLM_FLASHTRACE_DISABLE=1`` starts
+beside it on the same GPU of 80 GB, and both are measured in turn. Medians are compared. The JSON
+file is written after every measurement, and one that fails leaves those before it.
 
 - latency: seconds of a K = 1 attribution over those of prefilling as many tokens behind the same
   cached prefix without a trace;
-- decoding: generated tokens per second of both engines, with no trace anywhere;
-- batch: requests per second of a batch that is attributed over one that is not;
 - graphs: the CUDA graph mode of every step while requests decode, alone and beside a trace. Steps
-  that hold target rows of a trace must be the only ones without a graph.
+  that hold target rows of a trace must be the only ones without a graph;
+- batch: requests per second of a batch that is attributed over one that is not;
+- decoding: generated tokens per second of both engines, with no trace anywhere.
 
 Takes about 12 minutes on an H100, half of it for the two starts; ``--limit-seconds`` ends it.
 ``--small`` takes a tiny shape and few tokens, and runs on a CPU too, in one to two minutes.
@@ -25,19 +26,71 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_engine_model import write_model
-from benchmarks.gpu_engine_print import print_engine
-from benchmarks.gpu_engine_process import EngineFailedError, EngineSpec, RemoteEngine, running
-from benchmarks.gpu_engine_steps import EAGER_DECODE
+from benchmarks.gpu_engine_process import (
+    EAGER_DECODE,
+    EngineFailedError,
+    EngineSpec,
+    RemoteEngine,
+    running,
+)
+from benchmarks.tables import plain
 
 _GIB = 1 << 30
 _SETTLE_SECONDS = 1.0
 """Before a measurement: threads of the other engine spin for a while after their last step."""
+
+
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+
+SMALL: dict[str, Any] = {
+    **QWEN3_8B,
+    "head_dim": 64,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
+
+
+def write_model(folder: Path, *, small: bool, layers: int | None) -> dict[str, Any]:
+    """Writes ``config.json`` and returns it.
+
+    Args:
+        folder: An existing folder.
+        small: A tiny shape instead of Qwen3-8B's.
+        layers: Number of layers; the shape's own if None.
+    """
+    config = dict(SMALL if small else QWEN3_8B)
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +158,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
     }
     problem = ""
+
+    def save() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as folder:
         try:
-            _measure(options, Path(folder), on_gpu, deadline, result)
+            _measure(options, Path(folder), on_gpu, deadline, result, save)
         except EngineFailedError as error:
             problem = str(error)
-    print_engine(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save()
+    show(result)
     if problem:
         print(problem, file=sys.stderr)
     return int(bool(problem))
@@ -124,6 +181,7 @@ def _measure(
     on_gpu: bool,
     deadline: float,
     result: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
     """Fills in what could be measured until the time was up."""
     sizes = TINY if options.small else FULL
@@ -141,13 +199,15 @@ def _measure(
         result["attention_backend"] = facts["attention_backend"]
         if facts["refusal"] is not None:
             raise EngineFailedError(f"the engine cannot trace: {facts['refusal']}")
-        with running(spec(plugin=False), deadline) as stock:
-            result["decoding"] = _decoding(ours, stock, sizes, options.repeats)
         result["latency"] = []
         for case in sizes.cases:
             result["latency"].append(ours.ask("latency", case, options.repeats))
-        result["batch"] = _batch(ours, sizes, options.repeats)
+            save()
         result["graphs"] = ours.ask("graph_modes", *sizes.graphs)
+        result["batch"] = _batch(ours, sizes, options.repeats)
+        save()
+        with running(spec(plugin=False), deadline) as stock:
+            result["decoding"] = _decoding(ours, stock, sizes, options.repeats)
     eager = result["graphs"]["beside a trace"].get(EAGER_DECODE, 0)
     if on_gpu and eager:
         raise EngineFailedError(f"{eager} decode steps without target rows replayed no CUDA graph")
@@ -216,6 +276,24 @@ def _batch(ours: RemoteEngine, sizes: Sizes, repeats: int) -> dict[str, Any]:
         "untraced_rps": untraced,
         "ratio": statistics.median(a / b for a, b in zip(rates[True], rates[False], strict=True)),
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints whatever was measured before the end."""
+    backend, layers = result.get("attention_backend"), result.get("layers")
+    print(f"{result['device']}, {backend}, {layers} layers, torch {result['torch']}")
+    single = [result["batch"]] if "batch" in result else []
+    for title, rows in (
+        ("K = 1 attribution to its floor", result.get("latency")),
+        ("Batch, attributed to not", single),
+        ("Decoding without traces, plugin to stock", result.get("decoding")),
+    ):
+        if rows:
+            print(f"\n{title}:\n\n{plain(rows)}")
+    if graphs := result.get("graphs"):
+        for when in ("alone", "beside a trace"):
+            counts = ", ".join(f"{n} steps {mode}" for mode, n in sorted(graphs[when].items()))
+            print(f"\ndecoding {when} (runner {graphs['runner']}): {counts}")
 
 
 if __name__ == "__main__":

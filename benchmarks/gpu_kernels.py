@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import plain
+
 CORRECTNESS_SECONDS = 240.0
 TIMING_SECONDS = 150.0
 TUNE_SECONDS = 400.0
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no CUDA device; --interpret runs tiny shapes on the CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu" if options.interpret else "cuda")
-    from benchmarks.gpu_forms import triton_on
+    from benchmarks.gpu_timing import triton_on
 
     result = _header(options, device)
     if not options.tune and not options.skip_correctness:
@@ -92,8 +94,7 @@ def _check(options: argparse.Namespace, device: Any) -> dict[str, Any]:
     from rich.progress import Progress
 
     from benchmarks.gpu_cases import full_grid, small_grid
-    from benchmarks.gpu_correctness import run_checks
-    from benchmarks.gpu_print import print_checks
+    from benchmarks.gpu_checks import run_checks
 
     cases = small_grid() if options.interpret else full_grid()
     with Progress() as progress:
@@ -101,7 +102,19 @@ def _check(options: argparse.Namespace, device: Any) -> dict[str, Any]:
         checked = run_checks(
             cases, device.type, options.jobs, CORRECTNESS_SECONDS, lambda: progress.advance(bar)
         )
-    print_checks(checked)
+    missing = checked["not_run"]
+    passed = checked["cases"] - checked["failed"] - len(missing)
+    print(
+        f"{passed} of {checked['cases']} cases agree with float64, {checked['failed']} fail, "
+        f"{len(missing)} were not run; {checked['seconds']:.0f} s"
+    )
+    for kind, errors in checked["errors"].items():
+        listed = ", ".join(f"{kernel} {error:.1e}" for kernel, error in errors.items())
+        print(f"largest relative errors, {kind}: {listed}")
+    for failure in checked["failures"]:
+        print("\n  ".join([f"FAILED {failure['name']}", *failure["failures"]]))
+    for name in missing:
+        print(f"NOT RUN {name}")
     return checked
 
 
@@ -111,9 +124,8 @@ def _time(options: argparse.Namespace, device: Any) -> dict[str, Any]:
 
     from rich.progress import track
 
-    from benchmarks import gpu_shapes as sizes
-    from benchmarks.gpu_measures import Bench
-    from benchmarks.gpu_print import print_timings
+    from benchmarks import gpu_timing as sizes
+    from benchmarks.gpu_timing import Bench
 
     bench = Bench.on(device, options.repeats)
     shapes, contexts, counts = sizes.SHAPES, sizes.CONTEXTS, sizes.ROWS
@@ -125,22 +137,24 @@ def _time(options: argparse.Namespace, device: Any) -> dict[str, Any]:
         if time.perf_counter() > deadline:
             complete = False
             break
-    print_timings(rows, complete)
+    print(plain(rows))
+    if not complete:
+        print("The time was up before all shapes were timed.", file=sys.stderr)
     return {"timings": rows, "complete": complete}
 
 
 def _tune(options: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
     from rich.progress import track
 
-    from benchmarks import gpu_shapes as sizes
-    from benchmarks.gpu_print import print_tiles
+    from benchmarks import gpu_timing as sizes
     from benchmarks.gpu_tune import tune
 
     layers, limit = [(sizes.SHAPES[0], 16384, 1024), (sizes.SHAPES[0], 65536, 32)], TUNE_SECONDS
     if options.interpret:
         layers, limit = [(sizes.TINY_SHAPES[0], 40, 4)], 4.0
     rows = list(track(tune(layers, device, options.repeats, limit), "tiles"))
-    print_tiles(rows)
+    tiles = [{k: str(row[k]) for k in ("default", "best")} for row in rows]
+    print(plain([{**row, **tile} for row, tile in zip(rows, tiles, strict=True)]))
     return rows
 
 

@@ -1,18 +1,29 @@
-"""Times calls on a device, and says what the device could do at best.
+"""Times the kernels of one layer beside PyTorch's attention and what the device could do at best.
 
-Invariant: a call's time is between CUDA events, the median of several calls, each after a write of
-more than the L2 cache; on the CPU, which only a dry run uses, it is wall-clock time.
+A call's time is between CUDA events, the median of several calls, each after a write of more than
+the L2 cache; on the CPU, which only a dry run uses, it is wall-clock time. Rows are prepared once,
+as for a step of many layers; what the first layer of a step pays for that is a row of its own. No
+kernel's time depends on the drawn keys and values but that of `proximity`, whose column sums are
+scaled so that a stated share of the pairs of a token and a head needs more than the eight nearest
+coordinates.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_flashtrace import kernels
+from vllm_flashtrace.kernels import Accumulators, AttentionForm, PagedRows, RowSegment
 
 _FLUSHED_BYTES = 256 << 20
 _WARM_UPS = 3
@@ -136,3 +147,362 @@ class Stopwatch:
             pairs.append((start, end))
         self.wait()
         return [start.elapsed_time(end) for start, end in pairs]
+
+
+class Forms(NamedTuple):
+    """What is checked and timed.
+
+    Attributes:
+        lse: As `kernels.paged_lse`.
+        column_sums: As `kernels.paged_column_sums`: both passes.
+        first_pass: What `second_pass` needs of every row and head.
+        second_pass: As `column_sums`, with the result of `first_pass` as the last argument.
+        row_sums: As `kernels.add_row_sums`.
+        proximity: As `kernels.proximity`.
+    """
+
+    lse: Callable[..., Tensor]
+    column_sums: Callable[..., None]
+    first_pass: Callable[..., Tensor]
+    second_pass: Callable[..., None]
+    row_sums: Callable[..., None]
+    proximity: Callable[..., Tensor]
+
+
+def triton_on(device: torch.device) -> AbstractContextManager[None]:
+    """Within it Triton functions take tensors of a device: on the CPU, they are interpreted."""
+    if device.type == "cuda":
+        return nullcontext()
+    from tests.kernels.interpreter import interpreted
+
+    return interpreted()
+
+
+def forms_on(device: torch.device) -> Forms:
+    """The forms that run on a device."""
+    from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
+    from vllm_flashtrace.kernels.triton_lse import row_offsets, triton_lse
+    from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+    from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+
+    if device.type == "cuda":
+        return Forms(
+            kernels.paged_lse,
+            kernels.paged_column_sums,
+            row_offsets,
+            triton_column_sums,
+            kernels.add_row_sums,
+            kernels.proximity,
+        )
+
+    def both(
+        query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm, layer: int
+    ) -> None:
+        offsets = row_offsets(query, key_cache, rows, form)
+        triton_column_sums(query, key_cache, rows, form, layer, offsets)
+
+    return Forms(
+        triton_lse, both, row_offsets, triton_column_sums, triton_row_sums, triton_proximity
+    )
+
+
+FAR_SHARE = 0.02
+"""Share of pairs that needs more than the nearest coordinates; on real text 1 to 3 in a hundred."""
+
+_NEAREST = 8
+_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Attention of one layer: query heads H, key/value heads G, head size d, hidden size D."""
+
+    name: str
+    heads: int
+    groups: int
+    head_dim: int
+    hidden: int
+
+
+SHAPES = (
+    Shape("8B", 32, 8, 128, 4096),  # Qwen3-8B and Llama-3.1-8B, which are the same here.
+    Shape("70B, TP 8", 8, 1, 128, 8192),
+)
+CONTEXTS = (4096, 16384, 65536)
+ROWS = (32, 1024, 8192)
+TINY_SHAPES = (Shape("tiny", 4, 2, 16, 48),)
+TINY_CONTEXTS, TINY_ROWS = (48,), (4, 32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """bfloat16 tensors of one layer whose last tokens are target rows.
+
+    Attributes:
+        shape: The model.
+        context: Tokens N.
+        count: Target rows R, the last of the context.
+        query: ``[R, H, d]``.
+        cache: ``[blocks, G, block_size, 2d]``, keys, then values.
+        rows: The target rows.
+        form: Plain causal attention.
+    """
+
+    shape: Shape
+    context: int
+    count: int
+    query: Tensor
+    cache: Tensor
+    rows: PagedRows
+    form: AttentionForm
+
+    @classmethod
+    def draw(cls, shape: Shape, context: int, count: int, device: torch.device) -> Layer:
+        """Random keys, values and queries in blocks that lie in no order."""
+        blocks = -(-context // _BLOCK_SIZE)
+        size = (blocks, shape.groups, _BLOCK_SIZE, 2 * shape.head_dim)
+        query = torch.randn(count, shape.heads, shape.head_dim, device=device).bfloat16()
+        cache = torch.randn(size, device=device, dtype=torch.bfloat16)
+        segment = RowSegment(
+            torch.arange(count),
+            torch.arange(context - count, context),
+            torch.full((count,), 1 / count),
+            torch.randperm(blocks).int().to(device),
+            Accumulators(
+                torch.zeros(1, shape.heads, context, device=device),
+                torch.zeros(1, shape.hidden, device=device),
+                torch.zeros(1, shape.hidden, device=device),
+            ),
+        )
+        rows = PagedRows.build([segment], shape.heads, shape.groups, device)
+        return cls(shape, context, count, query, cache, rows, AttentionForm(shape.head_dim**-0.5))
+
+    @property
+    def keys(self) -> Tensor:
+        """``[blocks, G, block_size, d]``."""
+        return self.cache[..., : self.shape.head_dim]
+
+    @property
+    def values(self) -> Tensor:
+        """As `keys`."""
+        return self.cache[..., self.shape.head_dim :]
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of a row and a key, counted exactly."""
+        return self.count * (self.context - self.count) + self.count * (self.count + 1) // 2
+
+    def attention_cost(self, passes: int) -> Cost:
+        """Of so many passes, each a product of queries with all visible keys."""
+        shape = self.shape
+        vectors = self.count * shape.heads + self.context * shape.groups
+        numbers = self.count * shape.heads + (shape.heads * self.context if passes > 1 else 0)
+        return Cost(
+            passes * 2.0 * shape.head_dim * shape.heads * self.pairs,
+            passes * 2.0 * vectors * shape.head_dim + 4.0 * numbers,
+            float(passes * shape.heads * self.pairs),
+        )
+
+    def whole_attention_cost(self) -> Cost:
+        """Of attention itself: logits and outputs, with queries, keys, values and outputs."""
+        vectors = self.count * self.shape.heads + self.context * self.shape.groups
+        once = self.attention_cost(1)
+        return Cost(2 * once.flops, 2 * 2.0 * vectors * self.shape.head_dim, once.exponentials)
+
+    def row_sums_cost(self) -> Cost:
+        """Of one weighted sum over the rows of a bfloat16 stream."""
+        return Cost(2.0 * self.count * self.shape.hidden, 2.0 * self.count * self.shape.hidden)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProximityInputs:
+    """Arguments of `kernels.proximity` for a layer.
+
+    Attributes:
+        column_sums: float32 ``[H, N]``, log-normal over tokens (sigma 2), each head scaled so that
+            the reach ``c |v|`` of `FAR_SHARE` of its tokens exceeds its ninth nearest coordinate.
+        weight: bfloat16 ``[D, H*d]``, normal.
+        norms: float32 ``[H, D]``.
+        stream: float32 ``[D]``, normal.
+        far_share: Share of pairs that do exceed it, as counted.
+    """
+
+    column_sums: Tensor
+    weight: Tensor
+    norms: Tensor
+    stream: Tensor
+    far_share: float
+
+    @classmethod
+    def draw(cls, layer: Layer) -> ProximityInputs:
+        """Draws them for the values in a layer's cache."""
+        shape, device = layer.shape, layer.cache.device
+        width = shape.heads * shape.head_dim
+        weight = (torch.randn(shape.hidden, width, device=device) * width**-0.5).bfloat16()
+        norms = weight.float().unflatten(1, (shape.heads, -1)).norm(dim=2).t().contiguous()
+        stream = torch.randn(shape.hidden, device=device)
+        table = layer.rows.segments[0].block_table.long()
+        lengths = layer.values.float().norm(dim=3)[table].transpose(0, 1).flatten(1)
+        lengths = lengths[:, : layer.context].repeat_interleave(shape.heads // shape.groups, 0)
+        sums = torch.randn(shape.heads, layer.context, device=device).mul_(2).exp_()
+        ninth = (stream.abs() / norms).kthvalue(_NEAREST + 1, dim=1).values[:, None]
+        reach = (sums * lengths).sort(dim=1, descending=True).values
+        sums *= ninth / reach[:, int(FAR_SHARE * layer.context), None]
+        far = (sums * lengths > ninth).float().mean()
+        return cls(sums, weight, norms, stream, float(far))
+
+    def cost(self, layer: Layer) -> Cost:
+        """Eight coordinates and the total for every pair, all coordinates for those that need it.
+
+        An `exact_fraction` below 1 leaves some of these out; its floor is the same.
+        """
+        shape, pairs = layer.shape, layer.shape.heads * layer.context
+        near = 2.0 * shape.head_dim * (1 + _NEAREST) * pairs
+        far = 2.0 * shape.head_dim * shape.hidden * self.far_share * pairs
+        numbers = pairs + layer.context + self.norms.numel() + self.stream.numel()
+        values = layer.context * shape.groups * shape.head_dim
+        return Cost(near + far, 2.0 * (values + self.weight.numel()) + 4.0 * numbers)
+
+
+FRACTIONS = (0.9, 1.0)
+_LARGEST_LOGITS_BYTES = 8 << 30
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all measurements share."""
+
+    stopwatch: Stopwatch
+    forms: Forms
+
+    @classmethod
+    def on(cls, device: torch.device, repeats: int) -> Bench:
+        """For a device."""
+        return cls(Stopwatch(device, repeats), forms_on(device))
+
+    def time_all(
+        self, shapes: Sequence[Shape], contexts: Sequence[int], counts: Sequence[int]
+    ) -> Iterator[Row]:
+        """Rows of every shape, context and number of target rows that fits the context."""
+        for shape in shapes:
+            for context in contexts:
+                layer = None
+                for count in counts:
+                    if count <= context:
+                        layer = Layer.draw(shape, context, count, self.stopwatch.device)
+                        yield from self.attention(layer)
+                        yield self.row_sums(layer)
+                if layer is not None:
+                    yield from self.proximity(layer)
+
+    def attention(self, layer: Layer) -> Iterator[Row]:
+        """The passes over the attention matrix, and PyTorch's forward pass on the same shape."""
+        arguments = (layer.query, layer.keys, layer.rows, layer.form)
+        first = self.forms.first_pass(*arguments)
+
+        def first_of_step() -> None:
+            rows = PagedRows.build(
+                layer.rows.segments, layer.shape.heads, layer.shape.groups, layer.rows.device
+            )
+            self.forms.column_sums(layer.query, layer.keys, rows, layer.form, 0)
+
+        calls = {
+            "paged_lse": (1, lambda: self.forms.lse(*arguments)),
+            "first pass": (1, lambda: self.forms.first_pass(*arguments)),
+            "second pass": (1, lambda: self.forms.second_pass(*arguments, 0, first)),
+            "paged_column_sums": (2, lambda: self.forms.column_sums(*arguments, 0)),
+            "paged_column_sums, first layer": (2, first_of_step),
+        }
+        theirs, backend = self._torch_attention(layer)
+        if theirs is not None:
+            cost = layer.whole_attention_cost()
+            yield self._row("PyTorch attention", layer, theirs, cost, backend=backend)
+        for name, (passes, call) in calls.items():
+            measured = self.stopwatch.measure(call)
+            ratio = theirs and measured.ms / theirs.ms
+            cost = layer.attention_cost(passes)
+            yield self._row(name, layer, measured, cost, ratio_to_torch=ratio)
+
+    def row_sums(self, layer: Layer) -> Row:
+        """One of the two sums of a layer."""
+        residual = torch.randn(layer.count, layer.shape.hidden, device=layer.query.device)
+        residual = residual.bfloat16()
+        measured = self.stopwatch.measure(
+            lambda: self.forms.row_sums(residual, layer.rows, 0, "stream")
+        )
+        return self._row("add_row_sums", layer, measured, layer.row_sums_cost())
+
+    def proximity(self, layer: Layer) -> Iterator[Row]:
+        """At each exact fraction; the rows do not matter."""
+        inputs = ProximityInputs.draw(layer)
+        for fraction in FRACTIONS:
+            measured = self.stopwatch.measure(proximity_call(self.forms, layer, inputs, fraction))
+            name = f"proximity, exact fraction {fraction}"
+            row = self._row(name, layer, measured, inputs.cost(layer), far_share=inputs.far_share)
+            yield {**row, "rows": None}
+
+    def _row(self, name: str, layer: Layer, measured: Measured, cost: Cost, **more: Any) -> Row:
+        return {
+            "operation": name,
+            "layer": layer.shape.name,
+            "context": layer.context,
+            "rows": layer.count,
+            **measured.against(cost, peak_of(self.stopwatch.device)),
+            **more,
+        }
+
+    def _torch_attention(self, layer: Layer) -> tuple[Measured | None, str]:
+        """Causal attention from the lower right, keys and values contiguous and not paged."""
+        table = layer.rows.segments[0].block_table.long()
+        query = layer.query.transpose(0, 1)[None].contiguous()
+        keys, values = (
+            t[table].transpose(0, 1).flatten(1, 2)[None, :, : layer.context].contiguous()
+            for t in (layer.keys, layer.values)
+        )
+        backend = sdpa_backend(query, keys, values)
+        logits_bytes = 2 * layer.shape.heads * layer.count * layer.context
+        if backend == "math" and logits_bytes > _LARGEST_LOGITS_BYTES:
+            return None, backend
+        bias = causal_lower_right(layer.count, layer.context)
+        grouped = layer.shape.heads != layer.shape.groups
+        measured = self.stopwatch.measure(
+            lambda: scaled_dot_product_attention(
+                query, keys, values, attn_mask=bias, scale=layer.form.scale, enable_gqa=grouped
+            )
+        )
+        return measured, backend
+
+
+def sdpa_backend(query: Tensor, keys: Tensor, values: Tensor) -> str:
+    """Which of PyTorch's kernels computes attention that is causal from the lower right.
+
+    The choice that `torch.nn.attention.bias.CausalBias` makes where rows and keys differ in number.
+    """
+    from torch.backends.cuda import (
+        SDPAParams,
+        can_use_efficient_attention,
+        can_use_flash_attention,
+    )
+
+    if not query.is_cuda:
+        return "math"
+    grouped = query.shape[1] != keys.shape[1]
+    parameters = SDPAParams(query, keys, values, None, 0.0, False, grouped)
+    if can_use_flash_attention(parameters):
+        return "flash"
+    return "efficient" if can_use_efficient_attention(parameters) else "math"
+
+
+def proximity_call(forms: Forms, layer: Layer, inputs: ProximityInputs, fraction: float) -> Any:
+    """A call of `kernels.proximity` without arguments."""
+    return lambda: forms.proximity(
+        inputs.column_sums,
+        layer.values,
+        layer.rows.segments[0].block_table,
+        inputs.weight,
+        inputs.norms,
+        inputs.stream,
+        exact_fraction=fraction,
+    )

@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_forms import Forms, forms_on
-from benchmarks.gpu_measures import proximity_call
-from benchmarks.gpu_shapes import Layer, ProximityInputs, Shape
-from benchmarks.gpu_timing import Stopwatch
+from benchmarks.gpu_timing import (
+    Forms,
+    Layer,
+    ProximityInputs,
+    Shape,
+    Stopwatch,
+    forms_on,
+    proximity_call,
+)
 
 _TOLERANCE = 1e-3
 _GAIN = 0.99

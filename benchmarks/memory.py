@@ -1,7 +1,7 @@
 """What the accumulators of a trace take, by the shape of the model and the length of the context.
 
-Counted as the server's own budget does (`vllm_flashtrace.trace.budget`), in float32: column sums per
-layer, head and token, and two residual vectors per layer. Nothing is run.
+Counted as the server's own budget does (`vllm_flashtrace.trace.budget`), in float32: column sums
+per layer, head and token, and two residual vectors per layer. Nothing is run.
 
     python -m benchmarks.memory [--contexts 8192 32768 131072] [--json OUT]
 """

@@ -9,14 +9,15 @@ The package is run in float32 and in float64, which separates its formula from i
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.tables import emit
+from benchmarks.tables import parity as table
 from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.models import prepare_smollm2
@@ -53,12 +54,13 @@ def package_scores(folder: Path, token_ids: list[int], dtype: torch.dtype) -> to
     return reference_scores(model, token_ids, (length - ANSWER, length)).hops[0]
 
 
-def main() -> None:
-    """Runs the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[600, 2000])
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     from transformers import AutoModelForCausalLM
 
@@ -87,24 +89,10 @@ def main() -> None:
             row["package_float64"] = relative_l1(package64, oracle)
         rows.append(row)
 
-    columns = [
-        "tokens",
-        "engine",
-        "package_float32",
-        "package_float64",
-        "engine_against_package",
-    ]
-    table = Table(title="relative L1 against a float64 oracle, SmolLM2-135M, float32")
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        cells = [str(row["tokens"])]
-        cells += [f"{row[c]:.1e}" if c in row else "" for c in columns[1:]]
-        table.add_row(*cells)
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    result = {"rows": rows}
+    emit(result, table(result), options.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

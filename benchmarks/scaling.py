@@ -2,6 +2,8 @@
 
 Exponents are slopes of least-squares lines in log-log: 1 means linear. Beside the attribution stand
 its floor (the same prefill without a trace) and a plain prefill of the whole context, uncached.
+Lengths are multiples of the KV block (128 tokens on the CPU), so that every point recomputes the
+same part of a block before its first target token.
 
     python -m benchmarks.scaling [--quick] [--eager] [--json OUT] [--plot OUT.png]
     python -m benchmarks.scaling --from-json IN --plot OUT.png
@@ -13,158 +15,91 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import track
 
-from benchmarks.trace_latency import Bench, Case
-from vllm_flashtrace.core.hops import HopRecursion
-from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
-from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.models import prepare_smollm2
+from benchmarks.tables import emit
+from benchmarks.tables import scaling as table
+from benchmarks.trace_latency import Bench, Case, attribute_together, start_engine
 
 if TYPE_CHECKING:
     from tests.engine.harness import Engine
 
 SHORT = 40
-KV_CACHE_BYTES = 2 << 30
-Rows = list[dict[str, Any]]
+"""Tokens of spans that do not grow."""
+SWEEPS = {
+    "context": [(context, SHORT, 1) for context in (512, 1024, 2048, 4096, 8064)],
+    "reasoning": [(4096, reasoning, 1) for reasoning in (128, 384, 1024, 3072)],
+    "concurrency": [(2048, SHORT, traces) for traces in (1, 2, 4, 8)],
+}
+"""Tokens of context and of reasoning, and attributions at once, of every point."""
+QUICK = {
+    "context": [(context, SHORT, 1) for context in (256, 512, 1024)],
+    "reasoning": [(640, reasoning, 1) for reasoning in (128, 256, 384)],
+    "concurrency": [(384, SHORT, traces) for traces in (1, 2, 4)],
+}
+_VARIABLES = {"context": "context", "reasoning": "reasoning", "concurrency": "traces"}
 
 
-@dataclass(frozen=True)
-class Sweeps:
-    """What is measured: each sweep varies one number and holds the others.
-
-    Lengths are multiples of the KV block (128 tokens on the CPU), so that every point recomputes
-    the same part of a block before its first target token.
-    """
-
-    contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8064)
-    reasonings: tuple[int, ...] = (128, 384, 1024, 3072)
-    reasoning_context: int = 4096
-    concurrencies: tuple[int, ...] = (1, 2, 4, 8)
-    concurrency_context: int = 2048
-
-    @property
-    def longest(self) -> int:
-        """The longest trace in tokens."""
-        return max(*self.contexts, self.reasoning_context, self.concurrency_context)
-
-    @property
-    def points(self) -> int:
-        """Number of measured points."""
-        return len(self.contexts) + len(self.reasonings) + len(self.concurrencies)
+def point(engine: Engine, name: str, size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+    """One point of a sweep."""
+    context, reasoning, traces = size
+    case = Case(context, reasoning, SHORT)
+    if name == "concurrency":
+        return together(engine, case, traces, repeats)
+    row = Bench(engine, case).row(repeats)
+    if name == "context":
+        prefills = [uncached_prefill(engine, context, f"Version {i}. ") for i in range(repeats)]
+        row["uncached_prefill_seconds"] = statistics.median(prefills)
+    return row
 
 
-QUICK = Sweeps((256, 512, 1024), (128, 256, 384), 640, (1, 2, 4), 384)
+def together(engine: Engine, case: Case, traces: int, repeats: int) -> dict[str, Any]:
+    """Medians of attributions of different texts, every hop of all submitted at once."""
+    from tests.engine.conftest import text_tokens
 
-
-def context_sweep(engine: Engine, sweeps: Sweeps, repeats: int, done: Callable[[], None]) -> Rows:
-    """Growing context; reasoning and output stay short."""
-    rows = []
-    for context in sweeps.contexts:
-        row = Bench(engine, Case(context, SHORT, SHORT)).row(repeats)
-        row["uncached_prefill_seconds"] = statistics.median(
-            _uncached_prefill(engine, context, f"Version {i}. ") for i in range(repeats)
-        )
-        rows.append(row)
-        done()
-    return rows
-
-
-def reasoning_sweep(engine: Engine, sweeps: Sweeps, repeats: int, done: Callable[[], None]) -> Rows:
-    """Growing reasoning inside a context of fixed length."""
-    rows = []
-    for reasoning in sweeps.reasonings:
-        case = Case(sweeps.reasoning_context, reasoning, SHORT)
-        rows.append(Bench(engine, case).row(repeats))
-        done()
-    return rows
-
-
-def concurrency_sweep(
-    engine: Engine, sweeps: Sweeps, repeats: int, done: Callable[[], None]
-) -> Rows:
-    """Several completions attributed together, every hop of all submitted at once."""
-    rows = []
-    for traces in sweeps.concurrencies:
-        together = Together(engine, Case(sweeps.concurrency_context, SHORT, SHORT), traces)
-        rows.append(together.row(repeats))
-        done()
-    return rows
-
-
-class Together:
-    """Attributions of different texts of one length, in lockstep."""
-
-    def __init__(self, engine: Engine, case: Case, traces: int) -> None:
-        """Leaves the KV of every text in the prefix cache."""
-        from tests.engine.conftest import text_tokens
-
-        self._engine = engine
-        self._case = case
-        self._texts = [text_tokens(engine, case.context, f"Document {i}. ") for i in range(traces)]
-        for token_ids in self._texts:
-            engine.generate(token_ids, 1)
-
-    def trace(self) -> tuple[float, list[Any]]:
-        """Seconds until all are finished, and every report."""
-        from tests.engine.harness import TraceJob
-
-        case, reports = self._case, []
-        mask = torch.zeros(case.context, dtype=torch.bool)
-        mask[case.prompt : case.prompt + case.reasoning] = True
-        target = TargetWeights.from_spans([(case.context - case.output, case.context)])
+    texts = [text_tokens(engine, case.context, f"Document {i}. ") for i in range(traces)]
+    for token_ids in texts:
+        engine.generate(token_ids, 1)
+    attribute_together(engine, case, texts)
+    runs = []
+    for _ in range(repeats):
         began = time.perf_counter()
-        recursions = [
-            HopRecursion(target, case.prompt, case.context, mask, hops=1) for _ in self._texts
-        ]
-        while (weights := [recursion.next_weights() for recursion in recursions])[0] is not None:
-            jobs = [
-                TraceJob(token_ids[: each.last + 1], each, DEFAULT_EXACT_FRACTION)
-                for token_ids, each in zip(self._texts, weights, strict=True)
-            ]
-            hop = self._engine.trace_many(jobs)
-            for recursion, report in zip(recursions, hop, strict=True):
-                scores = torch.zeros(case.context)
-                scores[: len(report.scores)] = report.scores
-                recursion.add(scores)
-            reports += hop
-        for recursion in recursions:
-            recursion.result()
-        return time.perf_counter() - began, reports
+        reports = attribute_together(engine, case, texts)
+        runs.append((time.perf_counter() - began, reports))
+    seconds = statistics.median(seconds for seconds, _ in runs)
 
-    def row(self, repeats: int) -> dict[str, Any]:
-        """Medians."""
-        self.trace()
-        runs = [self.trace() for _ in range(repeats)]
-        seconds = statistics.median(seconds for seconds, _ in runs)
+    def phase(name: str) -> float:
+        return statistics.median(sum(r.seconds.get(name, 0.0) for r in found) for _, found in runs)
 
-        def phase(name: str) -> float:
-            return statistics.median(
-                sum(report.seconds.get(name, 0.0) for report in reports) for _, reports in runs
-            )
-
-        traces = len(self._texts)
-        return {
-            "traces": traces,
-            "context": self._case.context,
-            "seconds": seconds,
-            "seconds_per_trace": seconds / traces,
-            "recording_seconds": phase("recording"),
-            "proximity_seconds": phase("proximity"),
-        }
+    return {
+        "traces": traces,
+        "context": case.context,
+        "seconds": seconds,
+        "seconds_per_trace": seconds / traces,
+        "recording_seconds": phase("recording"),
+        "proximity_seconds": phase("proximity"),
+    }
 
 
-def exponents(rows: Rows, variable: str) -> dict[str, float]:
+def uncached_prefill(engine: Engine, length: int, salt: str) -> float:
+    """Seconds of a prompt that is not in the prefix cache."""
+    from tests.engine.conftest import text_tokens
+
+    token_ids = text_tokens(engine, length, salt)
+    began = time.perf_counter()
+    engine.generate(token_ids, 1)
+    return time.perf_counter() - began
+
+
+def exponents(rows: Sequence[dict[str, Any]], variable: str) -> dict[str, float]:
     """Slope in log-log of every measured number of seconds against the variable."""
     fitted = {}
     for name in rows[0]:
@@ -178,52 +113,85 @@ def exponents(rows: Rows, variable: str) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the three sweeps on one engine."""
-    from tests.engine.harness import Engine
-
-    sweeps = QUICK if options.quick else Sweeps()
-    engine = Engine(
-        prepare_smollm2(),
-        max_model_len=sweeps.longest + 8,
-        enforce_eager=options.eager,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-    )
-    kinds = (
-        ("context", context_sweep, "context"),
-        ("reasoning", reasoning_sweep, "reasoning"),
-        ("concurrency", concurrency_sweep, "traces"),
-    )
-    result: dict[str, Any] = {
-        "settings": {
+    sweeps = QUICK if options.quick else SWEEPS
+    engine = start_engine(max(s[0] for sizes in sweeps.values() for s in sizes), options.eager)
+    try:
+        settings = {
             "model": "SmolLM2-135M",
             "dtype": "float32",
             "engine": "eager" if options.eager else "compiled",
             "repeats": options.repeats,
             "cores": os.cpu_count(),
-            "reasoning_sweep_context": sweeps.reasoning_context,
-            "concurrency_sweep_context": sweeps.concurrency_context,
-            "short_span": SHORT,
+            "threads": engine.on_worker(lambda worker: torch.get_num_threads()),
         }
-    }
-    try:
-        result["settings"]["threads"] = engine.on_worker(lambda worker: torch.get_num_threads())
-        with Progress() as progress:
-            task = progress.add_task("points", total=sweeps.points)
-            for name, sweep, variable in kinds:
-                rows = sweep(engine, sweeps, options.repeats, lambda: progress.advance(task))
-                fitted = exponents(rows, variable)
-                result[name] = {
-                    "variable": variable,
-                    "rows": rows,
-                    "exponent": fitted["seconds"],
-                    "exponents": fitted,
-                }
-                _write(result, options.json)
+        result: dict[str, Any] = {"settings": settings}
+        for name, sizes in sweeps.items():
+            rows = [point(engine, name, size, options.repeats) for size in track(sizes, name)]
+            fitted = exponents(rows, _VARIABLES[name])
+            result[name] = {"variable": _VARIABLES[name], "rows": rows, "exponents": fitted}
     finally:
         engine.close()
     return result
 
 
-def main() -> None:
+LINES = {
+    "seconds": ("attribution", "#b3261e", "o-"),
+    "floor_seconds": ("floor", "#555555", "s--"),
+    "uncached_prefill_seconds": ("prefill of the context", "#9a9a9a", "^:"),
+    "recording_seconds": ("recording", "#1f6fb4", "v-"),
+    "proximity_seconds": ("proximity", "#2e8b57", "D-"),
+}
+PANELS = {
+    "context": "tokens of context",
+    "reasoning": "tokens of reasoning",
+    "concurrency": "attributions at once",
+}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draws the measurement; the legend gives fitted exponents."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.9), dpi=160, sharey=True)
+    for axes, (name, label) in zip(panels, PANELS.items(), strict=True):
+        sweep = result[name]
+        x = [row[sweep["variable"]] for row in sweep["rows"]]
+        for column, (text, colour, style) in LINES.items():
+            if column not in sweep["rows"][0]:
+                continue
+            y = [row[column] for row in sweep["rows"]]
+            slope = sweep["exponents"].get(column)
+            legend = text if slope is None else f"{text}, exponent {slope:.2f}"
+            axes.plot(x, y, style, color=colour, label=legend, markersize=4, linewidth=1.5)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(x)
+        axes.minorticks_off()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(label, fontsize=11)
+        axes.tick_params(labelsize=10)
+        axes.grid(True, which="major", alpha=0.3)
+        axes.legend(fontsize=8, loc="upper left", framealpha=0.9)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(low, high * 12)  # room for the legends
+    panels[0].set_ylabel("seconds", fontsize=11)
+    settings = result["settings"]
+    threads = settings["threads"]
+    figure.suptitle(
+        f"K = 1 attribution, {settings['model']} {settings['dtype']}, {settings['engine']} engine, "
+        f"{settings['cores']} CPU cores ({threads} worker thread{'s' * (threads != 1)})",
+        fontsize=12,
+    )
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, or reads what was measured, and shows it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -234,46 +202,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--from-json", type=Path, help="show an earlier measurement")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     source = options.from_json
     result = json.loads(source.read_text()) if source else measure(options)
-    _print(result, Console(width=150))
+    emit(result, table(result), options.json)
     if options.plot:
-        from benchmarks.scaling_plot import plot
-
         plot(result, options.plot)
-
-
-def _uncached_prefill(engine: Engine, length: int, salt: str) -> float:
-    from tests.engine.conftest import text_tokens
-
-    token_ids = text_tokens(engine, length, salt)
-    began = time.perf_counter()
-    engine.generate(token_ids, 1)
-    return time.perf_counter() - began
-
-
-def _write(result: dict[str, Any], path: Path | None) -> None:
-    if path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _print(result: dict[str, Any], console: Console) -> None:
-    for name in ("context", "reasoning", "concurrency"):
-        sweep = result[name]
-        columns = [sweep["variable"]]
-        columns += [column for column in sweep["rows"][0] if "seconds" in column]
-        table = Table(title=f"{name}: seconds of K = 1 attributions; last line: exponents")
-        for column in columns:
-            table.add_column(column.replace("_seconds", "").replace("_", " "))
-        for row in sweep["rows"]:
-            table.add_row(str(row[columns[0]]), *(f"{row[c]:.2f}" for c in columns[1:]))
-        fitted = sweep["exponents"]
-        cells = [f"{fitted[c]:.2f}" if c in fitted else "" for c in columns[1:]]
-        table.add_section()
-        table.add_row("", *cells)
-        console.print(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -67,7 +67,9 @@ def plain(rows: Sequence[Row]) -> str:
     def text(value: Any) -> str:
         return f"{value:,.3g}" if isinstance(value, float) else str(value)
 
-    names = [name for name, value in rows[0].items() if not isinstance(value, dict | list)]
+    every = dict.fromkeys(name for row in rows for name in row)
+    nested = {n for row in rows for n, value in row.items() if isinstance(value, dict | list)}
+    names = [name for name in every if name not in nested]
     return markdown([Column(name.replace("_", " "), name, text) for name in names], rows)
 
 

@@ -16,37 +16,30 @@ same run; traces and floors alternate, and medians are compared. The seconds of 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.processes import WorkerMemory
+from benchmarks.tables import emit
+from benchmarks.tables import trace_latency as table
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.models import prepare_smollm2
 
 if TYPE_CHECKING:
     from tests.engine.harness import Engine
 
+KV_CACHE_BYTES = 2 << 30
 SMALL_CASES = ["600,200,20", "2000,40,40"]
 ALL_CASES = ["600,200,20", "2000,1000,20", "2000,40,40", "6000,40,40", "8000,4000,40"]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one attribution, and of what its caller spent beside the engine's steps."""
-
-    seconds: float
-    transport: float
 
 
 @dataclass(frozen=True)
@@ -67,47 +60,81 @@ class Case:
         """Number of prompt tokens."""
         return self.context - self.reasoning - self.output
 
+    def recursion(self) -> HopRecursion:
+        """One hop from the output through the reasoning."""
+        mask = torch.zeros(self.context, dtype=torch.bool)
+        mask[self.prompt : self.prompt + self.reasoning] = True
+        target = TargetWeights.from_spans([(self.context - self.output, self.context)])
+        return HopRecursion(target, self.prompt, self.context, mask, hops=1)
+
+    def add(self, recursion: HopRecursion, scores: torch.Tensor) -> None:
+        """Adds the scores of a hop, which may end before the context does."""
+        whole = torch.zeros(self.context)
+        whole[: len(scores)] = scores
+        recursion.add(whole)
+
+
+def attribute_together(
+    engine: Engine, case: Case, texts: Sequence[list[int]], at_once: int | None = None
+) -> list[Any]:
+    """Attributes several texts of a case in lockstep; returns the reports of all hops.
+
+    Every hop of all of them, or of ``at_once`` at a time, is submitted before the engine runs.
+    """
+    from tests.engine.harness import TraceJob
+
+    recursions, reports = [case.recursion() for _ in texts], []
+    open_ones = list(zip(texts, recursions, strict=True))
+    while open_ones:
+        hops = [(t, r, w) for t, r in open_ones if (w := r.next_weights()) is not None]
+        step = at_once or max(1, len(hops))
+        for part in (hops[first : first + step] for first in range(0, len(hops), step)):
+            jobs = [TraceJob(text[: w.last + 1], w, DEFAULT_EXACT_FRACTION) for text, _, w in part]
+            found = engine.trace_many(jobs)
+            for (_, recursion, _), report in zip(part, found, strict=True):
+                case.add(recursion, report.scores)
+            reports += found
+        open_ones = [(text, recursion) for text, recursion, _ in hops]
+    for recursion in recursions:
+        recursion.result()
+    return reports
+
 
 class Bench:
     """Runs one case on a shared engine."""
 
-    def __init__(self, engine: Engine, case: Case) -> None:
-        from tests.engine.conftest import text_tokens
+    def __init__(self, engine: Engine, case: Case, token_ids: list[int] | None = None) -> None:
+        """Takes text of the engine's tokenizer unless tokens are given."""
+        if token_ids is None:
+            from tests.engine.conftest import text_tokens
 
-        self.engine = engine
-        self.case = case
-        self.token_ids = text_tokens(engine, case.context)
+            token_ids = text_tokens(engine, case.context)
+        self.engine, self.case, self.token_ids = engine, case, token_ids
         self._variant = 0
 
-    def trace(self) -> tuple[float, list[Any]]:
-        """One attribution; seconds and the report of each hop."""
-        timing, reports = self.timed_trace()
-        return timing.seconds, reports
+    def trace(self) -> tuple[float, float, list[Any]]:
+        """One attribution.
 
-    def timed_trace(self) -> tuple[Timing, list[Any]]:
-        """One attribution; its timing and the report of each hop."""
+        Returns:
+            Its seconds, those that the caller spent beside the engine's steps, and the report of
+            each hop.
+        """
         from tests.engine.harness import TraceJob
 
-        case, reports, engine_seconds = self.case, [], 0.0
-        mask = torch.zeros(case.context, dtype=torch.bool)
-        mask[case.prompt : case.prompt + case.reasoning] = True
-        target = TargetWeights.from_spans([(case.context - case.output, case.context)])
+        reports, engine_seconds = [], 0.0
         began = time.perf_counter()
-        recursion = HopRecursion(target, case.prompt, case.context, mask, hops=1)
+        recursion = self.case.recursion()
         while (weights := recursion.next_weights()) is not None:
-            length = weights.last + 1
-            job = TraceJob(self.token_ids[:length], weights, DEFAULT_EXACT_FRACTION)
+            job = TraceJob(self.token_ids[: weights.last + 1], weights, DEFAULT_EXACT_FRACTION)
             entered = time.perf_counter()
             _, nonce = self.engine.submit(job)
             self.engine.run()
             engine_seconds += time.perf_counter() - entered
             reports.append(self.engine.collect(nonce))
-            scores = torch.zeros(case.context)
-            scores[:length] = reports[-1].scores
-            recursion.add(scores)
+            self.case.add(recursion, reports[-1].scores)
         recursion.result()
         seconds = time.perf_counter() - began
-        return Timing(seconds, seconds - engine_seconds), reports
+        return seconds, seconds - engine_seconds, reports
 
     def floor(self, reports: list[Any]) -> float:
         """Prefills what the hops prefilled, behind the same prefix, without a trace."""
@@ -127,19 +154,17 @@ class Bench:
         """
         self.engine.generate(self.token_ids, 1)
         memory = WorkerMemory(self.engine)
-        self.trace()
+        self.floor(self.trace()[-1])  # Compiles kernels, as the floor may.
         extra_mb = memory.peak_mb() - (memory.idle_mb if idle_mb is None else idle_mb)
-        traces, floors, reports = [], [], []
+        traces, floors = [], []
         for _ in range(repeats):
-            timing, reports = self.timed_trace()
-            traces.append((timing, reports))
-            floors.append(self.floor(reports))
-        seconds = statistics.median(timing.seconds for timing, _ in traces)
-        floor = statistics.median(floors)
-        transport = statistics.median(timing.transport for timing, _ in traces)
+            traces.append(self.trace())
+            floors.append(self.floor(traces[-1][-1]))
+        seconds, transport = (statistics.median(trace[i] for trace in traces) for i in (0, 1))
+        floor, reports = statistics.median(floors), traces[-1][-1]
 
         def phase(name: str) -> float:
-            return statistics.median(sum(r.seconds[name] for r in hops) for _, hops in traces)
+            return statistics.median(sum(r.seconds[name] for r in hops) for _, _, hops in traces)
 
         recording, proximity = phase("recording"), phase("proximity")
         return {
@@ -164,46 +189,46 @@ def touch_kv_cache(worker: Any) -> None:
         layer.kv_cache.add_(0)
 
 
-def main() -> None:
-    """Runs the cases and prints a table."""
-    from tests.engine.harness import Engine
-
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", default=SMALL_CASES, help="or: all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="an engine without compilation")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    texts = ALL_CASES if options.cases == ["all"] else options.cases
-    cases = [Case.parse(text) for text in texts]
-    engine = Engine(
-        prepare_smollm2(),
-        max_model_len=max(case.context for case in cases) + 8,
-        enforce_eager=options.eager,
-        kv_cache_memory_bytes=2 << 30,
-    )
+    options = parser.parse_args(arguments)
+    cases = [Case.parse(t) for t in (ALL_CASES if options.cases == ["all"] else options.cases)]
+    engine = start_engine(max(case.context for case in cases), options.eager)
     try:
         benches = [Bench(engine, case) for case in cases]
         for bench in benches:
             engine.generate(bench.token_ids, 1)
         engine.on_worker(touch_kv_cache)
         idle_mb = WorkerMemory(engine).idle_mb
-        rows = []
-        for bench in track(benches, "cases"):
-            rows.append(bench.row(options.repeats, idle_mb))
+        rows = [bench.row(options.repeats, idle_mb) for bench in track(benches, "cases")]
     finally:
         engine.close()
-    mode = "eager" if options.eager else "compiled"
-    table = Table(title=f"K = 1 attribution, SmolLM2-135M float32, {mode} engine, 2 CPU cores")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "))
-    for row in rows:
-        cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()]
-        table.add_row(*cells)
-    Console(width=180).print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"engine": mode, "rows": rows}, indent=1) + "\n")
+    result = {"engine": "eager" if options.eager else "compiled", "rows": rows}
+    emit(result, table(result), options.json)
+    return 0
+
+
+def start_engine(longest: int, eager: bool) -> Engine:
+    """SmolLM2-135M in float32 with room for contexts of so many tokens.
+
+    Its preparation is imported here: it needs gguf, which machines that only use `Bench` may lack.
+    """
+    from tests.engine.harness import Engine
+    from vllm_flashtrace.models import prepare_smollm2
+
+    return Engine(
+        prepare_smollm2(),
+        max_model_len=longest + 8,
+        enforce_eager=eager,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

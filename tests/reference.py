@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.reference import Span
-from benchmarks.reference_process import capture
+from benchmarks.reference import Span, capture
 
 
 @dataclass(frozen=True)

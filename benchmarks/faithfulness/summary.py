@@ -1,6 +1,6 @@
 """From the rows of a run to the numbers that are committed.
 
-Invariant: everything comes from the rows of the cases given, with the number of examples behind
+Everything comes from the rows of the cases given, with the number of examples behind
 each figure beside it; nothing is left out but by being counted as failed.
 """
 
@@ -12,19 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.faithfulness.cases import Case, stop_mask
-from benchmarks.faithfulness.metrics import mass_on_gold, recovery, recovery_ceiling
-from benchmarks.faithfulness.perturbation_metrics import FRACTIONS
-from benchmarks.faithfulness.runner import ALL_TOKENS, WITHOUT_STOP_TOKENS
-from benchmarks.faithfulness.sentences import by_sentence
-from benchmarks.faithfulness.statistics import bootstrap, holm, paired_test
-from benchmarks.faithfulness.tasks import variant_of
-from benchmarks.faithfulness.work import Row, WorkFile, unpack
+import numpy as np
 
-OURS = "flashtrace-k1"
-"""The method that the others are tested against."""
-POOLED = "all"
-"""Name of the groups of every generated task at one length."""
+from benchmarks.faithfulness.example import by_sentence, stop_mask
+from benchmarks.faithfulness.metrics import (
+    FRACTIONS,
+    bootstrap,
+    holm,
+    mass_on_gold,
+    paired_test,
+    recovery,
+    recovery_ceiling,
+)
+from benchmarks.faithfulness.report import OURS, POOLED
+from benchmarks.faithfulness.run import ALL_TOKENS, WITHOUT_STOP_TOKENS, Case, Row, WorkFile
+from benchmarks.faithfulness.tasks import variant_of
+
 _TESTED = ("recovery", "recovery_sentence", "mass_on_gold", "rise", "mas")
 _FEWEST_TESTED = 8
 """With fewer pairs the smallest possible p, corrected, says nothing."""
@@ -32,11 +35,6 @@ _MASSES = ("reasoning_mass", "remaining_mass")
 _PERCENT = tuple(round(100 * fraction) for fraction in FRACTIONS)
 
 Values = dict[str, float]
-
-
-def behind(row: Row, metric: str) -> int:
-    """How many examples a figure of a method rests on."""
-    return int(row[metric][3] if len(row[metric]) > 3 else row["n"])
 
 
 def summarise(
@@ -68,7 +66,10 @@ def summarise(
             for (task, length), members in groups.items()
         ],
         "chains": _chains(cases, rows),
-        "perturbation_cost": _cost(work.costs),
+        "perturbation_cost": {
+            key: sum(row[key] for row in work.costs)
+            for key in ("asked", "evaluated", "without_stop", "seconds")
+        },
     }
 
 
@@ -87,7 +88,7 @@ def _groups(cases: Sequence[Case]) -> dict[tuple[str, int], list[Case]]:
     groups: dict[tuple[str, int], list[Case]] = {}
     for case in cases:
         groups.setdefault(case.group, []).append(case)
-    made = [case for case in cases if case.group[1] and not case.prepared.example.generated]
+    made = [case for case in cases if case.group[1]]
     pooled: dict[tuple[str, int], list[Case]] = {}
     for length in sorted({case.group[1] for case in made}):
         members = [case for case in made if case.group[1] == length]
@@ -98,10 +99,10 @@ def _groups(cases: Sequence[Case]) -> dict[tuple[str, int], list[Case]]:
 
 def _values(case: Case, method: str, work: WorkFile) -> Values | None:
     """Every metric of a method on an example; None where it failed."""
-    row = work.scores(case.key, method)
+    row = work.get("scores", case.key, method)
     if row is None or "values" not in row:
         return None
-    prepared, scores = case.prepared, unpack(row["values"])
+    prepared, scores = case.prepared, np.array(row["values"])
     found = {
         "recovery": recovery(scores, prepared.gold),
         "recovery_skip": recovery(scores, prepared.gold, excluded=stop_mask(prepared)),
@@ -109,8 +110,8 @@ def _values(case: Case, method: str, work: WorkFile) -> Values | None:
         "mass_on_gold": mass_on_gold(scores, prepared.gold),
         **{name: row["facts"].get(name) for name in _MASSES},
         "seconds": row["seconds"],
-        **_perturbed(work.perturbation(case.key, method, ALL_TOKENS), ""),
-        **_perturbed(work.perturbation(case.key, method, WITHOUT_STOP_TOKENS), "_skip"),
+        **_perturbed(work.get("perturbation", case.key, method, ALL_TOKENS), ""),
+        **_perturbed(work.get("perturbation", case.key, method, WITHOUT_STOP_TOKENS), "_skip"),
     }
     return {key: float(value) for key, value in found.items() if value is not None}
 
@@ -166,10 +167,10 @@ def _method(
     failures: Counter[str] = Counter()
     degenerate: Counter[str] = Counter()
     for case in asked:
-        row = work.scores(case.key, method) or {"reason": "not run"}
+        row = work.get("scores", case.key, method) or {"reason": "not run"}
         if "values" not in row:
             failures[row["reason"]] += 1
-        perturbed = work.perturbation(case.key, method, ALL_TOKENS)
+        perturbed = work.get("perturbation", case.key, method, ALL_TOKENS)
         if perturbed is not None and perturbed["case"]:
             degenerate[perturbed["case"]] += 1
     result: dict[str, Any] = {"n": len(known), "failed": sum(failures.values())}
@@ -180,8 +181,7 @@ def _method(
     if seconds:
         result["seconds"] = median(seconds)
     for key, numbers in metrics.items():
-        estimate = bootstrap(numbers, seed=seed)
-        result[key] = [estimate.mean, estimate.low, estimate.high]
+        result[key] = bootstrap(numbers, seed=seed)
         if len(numbers) != len(known):
             result[key].append(len(numbers))
     return result
@@ -204,12 +204,9 @@ def _tests(
             ]
             if len(pairs) >= _FEWEST_TESTED:
                 found[method] = paired_test(*zip(*pairs, strict=True), seed=seed)
-        corrected = holm({method: test.p for method, test in found.items()})
+        corrected = holm({method: p for method, (_, _, p) in found.items()})
         if found:
-            results[metric] = {
-                method: [test.n, test.mean, test.p, corrected[method]]
-                for method, test in found.items()
-            }
+            results[metric] = {m: [*test, corrected[m]] for m, test in found.items()}
     return results
 
 
@@ -246,8 +243,3 @@ def _chains(
             }
         )
     return chains
-
-
-def _cost(costs: Sequence[Row]) -> dict[str, float]:
-    keys = ("asked", "evaluated", "without_stop", "seconds")
-    return {key: sum(row[key] for row in costs) for key in keys}

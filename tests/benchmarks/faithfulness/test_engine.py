@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.faithfulness.ablation import AblationFamily
-from benchmarks.faithfulness.engine import EngineResource
-from benchmarks.faithfulness.example import Example, Prepared, prepare
-from benchmarks.faithfulness.method import MethodFailed, Scores
+from benchmarks.faithfulness.baselines import AblationFamily
+from benchmarks.faithfulness.engine import EngineResource, EngineScorer
+from benchmarks.faithfulness.example import (
+    Example,
+    MethodFailed,
+    Prepared,
+    Scores,
+    prepare,
+)
 from benchmarks.faithfulness.ours import VARIANTS, OursFamily, Recursion
-from benchmarks.faithfulness.scorer import EngineScorer
-from benchmarks.faithfulness.scorer_speed import Case, Steps, rise, run_case
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.hops import HopMass
 
@@ -149,16 +152,6 @@ def test_scorer_evaluates_a_sequence_once(engine: EngineResource) -> None:
     assert scorer.evaluated == 3
 
 
-def test_scorer_with_and_without_prompts_ahead(engine: EngineResource) -> None:
-    sequences = [changed(random_tokens(200, 22), *range(20, 20 + i)) for i in range(6)]
-    values = []
-    for two_steps in (True, False):
-        scorer = EngineScorer(engine.ft.llm, two_steps=two_steps)
-        scorer.forget()
-        values.append(scorer.response_logprobs(sequences, [50] * 6))
-    np.testing.assert_allclose(values[0], values[1], atol=1e-3)
-
-
 @pytest.mark.parametrize("response", [0, 5])
 def test_scorer_refuses_a_response_without_context(engine: EngineResource, response: int) -> None:
     with pytest.raises(ValueError, match="in a sequence of 5"):
@@ -208,7 +201,7 @@ def test_predicting_rows_are_one_to_the_left(
 def test_closures_add_the_geometric_tail(
     ours: OursFamily, prepared: Prepared, all_scores: dict[str, Scores]
 ) -> None:
-    run = ours.recursion(prepared, [VARIANTS["flashtrace-k3"]])
+    run = ours.run_hops(prepared, [VARIANTS["flashtrace-k3"][0]], "closures")
     rho = [mass.reasoning_mass for mass in run.masses]
     assert all(0.01 < value < 0.99 for value in rho)
     for hops in (1, 2):
@@ -283,25 +276,3 @@ def attribute(
             **options,
         },
     )
-
-
-@pytest.mark.parametrize("case", [Case(200, 0, 2), Case(300, 150, 1)])
-def test_scorer_speed_compares_equal_steps(engine: EngineResource, hf: Any, case: Case) -> None:
-    result = run_case(case, hf, engine)
-    assert result["tokens"] == pytest.approx(case.tokens, rel=0.3)
-    assert result["steps"] == 21 * case.examples
-    ways = {row["way"]: row for row in result["ways"]}
-    assert list(ways) == ["hf", "hf_batched", "engine", "engine_early"]
-    for row in ways.values():
-        assert row["seconds_per_step"] > 0
-        assert row["largest_logprob_difference"] < 2e-3
-        assert row["largest_relative_rise_difference"] < 1e-3
-    assert ways["engine"]["evaluated"] == result["steps"]
-    assert 2 * case.examples <= ways["engine_early"]["evaluated"] <= result["steps"]
-
-
-def test_rise_does_not_need_what_comes_after_zero() -> None:
-    steps = Steps([[0]] * 5, 1, np.linspace(1.0, 0.0, 5))
-    nan = float("nan")
-    assert rise([-1.0, -3.0, -6.0, nan, -5.0], steps) == rise([-1.0, -3.0, -6.0, -2, -5.0], steps)
-    assert rise([-1.0, -3.0, -6.0, nan, -5.0], steps) == pytest.approx((0.5 + 0.5) / 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,15 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.faithfulness.example import Example, Prepared, by_sentence
 from benchmarks.faithfulness.metrics import (
+    Explanation,
+    PerturbationMetrics,
+    bootstrap,
     deletion,
     explained_share,
     group_sizes,
+    holm,
     mass_on_gold,
+    paired_test,
     ranking,
     recovery,
     recovery_ceiling,
 )
+from tests.benchmarks.faithfulness.fakes import HashScorer, prepared_example
 
 _scores = st.lists(st.floats(-10, 10, allow_nan=False, width=32), min_size=1, max_size=60)
 _steps = st.floats(-50, 0, allow_nan=False, width=32)
@@ -143,3 +151,140 @@ def test_mass_on_gold_ignores_negative_scores() -> None:
     assert mass_on_gold(np.array([3.0, -9.0, 1.0]), {0, 1}) == 0.75
     assert mass_on_gold(np.array([-1.0, -2.0]), {0}) == 0.0
     assert mass_on_gold(np.array([1.0]), set()) is None
+
+
+PAD = 0
+
+
+def made(number: int, size: int = 47, response: int = 5) -> Prepared:
+    ids = tuple(range(1000 * number + 1, 1000 * number + 1 + 3 + size + 2 + response))
+    start = 3 + size + 2
+    return Prepared(
+        example=Example(f"e{number}", "t", 0, "p", "r", "o"),
+        token_ids=ids,
+        texts=tuple(map(str, ids)),
+        user=(3, 3 + size),
+        prompt_length=start,
+        reasoning=(start, start + 2),
+        target=(start + 2, start + response),
+        gold=frozenset({1}),
+        sentences=((3, 3 + size),),
+        reasoning_sentences=((start, start + 2),),
+    )
+
+
+def explanations(count: int = 4, methods: int = 5) -> list[Explanation]:
+    source = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        prepared = made(number)
+        for method in range(methods):
+            values = source.normal(size=47) if method else np.linspace(1, 0, 47)
+            excluded = source.random(47) < 0.2 if method == 4 else None
+            found.append(Explanation(prepared, values, excluded))
+    return found
+
+
+def one_by_one(scorer: HashScorer, explanation: Explanation) -> tuple[list[float], float, float]:
+    """All ``s_i``, and what 10 % removed and 10 % kept cost per response token."""
+    prepared = explanation.prepared
+    ranked = ranking(explanation.values, explanation.excluded)
+
+    def without(offsets: np.ndarray) -> float:
+        tokens = list(prepared.token_ids)
+        for offset in offsets:
+            tokens[prepared.user[0] + int(offset)] = PAD
+        return scorer.response_logprobs([tokens], [prepared.response_length])[0]
+
+    ends = [0, *np.cumsum(group_sizes(len(ranked)))]
+    steps = [without(ranked[:end]) for end in ends]
+    top = -(-len(ranked) // 10)
+    lost = [(steps[0] - without(part)) / 5 for part in (ranked[:top], ranked[top:])]
+    return steps, lost[0], lost[1]
+
+
+@pytest.mark.parametrize("trend", [0.3, 0.05, -0.1])
+def test_the_numbers_are_those_of_every_step_alone(trend: float) -> None:
+    given = explanations()
+    metrics = PerturbationMetrics(HashScorer(PAD, trend), PAD)
+    for explanation, found in zip(given, metrics.evaluate(given), strict=True):
+        steps, removed, kept = one_by_one(HashScorer(PAD, trend), explanation)
+        share = explained_share(
+            explanation.values, ranking(explanation.values, explanation.excluded)
+        )
+        assert found.deletion == deletion(steps[0], steps[-1], steps[1:-1], share)
+        assert found.comprehensiveness[0.1] == pytest.approx(removed)
+        assert found.sufficiency[0.1] == pytest.approx(kept)
+
+
+def test_no_sequence_is_evaluated_twice_and_early_stops_save_work() -> None:
+    scorer = HashScorer(PAD, 0.05)
+    metrics = PerturbationMetrics(scorer, PAD)
+    metrics.evaluate(explanations())
+    assert len(set(scorer.sequences)) == len(scorer.sequences) == metrics.cost.evaluated
+    assert metrics.cost.evaluated < metrics.cost.asked < metrics.cost.without_stop == 20 * 27
+
+
+def test_template_and_response_stay_as_they_are() -> None:
+    scorer = HashScorer(PAD)
+    given = explanations(count=1, methods=1)
+    PerturbationMetrics(scorer, PAD).evaluate(given)
+    prepared = given[0].prepared
+    for tokens in scorer.sequences:
+        assert tokens[:3] == prepared.token_ids[:3]
+        assert tokens[50:] == prepared.token_ids[50:]
+
+
+def test_an_explanation_that_ranks_nothing_is_refused() -> None:
+    everything = np.ones(47, dtype=np.bool_)
+    with pytest.raises(ValueError, match="e0: no token is ranked"):
+        PerturbationMetrics(HashScorer(PAD), PAD).evaluate(
+            [Explanation(made(0), np.ones(47), everything)]
+        )
+
+
+def test_sentences_are_ranked_by_their_mean_and_their_tokens_by_their_own_score() -> None:
+    prepared = prepared_example()  # Sentences of 2, 5, 4 and 1 tokens.
+    values = np.array([0.0, 4.0, 0.0, 0.0, 9.0, 0.0, 0.0, 1.0, 0.5, 0.0, 0.0, 3.0])
+    found = by_sentence(values, prepared)
+    assert ranking(found).tolist() == [11, 1, 0, 4, 2, 3, 5, 6, 7, 8, 9, 10]
+    means = np.repeat([2.0, 1.8, 0.375, 3.0], [2, 5, 4, 1])
+    np.testing.assert_allclose(found, means, atol=1e-5)
+    np.testing.assert_allclose(found.sum(), values.sum())
+    assert values[1] == 4.0
+
+
+def test_the_interval_is_that_of_the_normal_approximation() -> None:
+    values = np.random.default_rng(1).normal(5.0, 2.0, size=400)
+    mean, low, high = bootstrap(values)
+    half = 1.96 * values.std() / 20
+    assert mean == pytest.approx(values.mean())
+    assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
+def test_a_constant_has_an_interval_of_no_width() -> None:
+    assert bootstrap([0.25] * 7) == [0.25] * 3
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap([])
+
+
+def test_few_pairs_are_tested_exactly() -> None:
+    first, second = [3.0, 1.0, 4.0, 1.0, 5.0], [1.0, 1.5, 2.0, 0.0, 2.0]
+    differences = np.subtract(first, second)
+    flips = [np.mean(differences * signs) for signs in itertools.product((-1, 1), repeat=5)]
+    expected = np.mean([abs(flip) >= abs(differences.mean()) - 1e-12 for flip in flips])
+    assert paired_test(first, second) == (5, pytest.approx(1.5), expected)
+
+
+def test_many_pairs_tell_a_difference_from_none() -> None:
+    source = np.random.default_rng(3)
+    base = source.normal(size=60)
+    apart = paired_test(base + 0.5 + 0.2 * source.normal(size=60), base)
+    same = paired_test(base + 0.2 * source.normal(size=60), base)
+    assert apart[2] < 0.001 < 0.02 < same[2]
+
+
+def test_holm_on_a_textbook_example() -> None:
+    corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert corrected == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.faithfulness.example import Example, prepare
-from benchmarks.faithfulness.generated import split_response
-from benchmarks.faithfulness.tasks import TASKS, make_examples, variant_of
-from benchmarks.faithfulness.tasks.files import read_examples
+from benchmarks.faithfulness.tasks import TASKS, make_examples, read_examples, variant_of
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +97,7 @@ def test_files(tmp_path: Path) -> None:
         {"prompt": "Hello", "output": "Hi", "more": 1},
     ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    first, second = read_examples(path)
+    first, second = read_examples(path, 9)
     assert (first.task, gold_texts(first), first.length) == ("mine", ["7"], 0)
     assert (second.reasoning, second.gold) == ("", ())
     assert first.id != second.id
@@ -114,13 +112,4 @@ def test_bad_lines_of_files_are_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "output": "b"}\n' + line)
     with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
-        read_examples(path)
-
-
-def test_own_responses_are_cut_before_the_last_answer() -> None:
-    example = Example("niah/q2/256/0", "niah", 256, "prompt", "written", " 12, 34", ((0, 1),))
-    own = split_response(example, "It is 12, 34? Yes, 12, 34.")
-    assert own is not None
-    assert (own.reasoning, own.output) == ("It is 12, 34? Yes,", " 12, 34")
-    assert own.generated and own.id != example.id and own.gold == example.gold
-    assert split_response(example, "It is 12 and 34.") is None
+        read_examples(path, 9)

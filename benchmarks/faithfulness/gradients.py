@@ -1,7 +1,7 @@
 """Gradient baselines: integrated gradients (captum) and AttnLRP (the rules of lxt).
 
-Invariant: only the user's tokens are varied or scored, the forward pass stays the model's own to
-rounding, and no class of transformers is changed: AttnLRP's rules are bound to a copy.
+Only the user's tokens are varied or scored, the forward pass stays the model's own to rounding, and
+no class of transformers is changed: AttnLRP's rules are bound to a copy.
 
 AttnLRP (Achtibat et al. 2024) as gradient times input. Of lxt are the identity rule on RMS norms,
 the identity and uniform rules of the gated MLP, and the uniform rule on the two products of
@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.faithfulness.example import Prepared
+from benchmarks.faithfulness.example import Family, MethodFailed, Prepared, Scores
 from benchmarks.faithfulness.hf import HFModel, all_cores, target_logits
-from benchmarks.faithfulness.method import MethodFailed, Scores
 
 STEPS = 20
 """Points of the integral."""
@@ -36,7 +35,7 @@ _BATCH_TOKENS = 1024
 _ATTENTION = "attnlrp"
 
 
-class GradientFamily:
+class GradientFamily(Family):
     """Methods that differentiate the answer by the prompt's embeddings."""
 
     labels: Mapping[str, str] = {
@@ -50,7 +49,7 @@ class GradientFamily:
         self._relevance_model: Any = None
 
     def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
-        """See `benchmarks.faithfulness.method.Family`."""
+        """See `Family`."""
         results = {}
         for name in names:
             if name == "attn-lrp" and self._relevance_model is None:
@@ -91,7 +90,7 @@ def integrated_gradients(
     answer = token_ids[0, slice(*prepared.target)]
 
     def log_probability(ids: Tensor) -> Tensor:
-        logits = hf.target_logits(ids, prepared).float().log_softmax(-1)
+        logits = target_logits(hf.model, ids, prepared).float().log_softmax(-1)
         return logits[:, torch.arange(len(answer)), answer].sum(-1)
 
     with hf.fused_attention():

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.faithfulness.example import Prepared
-from benchmarks.faithfulness.hf import HFModel
-from benchmarks.faithfulness.hf_attention import (
+from benchmarks.faithfulness.attention import (
+    AttentionFamily,
+    PackageFamily,
     attention_mean,
     attention_rollout,
     cage,
+    compose,
     ifr_per_token,
+    proximity_scores,
+    recursion,
+    run_package,
     token_rollout,
+    token_rows,
     value_norm,
 )
-from benchmarks.faithfulness.hf_flow import compose, token_rows
-from benchmarks.faithfulness.method import MethodFailed
+from benchmarks.faithfulness.baselines import ClpFamily, clp_divergences
+from benchmarks.faithfulness.example import Family, MethodFailed, Prepared
+from benchmarks.faithfulness.gradients import GradientFamily
+from benchmarks.faithfulness.hf import HFModel
 from tests.oracle import LayerActivations, capture_hf, dense_weights, layer_oracle, oracle_hops
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -167,3 +175,61 @@ def test_too_many_tokens_are_refused(hf: HFModel) -> None:
     hf.check_attention_fits(2000)
     with pytest.raises(MethodFailed, match=r"need .* GiB, allowed are 6 GiB"):
         hf.check_attention_fits(20_000)
+
+
+@pytest.mark.parametrize("kind", [AttentionFamily, PackageFamily, GradientFamily, ClpFamily])
+@pytest.mark.parametrize("case", ["prepared", "without_reasoning"])
+def test_scores_of_every_method(
+    kind: type[Family], case: str, resources: Any, request: pytest.FixtureRequest
+) -> None:
+    prepared: Prepared = request.getfixturevalue(case)
+    family = kind(resources)
+    results = family.attribute(prepared, kind.labels)
+    assert set(results) == set(kind.labels)
+    for scores in results.values():
+        assert scores.values.dtype == np.float64
+        assert scores.values.shape == (prepared.num_user_tokens,)
+        assert np.isfinite(scores.values).all() and np.abs(scores.values).sum() > 0
+        assert scores.seconds > 0
+    family.close()
+
+
+def test_the_package_gives_our_hops(hf: HFModel, prepared: Prepared) -> None:
+    recorded = hf.recorded(prepared)
+    ours = recursion(prepared, 1, lambda weights: proximity_scores(recorded, weights))
+    theirs = run_package(hf, prepared, hops=1)
+    formula = theirs.by_formula(prepared.prompt_length, prepared.reasoning)
+    difference = (ours.scores - formula).abs().sum() / formula.sum()
+    assert float(difference) < 1e-4
+    assert theirs.ratios == pytest.approx(
+        [ours.hops[0].reasoning_mass, ours.remaining_mass], rel=1e-3
+    )
+
+
+def test_the_package_without_reasoning_is_hop_0(
+    hf: HFModel, resources: Any, without_reasoning: Prepared
+) -> None:
+    recorded = hf.recorded(without_reasoning)
+    ours = recursion(without_reasoning, 0, lambda weights: proximity_scores(recorded, weights))
+    wanted = ours.scores[slice(*without_reasoning.user)].numpy()
+    family = PackageFamily(resources)
+    found = family.attribute(without_reasoning, family.labels)["flashtrace-package"].values
+    np.testing.assert_allclose(found / found.sum(), wanted / wanted.sum(), rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_clp_is_the_divergence_of_each_sentence(hf: HFModel, prepared: Prepared) -> None:
+    def distributions(token_ids: list[int]) -> torch.Tensor:
+        logits = hf.model(torch.tensor([token_ids])).logits[0].double()
+        return logits[prepared.target[0] - 1 : prepared.target[1] - 1].log_softmax(-1)
+
+    whole = distributions(list(prepared.token_ids))
+    wanted = []
+    for first, end in prepared.sentences:
+        changed = list(prepared.token_ids)
+        changed[first:end] = [hf.pad_token_id] * (end - first)
+        other = distributions(changed)
+        wanted.append(torch.nn.functional.kl_div(other, whole, reduction="sum", log_target=True))
+    found = clp_divergences(hf, prepared)
+    assert len(found) == 3
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-4)

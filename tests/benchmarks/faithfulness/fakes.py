@@ -1,4 +1,4 @@
-"""A scorer of responses without a model: deterministic, and it counts what it is asked."""
+"""A scorer without a model, and an example made by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ import zlib
 from array import array
 
 import numpy as np
+
+from benchmarks.faithfulness.example import Example, Prepared
+
+
+def prepared_example() -> Prepared:
+    """Two template tokens, twelve of the user's in four sentences, one of template, a response."""
+    tokens = tuple(range(100, 119))
+    return Prepared(
+        example=Example("linear", "test", 0, "prompt", "why", "what"),
+        token_ids=tokens,
+        texts=tuple(str(token) for token in tokens),
+        user=(2, 14),
+        prompt_length=15,
+        reasoning=(15, 17),
+        target=(17, 19),
+        gold=frozenset(),
+        sentences=((2, 4), (4, 9), (9, 13), (13, 14)),
+        reasoning_sentences=((15, 17),),
+    )
 
 
 class HashScorer:
@@ -18,13 +37,10 @@ class HashScorer:
         self.pad = pad
         self.trend = trend
         self.sequences: list[tuple[int, ...]] = []
-        self.fail_after: int | None = None
 
     def response_logprobs(
         self, token_ids: list[list[int]], response_lengths: list[int]
     ) -> list[float]:
-        if self.fail_after is not None and len(self.sequences) >= self.fail_after:
-            raise KeyboardInterrupt
         self.sequences += map(tuple, token_ids)
         return [
             self._value(tokens, n) for tokens, n in zip(token_ids, response_lengths, strict=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks.faithfulness.example import Prepared
+from benchmarks.faithfulness.gradients import attn_lrp, integrated_gradients, with_lrp_rules
 from benchmarks.faithfulness.hf import HFModel
-from benchmarks.faithfulness.hf_gradients import attn_lrp, integrated_gradients, with_lrp_rules
 
 pytestmark = pytest.mark.usefixtures("one_core")
 

@@ -1,6 +1,6 @@
-"""Baselines that remove parts of the prompt and watch the response, through the engine's scorer.
+"""Baselines that remove parts of the prompt, and those that look at no model.
 
-Invariant: positions never shift; a removed token is a pad token, and the chat template stays.
+Positions never shift: a removed token is a pad token, and the chat template stays.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from benchmarks.faithfulness.example import Prepared, Span
-from benchmarks.faithfulness.method import Scores, Values
-from benchmarks.faithfulness.scorer import EngineScorer
+from benchmarks.faithfulness.engine import EngineScorer
+from benchmarks.faithfulness.example import Family, Prepared, Scores, Span, Values
+from benchmarks.faithfulness.hf import HFModel, all_cores, target_logits
 
 ABLATIONS = 32
 KEEP_PROBABILITY = 0.5
@@ -27,7 +29,7 @@ _CERTAIN = -1e-7
 Masks = npt.NDArray[np.bool_]
 
 
-class AblationFamily:
+class AblationFamily(Family):
     """Leave-one-out over tokens and sentences, and ContextCite.
 
     All of them watch the log-probability of the whole response, reasoning and output. Scores may be
@@ -47,7 +49,7 @@ class AblationFamily:
         self._seed = int(resources.seed)
 
     def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
-        """See `benchmarks.faithfulness.method.Family`; fact ``evaluations``, response scorings."""
+        """See `Family`; fact ``evaluations``, response scorings."""
         methods: dict[str, Callable[[Prepared], tuple[Values, int]]] = {
             "loo-token": self._loo_token,
             "loo-sentence": self._loo_sentence,
@@ -61,9 +63,6 @@ class AblationFamily:
             seconds = time.perf_counter() - began
             results[name] = Scores(values, seconds, {"evaluations": float(evaluations)})
         return results
-
-    def close(self) -> None:
-        """Holds nothing of its own."""
 
     def _loo_token(self, prepared: Prepared) -> tuple[Values, int]:
         tokens = [(position, position + 1) for position in range(*prepared.user)]
@@ -170,3 +169,102 @@ def lasso(
 def _logit(logprob: float) -> float:
     """``log p - log(1 - p)`` of a log-probability below 0."""
     return logprob - math.log(-math.expm1(logprob))
+
+
+_BATCH_TOKENS = 1 << 14
+"""Most tokens of one forward pass."""
+
+
+class ClpFamily(Family):
+    """``clp-sentence``: one batch of the prompt with each sentence removed in turn."""
+
+    labels: Mapping[str, str] = {
+        "clp-sentence": "divergence of the target's distributions without each sentence",
+    }
+
+    def __init__(self, resources: Any) -> None:
+        """Takes the model from ``resources.hf``."""
+        self._hf: HFModel = resources.hf
+
+    def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
+        """See `Family`."""
+        if not names:
+            return {}
+        with torch.no_grad(), all_cores(), self._hf.fused_attention():
+            began = time.perf_counter()
+            divergences = clp_divergences(self._hf, prepared)
+            scores = torch.zeros(len(prepared.token_ids), dtype=torch.float64)
+            for (first, end), divergence in zip(prepared.sentences, divergences, strict=True):
+                scores[first:end] = divergence / (end - first)
+            seconds = time.perf_counter() - began
+        return {"clp-sentence": Scores(scores[slice(*prepared.user)].numpy(), seconds)}
+
+
+def clp_divergences(hf: HFModel, prepared: Prepared) -> Tensor:
+    """What the target's predictions lose with each sentence of the user's text, ``[S]`` float64.
+
+    ``sum_v p(v) [log p(v) - log q(v)]`` over the vocabulary, summed over target positions, with
+    ``p`` the distribution after the whole prompt and ``q`` the one without the sentence.
+    """
+    whole = torch.tensor(prepared.token_ids)
+    variants = whole.repeat(1 + len(prepared.sentences), 1)
+    for row, (first, end) in enumerate(prepared.sentences, start=1):
+        variants[row, first:end] = hf.pad_token_id
+    original: Tensor | None = None
+    divergences = []
+    for batch in variants.split(max(2, _BATCH_TOKENS // len(whole))):
+        logs = target_logits(hf.model, batch, prepared).float().log_softmax(-1)
+        if original is None:
+            original, logs = logs[0], logs[1:]
+        change = (original.exp() * (original - logs)).sum(-1, dtype=torch.float64)
+        divergences.append(change.sum(-1).clamp(min=0))
+    return torch.cat(divergences)
+
+
+class SimpleFamily(Family):
+    """Random, recency and token overlap."""
+
+    labels: Mapping[str, str] = {
+        "random": "uniform random scores",
+        "recency": "later tokens score higher",
+        "overlap": "tokens that stand in the output score 1, in the reasoning 0.5",
+    }
+
+    def __init__(self, resources: Any) -> None:
+        """Takes ``resources.seed``."""
+        self._seed = int(resources.seed)
+
+    def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
+        """See `Family`."""
+        methods: dict[str, Callable[[Prepared], Values]] = {
+            "random": self._random,
+            "recency": _recency,
+            "overlap": _overlap,
+        }
+        results = {}
+        for name in names:
+            began = time.perf_counter()
+            values = methods[name](prepared)
+            results[name] = Scores(values, time.perf_counter() - began)
+        return results
+
+    def _random(self, prepared: Prepared) -> Values:
+        key = zlib.crc32(prepared.example.id.encode())
+        return np.random.default_rng([self._seed, key]).random(prepared.num_user_tokens)
+
+
+def _recency(prepared: Prepared) -> Values:
+    size = prepared.num_user_tokens
+    return np.arange(1, size + 1, dtype=np.float64) / size
+
+
+def _overlap(prepared: Prepared) -> Values:
+    """By token text without blanks; ties, which are many, go to the later token."""
+
+    def texts(start: int, end: int) -> set[str]:
+        return {prepared.texts[i].strip().lower() for i in range(start, end)} - {""}
+
+    output, reasoning = texts(*prepared.target), texts(*prepared.reasoning)
+    words = [prepared.texts[i].strip().lower() for i in range(*prepared.user)]
+    scores = [1.0 if word in output else 0.5 if word in reasoning else 0.0 for word in words]
+    return np.array(scores, dtype=np.float64) + 1e-6 * _recency(prepared)
