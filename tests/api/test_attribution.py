@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 import math
+import subprocess
+import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 from openai.types.completion import Completion
 from openai.types.responses import Response
+from rich.console import Console
 
 from vllm_flashtrace import Attribution, TraceError
-from vllm_flashtrace.api.scores import MassBalance
+from vllm_flashtrace.api.attribution import MassBalance
+from vllm_flashtrace.api.terminal import render_terminal
 
 WORDS = ["<s>", "The", " code", " is", " 73", "06", ".", " Code", "?"]
 SCORES = [0.2, 0.0, 0.05, 0.05, 0.15, 0.25, 0.0, 0.1, 0.0]
@@ -217,7 +223,7 @@ class TestReading:
         attribution = Attribution(failed(status), text="It is 7306.")
         assert (attribution.status, attribution.text) == (status, "It is 7306.")
         assert attribution.error == failed()["error"]
-        for read in (lambda: attribution.scores, attribution.top, lambda: attribution.share(0, 1)):
+        for read in (lambda: attribution.scores, lambda: attribution.share(0, 1)):
             with pytest.raises(TraceError, match="no 'x'") as caught:
                 read()
             assert caught.value.code == "target_not_found"
@@ -226,7 +232,70 @@ class TestReading:
         attribution = Attribution({"id": "ft-9", "status": "queued"})
         assert attribution.error is None
         with pytest.raises(TraceError, match="ft-9 is queued"):
-            attribution.top()
+            attribution.scores  # noqa: B018
+
+    @pytest.mark.parametrize(
+        ("data", "reasons"),
+        [
+            (failed("failed"), ("failed", "target_not_found", "no 'x' in the generated text")),
+            (failed("skipped"), ("skipped", "target_not_found", "no 'x' in the generated text")),
+            ({"id": "ft-9", "status": "queued"}, ("queued",)),
+        ],
+    )
+    def test_without_result_top_is_empty_and_every_display_says_why(
+        self, data: dict[str, Any], reasons: tuple[str, ...]
+    ) -> None:
+        attribution = Attribution(data, text="")
+        assert attribution.top() == attribution.top(0) == []
+        with pytest.raises(ValueError, match="-1"):
+            attribution.top(-1)
+        console = Console(width=200, file=io.StringIO(), record=True)
+        console.print(render_terminal(attribution))
+        html = unescape(attribution.to_html())
+        for shown in (repr(attribution), str(attribution), console.export_text(), html):
+            assert all(reason in shown for reason in reasons)
+
+    def test_top_of_a_result_without_scores_is_empty(self) -> None:
+        attribution = Attribution(flashtrace(scores=[]))
+        assert attribution.top() == []
+        assert "7306" in repr(attribution)
+        assert "7306" in attribution.to_html()
+
+    def test_keys_of_another_version_are_kept(self) -> None:
+        data = flashtrace(new={"deep": [1]}, status="completed")
+        data["scores"][1] |= {"part": 2, "new": "x"}
+        data["hops"][0]["new"] = 1
+        attribution = Attribution(data)
+        assert attribution.scores[1].part == 2
+        assert attribution.scores[1].model_extra == {"new": "x"}
+        assert attribution.hops[0]["new"] == 1
+        assert attribution.to_dict() == data
+        assert attribution.auto_stopped is None
+        assert Attribution(flashtrace(auto_stopped="max_hops")).auto_stopped == "max_hops"
+
+    def test_a_score_is_a_record(self) -> None:
+        first, second = Attribution(flashtrace()).scores[:2]
+        assert first != second
+        assert len({first, second, first}) == 2
+        with pytest.raises(ValueError, match="frozen"):
+            first.score = 1.0  # type: ignore[misc]
+
+    def test_reading_a_response_loads_neither_torch_nor_vllm(self) -> None:
+        program = (
+            "import json, sys\n"
+            "from vllm_flashtrace import Attribution\n"
+            "attribution = Attribution.from_response(json.loads(sys.stdin.read()))\n"
+            "attribution.top(), attribution.to_html(), repr(attribution)\n"
+            "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=json.dumps(chat_response({**chat_choice("7306"), "flashtrace": flashtrace()})),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "[]\n"
 
     def test_the_data_is_not_shared_with_the_caller(self) -> None:
         data = flashtrace()

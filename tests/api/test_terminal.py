@@ -67,6 +67,14 @@ def test_table_and_mass_line() -> None:
     )
 
 
+def test_hops_that_ended_at_the_limit_are_named() -> None:
+    assert "(2 passes)" in printed(sample(haystack(), auto_stopped="threshold"))
+    limited = sample(haystack(), auto_stopped="max_hops")
+    assert "(2 passes, the most that the server allows)" in " ".join(printed(limited).split())
+    assert "ended at the most that the server allows" in limited.to_html()
+    assert "ended at the most" not in sample(haystack()).to_html()
+
+
 def test_top_k_alone_gives_the_table_without_a_heat_map() -> None:
     text = printed(sample(haystack(), top_k=3, tokens=False))
     assert "the prompt cannot be shown" in text

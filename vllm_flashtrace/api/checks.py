@@ -1,13 +1,9 @@
 """Checks of single values of a request body, and how a refused value is shown.
 
-Checks of parts of a request body that are handed on as they came.
-
-Invariant: what passes can be copied and walked recursively, and written out as UTF-8.
-
-Checks of single values of the ``flashtrace`` field, and how a refused value is shown.
-
-Invariant: a check returns only values of exactly the type asked for (no ``"1"`` or ``True`` for 1)
-and otherwise raises a :class:`RefusedError` whose text completes the sentence "the field …".
+Two kinds: checks of parts that are handed on as they came (messages, prompts), after which these
+can be copied, walked recursively and written out as UTF-8; and checks of values of the
+``flashtrace`` field, which accept exactly the type asked for (no ``"1"`` or ``True`` for 1) and
+otherwise raise a :class:`RefusedError` whose text completes the sentence "the field …".
 """
 
 from __future__ import annotations
@@ -86,7 +82,7 @@ def _check_encoded(text: str, param: str) -> None:
     try:
         value = json.loads(text)
     except ValueError:
-        return  # Whoever needs the value says so.
+        return  # vLLM refuses it where it renders the message.
     except RecursionError:
         raise _too_deep(param) from None
     check_nesting(value, param)
@@ -213,12 +209,27 @@ def _weight(key: Any, value: Any) -> float:
     return float(value)
 
 
-class _ShortRepr(reprlib.Repr):
-    """A ``repr`` that stays short and never fails, however large or deep the value."""
+class _ShortJson(reprlib.Repr):
+    """JSON that stays short and never fails, however large or deep the value."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxstring = self.maxother = self.maxlong = _SHOWN_LENGTH
+
+    def repr_str(self, value: str, level: int) -> str:
+        return as_unicode(json.dumps(value[:_SHOWN_LENGTH], ensure_ascii=False))
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return json.dumps(value)
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return json.dumps(value)
+
+    def repr_float(self, value: float, level: int) -> str:
+        return json.dumps(value)
+
+    def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
+        return self.repr_list(list(value), level)
 
     def repr_int(self, value: int, level: int) -> str:
         # Python refuses to write out integers of thousands of digits.
@@ -228,8 +239,8 @@ class _ShortRepr(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, in at most 80 characters."""
-    return shortened(_ShortRepr().repr(value))
+    """A value as a message shows it: as JSON, in at most 80 characters."""
+    return shortened(_ShortJson().repr(value))
 
 
 def as_unicode(text: str) -> str:

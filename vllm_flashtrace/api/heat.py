@@ -1,7 +1,6 @@
-"""The heat scale and the tokens to draw, shared by all renderings.
+"""The heat scale and the tokens to draw, shared by the HTML and the terminal rendering.
 
-Invariant: equal scores get equal levels in every rendering, and a token without a returned score is
-never drawn as a token with score 0.
+A token whose score was not returned is not the same as a token of score 0: its score is None.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_flashtrace.api.attribution import Attribution
-from vllm_flashtrace.api.scores import TokenScore
+from vllm_flashtrace.api.response import TokenScore
 
 LEVELS = 8
 
@@ -99,6 +98,8 @@ def completion_parts(attribution: Attribution) -> list[tuple[str, bool]]:
 
 
 def visible(token: str) -> str:
-    """A token with its blanks made visible, for tables."""
+    """A token with its blanks, or that it has no text of its own, made visible, for tables."""
+    if not token:
+        return "∅"
     shown = token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
     return shown.replace(" ", "␣") if shown != shown.strip(" ") or not shown.strip() else shown

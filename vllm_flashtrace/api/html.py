@@ -1,7 +1,7 @@
 """Attributions as HTML: a self-contained page, and a fragment for notebooks.
 
-Invariant: every text from a model or a client passes jinja2's autoescape; the output holds no
-script and refers to nothing outside itself.
+The output holds no script and refers to nothing outside itself. Texts come from a model or a
+client: every one of them must pass jinja2's autoescape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_flashtrace.api.heat import (
     prompt_heat,
     visible,
 )
-from vllm_flashtrace.api.scores import TokenScore
+from vllm_flashtrace.api.response import TokenScore
 
 TABLE_ROWS = 20
 _CONTEXT_TOKENS = 6
@@ -88,6 +88,7 @@ def _context(attribution: Attribution) -> dict[str, Any]:
         "remaining_mass": attribution.remaining_mass,
         "input_mass": mass.input,
         "hops": _hop_rows(attribution),
+        "auto_stopped": attribution.auto_stopped,
         "segments": attribution.segments,
         "top": [_table_row(score, mass.input, prompt) for score in attribution.top(TABLE_ROWS)],
         "legend": [(level, level_floor(level, scale)) for level in range(1, LEVELS + 1)],

@@ -1,17 +1,8 @@
-"""The ``flashtrace`` field of a request: its shape, its defaults and what it may ask for.
+"""The ``flashtrace`` field of a request: its shape, its defaults and the most it may ask for.
 
-The most one request may ask for.
-
-Invariant: every part of the ``flashtrace`` field whose size a client chooses has a limit here.
-
-The parts of a completion that a request may point at: text, tokens, weights or a tool call.
-
-Invariant: an option object has exactly one key that names its kind (a tool call may have an
-argument beside it), and a value of exactly that kind's type and within the limits; anything else
-raises a ``RefusedError``.
-
-Invariant: a :class:`FlashTraceRequest` is well-formed and within the server's limits; anything else
-is refused by an :class:`InvalidRequestError` that names the field and the value.
+A :class:`FlashTraceRequest` that :func:`parse_flashtrace_field` returns is well-formed and within
+the server's limits; anything else is refused by an :class:`InvalidRequestError` that names the
+field and the value.
 """
 
 from __future__ import annotations
@@ -80,7 +71,9 @@ class TextTarget(StrictModel):
     """The last occurrence of a text among the generated tokens."""
 
     text: str = Field(
-        min_length=1, description="Text to look for; its last occurrence in the generated text."
+        min_length=1,
+        description="Text to look for; its last occurrence in the generated text that the client "
+        "sees. A token that overlaps it counts in full.",
     )
 
     @field_validator("text", mode="before")
@@ -95,8 +88,9 @@ class RegexTarget(StrictModel):
 
     regex: str = Field(
         min_length=1,
-        description="Regular expression; its last match in the generated text, or what its group "
-        "matched if it has exactly one capturing group.",
+        description="Regular expression in the syntax of Python's re; its last match that is not "
+        "empty, or what its group matched if it has exactly one capturing group. A search that "
+        "takes too long ends the attribution with the error regex_timeout.",
     )
 
     @field_validator("regex", mode="before")
@@ -115,7 +109,8 @@ class TokensTarget(StrictModel):
 
     tokens: tuple[_TokenSpan, ...] = Field(
         min_length=1,
-        description="Half-open ranges [start, end) of generated tokens, counted from 0.",
+        description="Half-open ranges [start, end) of generated tokens, counted from 0; special "
+        "tokens and cut-off stop text count too.",
     )
 
     @field_validator("tokens", mode="before")
@@ -145,10 +140,14 @@ class WeightsTarget(StrictModel):
 class ToolCallTarget(StrictModel):
     """A generated tool call, or the value of one of its arguments."""
 
-    tool_call: Position = Field(description="Index of the tool call among those generated.")
+    tool_call: Position = Field(
+        description="Index of the tool call among those in the answer, counted from 0. The server "
+        "needs a tool call parser."
+    )
     argument: str | None = Field(
         default=None,
-        description="Name of the argument whose value is explained; without it, the whole call.",
+        description="Name of the argument whose value is explained, a string without its quotes; "
+        "without it, the whole call.",
     )
 
     @field_validator("tool_call", mode="before")
@@ -226,32 +225,46 @@ class FlashTraceRequest(StrictModel):
 
     target: Literal["output", "generated"] | TargetObject = Field(
         default="output",
-        description="What to explain: 'output' (the answer after reasoning), 'generated' "
-        "(everything generated), or a part of the generated text.",
+        description="What to explain: 'output' (the answer after the reasoning, without blank "
+        "tokens such as line breaks at either end), 'generated' (everything generated that the "
+        "client sees, blanks included), or an object that names a part of the generated text.",
     )
     hops: Position | Literal["auto"] = Field(
-        default=1, description="Number of recursive hops through the reasoning, or 'auto'."
+        default=1,
+        description="Number of recursive hops through the reasoning after the pass that explains "
+        "the target itself; 0 for that pass alone. 'auto' goes on until less of the mass than the "
+        "server's auto_threshold is left on the reasoning, at most max_hops hops; the response's "
+        "auto_stopped says which of the two it was.",
     )
     reasoning: Literal["auto", "none"] | ReasoningObject = Field(
         default="auto",
-        description="What counts as reasoning: 'auto' (the server's reasoning parser, else <think> "
-        "tags, else everything generated before the first target token), 'none', or a part of "
-        "the generated text.",
+        description="What counts as reasoning: 'auto' (what the server's reasoning parser found, "
+        "else what stands in <think> tags, else everything generated before the first target "
+        "token), 'none', or an object that names a part of the generated text.",
     )
     recurse_over: Literal["reasoning", "generated", "assistant"] = Field(
         default="reasoning",
-        description="Tokens that the hops go through: 'reasoning', 'generated', or 'assistant' "
-        "(generated tokens and the prompt's earlier assistant turns and tool calls).",
+        description="Tokens that the hops go through: 'reasoning', 'generated' (all generated "
+        "tokens), or 'assistant' (generated tokens and the prompt's earlier assistant turns and "
+        "tool calls).",
     )
     skip_tokens: Literal["none", "punctuation"] | tuple[str, ...] = Field(
         default="none",
-        description="Tokens that get no score: 'none', 'punctuation', or a list of strings.",
+        description="Tokens that are neither explained nor given a score; their share is "
+        "skipped_mass. 'none', 'punctuation' (every token that consists of blanks and punctuation "
+        "characters alone, by their Unicode category: . , ... ! ? : ; brackets, quotes, dashes), "
+        "or a list of strings (every token that equals one of them, blanks at either end aside).",
     )
     top_k: Annotated[int, Field(ge=1)] | None = Field(
-        default=20, description="How many scored tokens to return; null returns all of them."
+        default=20,
+        description="How many scored prompt tokens to return, the highest scores above 0 first; "
+        "null returns all of the prompt's tokens in order. It limits the sentences as well.",
     )
     include: tuple[Include, ...] = Field(
-        default=(), description="Additional parts of the response."
+        default=(),
+        description="Additional parts of the response: 'hops' (scores of each hop), 'generated' "
+        "(scores of generated tokens), 'segments' (scores of messages), 'sentences' (scores of "
+        "sentences), 'layers' (scores by layer), 'tokens' (texts of the prompt's tokens).",
     )
     preset: Literal["paper", "sources"] = Field(
         default="paper",

@@ -1,129 +1,266 @@
-"""The attribution object as the OpenAPI schema describes it.
+"""The ``flashtrace`` object of a response: the one description of its keys.
 
-Invariant: these models only describe; no response is checked or changed by them.
+The OpenAPI schema and the reference in the documentation are generated from these models,
+:class:`~vllm_flashtrace.api.attribution.Attribution` reads scores through them, and the table of
+``vllm-flashtrace batch`` takes its columns from them. The server writes the object as plain dicts
+(:mod:`vllm_flashtrace.text.result`), which the tests hold against the models; a key that has no
+value is absent, never null. Every model keeps keys that it does not know, so that a client can
+read what a newer server sends.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+OBJECT = "flashtrace.attribution"
 
-class _Described(BaseModel):
+Status: TypeAlias = Literal["queued", "running", "completed", "failed", "skipped"]
+_Index: TypeAlias = Annotated[int, Field(ge=0)]
+_Share: TypeAlias = Annotated[float, Field(ge=0)]
+
+
+class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class TargetFound(_Described):
+class TargetFound(_Part):
     """What was explained."""
 
     text: str = Field(description="Text of the explained tokens.")
-    tokens: list[tuple[int, int]] = Field(
-        description="Half-open ranges [start, end) of generated tokens."
+    tokens: list[tuple[_Index, _Index]] = Field(
+        description="Half-open ranges [start, end) of generated tokens, counted from 0."
     )
 
 
-class ScoredToken(_Described):
+class TokenScore(_Part):
     """One prompt token and its share of the information that went into the target."""
 
-    index: int = Field(ge=0, description="Position in the rendered prompt.")
-    token: str
-    token_id: int = Field(ge=0)
-    score: float = Field(ge=0)
-    message: int | None = Field(
-        default=None, ge=0, description="Index of the message; absent for template tokens."
+    # Frozen, as a record of a result is; this also makes it hashable.
+    model_config = ConfigDict(frozen=True)
+
+    index: _Index = Field(description="Position among the tokens of the rendered prompt.")
+    token: str = Field(
+        description="Text of the token. The texts of all tokens join to the rendered prompt: a "
+        "character that several tokens share is the text of the first of them, and the others "
+        "have none."
     )
-    start: int | None = Field(default=None, ge=0, description="First character in the message.")
-    end: int | None = Field(default=None, ge=0, description="End, exclusive, in the message.")
+    token_id: _Index = Field(description="Id of the token in the model's vocabulary.")
+    score: _Share = Field(
+        description="Share of the target's information flow that came from this token, at most 1; "
+        "over all prompt tokens the scores add up to input_mass."
+    )
+    message: _Index | None = Field(
+        default=None,
+        description="Index of the client's message that the token lies in, 0 for a plain prompt; "
+        "absent for tokens of the template, of tool calls and of earlier reasoning.",
+    )
+    part: _Index | None = Field(
+        default=None,
+        description="Index of the content part within the message; only where the content is a "
+        "list of parts.",
+    )
+    start: _Index | None = Field(
+        default=None,
+        description="First character of the token within the message's content (or its part, or "
+        "the plain prompt).",
+    )
+    end: _Index | None = Field(default=None, description="One past its last character there.")
 
 
-class HopMass(_Described):
-    """Where the mass of one hop went; the masses add up to 1."""
+class HopMass(_Part):
+    """Where the mass of one hop went, as shares of this hop's own total, which add up to 1."""
 
-    hop: int = Field(ge=0)
-    input_mass: float = Field(ge=0)
-    reasoning_mass: float = Field(ge=0)
-    target_mass: float = Field(ge=0)
-    skipped_mass: float = Field(ge=0)
-    scores: list[float] | None = Field(
-        default=None, description="One score per prompt token; with include 'hops'."
+    hop: _Index = Field(description="Number of the hop; 0 explains the target itself.")
+    input_mass: _Share = Field(description="On prompt tokens that recursion does not follow.")
+    reasoning_mass: _Share = Field(
+        description="On tokens that recursion follows; the next hop spreads it further."
+    )
+    target_mass: _Share = Field(
+        description="On generated tokens that recursion does not follow, the target among them."
+    )
+    skipped_mass: _Share = Field(description="On tokens that the request's skip_tokens names.")
+    scores: list[_Share] | None = Field(
+        default=None,
+        description="One score per prompt token, which add up to input_mass; with include 'hops'.",
     )
 
 
-class SegmentScore(_Described):
-    """Score of one message, or of the rest of the prompt."""
+class ToolCallScore(_Part):
+    """Score of one tool call of an assistant's message; it is part of the message's score."""
 
-    role: str
-    score: float = Field(ge=0)
-    message: int | None = Field(default=None, ge=0)
-    name: str | None = None
-
-
-class SentenceScore(_Described):
-    """One sentence or line of the prompt and its share."""
-
-    message: int = Field(ge=0)
-    part: int | None = Field(default=None, ge=0, description="Index of the content part, if any.")
-    start: int = Field(ge=0, description="First character in the message.")
-    end: int = Field(ge=0, description="End, exclusive, in the message.")
-    text: str
-    tokens: int = Field(ge=1, description="Tokens of the prompt that it has.")
-    score: float = Field(ge=0, description="Of all its tokens.")
-    mean: float = Field(ge=0, description="Of its tokens; sentences are ranked by it.")
+    tool_call: _Index = Field(description="Index of the call within the message.")
+    id: str | None = Field(default=None, description="The call's id, if the client gave one.")
+    name: str | None = Field(default=None, description="Name of the function.")
+    score: _Share = Field(description="Sum of the scores of the call's tokens.")
 
 
-class GeneratedToken(_Described):
-    """One generated token and its share."""
+class SegmentScore(_Part):
+    """Score of one message, or of the rest of the prompt, which stands last.
 
-    index: int = Field(ge=0)
-    token: str | None = None
-    token_id: int | None = None
-    score: float = Field(ge=0)
+    The scores of all segments add up to the input mass.
+    """
+
+    message: _Index | None = Field(
+        default=None, description="Index of the message; absent for the rest of the prompt."
+    )
+    role: str = Field(
+        description="Role of the message, or 'prompt' for a plain prompt. Of the rest: 'template', "
+        "'prompt' where nothing could be located, or 'unlocated' where it holds messages that "
+        "could not be."
+    )
+    name: str | None = Field(default=None, description="The message's name, if it has one.")
+    tool_call_id: str | None = Field(
+        default=None, description="Of a tool's message: id of the call that it answers."
+    )
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    tool_calls: list[ToolCallScore] | None = Field(
+        default=None, description="Scores of the calls of an assistant's message that has any."
+    )
+    unlocated_messages: list[_Index] | None = Field(
+        default=None,
+        description="With role 'unlocated': indices of the messages whose place in the prompt is "
+        "not certain; they have no score of their own.",
+    )
 
 
-class AttributionUsage(_Described):
+class SentenceScore(_Part):
+    """One sentence or line of a message and its share."""
+
+    message: _Index = Field(
+        description="Index of the message that it stands in, 0 for a plain prompt."
+    )
+    part: _Index | None = Field(
+        default=None,
+        description="Index of the content part within the message; only where the content is a "
+        "list of parts.",
+    )
+    start: _Index = Field(description="First character within the content (or its part).")
+    end: _Index = Field(description="One past its last character there.")
+    text: str = Field(description="The sentence without blanks at either end.")
+    tokens: Annotated[int, Field(ge=1)] = Field(description="How many tokens of the prompt it has.")
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    mean: _Share = Field(
+        description="Mean of the scores of its tokens; sentences are ranked by it."
+    )
+
+
+class GeneratedToken(_Part):
+    """One generated token and the mass that passed through it."""
+
+    index: _Index = Field(description="Position among the generated tokens.")
+    token: str | None = Field(
+        default=None,
+        description="Text of the token, such that the texts join to the generated text; absent "
+        "for reasoning that the request leaves out of the answer.",
+    )
+    token_id: _Index | None = Field(
+        default=None, description="Id of the token in the model's vocabulary; absent likewise."
+    )
+    score: _Share = Field(
+        description="Mass that passed through the token, each hop counted with its weight; mass "
+        "on reasoning counts again wherever it flows next."
+    )
+
+
+class AttributionUsage(_Part):
     """What the attribution cost."""
 
-    recomputed_tokens: int = Field(ge=0)
-    cached_tokens: int = Field(ge=0)
-    seconds: dict[str, float]
+    recomputed_tokens: int = Field(ge=0, description="Tokens prefilled for it, over all hops.")
+    cached_tokens: int = Field(ge=0, description="Tokens that came from the prefix cache.")
+    seconds: dict[str, float] = Field(
+        description="Seconds by phase, over all hops: queue, prefill, attribution."
+    )
+    dropped_target_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Target tokens at the end that did not fit the model's context and were left "
+        "out of what is explained.",
+    )
 
 
-class AttributionError(_Described):
+class AttributionError(_Part):
     """Why there is no attribution."""
 
-    code: str
-    message: str
+    code: str = Field(description="Stable identifier, such as target_not_found.")
+    message: str = Field(description="One sentence for a person, with the field and the value.")
 
 
-class AttributionObject(_Described):
+class AttributionObject(_Part):
     """An attribution: its scores when completed, its error when failed or skipped."""
 
-    id: str = Field(pattern="^ft-[0-9a-f]{32}$")
-    object: Literal["flashtrace.attribution"]
-    status: Literal["queued", "running", "completed", "failed", "skipped"]
+    id: str = Field(pattern="^ft-[0-9a-f]{32}$", description="Id of the attribution.")
+    object: Literal["flashtrace.attribution"] = Field(description="Kind of the object.")
+    status: Status = Field(
+        description="'completed'; 'queued' or 'running' (deferred and not there yet); 'failed'; "
+        "or 'skipped' (not tried for lack of room; the same request may succeed later)."
+    )
     error: AttributionError | None = Field(
         default=None, description="Only with status 'failed' or 'skipped'."
     )
-    target: TargetFound | None = None
-    scores: list[ScoredToken] | None = None
-    prompt_tokens: int | None = Field(default=None, ge=0)
-    input_mass: float | None = Field(default=None, ge=0)
-    remaining_mass: float | None = Field(default=None, ge=0)
-    target_mass: float | None = Field(default=None, ge=0)
-    skipped_mass: float | None = Field(default=None, ge=0)
-    hops: list[HopMass] | None = None
-    segments: list[SegmentScore] | None = None
-    sentences: list[SentenceScore] | None = None
-    generated: list[GeneratedToken] | None = None
-    layers: list[list[float]] | None = None
-    tokens: list[str | None] | None = None
-    usage: AttributionUsage | None = None
+    target: TargetFound | None = Field(
+        default=None, description="What was explained. This and all that follows: only completed."
+    )
+    scores: list[TokenScore] | None = Field(
+        default=None,
+        description="Scores of prompt tokens: the top_k highest above 0, highest first, or with "
+        "top_k null all in the order of the prompt.",
+    )
+    prompt_tokens: _Index | None = Field(
+        default=None, description="Number of tokens of the rendered prompt."
+    )
+    input_mass: _Share | None = Field(
+        default=None,
+        description="Share of the whole mass on prompt tokens: the sum of all scores, those that "
+        "are not returned included. The four masses add up to 1.",
+    )
+    remaining_mass: _Share | None = Field(
+        default=None, description="Share still on the reasoning after the last hop."
+    )
+    target_mass: _Share | None = Field(
+        default=None,
+        description="Share on generated tokens that recursion does not follow, the target among "
+        "them.",
+    )
+    skipped_mass: _Share | None = Field(
+        default=None, description="Share on tokens that the request's skip_tokens names."
+    )
+    hops: list[HopMass] | None = Field(
+        default=None, description="Masses of each hop, the pass that explains the target first."
+    )
+    auto_stopped: Literal["threshold", "max_hops"] | None = Field(
+        default=None,
+        description="Why hops 'auto' ended: 'threshold' (less than the server's auto_threshold is "
+        "left on the reasoning) or 'max_hops' (as many hops as the server allows, although more "
+        "is left; see remaining_mass). Absent for a number of hops.",
+    )
+    segments: list[SegmentScore] | None = Field(
+        default=None, description="Scores of the messages; with include 'segments'."
+    )
+    sentences: list[SentenceScore] | None = Field(
+        default=None,
+        description="Sentences of the messages, the highest mean first, at most top_k; with "
+        "include 'sentences'.",
+    )
+    generated: list[GeneratedToken] | None = Field(
+        default=None, description="Every generated token; with include 'generated'."
+    )
+    layers: list[list[_Share]] | None = Field(
+        default=None,
+        description="For each layer one score per prompt token; with include 'layers'. Over the "
+        "layers they add up to the scores.",
+    )
+    tokens: list[str] | None = Field(
+        default=None,
+        description="Text of every prompt token, which join to the rendered prompt; with include "
+        "'tokens'.",
+    )
+    usage: AttributionUsage | None = Field(default=None, description="What it cost.")
 
 
-class DeletedAttribution(_Described):
+class DeletedAttribution(_Part):
     """A deferred attribution that is gone; its trace has been stopped if it was unfinished."""
 
-    id: str = Field(pattern="^ft-[0-9a-f]{32}$")
-    object: Literal["flashtrace.attribution.deleted"]
-    deleted: Literal[True]
+    id: str = Field(pattern="^ft-[0-9a-f]{32}$", description="Id of the attribution.")
+    object: Literal["flashtrace.attribution.deleted"] = Field(description="Kind of the object.")
+    deleted: Literal[True] = Field(description="Always true.")

@@ -1,7 +1,6 @@
 """Attributions in a terminal, drawn with rich.
 
-Invariant: the output stays readable without colour: where colours are off or the output is piped,
-brackets mark the hot tokens instead.
+Where colours are off or the output is piped, brackets mark the hot tokens instead.
 """
 
 from __future__ import annotations
@@ -171,7 +170,10 @@ def _mass_line(attribution: Attribution) -> Text:
         f"skipped {mass.skipped:.1%}",
     ]
     hops = len(attribution.hops)
-    return Text(f"\nMass: {' · '.join(parts)} ({hops} {'pass' if hops == 1 else 'passes'})")
+    passes = f"{hops} {'pass' if hops == 1 else 'passes'}"
+    if attribution.auto_stopped == "max_hops":
+        passes += ", the most that the server allows"
+    return Text(f"\nMass: {' · '.join(parts)} ({passes})")
 
 
 def _printable(text: str) -> str:
