@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Processes of the test suite; each keeps engines of its own, together about 8 GiB.
+JOBS ?= 2
+PYTEST_PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 export VLLM_TARGET_DEVICE ?= cpu
 
-.PHONY: help demo test test-fast lint docs bench bench-faithfulness clean
+.PHONY: help demo test test-fast test-long coverage lint docs bench bench-faithfulness clean
 
 help:
 	@echo "make demo   ask a small real model a question and see where its answer came from"
-	@echo "make test   lint, type-check and run all tests"
+	@echo "make test   lint, type-check, build the documentation and run all tests"
+	@echo "make test-long  fuzzing and mixed load at the scale of a release"
+	@echo "make coverage   the tests with branch coverage, processes that they start included"
 	@echo "make docs   the documentation, in site/"
 	@echo "make bench  small benchmarks"
 	@echo "make bench-faithfulness  do the scores find where answers come from? a small subset"
@@ -33,9 +38,21 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint docs
 	$(BIN)/vllm-flashtrace demo --model-path
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PYTEST_PARALLEL) --durations=10
+
+# The same tests at the scale of a release: more fuzzed requests, and a mixed load beside them.
+test-long: lint
+	FLASHTRACE_FUZZ_SCALE=6 $(BIN)/python -m pytest -q tests/server/test_fuzz.py --timeout 3600
+	$(BIN)/python -m benchmarks.mixed_load
+
+# Processes of the package that the tests start are measured too.
+coverage: $(VENV)/.dev
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -q $(PYTEST_PARALLEL) --timeout 900
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered
 
 $(VENV)/.docs: $(VENV)/.dev requirements/docs.txt
 	$(PIP) install --quiet --no-deps -r requirements/docs.txt
@@ -45,7 +62,7 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --quiet
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --ignore tests/engine --ignore tests/serving
+	$(BIN)/python -m pytest -q --ignore tests/engine --ignore tests/server --ignore tests/scale
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.trace_latency --eager
