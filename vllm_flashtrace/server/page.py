@@ -1,8 +1,8 @@
 """``GET /flashtrace``: a page to chat with the served model and see where its answers came from.
 
-Invariant: every file that can be fetched is listed here and read once, so a path from a client
-never reaches the file system; and the page holds no secret and no data of its own, all of which
-come from routes under ``/v1``, where ``--api-key`` is asked for.
+Every file that can be fetched is listed here and read once, so a path from a client never reaches
+the file system. The page holds no secret and no data of its own: both come from routes under
+``/v1``, where ``--api-key`` is asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 ROUTE = "/flashtrace"
 _HTML, _CSS, _SCRIPT = (f"text/{kind}; charset=utf-8" for kind in ("html", "css", "javascript"))
@@ -63,12 +63,17 @@ def page_router() -> APIRouter:
     router = APIRouter(include_in_schema=False)
     for path, package, name, media_type in _FILES:
         content = files(package).joinpath(name).read_bytes()
-        router.add_api_route(f"{ROUTE}{path}", _sender(content, media_type), methods=["GET"])
+        router.add_api_route(
+            f"{ROUTE}{path}", _sender(content, media_type), methods=["GET", "HEAD"]
+        )
     return router
 
 
-def _sender(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
-    async def send() -> Response:
-        return Response(content, media_type=media_type, headers=HEADERS)
+def _sender(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    async def send(request: Request) -> Response:
+        answer = Response(content, media_type=media_type, headers=HEADERS)
+        if request.method == "HEAD":
+            answer.body = b""  # The headers stay, the length among them.
+        return answer
 
     return send

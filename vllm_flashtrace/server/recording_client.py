@@ -1,7 +1,7 @@
-"""The tee: what the engine was given and what it answered, for one traced request.
+"""What the engine was given and what it answered, for one traced request.
 
-Invariant: the recorder only watches. Every output reaches vLLM's handler as the very object the
-engine produced, in the same order, and a request that is not traced never meets this module.
+The recorder only watches: every output reaches vLLM's handler as the very object that the engine
+produced, in the same order.
 """
 
 from __future__ import annotations

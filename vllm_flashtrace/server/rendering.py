@@ -1,7 +1,7 @@
 """vLLM's renderer and output parsers as the plain callables that post-processing asks for.
 
-Invariant: prompts are rendered by the same renderer, with the same parameters, as vLLM uses for
-the request itself; where that is not possible the answer is None, never an approximation.
+Prompts are rendered by the same renderer, with the same parameters, as vLLM uses for the request
+itself; where that is not possible the answer is None, never an approximation.
 """
 
 from __future__ import annotations
@@ -18,26 +18,38 @@ from vllm_flashtrace.api.request import FlashTraceRequest, ToolCallTarget
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
 
+Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
 
-def make_render(handler: Any, request: Any) -> Callable[[Sequence[Mapping[str, Any]]], str | None]:
+
+def make_render(handler: Any, request: Any) -> Render:
     """A function that renders other messages exactly as ``request``'s are rendered.
 
     Args:
         handler: vLLM's chat handler.
         request: The chat request, for its template arguments and tools.
+    """
+    online = handler.online_renderer
+    return render_with(online, lambda: _chat_params(online, request))
+
+
+def render_with(online: Any, chat_params: Callable[[], Any]) -> Render:
+    """A function that renders messages.
+
+    Args:
+        online: vLLM's ``OnlineRenderer``.
+        chat_params: Makes the template arguments and tools.
 
     Returns:
         ``messages -> prompt text``; None where this model's prompts have no text form (Harmony,
         Mistral's own tokenizer) or the template rejects the messages.
     """
-    online = handler.online_renderer
 
     def render(messages: Sequence[Mapping[str, Any]]) -> str | None:
         if online.use_harmony or is_mistral_tokenizer(online.renderer.tokenizer):
             return None
         try:
             _, prompt = online.renderer.render_messages(
-                copy.deepcopy(list(messages)), _chat_params(online, request)
+                copy.deepcopy(list(messages)), chat_params()
             )
         except VLLMClientError:  # what vLLM makes of an error raised inside a template
             return None

@@ -1,7 +1,7 @@
 """``/v1/responses`` with the ``flashtrace`` field.
 
-Invariant: the response and its events are vLLM's; the attribution is added to the output item that
-carries the answer, in the finished response and in the ``response.completed`` event.
+The attribution is added to the output item that carries the answer, in the finished response and in
+the ``response.completed`` event; everything else is vLLM's.
 
 Positions in messages count the messages that vLLM makes of the request for the chat template:
 ``instructions`` first, then the turns of ``previous_response_id``, then ``input``, where a
@@ -20,67 +20,57 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.exceptions import VLLMClientError
 from vllm.renderers import merge_kwargs
-from vllm.utils.mistral import is_mistral_tokenizer
 
 from vllm_flashtrace.api.checks import check_messages
 from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
 from vllm_flashtrace.base.errors import InvalidRequestError
-from vllm_flashtrace.server.openai import ErrorResponse, error_response
 from vllm_flashtrace.server.recording_client import RecordingClient
-from vllm_flashtrace.server.rendering import make_reasoning_parser, require_tool_calls
+from vllm_flashtrace.server.rendering import (
+    Render,
+    make_reasoning_parser,
+    render_with,
+    require_tool_calls,
+)
 from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
+from vllm_flashtrace.server.traced_handler import Recording, TracedHandler
 
-Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
 
-
-class TracedResponses(OpenAIServingResponses):
+class TracedResponses(TracedHandler, OpenAIServingResponses):
     """``/v1/responses`` with the ``flashtrace`` field."""
 
-    def __init__(self, stock: OpenAIServingResponses, service: TraceService) -> None:
-        """Takes over the attributes of ``stock`` and keeps it for the actual work."""
-        self.__dict__.update(vars(stock))
-        self._stock = stock
-        self._service = service
-
     async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
-        """Adds the attribution to vLLM's answer: a response, events, or an error as it is."""
-        try:
-            flashtrace = self._service.parse_request(request)
-            if flashtrace is None:
-                return await self._stock.create_responses(request, raw_request)
-            if request.background:
-                raise InvalidRequestError(
-                    "background",
-                    "background=true cannot be combined with flashtrace: such a response counts "
-                    "as completed before its attribution is there; use mode 'deferred' instead",
-                )
-            require_tool_calls(flashtrace, self.parser, request)
-            handler = _RecordingResponses(self._stock, flashtrace, request)
-            response = await handler.create_responses(request, raw_request)
-        except InvalidRequestError as error:
-            return error_response(error)
-        if isinstance(response, ErrorResponse):
-            return response
-        if isinstance(response, AsyncGenerator):
-            return self._with_attribution(response, handler)
-        await self._attribute(response, handler)
+        """Serves a response; see :meth:`TracedHandler.serve`."""
+        return await self.serve("create_responses", request, raw_request)
+
+    def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
+        """A copy that notes what vLLM makes of the request while it renders it."""
+        if request.background:
+            raise InvalidRequestError(
+                "background",
+                "background=true cannot be combined with flashtrace: such a response counts as "
+                "completed before its attribution is there; use mode 'deferred' instead",
+            )
+        require_tool_calls(flashtrace, self.parser, request)
+        handler = _RecordingResponses(self._stock, flashtrace, request)
+        return Recording(handler, lambda: handler.session(self._service))
+
+    async def attach(self, response: Any, session: TraceSession) -> Any:
+        """The response, with the attribution on the output item that it explains."""
+        [attribution] = await session.all_of([0])
+        carrier = _answer(response.output, session.flashtrace)
+        (response if carrier is None else carrier).flashtrace = attribution
         return response
 
-    async def _with_attribution(
-        self, events: AsyncGenerator[Any, None], handler: _RecordingResponses
+    async def attach_to_stream(
+        self, events: AsyncGenerator[Any, None], session: Callable[[], TraceSession]
     ) -> AsyncGenerator[Any, None]:
+        """The events, with the attribution in the finished response of the last one."""
         async with aclosing(events):
             async for event in events:
                 if event.type == "response.completed":
-                    await self._attribute(event.response, handler)
+                    await self.attach(event.response, session())
                 yield event
-
-    async def _attribute(self, response: Any, handler: _RecordingResponses) -> None:
-        [attribution] = await handler.session(self._service).all_of([0])
-        carrier = _answer(response.output, handler.flashtrace)
-        (response if carrier is None else carrier).flashtrace = attribution
 
 
 class _RecordingResponses(OpenAIServingResponses):
@@ -90,7 +80,7 @@ class _RecordingResponses(OpenAIServingResponses):
         self, stock: OpenAIServingResponses, flashtrace: FlashTraceRequest, request: Any
     ) -> None:
         self.__dict__.update(vars(stock))
-        self.flashtrace = flashtrace
+        self._flashtrace = flashtrace
         self._request = request
         self._messages: Sequence[Mapping[str, Any]] = ()
         self._render: Render | None = None
@@ -113,8 +103,10 @@ class _RecordingResponses(OpenAIServingResponses):
         check_messages(messages, "input")
         self._messages = copy.deepcopy(messages)
         defaults = merge_kwargs(default_template_kwargs, {"tools": tool_dicts, "tokenize": False})
-        params = request.build_chat_params(default_template, default_template_content_format)
-        self._render = _make_render(self._stock_renderer, params.with_defaults(defaults))
+        params = request.build_chat_params(
+            default_template, default_template_content_format
+        ).with_defaults(defaults)
+        self._render = render_with(self._stock_renderer, lambda: params)
         return await self._stock_renderer.preprocess_chat(
             request,
             messages,
@@ -127,14 +119,14 @@ class _RecordingResponses(OpenAIServingResponses):
 
     def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any) -> Any:
         # A plain function: a refusal has to come before a stream is promised.
-        check_against_limit(self.flashtrace, kwargs["sampling_params"].max_tokens)
+        check_against_limit(self._flashtrace, kwargs["sampling_params"].max_tokens)
         return super()._generate_with_builtin_tools(*args, **kwargs)
 
     def session(self, service: TraceService) -> TraceSession:
         """The traces of the request, once its generation is over."""
         view: Any = _ChatView(self)
         facts = RequestFacts(
-            flashtrace=self.flashtrace,
+            flashtrace=self._flashtrace,
             choices_per_prompt=1,
             messages=self._messages,
             render=self._render,
@@ -156,22 +148,6 @@ class _ChatView:
         self.model_config = handler.model_config
         self._make_parser = handler._make_response_parser
         self._effective_chat_template_kwargs = handler._effective_chat_template_kwargs
-
-
-def _make_render(online: Any, chat_params: Any) -> Render:
-    """See :func:`vllm_flashtrace.server.rendering.make_render`."""
-
-    def render(messages: Sequence[Mapping[str, Any]]) -> str | None:
-        if online.use_harmony or is_mistral_tokenizer(online.renderer.tokenizer):
-            return None
-        try:
-            _, prompt = online.renderer.render_messages(copy.deepcopy(list(messages)), chat_params)
-        except VLLMClientError:
-            return None
-        text = prompt.get("prompt")
-        return text if isinstance(text, str) else None
-
-    return render
 
 
 def _answer(items: Sequence[Any], flashtrace: FlashTraceRequest) -> Any | None:

@@ -1,15 +1,8 @@
-"""The traces of one HTTP request, and what the routes share: tracer, limits, rules for accepting.
+"""The traces of one HTTP request, and what all requests of an API server share.
 
-What the routes share: the tracer, its limits, and the rules for accepting a request.
-
-Invariant: a request that carries a ``flashtrace`` field is either accepted whole or refused with
-an :class:`InvalidRequestError` before anything is generated; the field is never dropped silently.
-
-The traces of one HTTP request: which completion each choice was, and its running trace.
-
-Invariant: every task started here is finished or cancelled, and awaited, before ``close``
-returns, and a trace that fails leaves its completion untouched. A deferred trace is handed over
-whole and is no task of this request.
+A request with the ``flashtrace`` field is accepted whole or refused with an `InvalidRequestError`
+before anything is generated; the field is never dropped silently. A trace that fails leaves its
+completion untouched.
 """
 
 from __future__ import annotations
@@ -21,7 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vllm_flashtrace.api.request import FlashTraceRequest, RequestLimits, parse_flashtrace_field
+from vllm_flashtrace.api.request import (
+    FIELD,
+    FlashTraceRequest,
+    RequestLimits,
+    parse_flashtrace_field,
+)
 from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.base.records import Completion
@@ -30,166 +28,18 @@ from vllm_flashtrace.server.recording_client import RecordedPrompt
 from vllm_flashtrace.trace.tracer import AsyncTracer, EngineContext
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY
 
-FIELD = "flashtrace"
+Attribution = dict[str, Any]
+
+# Keys of `vllm_xargs` that clients must not set: internal trace requests travel under them.
 RESERVED_XARGS = frozenset({EXTRA_ARGS_KEY, "flashtrace_trace"})
 
 
-@dataclass(frozen=True, slots=True)
-class TraceService:
-    """Attribution service of one API server process.
-
-    Attributes:
-        tracer: Runs the traces.
-        limits: Bounds that a request is checked against.
-        deferred: Attributions that outlive their requests.
-        unsupported: Why the served model cannot be traced, None when it can.
-    """
-
-    tracer: AsyncTracer
-    limits: RequestLimits
-    deferred: DeferredAttributions
-    unsupported: str | None = None
-
-    def parse_request(self, request: Any) -> FlashTraceRequest | None:
-        """Validates the ``flashtrace`` field of a vLLM request model.
-
-        Args:
-            request: Chat or completion request; our field is in its ``model_extra``.
-
-        Returns:
-            None when no attribution is asked for.
-
-        Raises:
-            InvalidRequestError: Naming the field and its value.
-        """
-        parsed = self.parse_field_of(request, (request.model_extra or {}).get(FIELD))
-        if parsed is not None and getattr(request, "use_beam_search", False):
-            raise InvalidRequestError(
-                "use_beam_search",
-                "use_beam_search=true cannot be combined with flashtrace: beams are searched by "
-                "inner requests that cannot be traced",
-            )
-        return parsed
-
-    def parse_field_of(self, request: Any, value: Any) -> FlashTraceRequest | None:
-        """Validates the field's ``value`` and that nothing else in ``request`` poses as it.
-
-        Raises:
-            InvalidRequestError: Naming the field and its value.
-        """
-        refuse_reserved_xargs(request)
-        return self.parse_field(value)
-
-    def parse_field(self, value: Any) -> FlashTraceRequest | None:
-        """Validates one value of the field; None for null and false.
-
-        Raises:
-            InvalidRequestError: A bad value, or a model that cannot be traced.
-        """
-        parsed = parse_flashtrace_field(value, self.limits)
-        if parsed is not None and self.unsupported is not None:
-            raise InvalidRequestError(
-                FIELD,
-                f"flashtrace: the served model cannot be traced: {self.unsupported}",
-                code="unsupported_model",
-            )
-        return parsed
-
-    async def attribute(
-        self,
-        request: FlashTraceRequest,
-        completion: Completion,
-        context: EngineContext,
-        *,
-        trace_id: str,
-        route: str,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """Attributes a completion now, or later if ``request`` is deferred.
-
-        Args:
-            request: What is asked for.
-            completion: The completion to explain.
-            context: What the trace shares with it.
-            trace_id: Fresh id of the attribution.
-            route: Route of the HTTP request.
-            options: Further arguments of :meth:`AsyncTracer.attribute`.
-
-        Returns:
-            The attribution object; of a deferred one, the ``queued`` object at once.
-        """
-        job = partial(
-            self.tracer.attribute,
-            request,
-            completion,
-            context,
-            trace_id=trace_id,
-            route=route,
-            **options,
-        )
-        if request.mode != "deferred":
-            return await job()
-        try:
-            return await self.deferred.submit(trace_id, job)
-        except TraceError as error:
-            return self.tracer.lost(trace_id, error, context, route=route)
-
-    async def close(self) -> None:
-        """Ends what outlives the requests; the last thing that is called."""
-        await self.deferred.close()
-
-
-def refuse_reserved_xargs(request: Any) -> None:
-    """Keeps clients from reaching the key under which internal trace requests travel.
-
-    Raises:
-        InvalidRequestError: ``vllm_xargs`` holds a reserved key.
-    """
-    # The batch request model does not declare the field; it may still be sent.
-    xargs = getattr(request, "vllm_xargs", None)
-    if not isinstance(xargs, dict):
-        return
-    for key in sorted(RESERVED_XARGS.intersection(xargs)):
-        raise InvalidRequestError(
-            f"vllm_xargs.{key}", f"vllm_xargs.{key} is reserved for internal use"
-        )
-
-
-Attribution = dict[str, Any]
-
-
-def new_trace_id() -> str:
-    """A fresh public id of one attribution; whoever knows it may fetch a deferred one."""
-    return f"ft-{secrets.token_hex(16)}"
-
-
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
-    """What the HTTP request says about the completions that the engine cannot know.
-
-    Attributes:
-        flashtrace: The validated ``flashtrace`` field.
-        choices_per_prompt: ``n``; choice ``i`` belongs to prompt ``i // n``.
-        prompt_texts: The client's own prompt strings, one per prompt, None where it sent ids.
-        messages: The client's chat messages, None for a plain completion.
-        generates: False when the client only wants its prompt echoed.
-        render: Renders chat messages as this request's prompt was rendered, or None.
-        reasoning_parser: Makes the reasoning finder for given prompt token ids, or None.
-        route: Route of the request, for metrics and logs.
-    """
-
-    flashtrace: FlashTraceRequest
-    choices_per_prompt: int
-    prompt_texts: Sequence[str | None] = ()
-    messages: Sequence[Mapping[str, Any]] | None = None
-    generates: bool = True
-    render: Callable[..., Any] | None = None
-    reasoning_parser: Callable[[Sequence[int]], Any] | None = None
-    route: str = "/v1/chat/completions"
-
-
 class TraceSession:
-    """Runs one trace per choice of a request."""
+    """Runs one trace per choice of a request.
+
+    Each is a task, which is finished or cancelled, and awaited, when :meth:`close` returns; a
+    deferred trace is handed over whole and is no task of the request.
+    """
 
     def __init__(
         self, service: TraceService, facts: RequestFacts, prompts: Sequence[RecordedPrompt]
@@ -207,9 +57,9 @@ class TraceSession:
             )
 
     @property
-    def started(self) -> list[int]:
-        """Indices of the choices whose traces were started, in that order."""
-        return list(self._tasks)
+    def flashtrace(self) -> FlashTraceRequest:
+        """What the request asks for."""
+        return self._facts.flashtrace
 
     def done(self, index: int) -> bool:
         """Whether the trace of choice ``index`` has ended."""
@@ -291,4 +141,153 @@ class TraceSession:
             text=choice.text,
             prompt_text=texts[prompt_index] if prompt_index < len(texts) else None,
             messages=self._facts.messages,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What the HTTP request says about the completions that the engine cannot know.
+
+    Attributes:
+        flashtrace: The validated ``flashtrace`` field.
+        choices_per_prompt: ``n``; choice ``i`` belongs to prompt ``i // n``.
+        prompt_texts: The client's own prompt strings, one per prompt, None where it sent ids.
+        messages: The client's chat messages, None for a plain completion.
+        generates: False when the client only wants its prompt echoed.
+        render: Renders chat messages as this request's prompt was rendered, or None.
+        reasoning_parser: Makes the reasoning finder for given prompt token ids, or None.
+        route: Route of the request, for metrics and logs.
+    """
+
+    flashtrace: FlashTraceRequest
+    choices_per_prompt: int
+    prompt_texts: Sequence[str | None] = ()
+    messages: Sequence[Mapping[str, Any]] | None = None
+    generates: bool = True
+    render: Callable[..., Any] | None = None
+    reasoning_parser: Callable[[Sequence[int]], Any] | None = None
+    route: str = "/v1/chat/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class TraceService:
+    """Attribution service of one API server process.
+
+    Attributes:
+        tracer: Runs the traces.
+        limits: Bounds that a request is checked against.
+        deferred: Attributions that outlive their requests.
+        unsupported: Why the served model cannot be traced, None when it can.
+    """
+
+    tracer: AsyncTracer
+    limits: RequestLimits
+    deferred: DeferredAttributions
+    unsupported: str | None = None
+
+    def parse_request(self, request: Any, value: Any) -> FlashTraceRequest | None:
+        """Validates the field of a request, and that nothing else in it poses as the field.
+
+        Args:
+            request: vLLM's model of the request.
+            value: The field as sent; None where the request has none.
+
+        Returns:
+            None when no attribution is asked for.
+
+        Raises:
+            InvalidRequestError: Naming the field and its value.
+        """
+        refuse_reserved_xargs(request)
+        parsed = self.parse_field(value)
+        if parsed is not None and getattr(request, "use_beam_search", False):
+            raise InvalidRequestError(
+                "use_beam_search",
+                f"use_beam_search=true cannot be combined with {FIELD}: beams are searched by "
+                "inner requests that cannot be traced",
+            )
+        return parsed
+
+    def parse_field(self, value: Any) -> FlashTraceRequest | None:
+        """Validates one value of the field; None for null and false.
+
+        Raises:
+            InvalidRequestError: A bad value, or a model that cannot be traced.
+        """
+        parsed = parse_flashtrace_field(value, self.limits)
+        if parsed is not None and self.unsupported is not None:
+            raise InvalidRequestError(
+                FIELD,
+                f"{FIELD}: the served model cannot be traced: {self.unsupported}",
+                code="unsupported_model",
+            )
+        return parsed
+
+    async def attribute(
+        self,
+        request: FlashTraceRequest,
+        completion: Completion,
+        context: EngineContext,
+        *,
+        trace_id: str,
+        route: str,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Attributes a completion now, or later if ``request`` is deferred.
+
+        Args:
+            request: What is asked for.
+            completion: The completion to explain.
+            context: What the trace shares with it.
+            trace_id: Fresh id of the attribution.
+            route: Route of the HTTP request.
+            options: Further arguments of :meth:`AsyncTracer.attribute`.
+
+        Returns:
+            The attribution object; of a deferred one, the ``queued`` object at once.
+        """
+        job = partial(
+            self.tracer.attribute,
+            request,
+            completion,
+            context,
+            trace_id=trace_id,
+            route=route,
+            **options,
+        )
+        if request.mode != "deferred":
+            return await job()
+        try:
+            return await self.deferred.submit(trace_id, job)
+        except TraceError as error:
+            return self.tracer.lost(trace_id, error, context, route=route)
+
+    async def close(self) -> None:
+        """Ends what outlives the requests; the last thing that is called."""
+        await self.deferred.close()
+
+
+def service_of(state: Any) -> TraceService | None:
+    """The service of an application by its ``app.state``; None where the plugin is off."""
+    return getattr(state, "flashtrace", None)
+
+
+def new_trace_id() -> str:
+    """A fresh public id of one attribution; whoever knows it may fetch a deferred one."""
+    return f"ft-{secrets.token_hex(16)}"
+
+
+def refuse_reserved_xargs(request: Any) -> None:
+    """Keeps clients from reaching the key under which internal trace requests travel.
+
+    Raises:
+        InvalidRequestError: ``vllm_xargs`` holds a reserved key.
+    """
+    # The batch request model does not declare the field; it may still be sent.
+    xargs = getattr(request, "vllm_xargs", None)
+    if not isinstance(xargs, dict):
+        return
+    for key in sorted(RESERVED_XARGS.intersection(xargs)):
+        raise InvalidRequestError(
+            f"vllm_xargs.{key}", f"vllm_xargs.{key} is reserved for internal use"
         )

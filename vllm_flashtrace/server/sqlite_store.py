@@ -1,17 +1,7 @@
 """Deferred attributions of all API servers of one machine, in one SQLite file.
 
-The private folder in which the API servers of one launcher share deferred attributions.
-
-Invariant: the folder belongs to this user alone (mode 0700) and is removed by the process that
-chose its name; no client can name it, and nothing is created before the first attribution.
-
-Invariant: there are never more entries nor bytes than the bounds allow. Only finished entries make
-room for new ones, the oldest first; an entry that is over its time is as good as absent, and one
-whose server is gone has failed.
-
-Which store an API server keeps its deferred attributions in.
-
-Invariant: every API server has a name of its own in the store it shares.
+The file lies in a folder of this user alone, whose name travels in the environment of the process
+that chose it, and which that process removes. Nothing is created before the first attribution.
 """
 
 from __future__ import annotations
@@ -32,54 +22,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_flashtrace.api.response import OBJECT
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.server.deferred import AttributionStore, StoreLimits
-from vllm_flashtrace.text.result import OBJECT, failed_result
+from vllm_flashtrace.text.result import failed_result
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
 STORE_ENV = "FLASHTRACE_STORE"
+# Makes a store from this server's name and the bounds.
+StoreMaker = Callable[[str, StoreLimits], AttributionStore]
+
 _PRIVATE = 0o700
-
-
-def ensure_store_folder() -> Path:
-    """The folder's path, chosen by the first process that asks and inherited by its children.
-
-    Like the secret, the path travels in the environment. Only the name is decided here, so that a
-    process that never defers an attribution leaves nothing on the disk.
-    """
-    known = os.environ.get(STORE_ENV)
-    if known:
-        return Path(known)
-    path = Path(tempfile.gettempdir()) / f"flashtrace-{secrets.token_hex(16)}"
-    os.environ[STORE_ENV] = str(path)
-    atexit.register(_remove, path, os.getpid())
-    return path
-
-
-def open_store_folder(path: Path) -> Path:
-    """Creates the folder, or checks the one that another process of ours created.
-
-    Raises:
-        PermissionError: It is a link, is another user's, or others may enter it.
-        OSError: It cannot be created.
-    """
-    try:
-        path.mkdir(mode=_PRIVATE)
-    except FileExistsError:
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode):
-            raise PermissionError(f"{STORE_ENV}: {path} is not a folder") from None
-        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise PermissionError(f"{STORE_ENV}: {path} is not private to this user") from None
-    return path
-
-
-def _remove(path: Path, chooser: int) -> None:
-    # A forked child runs the same exit handlers and must leave the folder to its parent.
-    if os.getpid() == chooser:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 _FILE = "attributions.sqlite3"
 _ID = re.compile(r"ft-[0-9a-f]{32}")
 _BUSY_SECONDS = 30.0
@@ -103,7 +56,12 @@ CREATE INDEX IF NOT EXISTS by_age ON attributions (finished, changed);
 
 
 class SqliteStore:
-    """One API server's view of the shared file; see :class:`AttributionStore`."""
+    """One API server's view of the shared file; see :class:`AttributionStore`.
+
+    There are never more entries nor bytes than the bounds allow. Only finished entries make room
+    for new ones, the oldest first. An entry that is over its time is as good as absent, and one
+    whose server is gone has failed.
+    """
 
     def __init__(
         self,
@@ -297,12 +255,8 @@ def _pending(attribution_id: str, status: str) -> str:
     return json.dumps(entry, separators=(",", ":"))
 
 
-# Makes a store from this server's name and the bounds.
-StoreMaker = Callable[[str, StoreLimits], AttributionStore]
-
-
 def make_store(config: FlashTraceConfig, maker: StoreMaker | None = None) -> AttributionStore:
-    """The store of one API server process.
+    """The store of one API server process, which gets a name of its own among those that share it.
 
     Args:
         config: Has the bounds.
@@ -317,3 +271,42 @@ def make_store(config: FlashTraceConfig, maker: StoreMaker | None = None) -> Att
     if maker is not None:
         return maker(owner, limits)
     return SqliteStore(ensure_store_folder(), owner, limits)
+
+
+def ensure_store_folder() -> Path:
+    """The folder's path, chosen by the first process that asks and inherited by its children.
+
+    Like the secret, the path travels in the environment. Only the name is decided here, so that a
+    process that never defers an attribution leaves nothing on the disk.
+    """
+    known = os.environ.get(STORE_ENV)
+    if known:
+        return Path(known)
+    path = Path(tempfile.gettempdir()) / f"flashtrace-{secrets.token_hex(16)}"
+    os.environ[STORE_ENV] = str(path)
+    atexit.register(_remove, path, os.getpid())
+    return path
+
+
+def open_store_folder(path: Path) -> Path:
+    """Creates the folder, or checks the one that another process of ours created.
+
+    Raises:
+        PermissionError: It is a link, is another user's, or others may enter it.
+        OSError: It cannot be created.
+    """
+    try:
+        path.mkdir(mode=_PRIVATE)
+    except FileExistsError:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise PermissionError(f"{STORE_ENV}: {path} is not a folder") from None
+        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+            raise PermissionError(f"{STORE_ENV}: {path} is not private to this user") from None
+    return path
+
+
+def _remove(path: Path, chooser: int) -> None:
+    # A forked child runs the same exit handlers and must leave the folder to its parent.
+    if os.getpid() == chooser:
+        shutil.rmtree(path, ignore_errors=True)

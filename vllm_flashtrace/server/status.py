@@ -1,7 +1,7 @@
 """``GET /v1/attributions/status``: can this server attribute, and if not, why.
 
-Invariant: the report always comes, within :data:`ENGINE_SECONDS` of an engine that does not answer,
-and says so then instead of showing old figures. It holds nothing of any request.
+The report comes within :data:`ENGINE_SECONDS` also where the engine does not answer, and says so
+then instead of showing old figures. It holds nothing of any request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attributions inside a server-sent event stream.
 
-Invariant: vLLM's own events pass unchanged and in order, none of them later than without a trace
-except the closing ones (usage and ``[DONE]``, ``message_stop``), which wait for the attributions.
+vLLM's own events pass unchanged and in order, none of them later than without a trace except the
+closing ones (usage and ``[DONE]``, ``message_stop``), which wait for the attributions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from vllm_flashtrace.api.request import FIELD
 from vllm_flashtrace.server.session import Attribution, TraceSession
 
 _DATA = "data: "
@@ -28,12 +29,12 @@ ChoiceWithAttribution = Callable[[int, Attribution], dict[str, Any]]
 
 def chat_choice(index: int, attribution: Attribution) -> dict[str, Any]:
     """The choice of a chat chunk; client SDKs keep unknown keys of ``delta``."""
-    return {"index": index, "delta": {"flashtrace": attribution}, "finish_reason": None}
+    return {"index": index, "delta": {FIELD: attribution}, "finish_reason": None}
 
 
 def text_choice(index: int, attribution: Attribution) -> dict[str, Any]:
     """The choice of a plain completion chunk, which has no ``delta``."""
-    return {"index": index, "text": "", "flashtrace": attribution, "finish_reason": None}
+    return {"index": index, "text": "", FIELD: attribution, "finish_reason": None}
 
 
 async def with_attributions(
@@ -90,8 +91,8 @@ async def with_attribution_of_message(
             async for event in events:
                 if event.startswith(_MESSAGE_STOP):
                     session.start(0)
-                    data = {"type": "flashtrace", "flashtrace": await session.result(0)}
-                    yield f"event: flashtrace\n{_DATA}{json.dumps(data, separators=(',', ':'))}\n\n"
+                    data = {"type": FIELD, FIELD: await session.result(0)}
+                    yield f"event: {FIELD}\n{_DATA}{json.dumps(data, separators=(',', ':'))}\n\n"
                 yield event
                 if event.startswith(_MESSAGE_ENDS):
                     session.start(0)
