@@ -22,7 +22,7 @@ _MARKER = re.compile(r"^\{\{ (\w+)(?: ([\w./-]+))? \}\}$", re.MULTILINE)
 _TABLE_MARKER = re.compile(r"^(<!-- /?\w+(?::\w+)? -->)\n", re.MULTILINE)
 _TYPES = {"null": "null", "boolean": "boolean", "integer": "integer", "number": "number"}
 # Files of the repository that are pages as well, by their path from the root.
-_PAGES = {
+FILES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
@@ -61,7 +61,7 @@ def file(name: str) -> str:
         if "://" in target or not target:
             return found[0]
         path = os.path.normpath(folder / target)
-        page = _PAGES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        page = FILES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
         if page is None:
             raise ValueError(f"{name} links to {target}, which is no page")
         return f"]({page}{'#' + anchor if anchor else ''})"
