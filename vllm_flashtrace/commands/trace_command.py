@@ -60,9 +60,8 @@ def show(attribution: Attribution, *, full: bool, rows: int) -> None:
     if attribution.status == "completed":
         console.print(render_terminal(attribution, full=full, rows=rows))
     else:
-        console.print(
-            Text("Completion  ", "bold").append(attribution.text or "(empty)", "not bold")
-        )
+        answer = (attribution.text or "").strip() or "(empty)"
+        console.print(Text.assemble(("Completion  ", "bold"), answer))
 
 
 def why_none(attribution: Attribution) -> str:
@@ -83,7 +82,7 @@ def read_text(path: Path, option: str) -> str:
         text = sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {name} is not UTF-8 text: {error.reason}") from None
-    if not text:
+    if not text.strip():
         raise ValueError(f"{option} {name} is empty")
     return text
 

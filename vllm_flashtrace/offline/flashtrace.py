@@ -115,6 +115,11 @@ class FlashTrace:
             lora_request: ``vllm.lora.request.LoRARequest`` of the adapter for all of them.
             **chat_args: Passed to ``LLM.chat`` for chats.
 
+        Returns:
+            One attribution per completion, in the order of the prompts. Where there is none, say
+            because nothing was generated, its ``status`` is ``failed`` or ``skipped`` and its
+            ``error`` says why; the completion's text is there all the same.
+
         Raises:
             InvalidRequestError: The ``flashtrace`` field is bad; nothing is generated.
             TypeError: A prompt is of none of these forms.
@@ -139,6 +144,13 @@ class FlashTrace:
             completion: The generated text, or its token ids.
             flashtrace: The ``flashtrace`` request field.
             lora_request: The adapter that is to explain it.
+
+        Returns:
+            The attribution; see :meth:`generate` for its ``status``.
+
+        Raises:
+            InvalidRequestError: The ``flashtrace`` field is bad.
+            TypeError: The prompt is of none of these forms.
         """
         request = self._parse(flashtrace)
         [prompt] = as_prompts([prompt])

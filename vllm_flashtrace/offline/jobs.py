@@ -1,6 +1,6 @@
 """Runs attributions on a ``vllm.LLM`` hop by hop, every hop of all of them as one batch.
 
-Invariant: jobs are independent. One that fails keeps its error and drops out, and the others go on.
+One that fails keeps its error and drops out, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import Completion, TraceReport, TraceUsage
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.result import build_result, failed_result
+from vllm_flashtrace.trace import pickup
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.pickup import decode_status, pick_up
 
 if TYPE_CHECKING:
     from vllm_flashtrace.trace.hop import TraceCall
@@ -56,7 +56,7 @@ class _Call:
 
 def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> None:
     """Runs all hops of all jobs; afterwards every job has its ``outcome``."""
-    status = decode_status(llm.collective_rpc("flashtrace_status"))
+    status = pickup.decode_status(llm.collective_rpc("flashtrace_status"))
     budget = AccumulatorBudget.from_status(status)
     while _advance(jobs, llm, config, budget):
         pass
@@ -123,15 +123,8 @@ def _collect(llm: Any, call: _Call, seconds: float) -> None:
 
 
 def pick_up_now(llm: Any, nonce: str) -> TraceReport:
-    """Picks up a trace's report from the workers of a ``vllm.LLM``; see `pickup.pick_up`."""
-    pickup = pick_up(nonce)
-    request = next(pickup)
-    while True:
-        try:
-            request = pickup.send(llm.collective_rpc(request.method, args=request.args))
-        except StopIteration as done:
-            report: TraceReport = done.value
-            return report
+    """Picks up a trace's report from the workers of a ``vllm.LLM``."""
+    return pickup.pick_up_now(nonce, lambda method, args: llm.collective_rpc(method, args=args))
 
 
 def _unfinished(jobs: Sequence[TraceJob]) -> Iterator[tuple[TraceJob, TracePlan]]:

@@ -1,4 +1,7 @@
-"""A stand-in for the replica: answers at once, or takes its process with it."""
+"""A stand-in for the replica: answers at once, or takes its process with it.
+
+Every worker that Ray starts imports this module, so it imports no more than it needs.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,58 @@ import json
 import os
 from typing import Any
 
-from tests.scale.batch.test_results import ATTRIBUTION, chat
 from vllm_flashtrace.scale.batch.batch_replica import ReplicaError
 from vllm_flashtrace.scale.batch.results import Outcome
 
 POISON, REFUSE = "poison", "refuse"
+SCORES = [
+    {
+        "index": 1,
+        "token": "a\ud800",
+        "token_id": 7,
+        "score": 0.5,
+        "message": 0,
+        "start": 0,
+        "end": 1,
+    },
+    {"index": 4, "token": "<|im_end|>", "token_id": 2, "score": 0.25},
+]
+ATTRIBUTION = {
+    "id": "ft-1",
+    "object": "flashtrace.attribution",
+    "status": "completed",
+    "target": {"text": "no", "tokens": [[0, 1]]},
+    "scores": SCORES,
+    "prompt_tokens": 5,
+    "input_mass": 0.8,
+    "remaining_mass": 0.1,
+    "target_mass": 0.1,
+    "skipped_mass": 0.0,
+    "hops": [
+        {"hop": 0, "input_mass": 0.8, "reasoning_mass": 0.1, "target_mass": 0.1, "skipped_mass": 0}
+    ],
+}
+
+
+def chat(*attributions: Any) -> dict[str, Any]:
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": f"no {i}"},
+            "finish_reason": "stop",
+            **({} if attribution is None else {"flashtrace": attribution}),
+        }
+        for i, attribution in enumerate(attributions)
+    ]
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": choices,
+        "usage": usage,
+    }
 
 
 class StandIn:

@@ -1,4 +1,9 @@
-"""The command on a real engine, killed and run again."""
+"""The command on a real engine, killed and run again.
+
+Three engines start, each in a run of the command that has a Ray of its own, which is what a kill
+ends: the uninterrupted run that the others are compared with, the run that is killed, and the one
+that goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.batch_runs import Batch, difference, malformed, requests, results, write_lines
+from tests import engine_starts
 from tests.tiny_models import make_tiny_model
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(1800)
 ROWS = 40
 BAD = 10
-SECONDS = 200.0
+SECONDS = 800.0
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +47,12 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
 @pytest.fixture(scope="module")
 def whole(batch: Batch) -> dict[str, dict[str, Any]]:
     """What an uninterrupted run gives."""
-    run_to_the_end(batch)
+    run_to_the_end(batch, "a batch that nothing interrupts")
     return results(batch.output)
 
 
-def run_to_the_end(batch: Batch) -> None:
+def run_to_the_end(batch: Batch, reason: str) -> None:
+    engine_starts.note(reason)
     run = batch.start()
     try:
         run.finish(SECONDS)
@@ -77,14 +84,15 @@ def test_killed_runs_end_as_an_uninterrupted_one(
     batch: Batch, whole: dict[str, dict[str, Any]]
 ) -> None:
     killed = replace(batch, output=batch.output.with_name("killed"))
+    engine_starts.note("a batch that is killed")
     run = killed.start()
     run.wait_for_rows(8, SECONDS)
     engines = run.kill()
     assert engines
-    assert psutil.wait_procs(engines, timeout=30)[1] == []
+    assert psutil.wait_procs(engines, timeout=120)[1] == []
     before = run.rows()
     assert 8 <= before < ROWS + BAD
-    run_to_the_end(killed)
+    run_to_the_end(killed, "a batch that goes on after a kill")
     unequal, distance = difference(whole, results(killed.output))
     assert unequal == 0
     assert distance < 1e-3

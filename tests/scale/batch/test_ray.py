@@ -1,4 +1,4 @@
-"""The pipelines on a real Ray, with a replica that needs no engine."""
+"""The pipelines on a real Ray, one for all of these tests, with a replica that needs no engine."""
 
 from __future__ import annotations
 

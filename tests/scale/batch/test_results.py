@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from openai.types.chat import ChatCompletion
 
+from tests.scale.batch.replicas import ATTRIBUTION, chat
 from vllm_flashtrace.scale.batch.results import Outcome, result_schema, table_rows
 from vllm_flashtrace.scale.batch.store import (
     ERRORS,
@@ -27,61 +28,12 @@ from vllm_flashtrace.scale.batch.store import (
 )
 
 FACTS = {"input": [["a.jsonl", "0" * 64]], "model": "m"}
-SCORES = [
-    {
-        "index": 1,
-        "token": "a\ud800",
-        "token_id": 7,
-        "score": 0.5,
-        "message": 0,
-        "start": 0,
-        "end": 1,
-    },
-    {"index": 4, "token": "<|im_end|>", "token_id": 2, "score": 0.25},
-]
-ATTRIBUTION = {
-    "id": "ft-1",
-    "object": "flashtrace.attribution",
-    "status": "completed",
-    "target": {"text": "no", "tokens": [[0, 1]]},
-    "scores": SCORES,
-    "prompt_tokens": 5,
-    "input_mass": 0.8,
-    "remaining_mass": 0.1,
-    "target_mass": 0.1,
-    "skipped_mass": 0.0,
-    "hops": [
-        {"hop": 0, "input_mass": 0.8, "reasoning_mass": 0.1, "target_mass": 0.1, "skipped_mass": 0}
-    ],
-}
 FAILED = {
     "id": "ft-2",
     "object": "flashtrace.attribution",
     "status": "failed",
     "error": {"code": "target_not_found", "message": "no such text"},
 }
-
-
-def chat(*attributions: Any) -> dict[str, Any]:
-    choices = [
-        {
-            "index": i,
-            "message": {"role": "assistant", "content": f"no {i}"},
-            "finish_reason": "stop",
-            **({} if attribution is None else {"flashtrace": attribution}),
-        }
-        for i, attribution in enumerate(attributions)
-    ]
-    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-    return {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": choices,
-        "usage": usage,
-    }
-
 
 OUTCOMES = [
     Outcome.answered("a", "a.jsonl", 1, 200, chat(ATTRIBUTION, FAILED, None)),

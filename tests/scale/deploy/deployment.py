@@ -19,8 +19,8 @@ import psutil
 from tests.server.live_server import free_port
 
 _MAIN = "from vllm_flashtrace.commands.cli import main; main()"
-START_SECONDS = 300
-STOP_SECONDS = 120
+START_SECONDS = 900
+STOP_SECONDS = 300
 REPLICA_HEADER = "x-flashtrace-replica"
 OPTIONS = (
     "--served-model-name=m",
@@ -47,10 +47,10 @@ class Deployment:
     process: subprocess.Popen[bytes]
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json={"model": "m", **body}, timeout=300)
+        return httpx.post(f"{self.url}{path}", json={"model": "m", **body}, timeout=600)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=60)
+        return httpx.get(f"{self.url}{path}", timeout=300)
 
     def replicas(self) -> set[str]:
         """Names of the replicas that have metrics."""
@@ -119,7 +119,7 @@ def stop(process: subprocess.Popen[bytes]) -> int:
             process.wait(timeout=30)
 
 
-def until(condition: Callable[[], Any], seconds: float = 90) -> None:
+def until(condition: Callable[[], Any], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

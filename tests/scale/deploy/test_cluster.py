@@ -1,4 +1,8 @@
-"""Starting a Ray of its own, and joining one; processes whose parent is gone. No engine."""
+"""Starting a Ray of its own, and joining one; processes whose parent is gone. No engine.
+
+The Ray is another than the one of ``test_ray.py``: what it listens on and what is left of it can be
+told only of a process that starts it and ends.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 _OWN = """
 import sys
@@ -33,7 +37,7 @@ from vllm_flashtrace.base.process import end_engine_with_this_process, end_with_
 def child():
     end_with_parent_if_asked()
     print(os.getpid(), flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["asked"]:
@@ -55,7 +59,7 @@ def python(code: str, *arguments: str, **env: str) -> Iterator[subprocess.Popen[
         yield process
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(120)
 
 
 def line(process: subprocess.Popen[str]) -> str:
@@ -81,20 +85,20 @@ def test_a_ray_of_its_own_is_local_and_outlives_who_joins_it() -> None:
         # A Ray that is started here guards itself with a token, which those who join have to want.
         with python(_JOIN, RAY_ADDRESS=address, RAY_AUTH_MODE="token") as joined:
             assert line(joined) == f"3.0 {address}"
-            assert joined.wait(30) == 0
+            assert joined.wait(120) == 0
         assert own.stdin is not None
         own.stdin.write("\n")
         own.stdin.flush()
         assert line(own) == "goes on"
-        assert own.wait(30) == 0
-    assert psutil.wait_procs(children, timeout=30)[1] == []
+        assert own.wait(120) == 0
+    assert psutil.wait_procs(children, timeout=120)[1] == []
 
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_process_ends_with_its_parent_if_that_asked(asked: bool) -> None:
     with python(_PARENT, *(["asked"] if asked else []), FLASHTRACE_END_WITH_PARENT="") as parent:
         child = psutil.Process(int(line(parent)))
-    _, alive = psutil.wait_procs([child], timeout=10 if asked else 1)
+    _, alive = psutil.wait_procs([child], timeout=120 if asked else 1)
     try:
         assert bool(alive) is not asked
     finally:

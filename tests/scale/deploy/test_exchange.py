@@ -39,7 +39,7 @@ async def test_nothing_is_held_back_until_the_next_message():
     answer = exchange(app, {}, b"")
     seen: list[Any] = []
     while part(b"first") not in seen:
-        seen += await asyncio.wait_for(anext(answer), 5)
+        seen += await asyncio.wait_for(anext(answer), 60)
     goes_on.set()
     assert [batch async for batch in answer] == [[part(b"last", more=False)]]
 
@@ -77,11 +77,12 @@ async def test_an_application_that_ignores_the_disconnect_is_cancelled(monkeypat
 
 
 async def test_a_cancelled_caller_ends_the_application():
-    gone = asyncio.Event()
+    began, gone = asyncio.Event(), asyncio.Event()
 
     async def app(scope, receive, send):
         await send(START)
         await receive()
+        began.set()
         assert (await receive())["type"] == "http.disconnect"
         gone.set()
 
@@ -90,7 +91,7 @@ async def test_a_cancelled_caller_ends_the_application():
             pass
 
     task = asyncio.create_task(call())
-    await asyncio.sleep(0.05)
+    await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

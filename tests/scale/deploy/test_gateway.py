@@ -144,16 +144,18 @@ async def test_an_exception_of_the_application_is_no_lost_replica():
 
 
 async def test_a_client_that_leaves_cancels_its_request():
+    began = asyncio.Event()
     ended: list[str] = []
 
     async def endless(scope, receive, send):
         await send(start(EVENTS))
         await receive()
+        began.set()
         ended.append((await receive())["type"])
 
     handle = Handle(served(endless).forward)
     task = asyncio.create_task(ask(handle))
-    await asyncio.sleep(0.1)
+    await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -1,4 +1,8 @@
-"""Two replicas of a tiny model behind Ray Serve; the tests run in order, the last ones break it."""
+"""Two replicas of a tiny model behind Ray Serve; the tests run in order, the last ones break it.
+
+Three engines start at once: the replicas, which have to be two, and a server without the plugin to
+compare answers with. Two more take the place of the replicas that the tests kill.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from tests.scale.deploy.deployment import OPTIONS, REPLICA_HEADER, Deployment, d
 from tests.server import live_server
 from tests.tiny_models import make_tiny_model
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 # All servers have it, for vLLM's fingerprint of a configuration is in its answers.
 PAGE = """--additional-config={"flashtrace": {"page": true}}"""
@@ -204,7 +208,7 @@ def test_death_of_a_replica_is_an_error_to_its_requests_alone(two):
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "replica_lost"
         assert answer.headers["retry-after"] == "1"
-    _, alive = psutil.wait_procs(engine, timeout=30)
+    _, alive = psutil.wait_procs(engine, timeout=120)
     assert not alive
     failed = pending.json()["id"]
     until(lambda: fetch(two, failed)["status"] == "failed")
@@ -217,7 +221,7 @@ def test_a_replica_whose_engine_died_is_replaced(two):
     victim = sorted(before)[0]
     actor, _ = two.family(victim)
     engine_core(actor).kill()
-    psutil.wait_procs([actor], timeout=30)
+    psutil.wait_procs([actor], timeout=120)
     assert not actor.is_running()
     assert {two.post("/v1/completions", **TEXT).status_code for _ in range(6)} == {200}
 
@@ -238,5 +242,5 @@ def test_sigterm_lets_what_was_begun_finish_and_leaves_nothing(two):
         code = stop(two.process)
         assert {trace.result().json()["status"] for trace in traces} == {"completed"}
     assert code == 143
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not alive
