@@ -17,6 +17,8 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from vllm_flashtrace.base.errors import FlashTraceError, in_one_line
 from vllm_flashtrace.base.process import (
     bind_cores,
@@ -34,6 +36,9 @@ _ADDRESS = "RAY_ADDRESS"
 # Options that a cluster is started with, and that one that is joined has already.
 _OF_A_MACHINE = ("num_", "object_store_memory")
 _EXTRA = "vllm-flashtrace[scale]"
+# Tries to start a Ray, and what Ray says of one that did not come up in time.
+_STARTS = 4
+_TOO_SLOW = "timed out during startup"
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -83,7 +88,7 @@ def connect(**options: Any) -> Iterator[Any]:
             "_node_ip_address": _LOCALHOST,
         }
     try:
-        ray.init(**settings)
+        _init(ray, settings)
     except Exception as error:  # Ray raises many kinds, all of them meaning no Ray.
         reason = in_one_line(error)
         what = f"joining Ray at {address}" if address else "starting Ray"
@@ -97,6 +102,22 @@ def connect(**options: Any) -> Iterator[Any]:
         # were gone, at any later moment.
         gc.collect()
         ray.shutdown()
+
+
+def _init(ray: Any, settings: dict[str, Any]) -> None:
+    """``ray.init``, again where a busy machine needs longer than the half minute that Ray waits."""
+    process = psutil.Process()
+    for left in reversed(range(_STARTS)):
+        before = process.children()
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:
+            if not left or _TOO_SLOW not in str(error):
+                raise
+        for child in process.children():
+            if child not in before:
+                child.kill()  # Of the Ray that came too late; Ray itself ends them at exit.
 
 
 def _is_refused(error: BaseException | None) -> bool:

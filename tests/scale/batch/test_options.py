@@ -3,13 +3,16 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vllm_flashtrace.base.errors import InvalidRequestError
+from vllm_flashtrace.scale import ray_cluster
 from vllm_flashtrace.scale.batch import batch_replica as slots
 from vllm_flashtrace.scale.batch.batch_replica import Slot
 from vllm_flashtrace.scale.batch.dataset import as_argv, workers_of
@@ -147,6 +150,53 @@ def test_without_a_signal_nothing_changes() -> None:
     with pytest.raises(SystemError), stop_on_signals():
         raise SystemError
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+class SlowRay:
+    """Is not up in time so many times; leaves a process behind each time."""
+
+    def __init__(
+        self, times: int, message: str = "The current node timed out during startup."
+    ) -> None:
+        self.times, self.message = times, message
+        self.left: list[subprocess.Popen[bytes]] = []
+        self.up = False
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **settings: Any) -> None:
+        if len(self.left) == self.times:
+            self.up = True
+            return
+        self.left.append(subprocess.Popen(["sleep", "600"]))
+        raise RuntimeError(self.message)
+
+    def shutdown(self) -> None:
+        self.up = False
+
+
+@pytest.mark.parametrize(
+    ("ray", "starts"),
+    [(SlowRay(2), True), (SlowRay(9), False), (SlowRay(1, "no such option"), False)],
+)
+def test_a_ray_that_comes_too_late_is_started_again(
+    ray: SlowRay, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_cluster, "import_ray", lambda: ray)
+    refused = pytest.raises(ray_cluster.RayUnavailableError, match=ray.message)
+    try:
+        with nullcontext() if starts else refused, ray_cluster.connect():
+            assert ray.up
+        *earlier, last = ray.left
+        for child in [*earlier, last] if starts else earlier:
+            assert child.wait(60) == -signal.SIGKILL
+        assert starts or last.poll() is None
+    finally:
+        for child in ray.left:
+            child.kill()
+            child.wait()
 
 
 def test_progress_without_a_terminal() -> None:
