@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from pydantic import BaseModel
+
 from vllm_flashtrace.api.attribution import Attribution
+from vllm_flashtrace.api.response import AttributionObject
 
 PREFIX = ["<|start|>", "user", "\n"]
 SUFFIX = ["\n", "assistant"]
@@ -55,6 +59,23 @@ def response(
 def sample(own: list[tuple[str, float]], text: str = "It is 7306.", **options: Any) -> Attribution:
     """The attribution of :func:`response` with a completion text."""
     return Attribution(response(own, **options), text=text)
+
+
+def check_described(data: dict[str, Any]) -> AttributionObject:
+    """Holds an object as it is sent against its description: every key is there, none is null."""
+    described = AttributionObject.model_validate(data, strict=False)
+    for part in _parts(described):
+        assert not part.model_extra, f"{type(part).__name__} does not describe {part.model_extra}"
+        assert None not in [getattr(part, name) for name in part.model_fields_set]
+    return described
+
+
+def _parts(value: Any) -> Iterator[BaseModel]:
+    if isinstance(value, BaseModel):
+        yield value
+        value = list(vars(value).values())
+    for item in value if isinstance(value, list) else ():
+        yield from _parts(item)
 
 
 def haystack(before: int = 200, after: int = 200) -> list[tuple[str, float]]:

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from tests.api.samples import check_described
 from tests.chat_templates import TEMPLATES
 from tests.text.jinja_templates import template
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
@@ -62,7 +63,8 @@ def trace(byte_level):
         while (weights := plan.recursion.next_weights()) is not None:
             hops.append(weights.positions.tolist())
             plan.recursion.add(torch.rand(len(plan.token_ids), generator=generator))
-        data = build_result(plan, plan.recursion.result(), TraceUsage(), "ft-1")
+        data = build_result(plan, plan.recursion.result(), TraceUsage(), "ft-" + "0" * 32)
+        check_described(data)
         return plan, hops, data
 
     return run

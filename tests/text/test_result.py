@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.api.samples import check_described
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion, TraceUsage
@@ -24,16 +25,20 @@ CHAT = [
 ANSWER = "<think>step by step</think>The code is 4821. 😀 The cat"
 EVERYTHING = ["hops", "generated", "segments", "sentences", "layers", "tokens"]
 LAYERS = 3
+ID = "ft-" + "0123456789abcdef" * 2
 
 
 @pytest.fixture
 def trace(byte_level, render, chat):
     """Plans and runs a trace on made-up scores; gives plan, hop result and object."""
 
-    def run(completion=None, *, seed=0, layers=True, keep=None, scores=None, **options):
+    def run(
+        completion=None, *, seed=0, layers=True, keep=None, scores=None, settings=None, **options
+    ):
         completion = completion or chat(CHAT, ANSWER)
         request = parse_flashtrace_field(options, RequestLimits())
-        plan = plan_trace(request, completion, byte_level, render=render, max_trace_tokens=keep)
+        settings = {"render": render, "max_trace_tokens": keep, **(settings or {})}
+        plan = plan_trace(request, completion, byte_level, **settings)
         generator = torch.Generator().manual_seed(seed)
         while plan.recursion.next_weights() is not None:
             by_layer = torch.rand(LAYERS, len(plan.token_ids), generator=generator)
@@ -42,7 +47,9 @@ def trace(byte_level, render, chat):
             plan.recursion.add(by_layer.sum(dim=0), by_layer if layers else None)
         result = plan.recursion.result()
         usage = TraceUsage(812, 3072, {"queue": 0.0, "prefill": 0.4, "attribution": 0.1})
-        return plan, result, build_result(plan, result, usage, "ft-1")
+        data = build_result(plan, result, usage, ID)
+        check_described(data)
+        return plan, result, data
 
     return run
 
@@ -53,7 +60,7 @@ def test_form_of_the_object(trace):
         "id", "object", "status", "target", "scores", "prompt_tokens", "input_mass",
         "remaining_mass", "target_mass", "skipped_mass", "hops", "usage",
     ]  # fmt: skip
-    assert (data["id"], data["object"]) == ("ft-1", "flashtrace.attribution")
+    assert (data["id"], data["object"]) == (ID, "flashtrace.attribution")
     assert data["status"] == "completed"
     assert data["target"] == {"text": "4821", "tokens": [list(s) for s in plan.target_spans]}
     assert data["prompt_tokens"] == plan.prompt_length
@@ -104,9 +111,14 @@ def test_null_top_k_gives_every_prompt_token_in_order(trace):
 def test_scores_name_the_place_in_the_clients_message(trace):
     _, _, data = trace(top_k=None)
     located = [entry for entry in data["scores"] if "message" in entry]
+    first_of: dict[tuple[int, int, int], str] = {}
     for entry in located:
         said = CHAT[entry["message"]]["content"][entry["start"] : entry["end"]]
-        assert said and said in entry["token"]
+        # Of the tokens that share a character, the first has it as its text.
+        place = entry["message"], entry["start"], entry["end"]
+        token = first_of.setdefault(place, entry["token"])
+        assert said and said in token
+        assert entry["token"] in (token, "")
     assert {entry["message"] for entry in located} == {0, 1}
     template = [entry for entry in data["scores"] if "message" not in entry]
     assert all("start" not in entry and "end" not in entry for entry in template)
@@ -234,6 +246,45 @@ def test_tokens_join_to_the_prompt(trace, chat):
     assert "😀" in plan.prompt.text
 
 
+def test_texts_of_tokens_are_the_same_wherever_they_stand(trace, chat):
+    question = [{"role": "user", "content": "😀 é 漢字 The 😀"}]
+    completion = chat(question, "漢 The code 😀.")
+    plan, _, data = trace(completion, include=["tokens", "generated"], top_k=None)
+    texts = [entry["token"] for entry in data["scores"]]
+    assert texts == data["tokens"]
+    assert "".join(texts) == plan.prompt.text
+    # Each of the four bytes of the character is a token: the first one has it.
+    at = texts.index("😀")
+    assert texts[at : at + 4] == ["😀", "", "", ""]
+    generated = [row["token"] for row in data["generated"]]
+    assert "".join(generated) == "漢 The code 😀.<|im_end|>"
+    at = generated.index("漢")
+    assert generated[at : at + 3] == ["漢", "", ""]
+    some = trace(completion, top_k=5)[2]["scores"]
+    assert [entry["token"] for entry in some] == [texts[entry["index"]] for entry in some]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "hops", "stopped"),
+    [(0.05, "auto", "threshold"), (0.0, "auto", "max_hops"), (0.9, "auto", "threshold")],
+)
+def test_hops_auto_say_why_they_ended(trace, threshold, hops, stopped):
+    _, _, data = trace(hops=hops, settings={"auto_threshold": threshold, "max_hops": 4})
+    assert data["auto_stopped"] == stopped
+    assert list(data).index("auto_stopped") == list(data).index("hops") + 1
+    if stopped == "threshold":
+        assert data["remaining_mass"] < threshold and len(data["hops"]) <= 5
+    else:
+        assert data["remaining_mass"] > threshold and len(data["hops"]) == 5
+
+
+def test_hops_auto_with_nothing_to_follow_ended_by_themselves(trace, chat):
+    completion = chat(CHAT, "The code")
+    _, _, data = trace(completion, hops="auto", reasoning="none", settings={"auto_threshold": 0.0})
+    assert (data["remaining_mass"], data["auto_stopped"]) == (0.0, "threshold")
+    assert "auto_stopped" not in trace(completion, hops=2)[2]
+
+
 def test_layers_add_up_to_the_scores(trace):
     _, _, data = trace(include=["layers"], top_k=None)
     assert len(data["layers"]) == LAYERS
@@ -266,7 +317,7 @@ def test_dropped_target_tokens_are_counted(trace, chat):
 def test_mass_that_does_not_balance_is_an_error(trace, change):
     plan, result, _ = trace()
     with pytest.raises(TraceError) as error:
-        build_result(plan, dataclasses.replace(result, **change(result)), TraceUsage(), "ft-1")
+        build_result(plan, dataclasses.replace(result, **change(result)), TraceUsage(), ID)
     assert error.value.code == "mass_imbalance"
 
 
@@ -275,14 +326,16 @@ def test_number_that_json_cannot_hold_is_an_error(trace):
     bad = result.generated_scores.clone()
     bad[-1] = float("inf")
     with pytest.raises(TraceError) as error:
-        build_result(plan, dataclasses.replace(result, generated_scores=bad), TraceUsage(), "ft-1")
+        build_result(plan, dataclasses.replace(result, generated_scores=bad), TraceUsage(), ID)
     assert error.value.code == "bad_scores"
 
 
 @pytest.mark.parametrize("status", ["failed", "skipped"])
 def test_failed_result(status):
-    assert failed_result("ft-1", TraceError("overloaded", "too much"), status=status) == {
-        "id": "ft-1",
+    found = failed_result(ID, TraceError("overloaded", "too much"), status=status)
+    check_described(found)
+    assert found == {
+        "id": ID,
         "object": "flashtrace.attribution",
         "status": status,
         "error": {"code": "overloaded", "message": "too much"},

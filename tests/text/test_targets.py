@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import vllm_flashtrace.text.plan as targets
@@ -112,4 +114,4 @@ def test_slow_regex_is_an_error_of_its_own(resolve, monkeypatch):
     with pytest.raises(TraceError) as error:
         resolve("a" * 3000, {"regex": r".*.*.*\da"})
     assert error.value.code == "regex_timeout"
-    assert repr(r".*.*.*\da") in error.value.message
+    assert json.dumps(r".*.*.*\da") in error.value.message

@@ -175,7 +175,7 @@ def test_what_is_not_there_is_named(read, form):
     assert "2 tool calls" in missing.message
     unknown = refusal(found, 1, "iban")
     assert unknown.code == "argument_not_found"
-    for part in ("'iban'", "tool call 1", "'mail'", "'body'"):
+    for part in ('"iban"', "tool call 1", '"mail"', '"body"'):
         assert part in unknown.message
     none = refusal(read(form, "No call."), 0, "to")
     assert none.code == "tool_call_not_found"

@@ -1,20 +1,7 @@
-"""What one trace has to do: tokens to prefill, what to explain, what to follow.
+"""What one trace has to do: tokens to prefill, what to explain, what to follow, what to skip.
 
-Tokens that are neither explained nor credited.
-
-Invariant: whether a token is skipped depends on its own text alone.
-
-Which generated tokens are explained, and with what weight.
-
-Invariant: a resolved target consists of generated tokens only, is never empty, and never reaches
-beyond what was generated; otherwise a TraceError says why.
-
-The generated text with the parts that the server's parsers find in it.
-
-Invariant: the parsers run once per completion, and every part has its place in the same text.
-
-Invariant: every position in the plan lies within its tokens, and the tokens end with the last
-position that is explained, since later ones cannot influence it.
+Positions of a plan lie within its tokens, and the tokens end with the last position that is
+explained: later ones cannot influence it.
 """
 
 from __future__ import annotations
@@ -23,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
+from vllm_flashtrace.api.checks import shown
 from vllm_flashtrace.api.patterns import last_match
 from vllm_flashtrace.api.request import (
     FlashTraceRequest,
@@ -56,8 +45,9 @@ from vllm_flashtrace.text.reasoning import (
 )
 from vllm_flashtrace.text.tool_calls import locate_calls, target_span
 
-# The list of the paper authors' implementation: comma, full stop and blanks.
-_PUNCTUATION = frozenset({"", ",", "."})
+# Every character of Unicode's punctuation categories, which hold the comma and the full stop of the
+# paper authors' list; blanks are taken off before, and what is left of a blank token is "".
+_PUNCTUATION = regex.compile(r"[\p{Punctuation}\s]*")
 
 
 def skip_mask(token_texts: Sequence[str], rule: str | Sequence[str]) -> Tensor | None:
@@ -65,16 +55,22 @@ def skip_mask(token_texts: Sequence[str], rule: str | Sequence[str]) -> Tensor |
 
     Args:
         token_texts: Text of each token.
-        rule: ``"none"``, ``"punctuation"``, or strings; a token whose text without surrounding
-            blanks equals one of them, itself without surrounding blanks, is skipped.
+        rule: ``"none"``; ``"punctuation"`` for tokens that consist of punctuation and blanks
+            alone; or strings: a token whose text without surrounding blanks equals one of them,
+            itself without surrounding blanks, is skipped.
 
     Returns:
         bool ``[N]``, or None when the rule is ``"none"``.
     """
     if rule == "none":
         return None
-    skipped = _PUNCTUATION if rule == "punctuation" else {text.strip() for text in rule}
-    return torch.tensor([text.strip() in skipped for text in token_texts], dtype=torch.bool)
+    stripped = [text.strip() for text in token_texts]
+    if rule == "punctuation":
+        skipped = [_PUNCTUATION.fullmatch(text) is not None for text in stripped]
+    else:
+        strings = {text.strip() for text in rule}
+        skipped = [text in strings for text in stripped]
+    return torch.tensor(skipped, dtype=torch.bool)
 
 
 _REGEX_SECONDS = 0.25
@@ -114,21 +110,21 @@ def resolve_target(
             ``regex_timeout``, ``tool_call_not_found`` or ``argument_not_found``.
     """
     target = request.target
-    visible, shown = generated.visible, generated.shown
+    visible, readable = generated.visible, generated.shown
     text: str | None = None
     if isinstance(target, TextTarget):
-        start = shown.text.rfind(target.text)
+        start = readable.text.rfind(target.text)
         if start < 0:
             raise TraceError(
                 "target_not_found",
-                f"flashtrace.target.text {target.text[:80]!r} does not occur in the generated text",
+                f"flashtrace.target.text {shown(target.text)} does not occur in the generated text",
             )
         text = target.text
-        weights = _ones(shown.overlapping(start, start + len(text)))
+        weights = _ones(readable.overlapping(start, start + len(text)))
     elif isinstance(target, RegexTarget):
-        start, end = _search(target.regex, shown.text)
-        text = shown.text[start:end]
-        weights = _ones(shown.overlapping(start, end))
+        start, end = _search(target.regex, readable.text)
+        text = readable.text[start:end]
+        weights = _ones(readable.overlapping(start, end))
     elif isinstance(target, ToolCallTarget):
         start, end = tool_call(target)
         text = visible.text[start:end]
@@ -161,13 +157,13 @@ def _search(pattern: str, text: str) -> tuple[int, int]:
     except TimeoutError:
         raise TraceError(
             "regex_timeout",
-            f"flashtrace.target.regex {pattern[:80]!r} took longer than {_REGEX_SECONDS} s on the "
+            f"flashtrace.target.regex {shown(pattern)} took longer than {_REGEX_SECONDS} s on the "
             "generated text",
         ) from None
     if found is None:
         raise TraceError(
             "target_not_found",
-            f"flashtrace.target.regex {pattern[:80]!r} matches nothing in the generated text",
+            f"flashtrace.target.regex {shown(pattern)} matches nothing in the generated text",
         )
     return found
 
@@ -245,6 +241,7 @@ class TracePlan:
         target_text: Text of the target.
         input_mask: bool ``[N]``, prompt tokens that are neither followed nor skipped; they alone
             are credited.
+        auto_threshold: Mass on reasoning at which ``hops: "auto"`` stops.
         dropped_target_tokens: Target tokens that do not fit the model's context.
         prompt: The decoded prompt.
         generated: The decoded generated tokens, all of them.
@@ -259,6 +256,7 @@ class TracePlan:
     target: TargetWeights
     target_text: str
     input_mask: Tensor
+    auto_threshold: float
     dropped_target_tokens: int
     prompt: TokenText
     generated: GeneratedText
@@ -345,6 +343,7 @@ def plan_trace(
         target=target,
         target_text=_target_text(resolved.text, dropped, target, generated, prompt_length),
         input_mask=input_mask,
+        auto_threshold=auto_threshold,
         dropped_target_tokens=dropped,
         prompt=prompt,
         generated=generated,

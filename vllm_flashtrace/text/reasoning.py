@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from vllm_flashtrace.api.checks import shown
 from vllm_flashtrace.api.request import TextTarget, TokensTarget
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion, Span
@@ -277,7 +278,7 @@ def _explicit_text(text: str, generated: GeneratedText) -> Reasoning:
             return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
     raise TraceError(
         "reasoning_not_found",
-        f"flashtrace.reasoning.text {text[:80]!r} does not occur in the generated text",
+        f"flashtrace.reasoning.text {shown(text)} does not occur in the generated text",
     )
 
 

@@ -1,19 +1,9 @@
 """From measured scores to the ``flashtrace`` object of a response.
 
-Shares of the messages in the input mass.
-
-Invariant: the scores of all segments add up to the input mass, the template's share stands last,
-and a message that could not be located has no score of its own rather than a wrong one.
-
-Scores of the prompt's sentences.
-
-Invariant: the sentences of a text partition it, and each token belongs to the one its first letter
-is in, so a sentence's score is the sum of its tokens' scores and nothing counts twice.
-
-The ``flashtrace`` object of a response.
-
-Invariant: every number in it is finite and plain JSON, and the masses of a completed attribution
-add up to one; otherwise there is no result but a TraceError.
+The object is plain JSON made of dicts, and :mod:`vllm_flashtrace.api.response` describes its keys.
+It is not made of the models there: an answer to ``top_k: null`` may hold 131,072 scores, and a
+pydantic instance for each costs ten times what its dict does, on the server, and has to be turned
+into a dict again. The tests hold every object that they build against the models.
 """
 
 from __future__ import annotations
@@ -27,6 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from vllm_flashtrace.api.response import OBJECT
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import Completion, Span, TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopResult
@@ -191,7 +182,6 @@ def _entry(key: Key, text: str, span: Span, own: Sequence[float]) -> dict[str, A
     }
 
 
-OBJECT = "flashtrace.attribution"
 # Refusals that say nothing about the trace: the same request may succeed later.
 _SKIPPED = frozenset({"overloaded"})
 _TOLERANCE = 1e-4
@@ -215,12 +205,15 @@ def build_result(
     """
     _check_balance(result)
     scores = _numbers(result.scores[: plan.prompt_length])
+    tokens = plan.prompt.pieces()
     data: dict[str, Any] = {
         "id": trace_id,
         "object": OBJECT,
         "status": "completed",
         "target": {"text": plan.target_text, "tokens": [list(s) for s in plan.target_spans]},
-        "scores": [_score(plan, i, scores[i]) for i in _chosen(scores, plan.request.top_k)],
+        "scores": [
+            _score(plan, i, tokens[i], scores[i]) for i in _chosen(scores, plan.request.top_k)
+        ],
         "prompt_tokens": plan.prompt_length,
         "input_mass": result.input_mass,
         "remaining_mass": result.remaining_mass,
@@ -228,7 +221,11 @@ def build_result(
         "skipped_mass": result.skipped_mass,
         "hops": [_hop(mass) for mass in result.hops],
     }
+    if plan.request.hops == "auto":
+        data["auto_stopped"] = _auto_stopped(plan, result)
     data |= _inclusions(plan, result, scores)
+    if "tokens" in plan.request.include:
+        data["tokens"] = tokens
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
             hop["scores"] = _numbers((hop_scores * plan.input_mask)[: plan.prompt_length])
@@ -281,15 +278,22 @@ def _chosen(scores: Sequence[float], top_k: int | None) -> list[int]:
     return sorted(positive, key=lambda i: (-scores[i], i))[:top_k]
 
 
-def _score(plan: TracePlan, index: int, score: float) -> dict[str, Any]:
+def _score(plan: TracePlan, index: int, token: str, score: float) -> dict[str, Any]:
     located = plan.prompt_map.tokens[index]
     return {
         "index": index,
-        "token": plan.prompt.token(index),
+        "token": token,
         "token_id": int(plan.token_ids[index]),
         "score": score,
         **(located.to_dict() if located is not None else {}),
     }
+
+
+def _auto_stopped(plan: TracePlan, result: HopResult) -> Literal["threshold", "max_hops"]:
+    """Why the recursion ended although no number of hops was asked for."""
+    # Nothing is left to follow where the remaining mass is 0, whatever the threshold.
+    done = result.remaining_mass < plan.auto_threshold or result.remaining_mass == 0
+    return "threshold" if done else "max_hops"
 
 
 def _hop(mass: HopMass) -> dict[str, Any]:
@@ -318,8 +322,6 @@ def _inclusions(plan: TracePlan, result: HopResult, scores: list[float]) -> dict
         if result.layer_scores is None:
             raise TraceError("no_layer_scores", "scores per layer were asked for but not measured")
         data["layers"] = [_numbers(layer[: plan.prompt_length]) for layer in result.layer_scores]
-    if "tokens" in include:
-        data["tokens"] = plan.prompt.pieces()
     return data
 
 

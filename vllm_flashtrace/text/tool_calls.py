@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vllm_flashtrace.api.checks import shown
 from vllm_flashtrace.api.request import ToolCallTarget
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Span
@@ -143,7 +144,7 @@ def target_span(
             "tool_call_not_found",
             f"flashtrace.target.tool_call {index}: the completion has {found}",
         )
-    which = f"tool call {index} ({calls[index].name[:80]!r})"
+    which = f"tool call {index} ({shown(calls[index].name)})"
     if located is None:
         raise TraceError(
             "tool_call_not_found",
@@ -154,16 +155,16 @@ def target_span(
     if name is None:
         return call.span
     if name not in call.values:
-        known = ", ".join(repr(key[:80]) for key in list(call.values)[:20]) or "none"
+        known = ", ".join(shown(key) for key in list(call.values)[:20]) or "none"
         raise TraceError(
             "argument_not_found",
-            f"flashtrace.target.argument {name[:80]!r}: {which} has these arguments: {known}",
+            f"flashtrace.target.argument {shown(name)}: {which} has these arguments: {known}",
         )
     start, end = call.values[name]
     if start == end:
         raise TraceError(
             "argument_not_found",
-            f"flashtrace.target.argument {name[:80]!r}: it is empty in {which}",
+            f"flashtrace.target.argument {shown(name)}: it is empty in {which}",
         )
     return start, end
 
