@@ -16,7 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.kernels import Accumulators, AttentionForm, PagedRows, RowSegment
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    AttentionForm,
+    AttentionInputs,
+    PagedRows,
+    RowSegment,
+)
 
 
 class Part(NamedTuple):
@@ -201,6 +207,10 @@ class Inputs:
     value_cache: Tensor
     residual: Tensor
     traces: tuple[Trace, ...]
+
+    def attention(self, rows: PagedRows) -> AttentionInputs:
+        """The layer as these rows see it."""
+        return AttentionInputs(self.query, self.key_cache, rows, self.form)
 
     def accumulators(self) -> list[Accumulators]:
         """Zeros where sums of layer `LAYER` go, `UNTOUCHED` elsewhere."""

@@ -27,7 +27,7 @@ from benchmarks.gpu_cases import (
     pair_proximities,
 )
 from benchmarks.gpu_timing import Forms, forms_on, triton_on
-from vllm_flashtrace.kernels import Accumulators, PagedRows
+from vllm_flashtrace.kernels import Accumulators, PagedRows, PagedValues, ProximityInputs
 
 EXACT_FRACTIONS = (1.0, 0.9)
 
@@ -99,7 +99,7 @@ def _comparisons(forms: Forms, inputs: Inputs) -> Iterator[_Comparison]:
 
 def _check_lse(forms: Forms, inputs: Inputs, expected: Tensor) -> Iterator[_Comparison]:
     rows = inputs.paged_rows(inputs.accumulators())
-    first, second = (forms.lse(inputs.query, inputs.key_cache, rows, inputs.form) for _ in range(2))
+    first, second = (forms.lse(inputs.attention(rows)) for _ in range(2))
     if first.shape != expected.shape:
         raise AssertionError(f"lse has shape {tuple(first.shape)}, not {tuple(expected.shape)}")
     error = (first.double() - expected).abs() / expected.abs().clamp(min=1)
@@ -110,7 +110,7 @@ def _check_column_sums(
     forms: Forms, inputs: Inputs, expected: list[Tensor]
 ) -> Iterator[_Comparison]:
     def add(rows: PagedRows) -> None:
-        forms.column_sums(inputs.query, inputs.key_cache, rows, inputs.form, LAYER)
+        forms.column_sums(inputs.attention(rows), LAYER)
 
     whole, again, chunked = (inputs.accumulators() for _ in range(3))
     add(inputs.paged_rows(whole))
@@ -176,19 +176,9 @@ def _check_proximity(forms: Forms, inputs: Inputs, fraction: float) -> _Comparis
     weight = (draw(case.hidden, width) * width**-0.5).to(inputs.residual.dtype)
     norms = weight.double().unflatten(1, (case.heads, -1)).norm(dim=2).t().contiguous().float()
     stream = draw(case.hidden).masked_fill_(draw(case.hidden) < -2, 0)
-    first, second = (
-        forms.proximity(
-            column_sums,
-            inputs.value_cache,
-            trace.block_table,
-            weight,
-            norms,
-            stream,
-            value_scale=case.value_scale,
-            exact_fraction=fraction,
-        )
-        for _ in range(2)
-    )
+    values = PagedValues(inputs.value_cache, trace.block_table, case.value_scale)
+    layer = ProximityInputs(column_sums, values, weight, norms, stream)
+    first, second = (forms.proximity(layer, exact_fraction=fraction) for _ in range(2))
     exact, bounds = pair_proximities(column_sums, trace.values, weight, stream, case.value_scale)
     name = "proximity" if fraction == 1 else f"proximity_{fraction}"
     return name, proximity_error(first, exact, bounds, fraction), _repeats(first, second)

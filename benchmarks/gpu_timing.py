@@ -14,7 +14,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,15 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_flashtrace import kernels
-from vllm_flashtrace.kernels import Accumulators, AttentionForm, PagedRows, RowSegment
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    AttentionForm,
+    AttentionInputs,
+    PagedRows,
+    PagedValues,
+    ProximityInputs,
+    RowSegment,
+)
 
 _FLUSHED_BYTES = 256 << 20
 _WARM_UPS = 3
@@ -195,11 +204,8 @@ def forms_on(device: torch.device) -> Forms:
             kernels.proximity,
         )
 
-    def both(
-        query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm, layer: int
-    ) -> None:
-        offsets = row_offsets(query, key_cache, rows, form)
-        triton_column_sums(query, key_cache, rows, form, layer, offsets)
+    def both(inputs: AttentionInputs, layer: int) -> None:
+        triton_column_sums(inputs, layer, row_offsets(inputs))
 
     return Forms(
         triton_lse, both, row_offsets, triton_column_sums, triton_row_sums, triton_proximity
@@ -242,19 +248,15 @@ class Layer:
         shape: The model.
         context: Tokens N.
         count: Target rows R, the last of the context.
-        query: ``[R, H, d]``.
-        cache: ``[blocks, G, block_size, 2d]``, keys, then values.
-        rows: The target rows.
-        form: Plain causal attention.
+        inputs: The rows' attention, plain causal; keys come first in the cache's last dimension.
+        values: ``[blocks, G, block_size, d]``, the rest of it.
     """
 
     shape: Shape
     context: int
     count: int
-    query: Tensor
-    cache: Tensor
-    rows: PagedRows
-    form: AttentionForm
+    inputs: AttentionInputs
+    values: Tensor
 
     @classmethod
     def draw(cls, shape: Shape, context: int, count: int, device: torch.device) -> Layer:
@@ -275,17 +277,14 @@ class Layer:
             ),
         )
         rows = PagedRows.build([segment], shape.heads, shape.groups, device)
-        return cls(shape, context, count, query, cache, rows, AttentionForm(shape.head_dim**-0.5))
+        keys, values = cache.split(shape.head_dim, dim=3)
+        form = AttentionForm(shape.head_dim**-0.5)
+        return cls(shape, context, count, AttentionInputs(query, keys, rows, form), values)
 
     @property
-    def keys(self) -> Tensor:
-        """``[blocks, G, block_size, d]``."""
-        return self.cache[..., : self.shape.head_dim]
-
-    @property
-    def values(self) -> Tensor:
-        """As `keys`."""
-        return self.cache[..., self.shape.head_dim :]
+    def table(self) -> Tensor:
+        """The block table."""
+        return self.inputs.rows.segments[0].block_table
 
     @property
     def pairs(self) -> int:
@@ -314,54 +313,40 @@ class Layer:
         return Cost(2.0 * self.count * self.shape.hidden, 2.0 * self.count * self.shape.hidden)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ProximityInputs:
-    """Arguments of `kernels.proximity` for a layer.
+def draw_proximity(layer: Layer) -> tuple[ProximityInputs, float]:
+    """Inputs of `kernels.proximity` for a layer's values, and their share of far pairs.
 
-    Attributes:
-        column_sums: float32 ``[H, N]``, log-normal over tokens (sigma 2), each head scaled so that
-            the reach ``c |v|`` of `FAR_SHARE` of its tokens exceeds its ninth nearest coordinate.
-        weight: bfloat16 ``[D, H*d]``, normal.
-        norms: float32 ``[H, D]``.
-        stream: float32 ``[D]``, normal.
-        far_share: Share of pairs that do exceed it, as counted.
+    Weight and stream are normal; column sums log-normal over tokens (sigma 2), each head scaled so
+    that the reach ``c |v|`` of `FAR_SHARE` of its tokens exceeds its ninth nearest coordinate.
     """
+    shape, device = layer.shape, layer.values.device
+    width = shape.heads * shape.head_dim
+    weight = (torch.randn(shape.hidden, width, device=device) * width**-0.5).bfloat16()
+    norms = weight.float().unflatten(1, (shape.heads, -1)).norm(dim=2).t().contiguous()
+    stream = torch.randn(shape.hidden, device=device)
+    lengths = layer.values.float().norm(dim=3)[layer.table.long()].transpose(0, 1).flatten(1)
+    lengths = lengths[:, : layer.context].repeat_interleave(shape.heads // shape.groups, 0)
+    sums = torch.randn(shape.heads, layer.context, device=device).mul_(2).exp_()
+    ninth = (stream.abs() / norms).kthvalue(_NEAREST + 1, dim=1).values[:, None]
+    reach = (sums * lengths).sort(dim=1, descending=True).values
+    sums *= ninth / reach[:, int(FAR_SHARE * layer.context), None]
+    far = float((sums * lengths > ninth).float().mean())
+    values = PagedValues(layer.values, layer.table)
+    return ProximityInputs(sums, values, weight, norms, stream), far
 
-    column_sums: Tensor
-    weight: Tensor
-    norms: Tensor
-    stream: Tensor
-    far_share: float
 
-    @classmethod
-    def draw(cls, layer: Layer) -> ProximityInputs:
-        """Draws them for the values in a layer's cache."""
-        shape, device = layer.shape, layer.cache.device
-        width = shape.heads * shape.head_dim
-        weight = (torch.randn(shape.hidden, width, device=device) * width**-0.5).bfloat16()
-        norms = weight.float().unflatten(1, (shape.heads, -1)).norm(dim=2).t().contiguous()
-        stream = torch.randn(shape.hidden, device=device)
-        table = layer.rows.segments[0].block_table.long()
-        lengths = layer.values.float().norm(dim=3)[table].transpose(0, 1).flatten(1)
-        lengths = lengths[:, : layer.context].repeat_interleave(shape.heads // shape.groups, 0)
-        sums = torch.randn(shape.heads, layer.context, device=device).mul_(2).exp_()
-        ninth = (stream.abs() / norms).kthvalue(_NEAREST + 1, dim=1).values[:, None]
-        reach = (sums * lengths).sort(dim=1, descending=True).values
-        sums *= ninth / reach[:, int(FAR_SHARE * layer.context), None]
-        far = (sums * lengths > ninth).float().mean()
-        return cls(sums, weight, norms, stream, float(far))
+def proximity_cost(layer: Layer, far_share: float) -> Cost:
+    """Eight coordinates and the total for every pair, all coordinates for those that need it.
 
-    def cost(self, layer: Layer) -> Cost:
-        """Eight coordinates and the total for every pair, all coordinates for those that need it.
-
-        An `exact_fraction` below 1 leaves some of these out; its floor is the same.
-        """
-        shape, pairs = layer.shape, layer.shape.heads * layer.context
-        near = 2.0 * shape.head_dim * (1 + _NEAREST) * pairs
-        far = 2.0 * shape.head_dim * shape.hidden * self.far_share * pairs
-        numbers = pairs + layer.context + self.norms.numel() + self.stream.numel()
-        values = layer.context * shape.groups * shape.head_dim
-        return Cost(near + far, 2.0 * (values + self.weight.numel()) + 4.0 * numbers)
+    An ``exact_fraction`` below 1 leaves some of these out; its floor is the same.
+    """
+    shape, pairs = layer.shape, layer.shape.heads * layer.context
+    near = 2.0 * shape.head_dim * (1 + _NEAREST) * pairs
+    far = 2.0 * shape.head_dim * shape.hidden * far_share * pairs
+    numbers = pairs + layer.context + (shape.heads + 1) * shape.hidden
+    values = layer.context * shape.groups * shape.head_dim
+    weight = shape.hidden * shape.heads * shape.head_dim
+    return Cost(near + far, 2.0 * (values + weight) + 4.0 * numbers)
 
 
 FRACTIONS = (0.9, 1.0)
@@ -399,20 +384,19 @@ class Bench:
 
     def attention(self, layer: Layer) -> Iterator[Row]:
         """The passes over the attention matrix, and PyTorch's forward pass on the same shape."""
-        arguments = (layer.query, layer.keys, layer.rows, layer.form)
-        first = self.forms.first_pass(*arguments)
+        inputs, rows = layer.inputs, layer.inputs.rows
+        first = self.forms.first_pass(inputs)
 
         def first_of_step() -> None:
-            rows = PagedRows.build(
-                layer.rows.segments, layer.shape.heads, layer.shape.groups, layer.rows.device
-            )
-            self.forms.column_sums(layer.query, layer.keys, rows, layer.form, 0)
+            heads = (layer.shape.heads, layer.shape.groups)
+            fresh = PagedRows.build(rows.segments, *heads, rows.device)
+            self.forms.column_sums(replace(inputs, rows=fresh), 0)
 
         calls = {
-            "paged_lse": (1, lambda: self.forms.lse(*arguments)),
-            "first pass": (1, lambda: self.forms.first_pass(*arguments)),
-            "second pass": (1, lambda: self.forms.second_pass(*arguments, 0, first)),
-            "paged_column_sums": (2, lambda: self.forms.column_sums(*arguments, 0)),
+            "paged_lse": (1, lambda: self.forms.lse(inputs)),
+            "first pass": (1, lambda: self.forms.first_pass(inputs)),
+            "second pass": (1, lambda: self.forms.second_pass(inputs, 0, first)),
+            "paged_column_sums": (2, lambda: self.forms.column_sums(inputs, 0)),
             "paged_column_sums, first layer": (2, first_of_step),
         }
         theirs, backend = self._torch_attention(layer)
@@ -427,20 +411,21 @@ class Bench:
 
     def row_sums(self, layer: Layer) -> Row:
         """One of the two sums of a layer."""
-        residual = torch.randn(layer.count, layer.shape.hidden, device=layer.query.device)
+        residual = torch.randn(layer.count, layer.shape.hidden, device=layer.values.device)
         residual = residual.bfloat16()
         measured = self.stopwatch.measure(
-            lambda: self.forms.row_sums(residual, layer.rows, 0, "stream")
+            lambda: self.forms.row_sums(residual, layer.inputs.rows, 0, "stream")
         )
         return self._row("add_row_sums", layer, measured, layer.row_sums_cost())
 
     def proximity(self, layer: Layer) -> Iterator[Row]:
         """At each exact fraction; the rows do not matter."""
-        inputs = ProximityInputs.draw(layer)
+        inputs, far = draw_proximity(layer)
         for fraction in FRACTIONS:
-            measured = self.stopwatch.measure(proximity_call(self.forms, layer, inputs, fraction))
+            call = partial(self.forms.proximity, inputs, exact_fraction=fraction)
             name = f"proximity, exact fraction {fraction}"
-            row = self._row(name, layer, measured, inputs.cost(layer), far_share=inputs.far_share)
+            cost = proximity_cost(layer, far)
+            row = self._row(name, layer, self.stopwatch.measure(call), cost, far_share=far)
             yield {**row, "rows": None}
 
     def _row(self, name: str, layer: Layer, measured: Measured, cost: Cost, **more: Any) -> Row:
@@ -455,11 +440,11 @@ class Bench:
 
     def _torch_attention(self, layer: Layer) -> tuple[Measured | None, str]:
         """Causal attention from the lower right, keys and values contiguous and not paged."""
-        table = layer.rows.segments[0].block_table.long()
-        query = layer.query.transpose(0, 1)[None].contiguous()
+        table = layer.table.long()
+        query = layer.inputs.query.transpose(0, 1)[None].contiguous()
         keys, values = (
             t[table].transpose(0, 1).flatten(1, 2)[None, :, : layer.context].contiguous()
-            for t in (layer.keys, layer.values)
+            for t in (layer.inputs.key_cache, layer.values)
         )
         backend = sdpa_backend(query, keys, values)
         logits_bytes = 2 * layer.shape.heads * layer.count * layer.context
@@ -469,7 +454,12 @@ class Bench:
         grouped = layer.shape.heads != layer.shape.groups
         measured = self.stopwatch.measure(
             lambda: scaled_dot_product_attention(
-                query, keys, values, attn_mask=bias, scale=layer.form.scale, enable_gqa=grouped
+                query,
+                keys,
+                values,
+                attn_mask=bias,
+                scale=layer.inputs.form.scale,
+                enable_gqa=grouped,
             )
         )
         return measured, backend
@@ -493,16 +483,3 @@ def sdpa_backend(query: Tensor, keys: Tensor, values: Tensor) -> str:
     if can_use_flash_attention(parameters):
         return "flash"
     return "efficient" if can_use_efficient_attention(parameters) else "math"
-
-
-def proximity_call(forms: Forms, layer: Layer, inputs: ProximityInputs, fraction: float) -> Any:
-    """A call of `kernels.proximity` without arguments."""
-    return lambda: forms.proximity(
-        inputs.column_sums,
-        layer.values,
-        layer.rows.segments[0].block_table,
-        inputs.weight,
-        inputs.norms,
-        inputs.stream,
-        exact_fraction=fraction,
-    )

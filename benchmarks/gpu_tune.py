@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import (
-    Forms,
-    Layer,
-    ProximityInputs,
-    Shape,
-    Stopwatch,
-    forms_on,
-    proximity_call,
-)
+from benchmarks.gpu_timing import Forms, Layer, Shape, Stopwatch, draw_proximity, forms_on
 
 _TOLERANCE = 1e-3
 _GAIN = 0.99
@@ -69,18 +62,18 @@ def _kernels(forms: Forms, layer: Layer) -> list[_Kernel]:
     from vllm_flashtrace.kernels import triton_column_sums, triton_lse
     from vllm_flashtrace.kernels import triton_proximity as triton_overshoot
 
-    arguments = (layer.query, layer.keys, layer.rows, layer.form)
-    first = forms.first_pass(*arguments)
-    sums = layer.rows.segments[0].sums.column_sums
+    inputs = layer.inputs
+    first = forms.first_pass(inputs)
+    sums = inputs.rows.segments[0].sums.column_sums
 
     def second_pass() -> Tensor:
         sums.zero_()
-        forms.second_pass(*arguments, 0, first)
+        forms.second_pass(inputs, 0, first)
         return sums
 
-    proximity = proximity_call(forms, layer, ProximityInputs.draw(layer), 1.0)
+    proximity = partial(forms.proximity, draw_proximity(layer)[0])
     return [
-        (triton_lse, lambda: forms.lse(*arguments)),
+        (triton_lse, lambda: forms.lse(inputs)),
         (triton_column_sums, second_pass),
         (triton_overshoot, proximity),
     ]
