@@ -1,12 +1,11 @@
-"""An agent's conversation, and which message its last tool call got an argument from.
+"""An agent's conversation: which message did its last tool call get an argument from?
 
-Invariant: the value that the last call passes on stands in one tool message, and in an assistant
-turn that repeated it; no other message holds it.
+What one sees: each message's share of the argument, without and with a hop through the assistant's
+own earlier turns. The value stands in one tool message, and in an assistant turn that repeated it.
+The program starts a small model itself, so it needs no server. That model would not make these
+calls; what is attributed is a given call.
 
-Run it with ``python examples/agent_conversation.py``: it starts a small model, attributes the
-argument of the last call, and prints each message's share, without and with a hop through the
-assistant's own earlier turns. The model is so small that it would not make these calls itself;
-what is attributed is a given call.
+    python examples/agent_conversation.py
 """
 
 from __future__ import annotations

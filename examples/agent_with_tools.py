@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from connection import arguments, attribute, connect
+from connection import arguments, attribute, connect, run
 
 RECORDING = Path(__file__).with_name("injected_agent.json")
 TURNS = 6
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, tools=True)

@@ -8,7 +8,7 @@ it, and the share of the one sentence that the answer came from.
 
 from __future__ import annotations
 
-from connection import arguments, connect
+from connection import arguments, connect, run
 from rich import print as show
 
 from vllm_flashtrace import Attribution
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

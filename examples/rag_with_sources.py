@@ -9,7 +9,7 @@ need no citation by the model, and one that it invents does not show up.
 
 from __future__ import annotations
 
-from connection import arguments, connect
+from connection import arguments, connect, run
 from rich.console import Console
 from rich.table import Table
 
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,7 @@ follow. ``client.chat.completions.stream`` collects the additional chunk with th
 
 from __future__ import annotations
 
-from connection import arguments, connect
+from connection import arguments, connect, run
 
 from vllm_flashtrace import Attribution
 
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ def scripted(plugins: None, model_path: str) -> Iterator[PageServer]:
         yield server
 
 
-def run(url: str, name: str, *arguments: str) -> str:
+def start(url: str, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable] if name.endswith(".py") else ["bash"]
-    done = subprocess.run(
+    return subprocess.run(
         [*program, EXAMPLES / name, *arguments],
         capture_output=True,
         text=True,
@@ -52,15 +54,19 @@ def run(url: str, name: str, *arguments: str) -> str:
         timeout=120,
         check=False,
     )
+
+
+def run(url: str, name: str, *arguments: str) -> str:
+    done = start(url, name, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(tool_server):
-    lines = run(tool_server.url, "curl.sh").splitlines()
-    answers = [json.loads(line) for line in lines if line.startswith("{")]
-    chat, existing, fetched, deleted = answers
+    output = run(tool_server.url, "curl.sh")
+    found = re.findall(r"^\{$.*?^\}$", output, re.MULTILINE | re.DOTALL)
+    chat, existing, fetched, deleted = map(json.loads, found)
     [choice] = chat["choices"]
     assert "7306" in choice["message"]["content"]
     assert choice["flashtrace"]["status"] == "completed"
@@ -146,3 +152,51 @@ def test_agent_loop_of_a_model_that_calls_nothing(scripted):
     scripted.engine.answers = ["There is no offsite."]
     output = run(scripted.url, "agent_with_tools.py")
     assert output.strip() == "The agent answers: There is no offsite."
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Lists one model and refuses everything else, as vLLM does where a template is missing."""
+
+    def _answer(self, code: int, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self._answer(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(400, {"error": {"message": "you must provide a chat template", "code": 400}})
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+NEEDED = {
+    "curl.sh": "vllm-flashtrace serve",
+    "openai_client.py": "vllm-flashtrace serve",
+    "streaming.py": "vllm-flashtrace serve",
+    "rag_with_sources.py": "vllm-flashtrace serve",
+    "agent_with_tools.py": "--enable-auto-tool-choice --tool-call-parser hermes",
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_an_example_says_which_server_it_needs(name):
+    if name == "curl.sh" and shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        refused = start(url, name)
+        server.shutdown()
+    absent = start(url, name)
+    for done, reason in ((refused, "you must provide a chat template"), (absent, url)):
+        assert done.returncode == 1
+        assert reason in done.stderr
+        assert NEEDED[name] in done.stderr
+        assert "Traceback" not in done.stderr
