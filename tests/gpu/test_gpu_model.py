@@ -16,7 +16,7 @@ from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
-from vllm_flashtrace.worker.step import HostClock
+from vllm_flashtrace.worker.traced_model import HostClock
 
 SCALE = 0.3
 SLOPES = [0.5, 0.25, 0.125, 0.0625]
@@ -135,18 +135,20 @@ def test_forgotten_weights_are_read_again(
     monkeypatch.setattr(layer, "query_quant", object())
     model, weight = model_of(loaded), loaded.model.model.layers[1].self_attn.o_proj.weight
     by_head = weight.detach().double().view(128, 4, 32).norm(dim=2).T
-    kept = model._norms(1)
-    assert torch.allclose(kept.double(), by_head, rtol=1e-6) and kept.is_contiguous()
+    kept = model.output_projection(1)
+    assert torch.allclose(kept.column_norms.double(), by_head, rtol=1e-6)
+    assert kept.column_norms.is_contiguous() and kept.weight.data_ptr() == weight.data_ptr()
     set_scales(layer, monkeypatch, 0.5, 0.25, 0.125)
-    assert model._reading(1).form.scale == SCALE and model._norms(1) is kept
+    assert model._reading(1).form.scale == SCALE and model.output_projection(1) is kept
     model.forget_weights()
     assert model._reading(1).form.scale == SCALE * 0.25 * 0.5
-    assert model._norms(1) is not kept and torch.equal(model._norms(1), kept)
+    again = model.output_projection(1)
+    assert again is not kept and torch.equal(again.column_norms, kept.column_norms)
 
 
 def test_what_a_runner_asks(loaded: V2Engine) -> None:
     model = model_of(loaded)
-    assert isinstance(model.clock(), HostClock) and model.part.whole and model.batched
+    assert isinstance(model.clock, HostClock) and model.part.whole and model.batched
     assert model.layer_index("model.layers.3.self_attn.attn") == 3
     assert model.layer_index("draft.layers.3.self_attn.attn") is None
     assert model.accumulator_limit_bytes(5) == 5 << 20

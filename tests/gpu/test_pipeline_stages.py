@@ -17,7 +17,7 @@ from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import LIMIT, Traced, V2Engine, apply_patches, traced, untraced, v2_engine
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.base.records import TraceReport
-from vllm_flashtrace.trace.pickup import pick_up
+from vllm_flashtrace.trace.pickup import pick_up_now
 from vllm_flashtrace.trace.wire import ModelPart
 
 
@@ -55,14 +55,11 @@ class Stages:
         assert between is None
 
     def report(self, trace: Traced) -> TraceReport:
-        pickup = pick_up(trace.spec.nonce)
-        request = next(pickup)
-        assert request.method == "flashtrace_collect"
-        replies = [engine.capture.recorder.collect(*request.args) for engine in self.engines]
-        with pytest.raises(StopIteration) as done:
-            pickup.send(replies)
-        report: TraceReport = done.value.value
-        return report
+        def call(method: str, args: tuple[Any, ...]) -> list[bytes]:
+            assert method == "flashtrace_collect"
+            return [engine.capture.recorder.collect(*args) for engine in self.engines]
+
+        return pick_up_now(trace.spec.nonce, call)
 
 
 @pytest.fixture(params=["llama", "qwen3_moe"])

@@ -37,8 +37,8 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "cache views": (f"{ADAPTER}.gpu_model", None, "key_value_views"),
     "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
-    "norms": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "_norms"),
-    "proximity": (f"{ADAPTER}.gpu_model", None, "proximity"),
+    "norms": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "_projection"),
+    "proximity": (f"{ADAPTER}.traced_model", None, "proximity"),
     "end of step": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "end_step"),
     "scores": (f"{CAPTURE}.recorder", None, "token_shares"),
 }
@@ -111,10 +111,10 @@ def test_fault_in_one_trace_spares_the_other(
     bad, good = traced(80, (40, 80)), traced(70, (30, 66), seed=2)
     stock = Trace.begin_chunk
 
-    def begin_chunk(self: Trace, start: int, stop: int) -> Any:
+    def begin_chunk(self: Trace, row: Any) -> Any:
         if self.spec.nonce == bad.spec.nonce:
             raise RuntimeError("injected")
-        return stock(self, start, stop)
+        return stock(self, row)
 
     monkeypatch.setattr(Trace, "begin_chunk", begin_chunk)
     engine.step({"bad": 80, "good": 70}, new={"bad": bad.new, "good": good.new})

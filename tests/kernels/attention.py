@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.kernels import Accumulators, AttentionForm, PagedRows, RowSegment
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    AttentionForm,
+    AttentionInputs,
+    PagedRows,
+    RowSegment,
+)
 
 LAYERS, HIDDEN = 3, 40
 CPU = torch.device("cpu")
@@ -38,6 +44,9 @@ class Case:
     query: Tensor
     cache: Tensor
     rows: PagedRows
+
+    def inputs(self, form: AttentionForm) -> AttentionInputs:
+        return AttentionInputs(self.query, self.cache, self.rows, form)
 
     @property
     def sums(self) -> list[Tensor]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.kernels.paged import DEVICE, paged_cache
+from vllm_flashtrace.kernels import PagedValues, ProximityInputs
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Arguments of `proximity`, and the values that the cache holds, float64 ``[N, G, d]``."""
+    """The tensors of `ProximityInputs`, and the values in the cache, float64 ``[N, G, d]``."""
 
     column_sums: Tensor
     value_cache: Tensor
@@ -24,8 +25,11 @@ class Layer:
     value_scale: float
     values: Tensor
 
-    def arguments(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "values"}
+
+    def inputs(self) -> ProximityInputs:
+        return inputs_of(**self.tensors())
 
     def contributions(self) -> Tensor:
         """``c_h[j] v_j W_O^h``, float64 ``[H, N, D]``."""
@@ -44,6 +48,12 @@ class Layer:
         """``max(0, sum_i sign(x_i) z_i)`` of every pair, float64 ``[H, N]``."""
         signs = torch.where(self.stream < 0, -1.0, 1.0).double()
         return (self.contributions() @ signs).clamp(min=0)
+
+
+def inputs_of(
+    *, value_cache: Tensor, block_table: Tensor, value_scale: float, **others: Tensor
+) -> ProximityInputs:
+    return ProximityInputs(values=PagedValues(value_cache, block_table, value_scale), **others)
 
 
 def make_layer(

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.kernels.attention import LAYERS, Case, Shape, definition, make_case, relative_error
 from vllm_flashtrace.kernels import (
     AttentionForm,
+    AttentionInputs,
     PagedRows,
     paged_column_sums,
     paged_lse,
@@ -53,15 +54,15 @@ def form_of(heads: int, **features: float) -> AttentionForm:
 
 
 def triton_forms(case: Case, form: AttentionForm, layer: int = LAYER) -> Tensor:
-    lse = lse_kernels.triton_lse(case.query, case.cache, case.rows, form)
-    offsets = lse_kernels.row_offsets(case.query, case.cache, case.rows, form)
-    column_kernels.triton_column_sums(case.query, case.cache, case.rows, form, layer, offsets)
+    inputs = case.inputs(form)
+    lse = lse_kernels.triton_lse(inputs)
+    column_kernels.triton_column_sums(inputs, layer, lse_kernels.row_offsets(inputs))
     return lse
 
 
 def torch_forms(case: Case, form: AttentionForm, layer: int = LAYER) -> Tensor:
-    lse = paged_lse(case.query, case.cache, case.rows, form)
-    paged_column_sums(case.query, case.cache, case.rows, form, layer)
+    lse = paged_lse(case.inputs(form))
+    paged_column_sums(case.inputs(form), layer)
     return lse
 
 
@@ -186,9 +187,9 @@ def test_only_a_float32_view_may_be_overwritten() -> None:
     shape = Shape(dim=64, block_size=128)
     case, form = make_case(shape, [[*range(20, 37)]]), form_of(shape.heads)
     before = case.cache.clone()
-    paged_column_sums(case.query, case.cache, case.rows, form, LAYER)
+    paged_column_sums(case.inputs(form), LAYER)
     assert torch.equal(case.cache.nan_to_num(7), before.nan_to_num(7))
-    paged_column_sums(case.query, case.cache, case.rows, form, 2, overwrite_keys=True)
+    paged_column_sums(case.inputs(form), 2, overwrite_keys=True)
     assert not torch.equal(case.cache.nan_to_num(7), before.nan_to_num(7))
     assert torch.equal(case.sums[0][LAYER], case.sums[0][2])
 
@@ -204,15 +205,11 @@ def test_only_a_float32_view_may_be_overwritten() -> None:
         ({"key_cache": torch.zeros(20, 2, 2, 64)}, "does not hold"),
     ],
 )
-@pytest.mark.parametrize("function", ["lse", "sums"])
-def test_misfits_are_refused(change, message: str, function: str) -> None:
+def test_misfits_are_refused(change, message: str) -> None:
     case, form = make_case(Shape(dim=64), SEVERAL), form_of(6)
     arguments = {"query": case.query, "key_cache": case.cache, **change}
     with pytest.raises(ValueError, match=message):
-        if function == "lse":
-            paged_lse(**arguments, rows=case.rows, form=form)
-        else:
-            paged_column_sums(**arguments, rows=case.rows, form=form, layer=0)
+        AttentionInputs(**arguments, rows=case.rows, form=form)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def interpreter() -> Iterator[None]:
 
 
 def launch(case: Case, form: AttentionForm, layer: int = 0) -> None:
-    offsets = row_offsets(case.query, case.cache, case.rows, form)
-    triton_column_sums(case.query, case.cache, case.rows, form, layer, offsets)
+    inputs = case.inputs(form)
+    triton_column_sums(inputs, layer, row_offsets(inputs))
     stream = torch.zeros(len(case.query), HIDDEN, dtype=torch.bfloat16)
     triton_row_sums(stream, case.rows, layer, "stream")
 

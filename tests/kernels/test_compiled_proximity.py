@@ -48,7 +48,7 @@ def test_every_kernel_compiles(
 ) -> None:
     layer = make_layer(values=values, weight=weight, dim=dim, shared=2, tokens=20)
     with compiled_only(capability) as kernels:
-        triton_proximity(**layer.arguments(), exact_fraction=0.9)
+        triton_proximity(layer.inputs(), exact_fraction=0.9)
     assert kernels.keys() == KERNELS
     for name, (kernel,) in kernels.items():
         assert kernel.metadata.shared <= LEAST_SHARED_MEMORY, name
@@ -69,7 +69,7 @@ def test_one_compilation_serves_every_request() -> None:
                     block_table=torch.zeros(40, dtype=torch.int32)[first:],
                     value_scale=1.0 + first,
                 )
-                triton_proximity(**request.arguments())
+                triton_proximity(request.inputs())
     assert kernels.keys() == KERNELS
     for name, compiled in kernels.items():
         assert len(compiled) == 15

@@ -76,7 +76,7 @@ def test_the_compiler_works_after_nested_calls_were_interpreted() -> None:
     before = [dict(vars(place)) for place in places]
     case = make_case(Shape(dim=64), [[1, 2]])
     with interpreted():
-        triton_lse(case.query, case.cache, case.rows, AttentionForm(0.1))
+        triton_lse(case.inputs(AttentionForm(0.1)))
     for place, members in zip(places, before, strict=True):
         changed = [name for name, value in members.items() if vars(place).get(name) is not value]
         assert not changed

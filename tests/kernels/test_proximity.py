@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.layers import Layer, make_layer, relative_error
+from tests.kernels.layers import Layer, inputs_of, make_layer, relative_error
 from tests.kernels.paged import DEVICE, paged_cache
 from vllm_flashtrace.kernels import proximity
 from vllm_flashtrace.kernels.paged_proximity import torch_proximity
-from vllm_flashtrace.kernels.triton_operands import Operands, PagedValues
+from vllm_flashtrace.kernels.triton_operands import Operands
 from vllm_flashtrace.kernels.triton_proximity import triton_proximity
 from vllm_flashtrace.kernels.triton_screen import nearest_coordinates, screen_pairs
 
@@ -63,7 +63,7 @@ def test_both_forms_are_the_definition(case: int, size: float) -> None:
     layer = _layer(case, size)
     exact = layer.pairs().sum(0)
     for form in (torch_proximity, triton_proximity):
-        ours = form(**layer.arguments())
+        ours = form(layer.inputs())
         assert ours.shape == exact.shape and ours.dtype == torch.float32
         assert relative_error(ours, exact) <= 1e-5, form.__name__
 
@@ -74,9 +74,8 @@ def test_layers_here_take_every_way_through_the_kernels() -> None:
     for size in (0.1, 3.0):
         layer = _layer(3, size)
         operands = Operands.choose(B16, B16, 128)
-        values = PagedValues(layer.value_cache, layer.block_table, layer.value_scale)
-        nearest = nearest_coordinates(layer.weight, layer.column_norms, layer.stream, 128, B16)
-        screened = screen_pairs(layer.column_sums, values, nearest, operands)
+        nearest = nearest_coordinates(layer.inputs(), operands)
+        screened = screen_pairs(layer.inputs(), nearest, operands)
         over = layer.contributions() * torch.where(layer.stream < 0, -1.0, 1.0).double()
         over = (over > layer.stream.abs()).sum(-1).cpu()
         further = screened.further.cpu().bool()
@@ -94,7 +93,7 @@ def test_coordinates_without_a_distance(form: Form) -> None:
     layer.weight[2] = 0
     layer.column_norms[:, 2] = 0
     layer.stream[2:4] = 0
-    assert relative_error(form(**layer.arguments()), layer.pairs().sum(0)) <= 1e-5
+    assert relative_error(form(layer.inputs()), layer.pairs().sum(0)) <= 1e-5
 
 
 @FORMS
@@ -103,7 +102,7 @@ def test_coordinates_without_a_distance(form: Form) -> None:
 def test_reach_leaves_no_coordinate_out(form: Form, dim: int, size: float) -> None:
     # In so few dimensions a contribution comes as far as its length allows, or nearly.
     layer = make_layer(dim=dim, hidden=30, tokens=200, groups=2, shared=2, size=size)
-    assert relative_error(form(**layer.arguments()), layer.pairs().sum(0)) <= 1e-5
+    assert relative_error(form(layer.inputs()), layer.pairs().sum(0)) <= 1e-5
 
 
 @FORMS
@@ -113,10 +112,10 @@ def test_transposed_weight_and_wide_column_sums(form: Form) -> None:
     wide[:, 50:100] = layer.column_sums
     strided = torch.full((2, 50, 2), torch.nan, device=DEVICE)
     strided[..., 0] = layer.column_sums
-    plain = form(**layer.arguments())
+    plain = form(layer.inputs())
     for column_sums in (wide[:, 50:100], strided[..., 0]):
         moved = replace(layer, weight=layer.weight.T.contiguous().T, column_sums=column_sums)
-        torch.testing.assert_close(form(**moved.arguments()), plain)
+        torch.testing.assert_close(form(moved.inputs()), plain)
 
 
 @FORMS
@@ -127,7 +126,7 @@ def test_same_bits_wherever_the_blocks_lie(form: Form, dtype: torch.dtype) -> No
     for layout, seed in [("HND", 0), ("HND", 0), ("NHD", 1), ("HDN", 2)]:
         cache, table = paged_cache(layer.values.to(dtype), 16, layout=layout, seed=seed)
         moved = replace(layer, value_cache=cache, block_table=table)
-        results.append(form(**moved.arguments(), exact_fraction=0.9))
+        results.append(form(moved.inputs(), exact_fraction=0.9))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -141,7 +140,7 @@ def test_blocks_past_two_to_the_31_elements(form: Form) -> None:
     for far, near in zip(table.tolist(), layer.block_table.tolist(), strict=False):
         cache.view(torch.uint8)[far] = layer.value_cache.view(torch.uint8)[near]
     moved = replace(layer, value_cache=cache, block_table=table)
-    assert torch.equal(form(**moved.arguments()), form(**layer.arguments()))
+    assert torch.equal(form(moved.inputs()), form(layer.inputs()))
 
 
 # --- exact_fraction -----------------------------------------------------------------------------
@@ -158,7 +157,7 @@ def test_smaller_fractions_lie_between_proximity_and_bound(
     slack = 1e-5 * layer.contributions().abs().sum((0, 2)) + 1e-9
     before, sums = bound, []
     for fraction in (0.0, 0.5, 0.9, 1.0):
-        ours = form(**layer.arguments(), exact_fraction=fraction).double()
+        ours = form(layer.inputs(), exact_fraction=fraction).double()
         assert (ours >= exact - slack).all() and (ours <= before + slack).all()
         before = ours
         sums.append(float(ours.sum()))
@@ -174,8 +173,8 @@ def test_fractions_do_not_depend_on_the_scale_of_the_weights(form: Form, power: 
     scaled = replace(
         layer, column_sums=layer.column_sums * 2.0**power, stream=layer.stream * 2.0**power
     )
-    plain = form(**layer.arguments(), exact_fraction=0.5)
-    ours = form(**scaled.arguments(), exact_fraction=0.5) * 2.0**-power
+    plain = form(layer.inputs(), exact_fraction=0.5)
+    ours = form(scaled.inputs(), exact_fraction=0.5) * 2.0**-power
     assert relative_error(ours, plain.double()) < 1e-6
 
 
@@ -184,16 +183,17 @@ def test_fractions_do_not_depend_on_the_scale_of_the_weights(form: Form, power: 
 
 def test_tensors_on_the_cpu_take_the_torch_form() -> None:
     layer = make_layer(values=B16, weight=B16, tokens=40)
-    arguments = {
+    tensors = {
         name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in layer.arguments().items()
+        for name, value in layer.tensors().items()
     }
-    assert torch.equal(proximity(**arguments), torch_proximity(**arguments))
+    inputs = inputs_of(**tensors)
+    assert torch.equal(proximity(inputs), torch_proximity(inputs))
 
 
 @FORMS
 def test_no_tokens(form: Form) -> None:
     layer = make_layer(tokens=20)
     empty = replace(layer, column_sums=layer.column_sums[:, :0], block_table=layer.block_table[:0])
-    for result in (form(**empty.arguments()), proximity(**empty.arguments())):
+    for result in (form(empty.inputs()), proximity(empty.inputs())):
         assert result.shape == (0,) and result.dtype == torch.float32

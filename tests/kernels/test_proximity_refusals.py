@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.layers import make_layer
+from tests.kernels.layers import inputs_of, make_layer
 from tests.kernels.paged import DEVICE, paged_cache
-from vllm_flashtrace.kernels import proximity
+from vllm_flashtrace.kernels import ProximityInputs, proximity
 from vllm_flashtrace.kernels.paged_proximity import torch_proximity
 from vllm_flashtrace.kernels.triton_proximity import triton_proximity
 
@@ -47,9 +47,9 @@ def test_a_value_that_is_no_number_spoils_its_token(
     spoilt = replace(layer, value_cache=cache, block_table=table)
     # Where nothing weighs the token either.
     spoilt.column_sums[:, 20] = 0
-    _only_token_20(form, spoilt.arguments(), layer.arguments(), fraction)
+    _only_token_20(form, spoilt.inputs(), layer.inputs(), fraction)
     spoilt.column_sums[:, 20] = 0.25
-    _only_token_20(form, spoilt.arguments(), layer.arguments(), fraction)
+    _only_token_20(form, spoilt.inputs(), layer.inputs(), fraction)
 
 
 @FORMS
@@ -62,15 +62,17 @@ def test_a_bad_column_sum_spoils_its_token(form: Form, fraction: float, bad: flo
     column_sums[:, 20] = 0
     column_sums[3, 20] = bad
     spoilt = replace(layer, column_sums=column_sums)
-    _only_token_20(form, spoilt.arguments(), layer.arguments(), fraction)
+    _only_token_20(form, spoilt.inputs(), layer.inputs(), fraction)
 
 
-def _only_token_20(form: Form, spoilt: dict, clean: dict, fraction: float) -> None:
-    ours = form(**spoilt, exact_fraction=fraction)
+def _only_token_20(
+    form: Form, spoilt: ProximityInputs, clean: ProximityInputs, fraction: float
+) -> None:
+    ours = form(spoilt, exact_fraction=fraction)
     assert ours.isnan().nonzero().flatten().tolist() == [20]
     if fraction == 1:
         others = torch.arange(len(ours), device=ours.device) != 20
-        torch.testing.assert_close(ours[others], form(**clean)[others])
+        torch.testing.assert_close(ours[others], form(clean)[others])
 
 
 @FORMS
@@ -78,17 +80,16 @@ def _only_token_20(form: Form, spoilt: dict, clean: dict, fraction: float) -> No
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_bad_stream_or_norm_spoils_every_token(form: Form, name: str, bad: float) -> None:
     layer = make_layer(groups=2, shared=2, tokens=40)
-    arguments = layer.arguments()
-    arguments[name].view(-1)[-5] = bad
+    layer.tensors()[name].view(-1)[-5] = bad
     for fraction in (0.0, 0.5, 1.0):
-        assert form(**arguments, exact_fraction=fraction).isnan().all()
+        assert form(layer.inputs(), exact_fraction=fraction).isnan().all()
 
 
 @FORMS
 def test_a_negative_zero_is_no_negative_column_sum(form: Form) -> None:
     layer = make_layer(tokens=20)
     layer.column_sums[0, 3] = -0.0
-    assert form(**layer.arguments())[3] == 0
+    assert form(layer.inputs())[3] == 0
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -97,13 +98,13 @@ def test_a_negative_zero_is_no_negative_column_sum(form: Form) -> None:
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, NAN])
 def test_fraction_out_of_range_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match="exact_fraction"):
-        proximity(**make_layer(tokens=3).arguments(), exact_fraction=fraction)
+        proximity(make_layer(tokens=3).inputs(), exact_fraction=fraction)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, INF, NAN])
 def test_scale_that_is_not_positive_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match="value_scale"):
-        proximity(**{**make_layer(tokens=3).arguments(), "value_scale": scale})
+        inputs_of(**{**make_layer(tokens=3).tensors(), "value_scale": scale})
 
 
 @pytest.mark.parametrize(
@@ -118,10 +119,10 @@ def test_scale_that_is_not_positive_is_refused(scale: float) -> None:
     ],
 )
 def test_wrong_dimensions_are_refused(name: str, shape: tuple[int, ...]) -> None:
-    arguments = make_layer(shared=2).arguments()
+    arguments = make_layer(shared=2).tensors()
     arguments[name] = arguments[name].new_zeros(shape)
     with pytest.raises(ValueError, match=r"dimensions expected.*column_sums torch\.float32"):
-        proximity(**arguments)
+        inputs_of(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +146,15 @@ def test_wrong_dimensions_are_refused(name: str, shape: tuple[int, ...]) -> None
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) -> None:
-    arguments = make_layer(shared=2).arguments()
+    arguments = make_layer(shared=2).tensors()
     arguments[name] = arguments[name].new_zeros(shape)
     with pytest.raises(ValueError, match="do not fit together"):
-        proximity(**arguments)
+        inputs_of(**arguments)
 
 
 def test_head_size_past_the_largest_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit together"):
-        proximity(**make_layer(dim=257, tokens=3, hidden=8).arguments())
+        make_layer(dim=257, tokens=3, hidden=8).inputs()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_head_size_past_the_largest_is_refused() -> None:
     ],
 )
 def test_types_that_do_not_fit_are_refused(name: str, dtype: torch.dtype) -> None:
-    arguments = make_layer(tokens=3).arguments()
+    arguments = make_layer(tokens=3).tensors()
     arguments[name] = arguments[name].nan_to_num().to(dtype).to(DEVICE)
     with pytest.raises(ValueError, match=f"do not fit together.*{name} {dtype}"):
-        proximity(**arguments)
+        inputs_of(**arguments)

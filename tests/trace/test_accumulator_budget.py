@@ -17,7 +17,6 @@ from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.trace.budget import AccumulatorBudget, ModelShape, part_of_memory
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import (
-    ModelPart,
     TraceSpec,
     WireReport,
     decode_report,
@@ -26,10 +25,12 @@ from vllm_flashtrace.trace.wire import (
     unseal,
 )
 from vllm_flashtrace.worker.recorder import Recorder
-from vllm_flashtrace.worker.step import HostClock, Trace
+from vllm_flashtrace.worker.step import Trace
+from vllm_flashtrace.worker.traced_model import HostClock
 
 SHAPE = ModelShape(num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=16)
 BUDGET = AccumulatorBudget.of_model(10_000, SHAPE)
+MODEL: Any = types.SimpleNamespace(shape=SHAPE, device=torch.device("cpu"), clock=HostClock())
 
 
 def spec(context: int) -> TraceSpec:
@@ -39,7 +40,7 @@ def spec(context: int) -> TraceSpec:
 
 @pytest.mark.parametrize("context", [2, 3, 100, 1001])
 def test_the_price_is_what_a_trace_takes(context: int) -> None:
-    trace = Trace(spec(context), spec(context).target_weights(), SHAPE, torch.device("cpu"))
+    trace = Trace(spec(context), spec(context).target_weights(), MODEL)
     assert BUDGET.cost(context) == trace.nbytes
 
 
@@ -77,10 +78,7 @@ def test_good_options() -> None:
 
 
 def test_a_worker_refuses_what_does_not_fit_beside_the_others() -> None:
-    model: Any = types.SimpleNamespace(
-        shape=SHAPE, device=torch.device("cpu"), clock=HostClock, part=ModelPart(0, 3, 3, 1)
-    )
-    recorder = Recorder(model, 60.0, BUDGET)
+    recorder = Recorder(MODEL, 60.0, BUDGET)
     half, more = spec(95), spec(96)
     for name, one in (("a", half), ("b", half), ("c", more)):
         recorder.register(name, seal(one), one.length)

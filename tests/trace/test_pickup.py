@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.trace.pickup import decode_status, pick_up
+from vllm_flashtrace.trace.pickup import decode_status, pick_up, pick_up_now
 from vllm_flashtrace.trace.wire import ModelPart, WireReport, stages, tensor_of
 from vllm_flashtrace.worker.recorder import FinishedTrace, TraceFacts, TraceSums
-from vllm_flashtrace.worker.step import HostClock
+from vllm_flashtrace.worker.traced_model import HostClock
 
 LAYERS, CONTEXT, LENGTH = 3, 7, 9
 
@@ -58,17 +59,15 @@ class Rank:
 
 def drive(ranks: Sequence[Rank], replace: dict[int, Any] | None = None) -> TraceReport:
     """Runs a pick-up; ``replace`` gives other answers of a rank to the first call."""
-    pickup = pick_up("n")
-    request = next(pickup)
-    while True:
-        replies: list[Any] = [rank.call(request.method, *request.args) for rank in ranks]
-        for rank, reply in (replace or {}).items():
+    others = [replace or {}]
+
+    def call(method: str, args: tuple[Any, ...]) -> list[Any]:
+        replies: list[Any] = [rank.call(method, *args) for rank in ranks]
+        for rank, reply in (others.pop() if others else {}).items():
             replies[rank] = reply
-        replace = None
-        try:
-            request = pickup.send(replies)
-        except StopIteration as done:
-            return done.value
+        return replies
+
+    return pick_up_now("n", call)
 
 
 def proximities(heads: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,3 +236,16 @@ def test_one_status_of_several_workers() -> None:
     )
     assert merged.pop("refusal") == "why" and merged.pop("recording") == 3
     assert AccumulatorBudget.from_status(merged) == AccumulatorBudget(70, 7, 14)
+
+
+async def test_workers_that_answer_later() -> None:
+    heads, residual = proximities(2, 5)
+    ranks = [Rank(part, residual, 2) for part in heads]
+
+    async def call(method: str, args: tuple[Any, ...]) -> list[Any]:
+        await asyncio.sleep(0)
+        return [rank.call(method, *args) for rank in ranks]
+
+    ours = await pick_up("n", call)
+    expected = drive([Rank(part, residual, 2) for part in heads])
+    assert torch.equal(ours.scores, expected.scores)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from vllm_flashtrace.core.attention import AttentionForm
-from vllm_flashtrace.kernels.paged_attention import add_row_sums, paged_column_sums, paged_lse
-from vllm_flashtrace.kernels.paged_proximity import l1_proximity, proximity
+from vllm_flashtrace.core.proximity import l1_proximity
+from vllm_flashtrace.kernels.paged_attention import (
+    AttentionInputs,
+    add_row_sums,
+    paged_column_sums,
+    paged_lse,
+)
+from vllm_flashtrace.kernels.paged_proximity import PagedValues, ProximityInputs, proximity
 from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
 
 __all__ = [
     "Accumulators",
     "AttentionForm",
+    "AttentionInputs",
     "PagedRows",
+    "PagedValues",
+    "ProximityInputs",
     "RowSegment",
     "add_row_sums",
     "l1_proximity",

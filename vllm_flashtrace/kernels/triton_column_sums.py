@@ -1,30 +1,28 @@
-"""Weighted column sums of attention over a paged K cache.
+"""Second pass over attention: weighted column sums from a paged K cache.
 
-Invariant: a key tile is loaded once and stays for all rows and query heads that see it, and only
-its program writes where its sums go; rows are cut only where there are too few key tiles, and the
-parts are then added in order.
+A key tile is loaded once and stays for all rows and query heads that see it, and only its program
+writes where its sums go. Rows are cut only where there are too few key tiles; the parts are then
+added in order. So the same input gives the same bits.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.core.attention import AttentionForm
-from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.paged_attention import AttentionInputs
 from vllm_flashtrace.kernels.triton_operands import (
-    common_arguments,
-    common_constants,
+    Operands,
+    attention_arguments,
+    attention_constants,
+    load_cached,
     load_queries,
-    load_values,
     masked_logits,
-    on_device_of,
-    operands_of,
     shaped_logits,
-    tile_key,
     unit_of,
     window_of,
 )
@@ -53,34 +51,25 @@ _TILES = {
 _FEWEST_ROWS = 16
 
 
-def triton_column_sums(
-    query: Tensor,
-    key_cache: Tensor,
-    rows: PagedRows,
-    form: AttentionForm,
-    layer: int,
-    offsets: Tensor,
-) -> None:
-    """Triton form of `column_sums.paged_column_sums`, which describes the arguments.
+def triton_column_sums(inputs: AttentionInputs, layer: int, offsets: Tensor) -> None:
+    """Triton form of `paged_column_sums`.
 
     Args:
-        query: See there.
-        key_cache: See there.
-        rows: See there.
-        form: See there.
-        layer: See there.
+        inputs: The layer's tensors.
+        layer: Layer of the accumulators.
         offsets: float32 ``[H, R]``, as `triton_lse.row_offsets` gives them.
     """
-    operands = operands_of(query, key_cache)
-    tile = _TILES[tile_key(operands)]
+    query, rows = inputs.query, inputs.rows
+    operands = Operands.of_attention(inputs)
+    tile = _TILES[operands.tile_key]
     longest = max(len(segment.rows) for segment in rows.segments)
     row_tile = max(_FEWEST_ROWS, min(tile.rows, triton.next_power_of_2(longest)))
-    with on_device_of(query):
+    with torch.cuda.device_of(query):
         tables = rows.on_device
-        work = tables.key_tiles(tile.keys, row_tile, window_of(form))
+        work = tables.key_tiles(tile.keys, row_tile, window_of(inputs.form))
         parts = offsets.new_empty(max(1, work.slots), rows.num_heads, tile.keys)
         _column_sums_kernel[(len(work.items), rows.num_kv_heads)](
-            *common_arguments(query, key_cache, rows, form),
+            *attention_arguments(inputs),
             offsets,
             work.items,
             tables.sums,
@@ -88,7 +77,7 @@ def triton_column_sums(
             layer,
             len(rows),
             rows.num_heads,
-            **common_constants(query, key_cache, rows, form, operands),
+            **attention_constants(inputs, operands),
             KEYS=tile.keys,
             ROWS=row_tile,
             num_warps=tile.warps,
@@ -157,7 +146,7 @@ def _column_sums_kernel(
 
     tokens = first_key + tl.arange(0, KEYS)
     in_tile = tokens < last_key
-    k = load_values(
+    k = load_cached(
         cache,
         block_tables + segment.to(tl.int64) * stride_table,
         stride_block,
@@ -210,7 +199,7 @@ def _column_sums_kernel(
                 added += tl.exp2(logits * unit - offset[None, :])
         column_sums = tl.sum(added, axis=1)
         if slot < 0:
-            add_to_sums(sums, segment, layer, head, tokens, in_tile, column_sums)
+            _add_to_sums(sums, segment, layer, head, tokens, in_tile, column_sums)
         else:
             place = (slot.to(tl.int64) * num_heads + head) * KEYS
             tl.store(parts + place + tl.arange(0, KEYS), column_sums)
@@ -235,11 +224,11 @@ def _add_parts_kernel(reductions, sums, parts, layer, KEYS: tl.constexpr):
         column_sums += tl.load(part)
         part += num_heads * KEYS
     tokens = first_key + places
-    add_to_sums(sums, segment, layer, head, tokens, tokens < last_key, column_sums)
+    _add_to_sums(sums, segment, layer, head, tokens, tokens < last_key, column_sums)
 
 
 @triton.jit
-def add_to_sums(sums, segment, layer, head, tokens, valid, column_sums):
+def _add_to_sums(sums, segment, layer, head, tokens, valid, column_sums):
     """Adds to one head's column sums of a segment; nobody else may do so meanwhile."""
     entry = sums + segment * SUMS
     address = tl.load(entry).to(tl.pointer_type(tl.float32))

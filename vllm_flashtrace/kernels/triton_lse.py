@@ -1,7 +1,7 @@
-"""Log-sum-exp of every target row and head over a paged K cache.
+"""First pass over attention: the log-sum-exp of every target row and head, from a paged K cache.
 
-Invariant: a query vector is loaded once and stays; a key tile is shared by all query heads of its
-key/value head. Few rows over many keys are cut along the keys, and the parts joined in order.
+A query vector is loaded once and stays; a key tile is shared by all query heads of its key/value
+head. Few rows over many keys are cut along the keys, and the parts joined in order.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.core.attention import AttentionForm
-from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.paged_attention import AttentionInputs
 from vllm_flashtrace.kernels.triton_operands import (
     LN2,
     LOG2E,
-    common_arguments,
-    common_constants,
+    Operands,
+    attention_arguments,
+    attention_constants,
+    load_cached,
     load_queries,
-    load_values,
     masked_logits,
-    on_device_of,
-    operands_of,
     shaped_logits,
-    tile_key,
     unit_of,
     window_of,
 )
@@ -56,31 +53,30 @@ _FEWEST_QUERIES = 16
 _JOINED = 256
 
 
-def triton_lse(query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm) -> Tensor:
-    """Triton form of `column_sums.paged_lse`, which describes arguments and result."""
-    return _launch(query, key_cache, rows, form, weighted=False).t()
+def triton_lse(inputs: AttentionInputs) -> Tensor:
+    """Triton form of `paged_lse`."""
+    return _launch(inputs, weighted=False).t()
 
 
-def row_offsets(query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm) -> Tensor:
+def row_offsets(inputs: AttentionInputs) -> Tensor:
     """What turns a logit into a weighted attention weight: ``lse / ln 2 - log2 w``.
 
     Returns:
         float32 ``[H, R]``, contiguous: ``w_i alpha_ij = 2 ** (logit_ij / ln 2 - offset_i)``.
     """
-    return _launch(query, key_cache, rows, form, weighted=True)
+    return _launch(inputs, weighted=True)
 
 
-def _launch(
-    query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm, *, weighted: bool
-) -> Tensor:
-    """``[H, R]``: rows are adjacent, as who reads them a tile at a time wants them."""
-    operands = operands_of(query, key_cache)
-    tile = _TILES[tile_key(operands)]
+def _launch(inputs: AttentionInputs, *, weighted: bool) -> Tensor:
+    """``[H, R]``: rows are adjacent, because they are read a tile at a time."""
+    query, rows, form = inputs.query, inputs.rows, inputs.form
+    operands = Operands.of_attention(inputs)
+    tile = _TILES[operands.tile_key]
     shared = rows.num_heads // rows.num_kv_heads
     longest = max(len(segment.rows) for segment in rows.segments)
     queries = triton.next_power_of_2(min(longest * shared, tile.queries))
     queries = max(queries, triton.next_power_of_2(shared), _FEWEST_QUERIES)
-    with on_device_of(query):
+    with torch.cuda.device_of(query):
         tables = rows.on_device
         work = tables.row_tiles(queries // shared, tile.keys, window_of(form))
         result = query.new_empty(rows.num_heads, len(rows), dtype=torch.float32)
@@ -88,14 +84,14 @@ def _launch(
         if work.slots > 1:
             parts = result.new_full((work.slots, *result.shape), float("-inf"))
         _lse_kernel[(len(work.items), rows.num_kv_heads)](
-            *common_arguments(query, key_cache, rows, form),
+            *attention_arguments(inputs),
             tables.log_weights if form.sinks is None else form.sinks,
             tables.log_weights,
             work.items,
             parts,
             len(rows),
             rows.num_heads,
-            **common_constants(query, key_cache, rows, form, operands),
+            **attention_constants(inputs, operands),
             HAS_SINKS=form.sinks is not None,
             IS_PART=work.slots > 1,
             WEIGHTED=weighted,
@@ -209,7 +205,7 @@ def _lse_kernel(
         end = last_key if masked else masked_key
         for start in range(begin, end, KEYS):
             tokens = start + tl.arange(0, KEYS)
-            k = load_values(
+            k = load_cached(
                 cache,
                 table,
                 stride_block,

@@ -1,14 +1,12 @@
-"""Queries, keys and values inside a Triton kernel: reading the paged cache, forming logits.
+"""What the Triton kernels share: launch arguments, reads of the paged cache, logits.
 
-Value vectors of a request's tokens, read from the paged cache inside a kernel.
+Kernels read only what a block table names for the tokens of the request: what other slots hold,
+NaN included, never reaches a result. Values are widened, never rounded. Both kernels over attention
+form logits with the same functions, so that an attention weight exceeds one by no more than
+rounding.
 
-Invariant: a kernel reads only what the block table names for tokens of the request; what other
-slots hold, NaN included, never reaches a result. Values are widened, never rounded.
-
-What makes logits of dot products inside a kernel, and which tiles the kernels work in.
-
-Invariant: both kernels over attention make the same logits, so a weight never exceeds one by more
-than rounding.
+Triton has no structs, so arguments are lists inside kernels; `attention_arguments` and
+`value_arguments` keep their order in one place.
 """
 
 from __future__ import annotations
@@ -22,9 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_flashtrace.core.attention import AttentionForm
-from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.paged_attention import AttentionInputs
+from vllm_flashtrace.kernels.paged_proximity import PagedValues
 
-EIGHT_BIT_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+_EIGHT_BIT_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
 _TRITON_TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -34,7 +36,7 @@ _TRITON_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """How rows of values are multiplied with columns of ``W_O``.
+    """How two factors of a matrix product are multiplied: queries and keys, or values and ``W_O``.
 
     Attributes:
         dtype: Type of the factors, which holds both exactly.
@@ -47,12 +49,30 @@ class Operands:
     padded_dim: int
 
     @classmethod
-    def choose(cls, values: torch.dtype, weight: torch.dtype, head_dim: int) -> Operands:
-        """Sixteen-bit factors where they are exact, else float32 at no less than its precision."""
+    def choose(cls, cached: torch.dtype, other: torch.dtype, head_dim: int) -> Operands:
+        """Sixteen-bit factors where they are exact, else float32 at no less than its precision.
+
+        Args:
+            cached: Type of the vectors in the cache.
+            other: Type of the other factor.
+            head_dim: Head size.
+        """
         padded_dim = max(16, triton.next_power_of_2(head_dim))
-        if weight in (torch.bfloat16, torch.float16) and values in (weight, *EIGHT_BIT_FORMATS):
-            return cls(weight, "ieee", padded_dim)
-        return cls(torch.float32, "ieee" if values == weight else "tf32x3", padded_dim)
+        if other in (torch.bfloat16, torch.float16) and cached in (other, *_EIGHT_BIT_FORMATS):
+            return cls(other, "ieee", padded_dim)
+        return cls(torch.float32, "ieee" if cached == other else "tf32x3", padded_dim)
+
+    @classmethod
+    def of_attention(cls, inputs: AttentionInputs) -> Operands:
+        """Of queries and keys; float16 holds eight-bit floats exactly."""
+        query = inputs.query
+        dtype = torch.float16 if query.dtype in _EIGHT_BIT_FORMATS else query.dtype
+        return cls.choose(inputs.key_cache.dtype, dtype, query.shape[2])
+
+    @property
+    def tile_key(self) -> tuple[int, int]:
+        """What tiles are chosen by: bytes of an operand and padded head size, at least 64."""
+        return self.dtype.itemsize, max(64, self.padded_dim)
 
     @property
     def triton_type(self) -> tl.dtype:
@@ -60,96 +80,10 @@ class Operands:
         return _TRITON_TYPES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class PagedValues:
-    """One request's values of one layer.
-
-    Attributes:
-        cache: ``[num_blocks, G, block_size, d]``, any strides.
-        block_table: int32, ids of the request's blocks.
-        scale: Factor on what the cache holds.
-    """
-
-    cache: Tensor
-    block_table: Tensor
-    scale: float
-
-    def arguments(self) -> tuple[Any, ...]:
-        """What the kernels take first: ``cache, block_table, scale`` and four strides.
-
-        Eight-bit floats go as bytes: which of them a compiler knows depends on the GPU.
-        """
-        cache = self.cache.view(torch.uint8) if self.eight_bit else self.cache
-        return (cache, self.block_table, float(self.scale), *cache.stride())
-
-    @property
-    def eight_bit(self) -> str:
-        """The format where the cache holds eight-bit floats, else empty; see `widen`."""
-        return EIGHT_BIT_FORMATS.get(self.cache.dtype, "")
-
-
-@triton.jit
-def load_values(
-    cache,
-    block_table,
-    stride_block,
-    stride_group,
-    stride_slot,
-    stride_dim,
-    group,
-    tokens,
-    valid,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    EIGHT_BIT: tl.constexpr,
-):
-    """Value vectors of `tokens` as cached, zero where not `valid`: ``[tokens, PADDED_DIM]``."""
-    dims = tl.arange(0, PADDED_DIM)
-    block = tl.load(block_table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-    rows = block * stride_block + group.to(tl.int64) * stride_group
-    rows += (tokens % BLOCK_SIZE).to(tl.int64) * stride_slot
-    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-    stored = tl.load(cache + rows[:, None] + dims[None, :] * stride_dim, mask=mask, other=0)
-    return widen(stored, EIGHT_BIT)
-
-
-@triton.jit
-def widen(stored, EIGHT_BIT: tl.constexpr):
-    """Bytes of an eight-bit float format as float16, which holds both; other types as they are."""
-    if EIGHT_BIT == "e5m2":
-        result = (stored.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
-    elif EIGHT_BIT == "e4m3fn":
-        magnitude = stored.to(tl.uint16) & 0x7F
-        # No infinity; the exponent's bias is smaller by eight.
-        bits = tl.where(magnitude == 0x7F, 0x7FFF, magnitude << 7)
-        bits |= (stored.to(tl.uint16) & 0x80) << 8
-        result = bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256
-    else:
-        result = stored
-    return result
-
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-def operands_of(query: Tensor, key_cache: Tensor) -> Operands:
-    """How queries are multiplied with keys; float16 holds eight-bit floats exactly."""
-    dtype = torch.float16 if query.dtype in EIGHT_BIT_FORMATS else query.dtype
-    return Operands.choose(key_cache.dtype, dtype, query.shape[2])
-
-
-def tile_key(operands: Operands) -> tuple[int, int]:
-    """What tiles are chosen by: bytes of an operand and padded head size, at least 64."""
-    return operands.dtype.itemsize, max(64, operands.padded_dim)
-
-
-def common_arguments(
-    query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm
-) -> tuple[Any, ...]:
-    """What both kernels take first, in the order of their parameters."""
-    tables = rows.on_device
+def attention_arguments(inputs: AttentionInputs) -> tuple[Any, ...]:
+    """What both kernels over attention take first, in the order of their parameters."""
+    query, key_cache, form = inputs.query, inputs.key_cache, inputs.form
+    tables = inputs.rows.on_device
     nothing = tables.log_weights  # A pointer that is not followed.
     return (
         _stored(query),
@@ -166,23 +100,33 @@ def common_arguments(
     )
 
 
-def common_constants(
-    query: Tensor, key_cache: Tensor, rows: PagedRows, form: AttentionForm, operands: Operands
-) -> dict[str, Any]:
-    """Compile-time numbers of both kernels."""
+def attention_constants(inputs: AttentionInputs, operands: Operands) -> dict[str, Any]:
+    """Compile-time numbers of both kernels over attention."""
+    form, rows = inputs.form, inputs.rows
     return {
         "SHARED": rows.num_heads // rows.num_kv_heads,
-        "HEAD_DIM": query.shape[2],
+        "HEAD_DIM": inputs.query.shape[2],
         "PADDED_DIM": operands.padded_dim,
-        "BLOCK_SIZE": key_cache.shape[2],
+        "BLOCK_SIZE": inputs.key_cache.shape[2],
         "WINDOW": window_of(form),
         "HAS_CAP": form.soft_cap > 0,
         "HAS_ALIBI": form.alibi_slopes is not None,
-        "EIGHT_BIT": EIGHT_BIT_FORMATS.get(key_cache.dtype, ""),
-        "EIGHT_BIT_QUERY": EIGHT_BIT_FORMATS.get(query.dtype, ""),
+        "EIGHT_BIT": eight_bit_format(inputs.key_cache),
+        "EIGHT_BIT_QUERY": eight_bit_format(inputs.query),
         "OPERANDS": operands.triton_type,
         "PRECISION": operands.precision,
     }
+
+
+def value_arguments(values: PagedValues) -> tuple[Any, ...]:
+    """What the kernels over values take first: ``cache, block_table, scale`` and four strides."""
+    cache = values.cache
+    return (_stored(cache), values.block_table, float(values.scale), *cache.stride())
+
+
+def eight_bit_format(stored: Tensor) -> str:
+    """The format where a tensor holds eight-bit floats, else empty; see `widen`."""
+    return _EIGHT_BIT_FORMATS.get(stored.dtype, "")
 
 
 def window_of(form: AttentionForm) -> int:
@@ -192,7 +136,33 @@ def window_of(form: AttentionForm) -> int:
 
 def _stored(tensor: Tensor) -> Tensor:
     """Eight-bit floats go as bytes: which of them a compiler knows depends on the GPU."""
-    return tensor.view(torch.uint8) if tensor.dtype in EIGHT_BIT_FORMATS else tensor
+    return tensor.view(torch.uint8) if tensor.dtype in _EIGHT_BIT_FORMATS else tensor
+
+
+@triton.jit
+def load_cached(
+    cache,
+    block_table,
+    stride_block,
+    stride_group,
+    stride_slot,
+    stride_dim,
+    group,
+    tokens,
+    valid,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+):
+    """Vectors of `tokens` as cached, zero where not `valid`: ``[tokens, PADDED_DIM]``."""
+    dims = tl.arange(0, PADDED_DIM)
+    block = tl.load(block_table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+    rows = block * stride_block + group.to(tl.int64) * stride_group
+    rows += (tokens % BLOCK_SIZE).to(tl.int64) * stride_slot
+    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    stored = tl.load(cache + rows[:, None] + dims[None, :] * stride_dim, mask=mask, other=0)
+    return widen(stored, EIGHT_BIT)
 
 
 @triton.jit
@@ -217,6 +187,22 @@ def load_queries(
 
 
 @triton.jit
+def widen(stored, EIGHT_BIT: tl.constexpr):
+    """Bytes of an eight-bit float format as float16, which holds both; other types as they are."""
+    if EIGHT_BIT == "e5m2":
+        result = (stored.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    elif EIGHT_BIT == "e4m3fn":
+        magnitude = stored.to(tl.uint16) & 0x7F
+        # No infinity; the exponent's bias is smaller by eight.
+        bits = tl.where(magnitude == 0x7F, 0x7FFF, magnitude << 7)
+        bits |= (stored.to(tl.uint16) & 0x80) << 8
+        result = bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256
+    else:
+        result = stored
+    return result
+
+
+@triton.jit
 def unit_of(scale, HAS_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
     """What `shaped_logits` is to be multiplied with to give logits to base 2."""
     return 1.0 if HAS_CAP or HAS_ALIBI else scale
@@ -224,7 +210,7 @@ def unit_of(scale, HAS_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
 
 @triton.jit
 def shaped_logits(dots, scale, soft_cap, HAS_CAP: tl.constexpr):
-    """Dot products, capped if there is a cap; `scale` and cap as `common_arguments` gives them.
+    """Dot products, capped if there is a cap; `scale` and cap as `attention_arguments` gives them.
 
     Without a cap the factor is left to the subtraction that follows, which then costs no more.
     """
@@ -258,8 +244,3 @@ def masked_logits(
     if WINDOW > 0:
         visible &= distances < WINDOW
     return tl.where(visible, logits, float("-inf"))
-
-
-def on_device_of(tensor: Tensor) -> Any:
-    """Makes a tensor's device the current one; does nothing off CUDA."""
-    return torch.cuda.device_of(tensor)

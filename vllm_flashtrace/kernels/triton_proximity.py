@@ -1,24 +1,18 @@
-"""Exact L1 proximities from the paged V cache on the GPU.
+"""Exact L1 proximities from the paged V cache, on the GPU.
 
-Overshoot over all coordinates, for the pairs that need more than the nearest ones.
+The scheme of `core.proximity` in two passes: one over all (token, head) pairs, which knows the
+overshoot at the eight nearest coordinates (`triton_screen`), and one over all coordinates for the
+pairs that reach further. On real text these are a few in a hundred, so going from 8 coordinates
+straight to all costs less than a stage in between would.
 
-Invariant: the product of values and ``W_O`` exists only in registers, tile by tile. The host never
-learns how many pairs there are: the launch is sized for all, and programs past a head's count
-leave at once, which costs less than waiting for the device would.
-
-Exact L1 proximities from the paged V cache, on the GPU.
-
-The scheme is that of `core.proximity`, where the maths is written, in three steps: the directions
-of the nearest coordinates (`triton_nearest`), one pass over all pairs (`triton_screen`), and all
-coordinates for the pairs that reach further (`triton_overshoot`). On real text these are a few in
-a hundred, so going from 8 coordinates straight to all costs less than a stage in between would.
-
-Invariant: no synchronisation with the device, and the same bits for the same input: no result
-depends on the order in which programs run.
+The host never waits for the device: launches are sized for all pairs, and programs past the count
+of a head leave at once. No result depends on the order in which programs run, so the same input
+gives the same bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -26,7 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.kernels.triton_operands import Operands, PagedValues, load_values
+from vllm_flashtrace.kernels.paged_proximity import ProximityInputs
+from vllm_flashtrace.kernels.triton_operands import (
+    Operands,
+    eight_bit_format,
+    load_cached,
+    value_arguments,
+)
 from vllm_flashtrace.kernels.triton_screen import Screened, nearest_coordinates, screen_pairs
 
 _SELECT_TOKENS = 4096
@@ -52,28 +52,43 @@ _TILES = {
 }
 
 
-def complete_overshoot(
-    screened: Screened,
-    exact_fraction: float,
-    column_sums: Tensor,
-    values: PagedValues,
-    weight: Tensor,
-    stream: Tensor,
-    operands: Operands,
+def triton_proximity(inputs: ProximityInputs, exact_fraction: float = 1.0) -> Tensor:
+    """Triton form of `proximity`."""
+    column_sums = inputs.column_sums
+    if column_sums.shape[1] == 0:
+        return column_sums.new_empty(0)
+    inputs = dataclasses.replace(
+        inputs,
+        column_sums=column_sums if column_sums.stride(1) == 1 else column_sums.contiguous(),
+        column_norms=inputs.column_norms.contiguous(),
+        stream=inputs.stream.contiguous(),
+    )
+    cache = inputs.values.cache
+    operands = Operands.choose(cache.dtype, inputs.weight.dtype, cache.shape[3])
+    with torch.cuda.device_of(column_sums):
+        nearest = nearest_coordinates(inputs, operands)
+        screened = screen_pairs(inputs, nearest, operands)
+        if exact_fraction > 0:
+            _complete_overshoot(screened, exact_fraction, inputs, operands)
+        return screened.sum_over_heads()
+
+
+def _complete_overshoot(
+    screened: Screened, exact_fraction: float, inputs: ProximityInputs, operands: Operands
 ) -> None:
     """Replaces the known overshoot by the whole one where more coordinates can overshoot.
+
+    The product of values and ``W_O`` exists only in registers, tile by tile.
 
     Args:
         screened: All pairs; `overshoot` is changed in place.
         exact_fraction: Above 0. Below 1, pairs outside this share of the bounds' total are left.
-        column_sums: float32 ``[H, N]``, rows adjacent in memory.
-        values: The tokens' values.
-        weight: ``[D, H*d]``, the output projection, any strides.
-        stream: float32 ``[D]``, contiguous.
+        inputs: The layer's tensors, all but the cache and the weight contiguous.
         operands: How rows of values and columns of the weight are multiplied.
     """
+    column_sums, weight = inputs.column_sums, inputs.weight
     heads, tokens = column_sums.shape
-    groups, block_size, head_dim = values.cache.shape[1:]
+    groups, block_size, head_dim = inputs.values.cache.shape[1:]
     pairs = column_sums.new_empty(heads, tokens, dtype=torch.int32)
     counts = column_sums.new_empty(heads, dtype=torch.int32)
     _select_kernel[(heads,)](
@@ -86,12 +101,12 @@ def complete_overshoot(
         TOKENS=_SELECT_TOKENS,
         num_warps=8,
     )
-    tile = _TILES[operands.dtype.itemsize, max(64, operands.padded_dim)]
+    tile = _TILES[operands.tile_key]
     _overshoot_kernel[(triton.cdiv(tokens, tile.pairs), heads)](
-        *values.arguments(),
+        *value_arguments(inputs.values),
         column_sums,
         weight,
-        stream,
+        inputs.stream,
         pairs,
         counts,
         screened.overshoot,
@@ -105,7 +120,7 @@ def complete_overshoot(
         HEAD_DIM=head_dim,
         PADDED_DIM=operands.padded_dim,
         BLOCK_SIZE=block_size,
-        EIGHT_BIT=values.eight_bit,
+        EIGHT_BIT=eight_bit_format(inputs.values.cache),
         OPERANDS=operands.triton_type,
         PRECISION=operands.precision,
         num_warps=tile.warps,
@@ -192,7 +207,7 @@ def _overshoot_kernel(
     valid = listed < count
     first = head.to(tl.int64) * num_tokens
     tokens = tl.load(pairs + first + listed, mask=valid, other=0)
-    values = load_values(
+    values = load_cached(
         cache,
         block_table,
         stride_block,
@@ -223,34 +238,3 @@ def _overshoot_kernel(
         aligned = aligned * tl.where(x < 0, -1.0, 1.0)[None, :] * factor[:, None]
         sums += tl.sum(tl.maximum(aligned - tl.abs(x)[None, :], 0.0), axis=1)
     tl.store(overshoot + first + tokens, sums, mask=valid)
-
-
-def triton_proximity(
-    column_sums: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    weight: Tensor,
-    column_norms: Tensor,
-    stream: Tensor,
-    *,
-    value_scale: float = 1.0,
-    exact_fraction: float = 1.0,
-) -> Tensor:
-    """Triton form of `proximity.proximity`, which describes arguments and result."""
-    if column_sums.shape[1] == 0:
-        return column_sums.new_empty(0)
-    if column_sums.stride(1) != 1:
-        column_sums = column_sums.contiguous()
-    column_norms, stream = column_norms.contiguous(), stream.contiguous()
-    values = PagedValues(value_cache, block_table, value_scale)
-    operands = Operands.choose(value_cache.dtype, weight.dtype, value_cache.shape[3])
-    with torch.cuda.device_of(column_sums):
-        nearest = nearest_coordinates(
-            weight, column_norms, stream, operands.padded_dim, operands.dtype
-        )
-        screened = screen_pairs(column_sums, values, nearest, operands)
-        if exact_fraction > 0:
-            complete_overshoot(
-                screened, exact_fraction, column_sums, values, weight, stream, operands
-            )
-        return screened.sum_over_heads()

@@ -1,19 +1,19 @@
 """Weighted sums of the residual stream over target rows, on the GPU.
 
-Invariant: only one program adds to a coordinate of a segment's sum; many rows are summed in chunks
-whose parts are then added in order.
+Only one program adds to a coordinate of a segment's sum; many rows are summed in chunks whose parts
+are then added in order. So the same input gives the same bits.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_flashtrace.kernels.target_rows import PagedRows
-from vllm_flashtrace.kernels.triton_operands import on_device_of
 from vllm_flashtrace.kernels.triton_rows import REDUCTION, SUMS, WORK
 
 _CHUNK_ROWS, _ROWS, _COLUMNS = 128, 16, 128
@@ -25,9 +25,9 @@ _PLACE = {"residual": 3, "stream": 5}
 def triton_row_sums(
     residual: Tensor, rows: PagedRows, layer: int, to: Literal["residual", "stream"]
 ) -> None:
-    """Triton form of `row_sums.add_row_sums`, which describes the arguments."""
+    """Triton form of `paged_attention.add_row_sums`."""
     hidden = residual.shape[1]
-    with on_device_of(residual):
+    with torch.cuda.device_of(residual):
         tables = rows.on_device
         work = tables.row_chunks(_CHUNK_ROWS)
         parts = tables.weights.new_empty(max(1, work.slots), hidden)

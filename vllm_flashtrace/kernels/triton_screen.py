@@ -1,14 +1,9 @@
 """The first pass of the proximity: every (token, head) pair, and which need a second look.
 
-What a layer's proximity pass needs to know of the stream and ``W_O`` before it sees a token.
-
-Invariant: ``W_O`` is read once, in the layout of the linear layer, and no changed copy of it is
-stored. Directions lose nothing to the type they are packed in.
-
-Every pair of a token and a head: alignment, overshoot at the nearest coordinates, reach.
-
-Invariant: one pass over the V cache. A value vector is loaded once for all query heads that share
-it, and nothing larger than ``[H, N]`` is stored.
+`nearest_coordinates` reads ``W_O`` once and packs, per head, the direction of the total alignment
+and the coordinates that are easiest to overshoot. `screen_pairs` then goes over the V cache once: a
+value vector is loaded once for all query heads that share it, and nothing larger than ``[H, N]`` is
+stored.
 """
 
 from __future__ import annotations
@@ -21,7 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.kernels.triton_operands import Operands, PagedValues, load_values
+from vllm_flashtrace.kernels.paged_proximity import ProximityInputs
+from vllm_flashtrace.kernels.triton_operands import (
+    Operands,
+    eight_bit_format,
+    load_cached,
+    value_arguments,
+)
 
 PIECES, NEAREST = tl.constexpr(3), tl.constexpr(8)
 """Rows that together are the total direction; coordinates with an overshoot for every pair."""
@@ -30,6 +31,15 @@ DIRECTIONS = tl.constexpr(16)
 """Rows of a head's packed directions: pieces, nearest, zeros up to what a matrix product takes."""
 
 _COLUMNS, _ROWS, _SPLIT_ROWS = 128, 16, 256
+
+# Rounding of the reach must never hide a coordinate.
+_REACH_SLACK = tl.constexpr(1 + 1e-5)
+
+# Tokens of a program by bytes of a head's row of operands; half as many where products of float32
+# are taken in parts, which need twice the shared memory. 99 KiB of it suffice.
+_TOKENS = {128: 128, 256: 128, 512: 64, 1024: 64}
+
+_SUM_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +62,9 @@ class Nearest:
     limits: Tensor
 
 
-def nearest_coordinates(
-    weight: Tensor, column_norms: Tensor, stream: Tensor, padded_dim: int, dtype: torch.dtype
-) -> Nearest:
-    """Finds the nearest coordinates of every head and packs their directions.
-
-    Args:
-        weight: ``[D, H*d]``, the output projection, any strides.
-        column_norms: float32 ``[H, D]``, contiguous.
-        stream: float32 ``[D]``, contiguous.
-        padded_dim: Power of two, at least ``d``.
-        dtype: Type of the matrix products: the weight's own, or float32.
-
-    Returns:
-        `Nearest`, on the device of the weight.
-    """
+def nearest_coordinates(inputs: ProximityInputs, operands: Operands) -> Nearest:
+    """Finds the nearest coordinates of every head and packs their directions."""
+    weight, column_norms, stream = inputs.weight, inputs.column_norms, inputs.stream
     hidden, width = weight.shape
     heads = len(column_norms)
     splits = triton.cdiv(hidden, _SPLIT_ROWS)
@@ -84,7 +82,9 @@ def nearest_coordinates(
         num_warps=4,
     )
     nearest = Nearest(
-        directions=weight.new_empty(heads, DIRECTIONS.value, padded_dim, dtype=dtype),
+        directions=weight.new_empty(
+            heads, DIRECTIONS.value, operands.padded_dim, dtype=operands.dtype
+        ),
         scale=stream.new_empty(heads),
         sizes=stream.new_empty(heads, DIRECTIONS.value),
         limits=stream.new_empty(heads),
@@ -103,7 +103,7 @@ def nearest_coordinates(
         splits,
         *weight.stride(),
         HEAD_DIM=width // heads,
-        PADDED_DIM=padded_dim,
+        PADDED_DIM=operands.padded_dim,
         PADDED_HIDDEN=padded_hidden,
         num_warps=8 if padded_hidden <= 8192 else 16,
     )
@@ -214,16 +214,6 @@ def _nearest_kernel(
     tl.store(scale + head, tl.where(wrong > 0, float("nan"), power))
 
 
-# Rounding of the reach must never hide a coordinate.
-_REACH_SLACK = tl.constexpr(1 + 1e-5)
-
-# Tokens of a program by bytes of a head's row of operands; half as many where products of float32
-# are taken in parts, which need twice the shared memory. 99 KiB of it suffice.
-_TOKENS = {128: 128, 256: 128, 512: 64, 1024: 64}
-
-_SUM_TOKENS = 256
-
-
 class Screened(NamedTuple):
     """What is known of every pair.
 
@@ -248,12 +238,11 @@ class Screened(NamedTuple):
         return result
 
 
-def screen_pairs(
-    column_sums: Tensor, values: PagedValues, nearest: Nearest, operands: Operands
-) -> Screened:
-    """Takes all pairs of the ``[H, N]`` column sums, whose rows are adjacent in memory."""
+def screen_pairs(inputs: ProximityInputs, nearest: Nearest, operands: Operands) -> Screened:
+    """Screens all pairs; the rows of ``column_sums`` must be adjacent in memory."""
+    column_sums = inputs.column_sums
     heads, tokens = column_sums.shape
-    groups, block_size, head_dim = values.cache.shape[1:]
+    groups, block_size, head_dim = inputs.values.cache.shape[1:]
     totals = column_sums.new_empty(heads, tokens)
     screened = Screened(
         totals, torch.empty_like(totals), torch.empty_like(totals, dtype=torch.int8)
@@ -261,7 +250,7 @@ def screen_pairs(
     tile = _TOKENS[max(128, operands.padded_dim * operands.dtype.itemsize)]
     tile //= 2 if operands.precision == "tf32x3" else 1
     _screen_kernel[(triton.cdiv(tokens, tile), groups)](
-        *values.arguments(),
+        *value_arguments(inputs.values),
         column_sums,
         nearest.directions,
         nearest.scale,
@@ -275,7 +264,7 @@ def screen_pairs(
         HEAD_DIM=head_dim,
         PADDED_DIM=operands.padded_dim,
         BLOCK_SIZE=block_size,
-        EIGHT_BIT=values.eight_bit,
+        EIGHT_BIT=eight_bit_format(inputs.values.cache),
         PRECISION=operands.precision,
         num_warps=4,
         num_stages=1,
@@ -317,7 +306,7 @@ def _screen_kernel(
     group = tl.program_id(1)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     valid = tokens < num_tokens
-    cached = load_values(
+    cached = load_cached(
         cache,
         block_table,
         stride_block,

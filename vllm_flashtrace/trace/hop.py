@@ -1,18 +1,14 @@
-"""One hop as an engine request, for the server and offline alike.
+"""One hop as an engine request: a prefill that ends at the last target position, and its report.
 
-Invariant: what goes into the engine is a prefill that ends at the last target position, and what
-comes out is either a report of that prefill or a TraceError.
-
-One hop on vLLM's asynchronous engine: generate, then pick up the report where it ran.
-
-Invariant: a hop ends. An engine that dies or is shut down leaves calls to its workers unanswered
-for ever; whoever waits here learns of it within :data:`CHECK_SECONDS`.
+`trace_call` and `take_report` serve the server and offline jobs alike; `run_hop` runs the request
+on vLLM's asynchronous engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +27,11 @@ from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 if TYPE_CHECKING:
     from vllm_flashtrace.text.plan import TracePlan
+
+CHECK_SECONDS = 0.5
+"""How often `while_alive` looks whether the engines live."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,60 +65,6 @@ def trace_call(
         extra_args={EXTRA_ARGS_KEY: seal(spec)},
     )
     return TraceCall(spec, prompt, params)
-
-
-def take_report(
-    plan: TracePlan, usage: TraceUsage, report: TraceReport, engine_seconds: float
-) -> None:
-    """Adds a hop's scores to the recursion and its cost to the usage.
-
-    Args:
-        plan: The plan whose recursion awaits the hop.
-        usage: Cost of the attribution so far.
-        report: What the engine measured.
-        engine_seconds: Time from handing the hop to the engine to its report.
-
-    Raises:
-        TraceError: ``bad_scores`` when the recursion refuses the scores.
-    """
-    try:
-        plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
-    except ValueError as error:
-        raise TraceError("bad_scores", str(error)) from error
-    usage.add(with_phases(report, engine_seconds))
-
-
-def with_phases(report: TraceReport, engine_seconds: float) -> TraceReport:
-    """Adds what only the caller can time: how long the request waited inside the engine."""
-    phases = report.seconds
-    attribution = phases.get("recording", 0.0) + phases.get("proximity", 0.0)
-    return dataclasses.replace(
-        report,
-        seconds={
-            "queue": max(0.0, engine_seconds - sum(phases.values())),
-            "prefill": phases.get("prefill", 0.0),
-            "attribution": attribution,
-        },
-    )
-
-
-def padded_scores(report: TraceReport, length: int) -> tuple[Tensor, Tensor | None]:
-    """A hop's scores over the whole trace: tokens after its last target contribute nothing."""
-    missing = length - report.scores.shape[0]
-    if missing <= 0:  # Too many scores are for the recursion to refuse.
-        return report.scores, report.layer_scores
-    scores = report.scores.new_zeros(length)
-    scores[:-missing] = report.scores
-    if report.layer_scores is None:
-        return scores, None
-    layers = report.layer_scores.new_zeros(report.layer_scores.shape[0], length)
-    layers[:, :-missing] = report.layer_scores
-    return scores, layers
-
-
-CHECK_SECONDS = 0.5
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,25 +127,6 @@ async def run_hop(
     return await while_alive(engines, _run(engines, call, context, request_id, trace_headers))
 
 
-async def while_alive(engines: Engines, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits ``work`` for as long as the engines live.
-
-    Raises:
-        TraceError: ``engine_dead``; ``work`` has been cancelled then.
-    """
-    task = asyncio.create_task(work)
-    try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=CHECK_SECONDS)
-            if not task.done() and engines.errored:
-                raise TraceError("engine_dead", "the engine has stopped")
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
 async def _run(
     engines: Engines,
     call: TraceCall,
@@ -223,11 +151,76 @@ async def _run(
     if any(output.finish_reason == "abort" for output in outputs):
         raise TraceError("aborted", "the engine aborted the trace (sleep, pause or shutdown)")
     rank = ranks[0] if ranks else context.data_parallel_rank
-    pickup = pick_up(call.spec.nonce)
-    request = next(pickup)
-    while True:
-        replies = await engines.call(rank, request.method, request.args)
-        try:
-            request = pickup.send(replies)
-        except StopIteration as done:
-            return HopRun(done.value, rank, cached)
+    report = await pick_up(call.spec.nonce, functools.partial(engines.call, rank))
+    return HopRun(report, rank, cached)
+
+
+async def while_alive(engines: Engines, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits ``work`` for as long as the engines live.
+
+    An engine that dies or is shut down leaves calls to its workers unanswered for ever; this raises
+    within `CHECK_SECONDS`.
+
+    Raises:
+        TraceError: ``engine_dead``, after cancelling ``work``.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=CHECK_SECONDS)
+            if not task.done() and engines.errored:
+                raise TraceError("engine_dead", "the engine has stopped")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def take_report(
+    plan: TracePlan, usage: TraceUsage, report: TraceReport, engine_seconds: float
+) -> None:
+    """Adds a hop's scores to the recursion and its cost to the usage.
+
+    Args:
+        plan: The plan whose recursion awaits the hop.
+        usage: Cost of the attribution so far.
+        report: What the engine measured.
+        engine_seconds: Time from handing the hop to the engine to its report.
+
+    Raises:
+        TraceError: ``bad_scores`` when the recursion refuses the scores.
+    """
+    try:
+        plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
+    except ValueError as error:
+        raise TraceError("bad_scores", str(error)) from error
+    usage.add(with_phases(report, engine_seconds))
+
+
+def with_phases(report: TraceReport, engine_seconds: float) -> TraceReport:
+    """Adds what only the caller can time: how long the request waited inside the engine."""
+    phases = report.seconds
+    attribution = phases.get("recording", 0.0) + phases.get("proximity", 0.0)
+    return dataclasses.replace(
+        report,
+        seconds={
+            "queue": max(0.0, engine_seconds - sum(phases.values())),
+            "prefill": phases.get("prefill", 0.0),
+            "attribution": attribution,
+        },
+    )
+
+
+def padded_scores(report: TraceReport, length: int) -> tuple[Tensor, Tensor | None]:
+    """A hop's scores over the whole trace: tokens after its last target contribute nothing."""
+    missing = length - report.scores.shape[0]
+    if missing <= 0:  # Too many scores are for the recursion to refuse.
+        return report.scores, report.layer_scores
+    scores = report.scores.new_zeros(length)
+    scores[:-missing] = report.scores
+    if report.layer_scores is None:
+        return scores, None
+    layers = report.layer_scores.new_zeros(report.layer_scores.shape[0], length)
+    layers[:, :-missing] = report.layer_scores
+    return scores, layers

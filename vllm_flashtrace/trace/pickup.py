@@ -1,4 +1,4 @@
-"""How a finished trace is picked up from the workers, and how their answers become one.
+"""Picks up a finished trace from the workers and makes one report of their answers.
 
 With tensor parallelism each rank holds the proximities of its own heads. A token's score is its
 share of a layer's proximity over all heads, so the ranks first give their totals per layer, get
@@ -8,14 +8,12 @@ fails with its reason.
 
 With pipeline parallelism each stage holds its own layers and needs nothing of the others: ``e_j``
 is summed over layers, so the stages' scores add up.
-
-Invariant: nothing stays behind in a worker after :func:`pick_up` has ended, however it ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -32,27 +30,23 @@ from vllm_flashtrace.trace.wire import (
     tensor_of,
 )
 
+WorkerCall = Callable[[str, tuple[Any, ...]], Sequence[Any]]
+"""A ``collective_rpc``: takes a method's name and arguments, returns every worker's answer."""
 
-class WorkerCall(NamedTuple):
-    """A ``collective_rpc``: the method's name and its arguments."""
-
-    method: str
-    args: tuple[Any, ...]
+AsyncWorkerCall = Callable[[str, tuple[Any, ...]], Awaitable[Sequence[Any]]]
 
 
-PickUp = Generator[WorkerCall, Sequence[Any], TraceReport]
-
-
-def pick_up(nonce: str) -> PickUp:
-    """Yields calls to all workers, is sent their answers, and returns the trace's report.
+async def pick_up(nonce: str, call: AsyncWorkerCall) -> TraceReport:
+    """Collects a trace's report; no worker keeps its result when this returns or raises TraceError.
 
     Args:
         nonce: The trace's nonce.
+        call: Calls a method of all workers of the engine that ran the trace.
 
     Raises:
         TraceError: The trace failed in a worker, or a worker does not know it.
     """
-    replies = yield WorkerCall("flashtrace_collect", (nonce,))
+    replies = await call("flashtrace_collect", (nonce,))
     try:
         wires = _decoded(replies)
         members = stages([wire.part for wire in wires])
@@ -61,13 +55,27 @@ def pick_up(nonce: str) -> PickUp:
         denominators = _denominators(members, wires)
     except TraceError:
         if len(replies) > 1:
-            yield WorkerCall("flashtrace_discard", (nonce,))
+            await call("flashtrace_discard", (nonce,))
         raise
-    replies = yield WorkerCall(
-        "flashtrace_collect", (nonce, tensor_bytes(denominators, torch.float64))
-    )
+    replies = await call("flashtrace_collect", (nonce, tensor_bytes(denominators, torch.float64)))
     members = stages([wire.part for wire in _decoded(replies)])
     return _merged(members, [decode_report(reply) for reply in replies])
+
+
+def pick_up_now(nonce: str, call: WorkerCall) -> TraceReport:
+    """As `pick_up`, where calls to the workers block."""
+
+    async def answered(method: str, args: tuple[Any, ...]) -> Sequence[Any]:
+        return call(method, args)
+
+    pickup = pick_up(nonce, answered)
+    try:
+        pickup.send(None)  # Nothing in it suspends, so it needs no event loop.
+    except StopIteration as done:
+        report: TraceReport = done.value
+        return report
+    pickup.close()
+    raise RuntimeError("a call that blocks has suspended")
 
 
 def decode_status(replies: Sequence[Any]) -> dict[str, Any]:

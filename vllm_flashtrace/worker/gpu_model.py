@@ -1,29 +1,28 @@
-"""The loaded model of a CUDA worker, as the recorder sees it.
+"""A traced model on one of the recorded CUDA backends, and what is refused there by name.
 
-What a CUDA worker's attention layers do to their logits, and what of it cannot be reproduced.
-
-Invariant: whatever changes an attention weight is in the form, or the layer is refused by name.
-
-Invariant: nothing here waits for the device, and nothing is copied out of the KV cache or of the
-weights: kernels read both where vLLM keeps them. What is queued while a request holds its KV blocks
-reads them before a later step can write to them, because vLLM runs its steps on the same stream.
+Nothing here waits for the device, and nothing is copied out of the KV cache or of the weights:
+kernels read both where vLLM keeps them. What is queued while a request holds its KV blocks reads
+them before a later step can write to them, because vLLM runs its steps on the same stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
-from vllm_flashtrace.core.proximity import LayerSums
-from vllm_flashtrace.kernels import AttentionForm, PagedRows, paged_column_sums, proximity
-from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
+from vllm_flashtrace.kernels import (
+    AttentionForm,
+    AttentionInputs,
+    PagedValues,
+    paged_column_sums,
+)
+from vllm_flashtrace.trace.budget import part_of_memory
 from vllm_flashtrace.worker.gpu_cache import (
     CacheScales,
     KeyValueViews,
@@ -31,16 +30,127 @@ from vllm_flashtrace.worker.gpu_cache import (
     key_value_views,
     quantized_dtype,
 )
-from vllm_flashtrace.worker.layers import (
-    TracedLayer,
-    added_weight,
-    check_config,
-    find_layers,
-    model_part,
-)
+from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.observer import RecordingAttention
-from vllm_flashtrace.worker.step import Clock, CudaClock, HostClock, RowGroup, Segment
-from vllm_flashtrace.worker.taps import has_taps
+from vllm_flashtrace.worker.step import RowGroup
+from vllm_flashtrace.worker.traced_model import TracedModel
+
+_PART_OF_FREE_MEMORY = 2
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class GPUTracedModel(TracedModel):
+    """Reads keys, values and weights in place, for all traces of a step in one launch."""
+
+    batched = True
+
+    def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
+        """See `TracedModel`."""
+        super().__init__(model, config, device)
+        check_gpu_config(config)
+        self._flashinfer_quantizes = flashinfer_quantizes_queries(config)
+        self._readings: dict[int, _Reading] = {}
+        for index, layer in enumerate(self.layers):
+            self._check_projection(layer)
+            self._reading(index)
+
+    def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
+        """See `TracedModel`; queries ``[tokens, H * d]`` will do."""
+        reading = self._reading(layer)
+        if (query.dtype in _FP8) != reading.quantized_queries:
+            raise TraceError(
+                "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
+            )
+        keys = self._views(layer, reading).keys
+        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, keys.shape[3]))
+        paged_column_sums(AttentionInputs(heads, keys, group.rows, reading.form), layer)
+
+    def paged_values(self, layer: int, block_table: Tensor, tokens: int) -> PagedValues:
+        """See `TracedModel`."""
+        reading = self._reading(layer)
+        return PagedValues(self._views(layer, reading).values, block_table, reading.scales.value)
+
+    def default_limit_bytes(self) -> int:
+        """Half of what is free beside the norms of ``W_O`` that will be kept."""
+        norms = self.shape.num_layers * self.shape.num_heads * self.shape.hidden_size * 4
+        return device_memory_limit(self.device, norms)
+
+    def forget_weights(self) -> None:
+        """Drops what was derived from weights; scales and sinks are weights too."""
+        super().forget_weights()
+        self._readings.clear()
+
+    def _reading(self, layer: int) -> _Reading:
+        """Read when first needed, and again after a change of weights."""
+        reading = self._readings.get(layer)
+        if reading is None:
+            traced = self.layers[layer]
+            attention = traced.attention
+            check_gpu_layer(traced, self._flashinfer_quantizes)
+            reading = self._readings[layer] = _Reading(
+                form=gpu_attention_form(traced),
+                scales=cache_scales(attention),
+                dtype=quantized_dtype(attention),
+                quantized_queries=attention.query_quant is not None,
+            )
+        return reading
+
+    def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
+        return key_value_views(self.layers[layer].attention, reading.dtype)
+
+    def _check_projection(self, layer: TracedLayer) -> None:
+        weight = layer.out_proj.weight
+        width = self.shape.num_heads * layer.attention.head_size
+        if (
+            tuple(weight.shape) != (self.shape.hidden_size, width)
+            or weight.dtype not in _FLOATS
+            or weight.device.type != self.device.type
+        ):
+            raise UnsupportedModelError(
+                f"traces are not supported with an output projection of {weight.dtype} "
+                f"{tuple(weight.shape)} on {weight.device} ({layer.name})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a layer's numbers are to be read.
+
+    Attributes:
+        form: How it forms attention weights, with the scales of K and of quantised queries.
+        scales: All scales of its cache.
+        dtype: What a quantised cache's bytes are; None if it is not quantised.
+        quantized_queries: Whether queries reach the kernel in fp8.
+    """
+
+    form: AttentionForm
+    scales: CacheScales
+    dtype: torch.dtype | None
+    quantized_queries: bool
+
+
+def gpu_attention_form(layer: TracedLayer) -> AttentionForm:
+    """How a layer on a recorded CUDA backend forms its attention weights.
+
+    Whatever changes an attention weight is in the form, or `check_gpu_layer` refuses the layer. The
+    scales that make numbers out of a quantised K cache and of quantised queries are part of the
+    factor on the dot products.
+    """
+    attention: Any = layer.attention
+    impl = attention.impl
+    scales = cache_scales(attention)
+    query_scale = scales.query if attention.query_quant is not None else 1.0
+    left, _ = impl.sliding_window
+    device = layer.out_proj.weight.device
+    slopes, sinks = impl.alibi_slopes, impl.sinks
+    return AttentionForm(
+        scale=float(impl.scale) * scales.key * query_scale,
+        sliding_window=left + 1 if left >= 0 else None,
+        soft_cap=float(impl.logits_soft_cap or 0.0),
+        alibi_slopes=slopes.to(device, torch.float32) if slopes is not None else None,
+        sinks=sinks.detach().to(device, torch.float32) if sinks is not None else None,
+    )
 
 
 def check_gpu_config(config: VllmConfig) -> None:
@@ -114,28 +224,6 @@ def check_gpu_layer(layer: TracedLayer, flashinfer_quantizes: bool) -> None:
             raise UnsupportedModelError(f"traces are not supported with {feature} ({layer.name})")
 
 
-def gpu_attention_form(layer: TracedLayer) -> AttentionForm:
-    """How a layer on a recorded CUDA backend forms its attention weights.
-
-    The scales that make numbers out of a quantised K cache and of quantised queries are part of the
-    factor on the dot products.
-    """
-    attention: Any = layer.attention
-    impl = attention.impl
-    scales = cache_scales(attention)
-    query_scale = scales.query if attention.query_quant is not None else 1.0
-    left, _ = impl.sliding_window
-    device = layer.out_proj.weight.device
-    slopes, sinks = impl.alibi_slopes, impl.sinks
-    return AttentionForm(
-        scale=float(impl.scale) * scales.key * query_scale,
-        sliding_window=left + 1 if left >= 0 else None,
-        soft_cap=float(impl.logits_soft_cap or 0.0),
-        alibi_slopes=slopes.to(device, torch.float32) if slopes is not None else None,
-        sinks=sinks.detach().to(device, torch.float32) if sinks is not None else None,
-    )
-
-
 def flashinfer_quantizes_queries(config: VllmConfig) -> bool:
     """Whether FlashInfer turns queries into fp8 inside its ``forward`` where the cache is fp8.
 
@@ -147,172 +235,6 @@ def flashinfer_quantizes_queries(config: VllmConfig) -> bool:
         current_platform.is_device_capability(90)
         or current_platform.is_device_capability_family(100)
     )
-
-
-_MIB = 1 << 20
-_PART_OF_FREE_MEMORY = 2
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """How a layer's numbers are to be read.
-
-    Attributes:
-        form: How it forms attention weights, with the scales of K and of quantised queries.
-        scales: All scales of its cache.
-        dtype: What a quantised cache's bytes are; None if it is not quantised.
-        quantized_queries: Whether queries reach the kernel in fp8.
-    """
-
-    form: AttentionForm
-    scales: CacheScales
-    dtype: torch.dtype | None
-    quantized_queries: bool
-
-
-class GPUTracedModel:
-    """Reads what traces need from a vLLM model on one of the recorded CUDA backends."""
-
-    # Kernels take the target rows of all traces of a step in one launch.
-    batched = True
-    slot_of: Callable[[int], int] | None = None
-
-    def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
-        """Inspects the model; raises UnsupportedModelError naming what is in the way."""
-        check_config(config)
-        check_gpu_config(config)
-        self.layers = find_layers(model, config)
-        if not has_taps(model):
-            raise UnsupportedModelError("the model was loaded without taps")
-        self.device = device
-        self.part = model_part(model, config)
-        self.shape = ModelShape(
-            num_layers=len(self.layers),
-            num_heads=self.layers[0].attention.num_heads,
-            num_kv_heads=self.layers[0].attention.num_kv_heads,
-            hidden_size=config.model_config.get_hidden_size(),
-        )
-        self._flashinfer_quantizes = flashinfer_quantizes_queries(config)
-        # Layers are counted from the first on this worker.
-        self._names = {layer.name: index for index, layer in enumerate(self.layers)}
-        self._clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
-        self._readings: dict[int, _Reading] = {}
-        self._column_norms: dict[int, torch.Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            self._check_projection(layer)
-            self._reading(index)
-
-    def layer_index(self, layer_name: str) -> int | None:
-        """Index of an attention layer of this model; None for one of another model."""
-        return self._names.get(layer_name)
-
-    def clock(self) -> Clock:
-        """The device's clock."""
-        return self._clock
-
-    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
-        """The configured limit, or half of what is free beside the norms that will be kept."""
-        if max_accumulator_mib is not None:
-            return max_accumulator_mib * _MIB
-        norms = self.shape.num_layers * self.shape.num_heads * self.shape.hidden_size * 4
-        return device_memory_limit(self.device, norms)
-
-    def plan_rows(self, segments: Sequence[Segment]) -> PagedRows:
-        """See :class:`~vllm_flashtrace.worker.step.StepModel`."""
-        rows = [segment.row_segment for segment in segments]
-        return PagedRows.build(rows, self.shape.num_heads, self.shape.num_kv_heads, self.device)
-
-    def add_column_sums(self, layer: int, query: torch.Tensor, group: RowGroup) -> None:
-        """See :class:`~vllm_flashtrace.worker.step.StepModel`; ``[tokens, H * d]`` will do."""
-        reading = self._reading(layer)
-        if (query.dtype in _FP8) != reading.quantized_queries:
-            raise TraceError(
-                "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
-            )
-        keys = self._views(layer, reading).keys
-        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, keys.shape[3]))
-        paged_column_sums(heads, keys, group.rows, reading.form, layer)
-
-    def token_proximity(
-        self,
-        layer: int,
-        sums: LayerSums,
-        block_table: torch.Tensor,
-        exact_fraction: float,
-        adapter: int | None = None,
-    ) -> torch.Tensor:
-        """See :class:`~vllm_flashtrace.worker.recorder.TracedModel`."""
-        reading = self._reading(layer)
-        weight, norms = self.layers[layer].out_proj.weight.detach(), self._norms(layer)
-        if adapter is not None:
-            added = added_weight(self.layers[layer], adapter, self.slot_of)
-            if added is not None:
-                # In float32: an adapter's small changes would be lost in sixteen bits.
-                weight = added.add_(weight)
-                norms = self._norms_of(weight)
-        return proximity(
-            sums.column_sums,
-            self._views(layer, reading).values,
-            block_table,
-            weight,
-            norms,
-            sums.stream,
-            value_scale=reading.scales.value,
-            exact_fraction=exact_fraction,
-        )
-
-    def forget_weights(self) -> None:
-        """Drops what was derived from weights, for when they are about to change."""
-        self._column_norms.clear()
-        self._readings.clear()
-
-    def end_step(self) -> None:
-        """Nothing is kept for a step only."""
-
-    def _reading(self, layer: int) -> _Reading:
-        """Scales and sinks are weights: read when first needed, and again after a change."""
-        reading = self._readings.get(layer)
-        if reading is None:
-            traced = self.layers[layer]
-            attention = traced.attention
-            check_gpu_layer(traced, self._flashinfer_quantizes)
-            reading = self._readings[layer] = _Reading(
-                form=gpu_attention_form(traced),
-                scales=cache_scales(attention),
-                dtype=quantized_dtype(attention),
-                quantized_queries=attention.query_quant is not None,
-            )
-        return reading
-
-    def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
-        return key_value_views(self.layers[layer].attention, reading.dtype)
-
-    def _norms(self, layer: int) -> torch.Tensor:
-        """float32 ``[H, D]``, Euclidean norms of ``W_O``'s rows per head; kept once computed."""
-        norms = self._column_norms.get(layer)
-        if norms is None:
-            norms = self._norms_of(self.layers[layer].out_proj.weight.detach())
-            self._column_norms[layer] = norms
-        return norms
-
-    def _norms_of(self, weight: torch.Tensor) -> torch.Tensor:
-        by_head = weight.unflatten(1, (self.shape.num_heads, -1))
-        return torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32).t().contiguous()
-
-    def _check_projection(self, layer: TracedLayer) -> None:
-        weight = layer.out_proj.weight
-        width = self.shape.num_heads * layer.attention.head_size
-        if (
-            tuple(weight.shape) != (self.shape.hidden_size, width)
-            or weight.dtype not in _FLOATS
-            or weight.device.type != self.device.type
-        ):
-            raise UnsupportedModelError(
-                f"traces are not supported with an output projection of {weight.dtype} "
-                f"{tuple(weight.shape)} on {weight.device} ({layer.name})"
-            )
 
 
 def device_memory_limit(device: torch.device, reserved: int = 0) -> int:

@@ -1,19 +1,9 @@
-"""Finds the attention layers of a loaded vLLM model and says whether they can be traced exactly.
+"""Finds the attention layers of a loaded vLLM model, and refuses by name what cannot be traced.
 
-Which layers of the model are on this worker: all, or those of its pipeline stage.
-
-Invariant: a stage is what vLLM's own model says it runs, never guessed from what was found.
-
-LoRA adapters on the way from ``v`` to the residual stream.
-
-Invariant: an adapter's output projection is read from the slot that its request was computed with,
-in the step in which the trace ends, while the slot still holds that adapter.
-
-Adapters on other projections need no care: what they do to queries, keys, values and the stream is
-in what is recorded.
-
-Invariant: a model passes only if every feature on the way from ``v`` to the residual stream is one
-that the capture path reproduces; anything else is refused by name.
+A model passes only if every feature on the way from ``v`` to the residual stream is one that the
+recorder reproduces. With pipeline parallelism the layers are those of this worker's stage. LoRA
+adapters matter on the output projection only: what they do to queries, keys, values and the stream
+is in what is recorded.
 """
 
 from __future__ import annotations
@@ -33,100 +23,8 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
-from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
-
-
-def stage_layers(model: nn.Module, config: VllmConfig) -> range:
-    """The layers that this worker runs, as indices in the whole model.
-
-    Raises:
-        UnsupportedModelError: The model does not tell.
-    """
-    if config.parallel_config.pipeline_parallel_size == 1:
-        return range(config.model_config.get_total_num_hidden_layers())
-    inner: Any = getattr(model, "model", None)
-    try:
-        return range(inner.start_layer, inner.end_layer)
-    except AttributeError:
-        raise UnsupportedModelError(
-            "traces are not supported with pipeline parallelism of a model that does not tell its "
-            "stage's layers"
-        ) from None
-
-
-def is_last_stage(config: VllmConfig) -> bool:
-    """Whether the model's last layer is on this worker."""
-    return config.parallel_config.pipeline_parallel_size == 1 or get_pp_group().is_last_rank
-
-
-def model_part(model: nn.Module, config: VllmConfig) -> ModelPart:
-    """What of the model is on this worker."""
-    layers = stage_layers(model, config)
-    return ModelPart(
-        first_layer=layers.start,
-        num_layers=len(layers),
-        model_layers=config.model_config.get_total_num_hidden_layers(),
-        ranks=config.parallel_config.tensor_parallel_size,
-    )
-
-
-def base_projection(projection: nn.Module | None) -> tuple[nn.Module | None, nn.Module | None]:
-    """An output projection without its adapters, and the module that holds them, if any.
-
-    Raises:
-        UnsupportedModelError: The adapters are cut over ranks in a way that is not read here.
-    """
-    if not isinstance(projection, RowParallelLinearWithLoRA):
-        return projection, None
-    if type(projection) is not RowParallelLinearWithLoRA:
-        raise UnsupportedModelError("traces are not supported with fully sharded LoRA adapters")
-    return projection.base_layer, projection
-
-
-def added_weight(
-    layer: Any, adapter: int, slot_of: Callable[[int], int] | None
-) -> torch.Tensor | None:
-    """What an adapter adds to ``W_O``, float32 ``[D, H * d]`` of this rank's heads.
-
-    Args:
-        layer: The :class:`~vllm_flashtrace.worker.layers.TracedLayer`.
-        adapter: The adapter's id.
-        slot_of: Where adapters are.
-
-    Returns:
-        None where no adapter can change this projection.
-
-    Raises:
-        TraceError: ``recording_failed``: the adapter is not where it should be.
-    """
-    if layer.adapters is None:
-        return None
-    if slot_of is None:
-        raise TraceError("recording_failed", "the adapters of this worker are not known")
-    slot = slot_of(adapter)
-    (down,), (up,) = layer.adapters.lora_a_stacked, layer.adapters.lora_b_stacked
-    product: torch.Tensor = up[slot, 0].float() @ down[slot, 0].float()
-    return product
-
-
-def adapter_slot(runner: Any, adapter: int) -> int:
-    """Where the modules of a runner's model hold an adapter.
-
-    Args:
-        runner: A V1 or V2 model runner.
-        adapter: The adapter's id (``LoRARequest.lora_int_id``).
-
-    Raises:
-        TraceError: ``recording_failed``: the adapter is not active.
-    """
-    slots = runner.lora_manager._adapter_manager.lora_index_to_id
-    if adapter not in slots:
-        raise TraceError("recording_failed", f"LoRA adapter {adapter} is not active")
-    index: int = slots.index(adapter)
-    return index
-
 
 # Architectures whose decoder layer is pre-norm, adds the attention block's output to the residual
 # stream unscaled, and is called as (positions, hidden_states, residual).
@@ -159,39 +57,6 @@ class TracedLayer:
     attention: Attention
     out_proj: RowParallelLinear
     adapters: nn.Module | None = None
-
-
-def check_config(config: VllmConfig) -> None:
-    """Refuses engine configurations that the capture path does not cover.
-
-    Raises:
-        UnsupportedModelError: Naming the feature in the way.
-    """
-    parallel = config.parallel_config
-    refusals = {
-        # Ranks of such a model run in step with each other, and so would a rank's traces.
-        "data parallelism of a mixture-of-experts model": parallel.data_parallel_size > 1
-        and config.model_config.is_moe,
-        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
-        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
-        "speculative decoding": config.speculative_config is not None,
-        "KV transfer": config.kv_transfer_config is not None,
-        "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
-        "a pooling model": config.model_config.runner_type != "generate",
-        "a quantized model": config.model_config.quantization is not None,
-        "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
-    }
-    for feature, present in refusals.items():
-        if present:
-            raise UnsupportedModelError(f"traces are not supported with {feature}")
-    check_data_parallel(parallel)
-    architecture = config.model_config.architecture
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"traces are not supported for {architecture}; "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
 
 
 def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
@@ -239,33 +104,58 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     return layers
 
 
-def output_projection(layer: TracedLayer) -> torch.Tensor:
-    """``W_O`` of a layer as the linear layer keeps it, ``[D, H * d]``, in the model's dtype.
+def check_config(config: VllmConfig) -> None:
+    """Refuses engine configurations that the capture path does not cover.
 
-    With tensor parallelism these are the columns of this rank's own heads. The CPU backend empties
-    ``weight`` after packing it for its kernels, so the matrix is got by applying the projection to
-    the identity. The bias is not part of it: it belongs to no token.
+    Raises:
+        UnsupportedModelError: Naming the feature in the way.
     """
-    projection, attention = layer.out_proj, layer.attention
-    rows = attention.num_heads * attention.head_size
-    weight = projection.weight
-    if weight.ndim == 2 and weight.shape[1] == rows:
-        return weight.detach()
-    identity = torch.eye(rows, dtype=projection.params_dtype)
-    with torch.inference_mode():
-        return projection.quant_method.apply(projection, identity).t().contiguous()
+    parallel = config.parallel_config
+    refusals = {
+        # Ranks of such a model run in step with each other, and so would a rank's traces.
+        "data parallelism of a mixture-of-experts model": parallel.data_parallel_size > 1
+        and config.model_config.is_moe,
+        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer": config.kv_transfer_config is not None,
+        "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
+        "a pooling model": config.model_config.runner_type != "generate",
+        "a quantized model": config.model_config.quantization is not None,
+        "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
+    check_data_parallel(parallel)
+    architecture = config.model_config.architecture
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"traces are not supported for {architecture}; "
+            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
 
 
-def attention_form(layer: TracedLayer) -> AttentionForm:
-    """How a layer of the CPU backend forms its attention weights."""
-    impl: Any = layer.attention.impl
-    return AttentionForm(
-        scale=float(impl.scale),
-        sliding_window=layer.attention.sliding_window,
-        soft_cap=float(impl.logits_soft_cap or 0),
-        alibi_slopes=impl.alibi_slopes,
-        sinks=impl.sinks.float() if impl.sinks is not None else None,
-    )
+def _check_attention(
+    name: str, attention: Attention, block: nn.Module, out_proj: nn.Module | None
+) -> None:
+    refusals = {
+        f"{type(attention).__name__} layers": type(attention) is not Attention,
+        f"{AttentionType(attention.attn_type).value} attention": attention.attn_type
+        != AttentionType.DECODER,
+        "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
+        "values of another size than keys": attention.head_size_v != attention.head_size,
+        "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
+        "an output gate in attention": bool(getattr(block, "attn_output_gate", False)),
+        "a quantized or unknown output projection": not (
+            isinstance(out_proj, RowParallelLinear)
+            and isinstance(out_proj.quant_method, UnquantizedLinearMethod)
+        ),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")
 
 
 def check_cache(config: KVCacheConfig) -> None:
@@ -290,22 +180,110 @@ def check_cache(config: KVCacheConfig) -> None:
         )
 
 
-def _check_attention(
-    name: str, attention: Attention, block: nn.Module, out_proj: nn.Module | None
-) -> None:
-    refusals = {
-        f"{type(attention).__name__} layers": type(attention) is not Attention,
-        f"{AttentionType(attention.attn_type).value} attention": attention.attn_type
-        != AttentionType.DECODER,
-        "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
-        "values of another size than keys": attention.head_size_v != attention.head_size,
-        "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
-        "an output gate in attention": bool(getattr(block, "attn_output_gate", False)),
-        "a quantized or unknown output projection": not (
-            isinstance(out_proj, RowParallelLinear)
-            and isinstance(out_proj.quant_method, UnquantizedLinearMethod)
-        ),
-    }
-    for feature, present in refusals.items():
-        if present:
-            raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")
+def stage_layers(model: nn.Module, config: VllmConfig) -> range:
+    """The layers that this worker runs, as indices in the whole model.
+
+    Raises:
+        UnsupportedModelError: The model does not tell.
+    """
+    if config.parallel_config.pipeline_parallel_size == 1:
+        return range(config.model_config.get_total_num_hidden_layers())
+    inner: Any = getattr(model, "model", None)
+    try:
+        return range(inner.start_layer, inner.end_layer)
+    except AttributeError:
+        raise UnsupportedModelError(
+            "traces are not supported with pipeline parallelism of a model that does not tell its "
+            "stage's layers"
+        ) from None
+
+
+def is_last_stage(config: VllmConfig) -> bool:
+    """Whether the model's last layer is on this worker."""
+    return config.parallel_config.pipeline_parallel_size == 1 or get_pp_group().is_last_rank
+
+
+def model_part(model: nn.Module, config: VllmConfig) -> ModelPart:
+    """What of the model is on this worker."""
+    layers = stage_layers(model, config)
+    return ModelPart(
+        first_layer=layers.start,
+        num_layers=len(layers),
+        model_layers=config.model_config.get_total_num_hidden_layers(),
+        ranks=config.parallel_config.tensor_parallel_size,
+    )
+
+
+def output_projection(layer: TracedLayer) -> torch.Tensor:
+    """``W_O`` of a layer as the linear layer keeps it, ``[D, H * d]``, in the model's dtype.
+
+    With tensor parallelism these are the columns of this rank's own heads. The CPU backend empties
+    ``weight`` after packing it for its kernels, so the matrix is got by applying the projection to
+    the identity. The bias is not part of it: it belongs to no token.
+    """
+    projection, attention = layer.out_proj, layer.attention
+    rows = attention.num_heads * attention.head_size
+    weight = projection.weight
+    if weight.ndim == 2 and weight.shape[1] == rows:
+        return weight.detach()
+    identity = torch.eye(rows, dtype=projection.params_dtype)
+    with torch.inference_mode():
+        return projection.quant_method.apply(projection, identity).t().contiguous()
+
+
+def base_projection(projection: nn.Module | None) -> tuple[nn.Module | None, nn.Module | None]:
+    """An output projection without its adapters, and the module that holds them, if any.
+
+    Raises:
+        UnsupportedModelError: The adapters are cut over ranks in a way that is not read here.
+    """
+    if not isinstance(projection, RowParallelLinearWithLoRA):
+        return projection, None
+    if type(projection) is not RowParallelLinearWithLoRA:
+        raise UnsupportedModelError("traces are not supported with fully sharded LoRA adapters")
+    return projection.base_layer, projection
+
+
+def added_weight(
+    layer: TracedLayer, adapter: int, slot_of: Callable[[int], int] | None
+) -> torch.Tensor | None:
+    """What an adapter adds to ``W_O``, float32 ``[D, H * d]`` of this rank's heads.
+
+    Args:
+        layer: The layer.
+        adapter: The adapter's id.
+        slot_of: Tells which slot of the model's modules holds an adapter. Asked in the step in
+            which the trace ends, while the slot still holds the adapter of its request.
+
+    Returns:
+        None where no adapter can change this projection.
+
+    Raises:
+        TraceError: ``recording_failed``: the adapter is not where it should be.
+    """
+    if layer.adapters is None:
+        return None
+    if slot_of is None:
+        raise TraceError("recording_failed", "the adapters of this worker are not known")
+    slot = slot_of(adapter)
+    adapters: Any = layer.adapters
+    (down,), (up,) = adapters.lora_a_stacked, adapters.lora_b_stacked
+    product: torch.Tensor = up[slot, 0].float() @ down[slot, 0].float()
+    return product
+
+
+def adapter_slot(runner: Any, adapter: int) -> int:
+    """Where the modules of a runner's model hold an adapter.
+
+    Args:
+        runner: A V1 or V2 model runner.
+        adapter: The adapter's id (``LoRARequest.lora_int_id``).
+
+    Raises:
+        TraceError: ``recording_failed``: the adapter is not active.
+    """
+    slots = runner.lora_manager._adapter_manager.lora_index_to_id
+    if adapter not in slots:
+        raise TraceError("recording_failed", f"LoRA adapter {adapter} is not active")
+    index: int = slots.index(adapter)
+    return index

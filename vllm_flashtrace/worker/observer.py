@@ -1,8 +1,7 @@
 """The one observer of the forward pass that is running, and the attention mixin that calls it.
 
-There is an observer only during the forward pass of a step that computes target rows of
-a trace. At all other
-times :func:`current` is None, and whoever asks does nothing.
+There is an observer only during the forward pass of a step that computes target rows of a trace. At
+all other times :func:`current` returns None, and the attention mixin and the taps do nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def observing(observer: ForwardObserver) -> Iterator[None]:
 
 
 class RecordingAttention:
-    """Comes first among the bases of an implementation, before the stock one."""
+    """Mixin of an attention implementation; its first base, before the stock one."""
 
     def forward(
         self,

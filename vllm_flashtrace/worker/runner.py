@@ -1,29 +1,8 @@
 """Connects a model runner, V1 or V2, with the recorder.
 
-Block tables as attention kernels read them.
-
-vLLM's KV cache manager and its runners count blocks of the cache's block size. A backend whose
-kernels need smaller blocks reads a cache that is viewed in such kernel blocks, through a table that
-its ``AttentionGroup`` derives when metadata is built; this module derives the same table for the
-recorder.
-
-The batch of a V1 model runner.
-
-Invariant: rows are in the order of the runner's flattened tokens, and block tables are those of
-the step, as the attention kernel reads them.
-
-The batch of a V2 model runner.
-
-Invariant: rows are in the order of the runner's flattened tokens, and block tables are those of
-the step, as the attention kernel reads them.
-
-What a worker says of itself in the status report.
-
-Invariant: never raises; what vLLM does not tell is ``None``.
-
-Connects a model runner with the recorder.
-
-Invariant: nothing here raises into the runner, and a step without target rows has no observer.
+The patches call this module around each step: `observe_step` before it, and around its forward pass
+`RunnerCapture.begin_forward` and `end_forward`. Nothing here raises into the runner, and a step
+without target rows has no observer.
 """
 
 from __future__ import annotations
@@ -31,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,293 +23,11 @@ from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.layers import adapter_slot, check_cache
-from vllm_flashtrace.worker.recorder import Recorder, TracedModel
+from vllm_flashtrace.worker.recorder import Recorder
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
-
-
-def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torch.Tensor:
-    """Ids of kernel blocks, in the order of the tokens they hold.
-
-    Args:
-        block_table: int32 ``[..., blocks]``, ids of the manager's blocks.
-        groups: The ``AttentionGroup`` objects of the one KV cache group.
-
-    Returns:
-        ``block_table`` itself where kernels use the manager's blocks, else int32
-        ``[..., blocks * kernel blocks per block]`` on the same device.
-
-    Raises:
-        UnsupportedModelError: Layers differ in the size of their kernel blocks, or the blocks of
-            other layers lie between those of one.
-    """
-    if len({group.kernel_block_size for group in groups}) != 1:
-        raise UnsupportedModelError(
-            "traces are not supported with layers whose kernels use blocks of different sizes"
-        )
-    group = groups[0]
-    if group.kernel_block_size is None:
-        return block_table
-    if group.kernel_block_stride:
-        raise UnsupportedModelError("traces are not supported with packed kernel blocks")
-    parts = group.kv_cache_spec.block_size // group.kernel_block_size
-    part = torch.arange(parts, dtype=block_table.dtype, device=block_table.device)
-    return (block_table.unsqueeze(-1) * parts + part).flatten(-2)
-
-
-def batch_rows_v1(runner: Any, scheduled: Mapping[str, int]) -> Iterator[BatchRow]:
-    """The requests of the step that a V1 runner has prepared.
-
-    Args:
-        runner: A ``vllm.v1.worker.gpu_model_runner.GPUModelRunner``, or one derived from it.
-        scheduled: Number of tokens of each request in this step.
-
-    Raises:
-        UnsupportedModelError: The kernels' blocks cannot be told from the manager's.
-    """
-    batch = runner.input_batch
-    blocks = batch.block_table[0].get_device_tensor(len(batch.req_ids))
-    tables = kernel_block_table(blocks, runner.attn_groups[0])
-    first_row = 0
-    for index, req_id in enumerate(batch.req_ids):
-        count = scheduled[req_id]
-        start = int(batch.num_computed_tokens_cpu[index])
-        yield BatchRow(req_id, first_row, start, start + count, tables[index])
-        first_row += count
-
-
-def batch_rows_v2(
-    runner: Any, input_batch: Any, block_tables: Sequence[torch.Tensor]
-) -> Iterator[BatchRow]:
-    """The requests of a step, without the rows that pad it for CUDA graphs.
-
-    Args:
-        runner: A ``vllm.v1.worker.gpu.model_runner.GPUModelRunner``.
-        input_batch: Its ``InputBatch`` for the step.
-        block_tables: int32 ``[requests with padding, blocks]`` of each KV cache group, as
-            ``prepare_attn`` gives them: the manager's blocks, on the runner's device, valid until
-            the next step.
-
-    Raises:
-        UnsupportedModelError: There are several KV cache groups, or tokens are split over ranks.
-        TraceError: The batch is not laid out as its own numbers say.
-    """
-    if len(block_tables) != 1:
-        raise UnsupportedModelError(
-            f"traces are not supported with {len(block_tables)} KV cache groups"
-        )
-    if runner.pcp_manager is not None:
-        raise UnsupportedModelError("traces are not supported with prefill context parallelism")
-    tables = kernel_block_table(block_tables[0], runner.attn_groups[0])
-    rows = input_batch.query_start_loc_np.tolist()
-    computed = input_batch.num_computed_tokens_np.tolist()
-    scheduled = input_batch.num_scheduled_tokens.tolist()
-    for index, req_id in enumerate(input_batch.req_ids):
-        first, count = rows[index], scheduled[index]
-        if rows[index + 1] - first != count:
-            raise TraceError(
-                "recording_failed",
-                f"request {req_id} has {rows[index + 1] - first} rows for {count} tokens",
-            )
-        start = computed[index]
-        yield BatchRow(req_id, first, start, start + count, tables[index])
-
-
-def worker_report(worker: Any) -> dict[str, Any]:
-    """Process, device, runner, attention backends and place in the parallel layout.
-
-    Args:
-        worker: vLLM's worker.
-    """
-    parallel = getattr(getattr(worker, "vllm_config", None), "parallel_config", None)
-    runner = getattr(worker, "model_runner", None)
-    return {
-        "pid": os.getpid(),
-        "rank": getattr(worker, "rank", None),
-        "tensor_parallel_size": getattr(parallel, "tensor_parallel_size", None),
-        "pipeline_parallel_size": getattr(parallel, "pipeline_parallel_size", None),
-        "data_parallel_rank": getattr(parallel, "data_parallel_index", None),
-        "device": str(getattr(runner, "device", None)),
-        "runner": _runner_version(runner),
-        "attention_backends": _backends(runner),
-        "processes": lineage(),
-    }
-
-
-def _runner_version(runner: Any) -> str | None:
-    for kind in type(runner).__mro__:
-        if kind.__module__ == "vllm.v1.worker.gpu.model_runner":
-            return "V2"
-        if kind.__module__ == "vllm.v1.worker.gpu_model_runner":
-            return "V1"
-    return None
-
-
-def _backends(runner: Any) -> list[str] | None:
-    try:
-        groups = [group for per_cache in runner.attn_groups for group in per_cache]
-        return sorted({str(group.backend.get_name()) for group in groups})
-    except Exception:
-        return None
-
+from vllm_flashtrace.worker.traced_model import TracedModel
 
 _ATTRIBUTE = "_flashtrace_capture"
-
-
-class RunnerModel(TracedModel, Protocol):
-    """A traced model as its runner uses it.
-
-    Attributes:
-        slot_of: Tells where a LoRA adapter's weights are, by its id.
-    """
-
-    slot_of: Callable[[int], int] | None
-
-    def layer_index(self, layer_name: str) -> int | None:
-        """Index of an attention layer of this model; None for one of another model."""
-
-    def forget_weights(self) -> None:
-        """Drops derived weights, for when the model's weights are about to change."""
-
-    def end_step(self) -> None:
-        """Returns memory that only a step with traces needs."""
-
-    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
-        """What all accumulators together may take: the configured limit, or the default."""
-
-
-class RunnerCapture:
-    """One model runner's traces.
-
-    Attributes:
-        recorder: The traces.
-        refusal: Why the model cannot be traced, or None.
-        records_step: Whether the step that was last observed computes target rows; it must then
-            run as code and not as a CUDA graph.
-        scheduled: Tokens of each request in that step.
-    """
-
-    records_step: bool
-    scheduled: Mapping[str, int]
-
-    def __init__(self, runner: Any) -> None:
-        self.refusal: str | None = None
-        self.forget_step()
-        self._model: RunnerModel | None = None
-        ttl = FlashTraceConfig().result_ttl_seconds
-        budget: AccumulatorBudget | None = None
-        try:
-            config = FlashTraceConfig.from_additional_config(runner.vllm_config.additional_config)
-            ttl = config.result_ttl_seconds
-            check_cache(runner.kv_cache_config)
-            self._model = _runner_model(runner)
-            self._model.slot_of = functools.partial(adapter_slot, runner)
-            limit = self._model.accumulator_limit_bytes(config.max_accumulator_mib)
-            budget = AccumulatorBudget.of_model(limit, self._model.shape)
-        except Exception as error:
-            self._model = None
-            self.refusal = error.message if isinstance(error, FlashTraceError) else repr(error)
-            logger.warning("FlashTrace: this model is served without attribution: %s", self.refusal)
-        self.recorder = Recorder(self._model or _NoModel(self.refusal), ttl, budget)
-
-    def forget_weights(self) -> None:
-        """Drops what was derived from the model's weights."""
-        if self._model is not None:
-            self._model.forget_weights()
-
-    def observe(self, scheduler_output: SchedulerOutput) -> None:
-        """Learns about new and finished requests and about the step; must never raise."""
-        self.forget_step()
-        try:
-            self.recorder.drop(scheduler_output.finished_req_ids)
-            for new in scheduler_output.scheduled_new_reqs:
-                params = new.sampling_params
-                sealed = sealed_spec(params.extra_args) if params is not None else None
-                if sealed is not None:
-                    lora = new.lora_request
-                    self.recorder.register(
-                        new.req_id,
-                        sealed,
-                        len(new.prompt_token_ids or ()),
-                        lora.lora_int_id if lora is not None else None,
-                    )
-            self.scheduled = scheduler_output.num_scheduled_tokens
-            self.records_step = self._records(scheduler_output)
-        except Exception as error:
-            log_unexpected("reading the scheduler's output", error)
-
-    def forget_step(self) -> None:
-        """The step is over; what runs until the next one is none of ours."""
-        self.scheduled, self.records_step = {}, False
-
-    def begin_forward(self, batch: Callable[[], Iterable[BatchRow]]) -> StepObserver | None:
-        """What watches the forward pass about to run, or None; must never raise.
-
-        Args:
-            batch: Gives the step's requests; called only if a trace is among them.
-        """
-        try:
-            if self._model is None or self.recorder.active_requests.isdisjoint(self.scheduled):
-                return None
-            step = self.recorder.begin_step(list(batch()))
-            if step is None:
-                return None
-            return StepObserver(self._model, step, self._fail_scheduled)
-        except Exception as error:
-            log_unexpected("preparing a step", error)
-            self._fail_scheduled(error)
-            return None
-
-    def end_forward(self, observer: StepObserver) -> None:
-        """Finishes traces while their KV blocks are held; must never raise."""
-        try:
-            self.recorder.finish_step(observer.step)
-            observer.model.end_step()
-        except Exception as error:
-            log_unexpected("finishing a step", error)
-            self._fail_scheduled(error)
-
-    def _records(self, scheduler_output: SchedulerOutput) -> bool:
-        new = scheduler_output.scheduled_new_reqs
-        computed = {each.req_id: each.num_computed_tokens for each in new}
-        cached = scheduler_output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for req_id in self.recorder.active_requests.intersection(self.scheduled):
-            first = self.recorder.first_target(req_id)
-            stop = computed.get(req_id, 0) + self.scheduled[req_id]
-            if first is not None and stop > first:
-                return True
-        return False
-
-    def _fail_scheduled(self, error: BaseException) -> None:
-        for req_id in self.recorder.active_requests.intersection(self.scheduled):
-            self.recorder.fail(req_id, error)
-
-
-class StepObserver:
-    """Shows a forward pass to a step's recorder; an exception there becomes failed traces."""
-
-    def __init__(
-        self, model: RunnerModel, step: StepRecorder, fail: Callable[[BaseException], None]
-    ) -> None:
-        self.model = model
-        self.step = step
-        self._fail = fail
-
-    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
-        """See :class:`~vllm_flashtrace.worker.step.ForwardObserver`."""
-        try:
-            layer = self.model.layer_index(layer_name)
-            if layer is not None:
-                self.step.record_attention(layer, query)
-        except Exception as error:
-            self._fail(error)
-
-    def on_residual(self, residual: torch.Tensor) -> None:
-        """See :class:`~vllm_flashtrace.worker.step.ForwardObserver`."""
-        try:
-            self.step.record_residual(residual)
-        except Exception as error:
-            self._fail(error)
 
 
 def capture_of(runner: Any) -> RunnerCapture:
@@ -371,7 +68,142 @@ def _has_trace(scheduler_output: SchedulerOutput) -> bool:
     )
 
 
-def _runner_model(runner: Any) -> RunnerModel:
+class RunnerCapture:
+    """One model runner's traces; none of its methods raises.
+
+    Attributes:
+        recorder: The traces.
+        refusal: Why the model cannot be traced, or None.
+        records_step: Whether the step that was last observed computes target rows; it must then
+            run as code and not as a CUDA graph.
+        scheduled: Tokens of each request in that step.
+    """
+
+    records_step: bool
+    scheduled: Mapping[str, int]
+
+    def __init__(self, runner: Any) -> None:
+        self.refusal: str | None = None
+        self.forget_step()
+        self._model: TracedModel | None = None
+        ttl = FlashTraceConfig().result_ttl_seconds
+        budget: AccumulatorBudget | None = None
+        try:
+            config = FlashTraceConfig.from_additional_config(runner.vllm_config.additional_config)
+            ttl = config.result_ttl_seconds
+            check_cache(runner.kv_cache_config)
+            self._model = _runner_model(runner)
+            self._model.slot_of = functools.partial(adapter_slot, runner)
+            limit = self._model.accumulator_limit_bytes(config.max_accumulator_mib)
+            budget = AccumulatorBudget.of_model(limit, self._model.shape)
+        except Exception as error:
+            self._model = None
+            self.refusal = error.message if isinstance(error, FlashTraceError) else repr(error)
+            logger.warning("FlashTrace: this model is served without attribution: %s", self.refusal)
+        self.recorder = Recorder(self._model, ttl, budget, refusal=self.refusal)
+
+    def forget_weights(self) -> None:
+        """Drops what was derived from the model's weights."""
+        if self._model is not None:
+            self._model.forget_weights()
+
+    def observe(self, scheduler_output: SchedulerOutput) -> None:
+        """Learns about new and finished requests and about the step."""
+        self.forget_step()
+        try:
+            self.recorder.drop(scheduler_output.finished_req_ids)
+            for new in scheduler_output.scheduled_new_reqs:
+                params = new.sampling_params
+                sealed = sealed_spec(params.extra_args) if params is not None else None
+                if sealed is not None:
+                    lora = new.lora_request
+                    self.recorder.register(
+                        new.req_id,
+                        sealed,
+                        len(new.prompt_token_ids or ()),
+                        lora.lora_int_id if lora is not None else None,
+                    )
+            self.scheduled = scheduler_output.num_scheduled_tokens
+            self.records_step = self._records(scheduler_output)
+        except Exception as error:
+            log_unexpected("reading the scheduler's output", error)
+
+    def forget_step(self) -> None:
+        """Ends the step: what runs until the next one is not recorded."""
+        self.scheduled, self.records_step = {}, False
+
+    def begin_forward(self, batch: Callable[[], Iterable[BatchRow]]) -> StepObserver | None:
+        """What watches the forward pass about to run, or None.
+
+        Args:
+            batch: Gives the step's requests; called only if a trace is among them.
+        """
+        try:
+            if self._model is None or self.recorder.active_requests.isdisjoint(self.scheduled):
+                return None
+            step = self.recorder.begin_step(list(batch()))
+            if step is None:
+                return None
+            return StepObserver(self._model, step, self._fail_scheduled)
+        except Exception as error:
+            log_unexpected("preparing a step", error)
+            self._fail_scheduled(error)
+            return None
+
+    def end_forward(self, observer: StepObserver) -> None:
+        """Finishes traces; called while their KV blocks are held."""
+        try:
+            self.recorder.finish_step(observer.step)
+            observer.model.end_step()
+        except Exception as error:
+            log_unexpected("finishing a step", error)
+            self._fail_scheduled(error)
+
+    def _records(self, scheduler_output: SchedulerOutput) -> bool:
+        new = scheduler_output.scheduled_new_reqs
+        computed = {each.req_id: each.num_computed_tokens for each in new}
+        cached = scheduler_output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for req_id in self.recorder.active_requests.intersection(self.scheduled):
+            first = self.recorder.first_target(req_id)
+            stop = computed.get(req_id, 0) + self.scheduled[req_id]
+            if first is not None and stop > first:
+                return True
+        return False
+
+    def _fail_scheduled(self, error: BaseException) -> None:
+        for req_id in self.recorder.active_requests.intersection(self.scheduled):
+            self.recorder.fail(req_id, error)
+
+
+class StepObserver:
+    """Shows a forward pass to a step's recorder; an exception there becomes failed traces."""
+
+    def __init__(
+        self, model: TracedModel, step: StepRecorder, fail: Callable[[BaseException], None]
+    ) -> None:
+        self.model = model
+        self.step = step
+        self._fail = fail
+
+    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            layer = self.model.layer_index(layer_name)
+            if layer is not None:
+                self.step.record_attention(layer, query)
+        except Exception as error:
+            self._fail(error)
+
+    def on_residual(self, residual: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_residual(residual)
+        except Exception as error:
+            self._fail(error)
+
+
+def _runner_model(runner: Any) -> TracedModel:
     if runner.device.type == "cpu":
         return CPUTracedModel(runner.get_model(), runner.vllm_config)
     if runner.device.type == "cuda":
@@ -381,11 +213,132 @@ def _runner_model(runner: Any) -> RunnerModel:
     raise UnsupportedModelError(f"traces are not supported on {runner.device.type}")
 
 
-class _NoModel:
-    """Stands in where the model cannot be traced; every use says why."""
+def batch_rows_v1(runner: Any, scheduled: Mapping[str, int]) -> Iterator[BatchRow]:
+    """The requests of the step that a V1 runner has prepared, in the order of its tokens.
 
-    def __init__(self, reason: str | None) -> None:
-        self._reason = reason or "unknown"
+    Args:
+        runner: A ``vllm.v1.worker.gpu_model_runner.GPUModelRunner``, or one derived from it.
+        scheduled: Number of tokens of each request in this step.
 
-    def __getattr__(self, _: str) -> Any:
-        raise UnsupportedModelError(self._reason)
+    Raises:
+        UnsupportedModelError: The kernels' blocks cannot be told from the manager's.
+    """
+    batch = runner.input_batch
+    blocks = batch.block_table[0].get_device_tensor(len(batch.req_ids))
+    tables = kernel_block_table(blocks, runner.attn_groups[0])
+    first_row = 0
+    for index, req_id in enumerate(batch.req_ids):
+        count = scheduled[req_id]
+        start = int(batch.num_computed_tokens_cpu[index])
+        yield BatchRow(req_id, first_row, start, start + count, tables[index])
+        first_row += count
+
+
+def batch_rows_v2(
+    runner: Any, input_batch: Any, block_tables: Sequence[torch.Tensor]
+) -> Iterator[BatchRow]:
+    """The requests of a V2 runner's step, in the order of its tokens, without padding.
+
+    Args:
+        runner: A ``vllm.v1.worker.gpu.model_runner.GPUModelRunner``.
+        input_batch: Its ``InputBatch`` for the step.
+        block_tables: int32 ``[requests with padding, blocks]`` of each KV cache group, as
+            ``prepare_attn`` gives them: the manager's blocks, on the runner's device, valid until
+            the next step.
+
+    Raises:
+        UnsupportedModelError: There are several KV cache groups, or tokens are split over ranks.
+        TraceError: The batch is not laid out as its own numbers say.
+    """
+    if len(block_tables) != 1:
+        raise UnsupportedModelError(
+            f"traces are not supported with {len(block_tables)} KV cache groups"
+        )
+    if runner.pcp_manager is not None:
+        raise UnsupportedModelError("traces are not supported with prefill context parallelism")
+    tables = kernel_block_table(block_tables[0], runner.attn_groups[0])
+    rows = input_batch.query_start_loc_np.tolist()
+    computed = input_batch.num_computed_tokens_np.tolist()
+    scheduled = input_batch.num_scheduled_tokens.tolist()
+    for index, req_id in enumerate(input_batch.req_ids):
+        first, count = rows[index], scheduled[index]
+        if rows[index + 1] - first != count:
+            raise TraceError(
+                "recording_failed",
+                f"request {req_id} has {rows[index + 1] - first} rows for {count} tokens",
+            )
+        start = computed[index]
+        yield BatchRow(req_id, first, start, start + count, tables[index])
+
+
+def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torch.Tensor:
+    """Ids of kernel blocks, in the order of the tokens they hold.
+
+    vLLM's KV cache manager and its runners count blocks of the cache's block size. A backend whose
+    kernels need smaller blocks reads a cache that is viewed in such kernel blocks, through a table
+    that its ``AttentionGroup`` derives when metadata is built. This derives the same table.
+
+    Args:
+        block_table: int32 ``[..., blocks]``, ids of the manager's blocks.
+        groups: The ``AttentionGroup`` objects of the one KV cache group.
+
+    Returns:
+        ``block_table`` itself where kernels use the manager's blocks, else int32
+        ``[..., blocks * kernel blocks per block]`` on the same device.
+
+    Raises:
+        UnsupportedModelError: Layers differ in the size of their kernel blocks, or the blocks of
+            other layers lie between those of one.
+    """
+    if len({group.kernel_block_size for group in groups}) != 1:
+        raise UnsupportedModelError(
+            "traces are not supported with layers whose kernels use blocks of different sizes"
+        )
+    group = groups[0]
+    if group.kernel_block_size is None:
+        return block_table
+    if group.kernel_block_stride:
+        raise UnsupportedModelError("traces are not supported with packed kernel blocks")
+    parts = group.kv_cache_spec.block_size // group.kernel_block_size
+    part = torch.arange(parts, dtype=block_table.dtype, device=block_table.device)
+    return (block_table.unsqueeze(-1) * parts + part).flatten(-2)
+
+
+def worker_report(worker: Any) -> dict[str, Any]:
+    """Process, device, runner, attention backends and place in the parallel layout.
+
+    What vLLM does not tell is None.
+
+    Args:
+        worker: vLLM's worker.
+    """
+    parallel = getattr(getattr(worker, "vllm_config", None), "parallel_config", None)
+    runner = getattr(worker, "model_runner", None)
+    return {
+        "pid": os.getpid(),
+        "rank": getattr(worker, "rank", None),
+        "tensor_parallel_size": getattr(parallel, "tensor_parallel_size", None),
+        "pipeline_parallel_size": getattr(parallel, "pipeline_parallel_size", None),
+        "data_parallel_rank": getattr(parallel, "data_parallel_index", None),
+        "device": str(getattr(runner, "device", None)),
+        "runner": _runner_version(runner),
+        "attention_backends": _backends(runner),
+        "processes": lineage(),
+    }
+
+
+def _runner_version(runner: Any) -> str | None:
+    for kind in type(runner).__mro__:
+        if kind.__module__ == "vllm.v1.worker.gpu.model_runner":
+            return "V2"
+        if kind.__module__ == "vllm.v1.worker.gpu_model_runner":
+            return "V1"
+    return None
+
+
+def _backends(runner: Any) -> list[str] | None:
+    try:
+        groups = [group for per_cache in runner.attn_groups for group in per_cache]
+        return sorted({str(group.backend.get_name()) for group in groups})
+    except Exception:
+        return None

@@ -1,0 +1,209 @@
+"""The loaded model of a worker as traces need it: its layers, their weights, reads of its KV cache.
+
+`TracedModel` holds what does not depend on the device. The subclasses, `CPUTracedModel` and
+`GPUTracedModel`, say how attention forms its weights there and how the paged cache is read.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.core.proximity import LayerSums
+from vllm_flashtrace.kernels import PagedRows, PagedValues, ProximityInputs, RowSegment, proximity
+from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
+from vllm_flashtrace.worker.layers import (
+    added_weight,
+    check_config,
+    find_layers,
+    model_part,
+    output_projection,
+)
+from vllm_flashtrace.worker.step import RowGroup
+from vllm_flashtrace.worker.taps import has_taps
+
+
+class Clock(Protocol):
+    """Times a device's work by marks, which are set without waiting for it."""
+
+    def mark(self) -> Any:
+        """A mark behind all work queued so far."""
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        """Seconds between two marks; the device must have passed both."""
+
+
+class HostClock:
+    """The clock of a device on which work is done when the call returns."""
+
+    def mark(self) -> float:
+        """The time now."""
+        return time.perf_counter()
+
+    def seconds(self, start: float, stop: float) -> float:
+        """The difference."""
+        return stop - start
+
+
+class CudaClock:
+    """The clock of the current CUDA stream: the host runs ahead, so its marks are CUDA events."""
+
+    def mark(self) -> torch.cuda.Event:
+        """An event on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        """The time between two events that the device has passed."""
+        return start.elapsed_time(stop) / 1000
+
+
+class Projection(NamedTuple):
+    """``W_O`` of a layer, ``[D, H * d]``, and its rows' norms per head, float32 ``[H, D]``."""
+
+    weight: Tensor
+    column_norms: Tensor
+
+
+class TracedModel(ABC):
+    """The part of a vLLM model that is on this worker.
+
+    Heads are those of this tensor-parallel rank, layers those of this pipeline stage, counted from
+    the first on this worker.
+
+    Attributes:
+        batched: Whether one call records the target rows of all traces of a step, or each trace has
+            its own, so that a fault stays with it.
+        layers: Its decoder layers, in order.
+        device: Where accumulators live.
+        part: What of the whole model is on this worker.
+        shape: Sizes of that part.
+        clock: Times the device's work.
+        slot_of: Tells where a LoRA adapter's weights are, by its id; set by the runner.
+    """
+
+    batched: ClassVar[bool]
+
+    def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
+        """Inspects the model.
+
+        Raises:
+            UnsupportedModelError: It cannot be traced exactly; the message names what is in the
+                way.
+        """
+        check_config(config)
+        self.layers = find_layers(model, config)
+        if not has_taps(model):
+            raise UnsupportedModelError("the model was loaded without taps")
+        attention = self.layers[0].attention
+        self.device = device
+        self.part = model_part(model, config)
+        self.shape = ModelShape(
+            num_layers=len(self.layers),
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            hidden_size=config.model_config.get_hidden_size(),
+        )
+        self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
+        self.slot_of: Callable[[int], int] | None = None
+        self._indices = {layer.name: index for index, layer in enumerate(self.layers)}
+        self._projections: dict[int, Projection] = {}
+
+    @abstractmethod
+    def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
+        """Adds ``c_h[j] += sum_i w_i alpha^h_ij`` of one layer to the group's traces.
+
+        Args:
+            layer: Layer index.
+            query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
+            group: The target rows.
+        """
+
+    @abstractmethod
+    def paged_values(self, layer: int, block_table: Tensor, tokens: int) -> PagedValues:
+        """The value vectors of a request's first tokens, from the blocks it holds.
+
+        Args:
+            layer: Layer index.
+            block_table: int32, ids of the blocks as the attention kernel counts them.
+            tokens: Number of tokens.
+        """
+
+    def token_proximity(
+        self,
+        layer: int,
+        sums: LayerSums,
+        block_table: Tensor,
+        exact_fraction: float,
+        adapter: int | None = None,
+    ) -> Tensor:
+        """Each context token's proximity summed over this rank's heads, float32 ``[N]``.
+
+        Reads the values from the cache, so it must be called, or on a GPU queued, while the request
+        still holds its blocks. Never waits for a GPU.
+
+        Args:
+            layer: Layer index.
+            sums: The layer's sums over all target positions.
+            block_table: int32, ids of the request's blocks as the attention kernel counts them.
+            exact_fraction: See `kernels.proximity`.
+            adapter: Id of the LoRA adapter that the request is computed with.
+        """
+        values = self.paged_values(layer, block_table, sums.column_sums.shape[1])
+        weight, column_norms = self.output_projection(layer, adapter)
+        inputs = ProximityInputs(sums.column_sums, values, weight, column_norms, sums.stream)
+        return proximity(inputs, exact_fraction=exact_fraction)
+
+    def output_projection(self, layer: int, adapter: int | None = None) -> Projection:
+        """``W_O`` of a layer in the model's dtype, kept once read; with an adapter in float32."""
+        kept = self._projections.get(layer)
+        if kept is None:
+            kept = self._projections[layer] = self._projection(
+                output_projection(self.layers[layer])
+            )
+        if adapter is None:
+            return kept
+        added = added_weight(self.layers[layer], adapter, self.slot_of)
+        if added is None:
+            return kept
+        # Not kept, since slots change hands. In float32, since an adapter's small changes would be
+        # lost in sixteen bits.
+        return self._projection(added.add_(kept.weight))
+
+    def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
+        """Readies target rows for recording; done once per step and used for every layer."""
+        return PagedRows.build(segments, self.shape.num_heads, self.shape.num_kv_heads, self.device)
+
+    def layer_index(self, layer_name: str) -> int | None:
+        """Index of an attention layer of this model; None for one of another model."""
+        return self._indices.get(layer_name)
+
+    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
+        """What all accumulators together may take: the configured limit, or the default."""
+        if max_accumulator_mib is not None:
+            return max_accumulator_mib << 20
+        return self.default_limit_bytes()
+
+    def default_limit_bytes(self) -> int:
+        """A part of the machine's memory."""
+        return part_of_memory()
+
+    def forget_weights(self) -> None:
+        """Drops what was derived from weights, for when they are about to change."""
+        self._projections.clear()
+
+    def end_step(self) -> None:  # noqa: B027 - most models keep nothing for a step
+        """Returns memory that only a step with traces needs."""
+
+    def _projection(self, weight: Tensor) -> Projection:
+        by_head = weight.unflatten(1, (self.shape.num_heads, -1))
+        norms = torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32)
+        return Projection(weight, norms.t().contiguous())
