@@ -129,10 +129,14 @@ def cli_help() -> str:
     from typer.testing import CliRunner
 
     from vllm_flashtrace.commands.cli import PROGRAM, app
+    from vllm_flashtrace.server.launcher import serve_help
 
     runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
     commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    parts = [_help(runner, app, PROGRAM, [])]
+    parts = [
+        _help(runner, app, PROGRAM, []),
+        f"## serve\n\n```text\n{serve_help()}\n```",
+    ]
     for name, command in commands.items():
         if command.add_help_option:
             parts.append(f"## {name}\n\n" + _help(runner, app, PROGRAM, [name]))

@@ -17,6 +17,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.scripted_app import build
+from vllm_flashtrace.base.logs import CLIENT_CODES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -96,6 +97,12 @@ async def test_values_of_labels_exist(metrics: Metrics) -> None:
                 for value in pattern.split("|"):
                     known = value in metrics[name][label] or f'"{value}"' in source
                     assert known, f"{label}={value} in {expression}"
+
+
+async def test_failing_leaves_out_what_a_client_explains() -> None:
+    [rule] = [rule for rule in RULES if rule["alert"] == "FlashTraceFailing"]
+    [left_out] = re.findall(r'code!~"([^"]+)"', rule["expr"])
+    assert set(left_out.split("|")) == CLIENT_CODES
 
 
 async def test_every_metric_is_on_the_dashboard(metrics: Metrics) -> None:

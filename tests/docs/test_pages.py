@@ -57,7 +57,7 @@ def test_every_option_and_key_has_a_meaning() -> None:
 
 def test_every_command_is_shown() -> None:
     shown = hooks.cli_help()
-    for name in ("trace", "batch", "deploy", "demo"):
+    for name in ("serve", "trace", "batch", "deploy", "demo"):
         assert f"## {name}\n" in shown
 
 
@@ -71,6 +71,19 @@ def test_links_between_files_of_the_repository() -> None:
         text, folder = (ROOT / name).read_text("utf-8"), (ROOT / name).parent
         for target in re.findall(r"\]\(([^)#]+)", text):
             assert "://" in target or (folder / target).exists(), f"{name}: {target}"
+
+
+def test_commands_and_paths_in_the_text_exist() -> None:
+    for path in [*PAGES, *(ROOT / name for name in hooks.FILES)]:
+        text = path.read_text("utf-8")
+        for module in re.findall(r"python -m ([\w.]+)", text):
+            if module != "pytest":
+                file = ROOT / module.replace(".", "/")
+                assert file.is_dir() or file.with_suffix(".py").exists(), f"{path.name}: {module}"
+        for place in re.findall(r"\b(?:tests|examples|benchmarks|ops)/[\w/.-]*\w", text):
+            assert (ROOT / place).exists(), f"{path.name}: {place}"
+        for room, module in re.findall(r"`(\w+)/(\w+\.py)`", text):
+            assert list(ROOT.glob(f"**/{room}/{module}")), f"{path.name}: {room}/{module}"
 
 
 @pytest.mark.skipif(find_spec("material") is None, reason="make docs has not been run")
