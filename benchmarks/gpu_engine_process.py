@@ -156,7 +156,7 @@ class Measures:
         self._vocabulary = spec.vocabulary
         self._random = random.Random(0)
 
-        self._engine = Engine(Path(spec.folder), **spec.arguments)
+        self._engine = Engine(Path(spec.folder), "a benchmark", **spec.arguments)
 
     def close(self) -> None:
         """Ends the engine."""

@@ -30,7 +30,7 @@ def engine_scores(folder: Path, lengths: list[int]) -> dict[int, dict[str, Any]]
     from tests.engine.conftest import text_tokens
     from tests.engine.harness import Engine, TraceJob
 
-    engine = Engine(folder, max_model_len=max(lengths) + 8)
+    engine = Engine(folder, "a benchmark", max_model_len=max(lengths) + 8)
     results = {}
     try:
         for length in lengths:

@@ -131,7 +131,7 @@ def worker_series(options: argparse.Namespace) -> dict[str, Any]:
     from tests.engine.conftest import text_tokens
     from tests.engine.harness import Engine, TraceJob
 
-    engine = Engine(prepare_smollm2(), enable_prefix_caching=True)
+    engine = Engine(prepare_smollm2(), "a benchmark", enable_prefix_caching=True)
     rows: list[dict[str, Any]] = []
 
     def sample(series: str, done: int) -> None:

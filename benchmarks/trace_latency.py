@@ -224,6 +224,7 @@ def start_engine(longest: int, eager: bool) -> Engine:
 
     return Engine(
         prepare_smollm2(),
+        "a benchmark",
         max_model_len=longest + 8,
         enforce_eager=eager,
         kv_cache_memory_bytes=KV_CACHE_BYTES,

@@ -87,10 +87,9 @@ class EngineScorer:
     tokens, in which each shares the longest possible prefix with its neighbour.
     """
 
-    def __init__(self, llm: Any, *, two_steps: bool = True) -> None:
-        """Takes an engine; without ``two_steps`` prompts do not go ahead of their sequences."""
+    def __init__(self, llm: Any) -> None:
+        """Takes an engine."""
         self._llm = llm
-        self._two_steps = two_steps
         self._block_size = int(llm.llm_engine.vllm_config.cache_config.block_size)
         self._known: OrderedDict[bytes, float] = OrderedDict()
         self.evaluated = 0
@@ -166,7 +165,7 @@ class EngineScorer:
         for tokens, response in jobs:
             # The last row of the prompt predicts the response, so it must not be cached.
             ahead = (len(tokens) - response - 1) // self._block_size * self._block_size
-            if read_cache and self._two_steps and ahead:
+            if read_cache and ahead:
                 prompts.append(TokensPrompt(prompt_token_ids=list(tokens[:ahead])))
                 params.append(plain)
             wanted.append(len(prompts))

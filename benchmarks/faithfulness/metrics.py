@@ -1,15 +1,13 @@
 """What is computed from scores: recovery, RISE, MAS, sufficiency, intervals and tests.
 
-The same definitions for every method. Work is only saved where it cannot matter: no step after the
-running minimum has reached 0, no removed set of an example twice.
+The same definitions for every method.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -113,38 +111,20 @@ def explained_share(values: Values, ranked: Offsets) -> Values:
     return 1.0 - np.concatenate([[0.0], np.cumsum(sums)]) / total
 
 
-def needs_steps(full: float, empty: float) -> bool:
-    """Whether the steps between the full and the empty prompt can change RISE and MAS."""
-    return full > empty
+def deletion(steps: Sequence[float], share: Values) -> Deletion:
+    """RISE and MAS of the log-probabilities ``s_0`` to ``s_S`` and the shares ``D``, both [S + 1].
 
-
-def deletion(full: float, empty: float, between: Sequence[float], share: Values) -> Deletion:
-    """RISE and MAS.
-
-    Args:
-        full: ``s_0``, log-probability of the response after the whole prompt.
-        empty: ``s_S``, after all ranked tokens have been replaced.
-        between: ``s_1`` to ``s_{S-1}``. May end after the first that is at most ``empty``, since
-            the running minimum stays 0 from there; may be empty unless ``needs_steps``.
-        share: ``D``, ``[S + 1]``.
-
-    Raises:
-        ValueError: Steps are missing that the result depends on.
+    ``s_0`` is that of the response after the whole prompt, ``s_S`` after all ranked tokens have
+    been replaced.
     """
-    steps = len(share) - 1
-    if not needs_steps(full, empty):
-        level = 1.0 if full == empty else 0.0
-        response = np.full(steps + 1, level)
-        case = "flat" if full == empty else "inverted"
+    full, empty = steps[0], steps[-1]
+    if full > empty:
+        normalised = np.clip((np.array(steps) - empty) / (full - empty), 0.0, 1.0)
+        response = np.minimum.accumulate(normalised)
+        case = "pinned" if min(steps[1:-1], default=full) <= empty else ""
     else:
-        below = next((i for i, value in enumerate(between) if value <= empty), None)
-        known = between if below is None else between[: below + 1]
-        if below is None and len(between) < steps - 1:
-            raise ValueError(f"got {len(between)} of {steps - 1} steps")
-        normalised = np.clip((np.array([full, *known]) - empty) / abs(full - empty), 0.0, 1.0)
-        response = np.zeros(steps + 1)
-        response[: len(normalised)] = np.minimum.accumulate(normalised)
-        case = "" if below is None else "pinned"
+        response = np.full(len(share), float(full == empty))
+        case = "flat" if full == empty else "inverted"
     penalised = np.clip(response + np.abs(response - share), 0.0, 1.0)
     return Deletion(_area(response), _area(_stretched(penalised)), case)
 
@@ -165,190 +145,48 @@ FRACTIONS = (0.05, 0.1, 0.2)
 """Of the ranked tokens, removed for comprehensiveness and kept for sufficiency."""
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What a method said about an example, to be tested.
+def perturb(
+    prepared: Prepared, values: Values, excluded: Mask | None, scorer: Any, pad: int
+) -> dict[str, Any]:
+    """What replacing the tokens of an explanation does, as it stands in the work file.
 
-    Attributes:
+    Args:
         prepared: The example.
         values: ``[P]``.
-        excluded: ``[P]``, tokens that are neither ranked nor removed.
+        excluded: ``[P]``, tokens that are neither ranked nor replaced.
+        scorer: As `EngineScorer`: ``response_logprobs(sequences, response_lengths)`` gives the sum
+            of the log-probabilities (nats) of each response.
+        pad: The token in the place of a removed one.
+
+    Returns:
+        ``rise``, ``mas`` and ``case`` of the deletion; by fraction, log-probability lost per
+        response token when the top tokens are removed (``comprehensiveness``, higher is better)
+        and when only they are kept (``sufficiency``, lower is better); and ``evaluations``.
+
+    Raises:
+        ValueError: No token is ranked.
     """
-
-    prepared: Prepared
-    values: Values
-    excluded: Mask | None = None
-
-
-@dataclass(frozen=True)
-class Perturbed:
-    """What removing the tokens of an explanation does.
-
-    Attributes:
-        deletion: RISE and MAS.
-        comprehensiveness: Log-probability lost per response token (nats) when the top tokens are
-            removed, by fraction; higher is better.
-        sufficiency: The same when only the top tokens are kept; lower is better.
-        evaluations: Sequences that the explanation needed, shared ones included.
-    """
-
-    deletion: Deletion
-    comprehensiveness: dict[float, float]
-    sufficiency: dict[float, float]
-    evaluations: int
-
-    def to_row(self) -> dict[str, Any]:
-        """As it stands in the work file."""
-        return {
-            **asdict(self.deletion),
-            "comprehensiveness": list(self.comprehensiveness.values()),
-            "sufficiency": list(self.sufficiency.values()),
-            "evaluations": self.evaluations,
-        }
-
-
-@dataclass
-class Cost:
-    """What the metrics cost.
-
-    Attributes:
-        asked: Sequences that the explanations needed.
-        evaluated: Sequences that were sent to the scorer.
-        without_stop: Sequences that one forward pass for every step would have taken.
-        seconds: Spent in the scorer.
-    """
-
-    asked: int = 0
-    evaluated: int = 0
-    without_stop: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class _State:
-    explanation: Explanation
-    ranked: Offsets
-    ends: list[int]
-    values: dict[bytes, float]
-    between: list[float] = field(default_factory=list)
-    asked: int = 0
-
-    def removed(self, offsets: Offsets) -> Mask:
-        mask = np.zeros(self.explanation.prepared.num_user_tokens, dtype=np.bool_)
-        mask[offsets] = True
-        return mask
-
-    def step(self, number: int) -> Mask:
-        """What is gone after so many groups."""
-        return self.removed(self.ranked[: self.ends[number]])
-
-    def erasures(self) -> list[tuple[str, float, Mask]]:
-        """Sets for comprehensiveness and sufficiency."""
-        counts = {f: top_count(len(self.ranked), f) for f in FRACTIONS}
-        without = [("without", f, self.removed(self.ranked[:n])) for f, n in counts.items()]
-        alone = [("alone", f, self.removed(self.ranked[n:])) for f, n in counts.items()]
-        return without + alone
-
-    def value(self, mask: Mask) -> float:
-        return self.values[mask.tobytes()]
-
-
-class PerturbationMetrics:
-    """Evaluates explanations, many at a time."""
-
-    def __init__(self, scorer: Any, pad_token_id: int) -> None:
-        """Evaluates nothing yet.
-
-        Args:
-            scorer: As `EngineScorer`: its ``response_logprobs(sequences, response_lengths)`` gives
-                the sum of the log-probabilities (nats) of each response.
-            pad_token_id: Stands in the place of a removed token.
-        """
-        self.cost = Cost()
-        self._scorer = scorer
-        self._pad = pad_token_id
-
-    def evaluate(self, explanations: Sequence[Explanation]) -> list[Perturbed]:
-        """The metrics of each explanation.
-
-        Explanations of one example share sequences, so give them together; step ``i`` of all that
-        still run is one call of the scorer.
-
-        Raises:
-            ValueError: An explanation ranks no token.
-        """
-        values: dict[tuple[str, int], dict[bytes, float]] = {}
-        states = [self._state(explanation, values) for explanation in explanations]
-        self._ask(
-            (state, mask)
-            for state in states
-            for mask in (state.step(0), state.step(-1), *(m for _, _, m in state.erasures()))
-        )
-        running = [s for s in states if needs_steps(s.value(s.step(0)), s.value(s.step(-1)))]
-        number = 1
-        while running := [s for s in running if number < len(s.ends) - 1]:
-            self._ask((state, state.step(number)) for state in running)
-            for state in running:
-                state.between.append(state.value(state.step(number)))
-            running = [s for s in running if s.between[-1] > s.value(s.step(-1))]
-            number += 1
-        return [self._result(state) for state in states]
-
-    def _state(
-        self, explanation: Explanation, values: dict[tuple[str, int], dict[bytes, float]]
-    ) -> _State:
-        ranked = ranking(explanation.values, explanation.excluded)
-        if not len(ranked):
-            raise ValueError(f"{explanation.prepared.example.id}: no token is ranked")
-        ends = [0, *np.cumsum(group_sizes(len(ranked))).tolist()]
-        # Examples are told apart by their tokens too: ids are unique within one run alone.
-        key = (explanation.prepared.example.id, hash(explanation.prepared.token_ids))
-        state = _State(explanation, ranked, ends, values.setdefault(key, {}))
-        self.cost.without_stop += len(ends) + 2 * len(FRACTIONS)
-        return state
-
-    def _ask(self, wanted: Iterable[tuple[_State, Mask]]) -> None:
-        """Evaluates the sets that are not known yet, one call for all."""
-        sequences: list[list[int]] = []
-        lengths: list[int] = []
-        places: list[tuple[dict[bytes, float], bytes]] = []
-        for state, mask in wanted:
-            state.asked += 1
-            self.cost.asked += 1
-            key = mask.tobytes()
-            if key in state.values:
-                continue
-            state.values[key] = float("nan")  # taken: the next one with this set waits for it
-            prepared = state.explanation.prepared
-            tokens = list(prepared.token_ids)
-            for offset in np.flatnonzero(mask).tolist():
-                tokens[prepared.user[0] + offset] = self._pad
-            sequences.append(tokens)
-            lengths.append(prepared.response_length)
-            places.append((state.values, key))
-        if not sequences:
-            return
-        began = time.perf_counter()
-        found = self._scorer.response_logprobs(sequences, lengths)
-        self.cost.seconds += time.perf_counter() - began
-        self.cost.evaluated += len(sequences)
-        for (known, key), value in zip(places, found, strict=True):
-            known[key] = float(value)
-
-    def _result(self, state: _State) -> Perturbed:
-        full, empty = state.value(state.step(0)), state.value(state.step(-1))
-        share = explained_share(state.explanation.values, state.ranked)
-        tokens = state.explanation.prepared.response_length
-        lost = {
-            (kind, fraction): (full - state.value(mask)) / tokens
-            for kind, fraction, mask in state.erasures()
-        }
-        return Perturbed(
-            deletion=deletion(full, empty, state.between, share),
-            comprehensiveness={f: lost["without", f] for f in FRACTIONS},
-            sufficiency={f: lost["alone", f] for f in FRACTIONS},
-            evaluations=state.asked,
-        )
+    ranked = ranking(values, excluded)
+    if not len(ranked):
+        raise ValueError(f"{prepared.example.id}: no token is ranked")
+    ends = [0, *np.cumsum(group_sizes(len(ranked))).tolist()]
+    tops = [top_count(len(ranked), fraction) for fraction in FRACTIONS]
+    removed = [ranked[:end] for end in ends]
+    removed += [ranked[:top] for top in tops] + [ranked[top:] for top in tops]
+    sequences = []
+    for offsets in removed:
+        tokens = np.array(prepared.token_ids)
+        tokens[prepared.user[0] + offsets] = pad
+        sequences.append(tokens.tolist())
+    found = scorer.response_logprobs(sequences, [prepared.response_length] * len(sequences))
+    steps, erased = found[: len(ends)], found[len(ends) :]
+    lost = [(steps[0] - value) / prepared.response_length for value in erased]
+    return {
+        **asdict(deletion(steps, explained_share(values, ranked))),
+        "comprehensiveness": lost[: len(tops)],
+        "sufficiency": lost[len(tops) :],
+        "evaluations": len(sequences),
+    }
 
 
 RESAMPLES = 2000

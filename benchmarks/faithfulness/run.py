@@ -22,13 +22,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.faithfulness import metrics
 from benchmarks.faithfulness.attention import AttentionFamily, PackageFamily
 from benchmarks.faithfulness.baselines import AblationFamily, ClpFamily, SimpleFamily
 from benchmarks.faithfulness.engine import EngineResource
 from benchmarks.faithfulness.example import MethodFailed, Prepared, Scores, prepare, stop_mask
 from benchmarks.faithfulness.gradients import GradientFamily
 from benchmarks.faithfulness.hf import HFModel
-from benchmarks.faithfulness.metrics import Explanation, PerturbationMetrics
 from benchmarks.faithfulness.ours import OursFamily
 from benchmarks.faithfulness.tasks import TASKS, make_examples, read_examples
 
@@ -281,7 +281,6 @@ class WorkFile:
     path: Path
     fingerprint: Row
     rows: dict[tuple[str, ...], Row] = field(default_factory=dict)
-    costs: list[Row] = field(default_factory=list)
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -322,8 +321,6 @@ class WorkFile:
                     f"{self.path} is of a run with {row['fingerprint']}, this one has "
                     f"{self.fingerprint}; remove it or write to another file"
                 )
-        elif row["kind"] == "cost":
-            self.costs.append(row)
         else:
             names = ("kind", "example", "method", "protocol")
             self.rows[tuple(row[name] for name in names if name in row)] = row
@@ -391,22 +388,14 @@ def perturb(
         rows = [r for r in rows if work.get("perturbation", case.key, *r[:2]) is None]
         if rows:
             pending.append((case, rows))
+    tokenizer = resources.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for case, rows in track(pending, "perturbation", console=console) if pending else ():
-        tokenizer = resources.tokenizer
-        pad = tokenizer.pad_token_id
-        metrics = PerturbationMetrics(
-            resources.scorer, int(tokenizer.eos_token_id if pad is None else pad)
-        )
-        explanations = [
-            Explanation(
-                case.prepared,
-                np.array(row["values"]),
-                stop_mask(case.prepared) if protocol == WITHOUT_STOP_TOKENS else None,
-            )
-            for _, protocol, row in rows
-        ]
-        found = metrics.evaluate(explanations)
-        for (name, protocol, _), result in zip(rows, found, strict=True):
+        stop = {ALL_TOKENS: None, WITHOUT_STOP_TOKENS: stop_mask(case.prepared)}
+        for name, protocol, row in rows:
+            values, began = np.array(row["values"]), time.perf_counter()
+            scorer = resources.scorer
+            found = metrics.perturb(case.prepared, values, stop[protocol], scorer, int(pad))
             key = {"example": case.key, "method": name, "protocol": protocol}
-            work.add({"kind": "perturbation", **key, **result.to_row()})
-        work.add({"kind": "cost", **vars(metrics.cost)})
+            seconds = time.perf_counter() - began
+            work.add({"kind": "perturbation", **key, **found, "seconds": seconds})

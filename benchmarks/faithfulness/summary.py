@@ -56,6 +56,7 @@ def summarise(
         (case.key, method): _values(case, method, work) for case in cases for method in wanted(case)
     }
     groups = _groups(cases)
+    perturbed = [row for key, row in work.rows.items() if key[0] == "perturbation"]
     return {
         "groups": [
             _group(task, length, members, wanted, rows, work, seed)
@@ -67,8 +68,8 @@ def summarise(
         ],
         "chains": _chains(cases, rows),
         "perturbation_cost": {
-            key: sum(row[key] for row in work.costs)
-            for key in ("asked", "evaluated", "without_stop", "seconds")
+            "evaluated": sum(row["evaluations"] for row in perturbed),
+            "seconds": sum(row["seconds"] for row in perturbed),
         },
     }
 

@@ -16,14 +16,12 @@ from benchmarks.faithfulness.baselines import AblationFamily
 from benchmarks.faithfulness.engine import EngineResource, EngineScorer
 from benchmarks.faithfulness.example import (
     Example,
-    MethodFailed,
     Prepared,
     Scores,
     prepare,
 )
-from benchmarks.faithfulness.ours import VARIANTS, OursFamily, Recursion
+from benchmarks.faithfulness.ours import VARIANTS, OursFamily
 from tests.tiny_models import make_tiny_model
-from vllm_flashtrace.core.hops import HopMass
 
 LONGEST = 640
 CHUNK = 256
@@ -139,25 +137,6 @@ def test_scorer_never_counts_cached_rows(engine: EngineResource, hf: Any) -> Non
         )
 
 
-def test_scorer_evaluates_a_sequence_once(engine: EngineResource) -> None:
-    scorer = EngineScorer(engine.ft.llm)
-    tokens = random_tokens(80, 21)
-    other = changed(tokens, 5)
-    first = scorer.response_logprobs([tokens, other, tokens], [10, 10, 10])
-    assert scorer.evaluated == 2
-    assert first[0] == first[2] != first[1]
-    assert scorer.response_logprobs([other, tokens], [10, 10]) == [first[1], first[0]]
-    assert scorer.evaluated == 2
-    scorer.response_logprobs([tokens], [11])
-    assert scorer.evaluated == 3
-
-
-@pytest.mark.parametrize("response", [0, 5])
-def test_scorer_refuses_a_response_without_context(engine: EngineResource, response: int) -> None:
-    with pytest.raises(ValueError, match="in a sequence of 5"):
-        engine.scorer.response_logprobs([[4, 5, 6, 7, 8]], [response])
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -236,12 +215,6 @@ def test_a_response_without_reasoning(engine: EngineResource, ours: OursFamily) 
     np.testing.assert_allclose(scores["flashtrace-k2-closure"].values, plain)
     assert scores["flashtrace-auto"].facts["reasoning_mass"] == 0.0
     assert scores["flashtrace-k1-predicting"].values.sum() > 0
-
-
-def test_a_closure_that_diverges_is_refused() -> None:
-    run = Recursion([np.ones(2)], [HopMass(0, 0.0, 1.0, 0.0, 0.0, 1.0)], [0.0])
-    with pytest.raises(MethodFailed, match="hop 0 leaves"):
-        run.closed(0)
 
 
 def test_leave_one_out_equals_hugging_face(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.faithfulness.example import Example, Prepared, by_sentence
+from benchmarks.faithfulness.example import by_sentence
 from benchmarks.faithfulness.metrics import (
-    Explanation,
-    PerturbationMetrics,
     bootstrap,
     deletion,
     explained_share,
@@ -21,6 +20,7 @@ from benchmarks.faithfulness.metrics import (
     holm,
     mass_on_gold,
     paired_test,
+    perturb,
     ranking,
     recovery,
     recovery_ceiling,
@@ -71,52 +71,30 @@ def test_rise_and_mas_match_the_definition(values: list[float], data: st.DataObj
     steps = data.draw(st.lists(_steps, min_size=groups + 1, max_size=groups + 1))
     array = np.array(values)
     share = explained_share(array, ranking(array))
-    result = deletion(steps[0], steps[-1], steps[1:-1], share)
+    result = deletion(steps, share)
     rise, mas = naive_rise_mas(values, steps)
     assert result.rise == pytest.approx(rise, abs=1e-9)
     # Where scores nearly cancel, their shares are huge and so are rounding errors.
     assert result.mas == pytest.approx(mas, abs=1e-6)
 
 
-@given(_scores, st.data())
-def test_nothing_changes_when_steps_after_zero_are_left_out(
-    values: list[float], data: st.DataObject
-) -> None:
-    groups = min(20, len(values))
-    steps = data.draw(st.lists(_steps, min_size=groups + 1, max_size=groups + 1))
-    array = np.array(values)
-    share = explained_share(array, ranking(array))
-    inner = steps[1:-1]
-    below = [i for i, s in enumerate(inner) if s <= steps[-1]]
-    short = inner[: below[0] + 1] if below else inner
-    if steps[0] <= steps[-1]:
-        short = []
-    whole = deletion(steps[0], steps[-1], inner, share)
-    assert deletion(steps[0], steps[-1], short, share) == whole
-
-
-def test_a_step_that_matters_must_not_be_left_out() -> None:
-    with pytest.raises(ValueError, match="1 of 3 steps"):
-        deletion(0.0, -4.0, [-1.0], np.linspace(1, 0, 5))
-
-
 def test_likelier_without_the_prompt_counts_as_inverted() -> None:
-    result = deletion(-4.0, -1.0, [], np.linspace(1, 0, 5))
+    result = deletion([-4.0, -2.0, -1.0], np.linspace(1, 0, 3))
     assert (result.rise, result.case) == (0.0, "inverted")
 
 
 def test_a_prompt_without_effect_counts_as_flat() -> None:
-    result = deletion(-4.0, -4.0, [], np.linspace(1, 0, 5))
+    result = deletion([-4.0, -9.0, -4.0], np.linspace(1, 0, 3))
     assert (result.rise, result.mas, result.case) == (1.0, 0.5, "flat")
 
 
 def test_an_early_drop_pins_the_rest() -> None:
-    result = deletion(0.0, -4.0, [-5.0, -1.0, -1.0], np.linspace(1, 0, 5))
+    result = deletion([0.0, -5.0, -1.0, -1.0, -4.0], np.linspace(1, 0, 5))
     assert (result.rise, result.case) == (0.125, "pinned")
 
 
 def test_a_straight_fall_is_one_half_and_no_case() -> None:
-    result = deletion(0.0, -4.0, [-1.0, -2.0, -3.0], np.linspace(1, 0, 5))
+    result = deletion([0.0, -1.0, -2.0, -3.0, -4.0], np.linspace(1, 0, 5))
     assert (result.rise, result.mas, result.case) == (0.5, 0.5, "")
 
 
@@ -153,94 +131,26 @@ def test_mass_on_gold_ignores_negative_scores() -> None:
     assert mass_on_gold(np.array([1.0]), set()) is None
 
 
-PAD = 0
+def test_perturbation_replaces_ranked_tokens_alone() -> None:
+    prepared, scorer = prepared_example(), HashScorer(0)
+    values = np.random.default_rng(0).normal(size=12)
+    excluded = np.arange(12) < 2
+    found = perturb(prepared, values, excluded, scorer, 0)
+    ranked = ranking(values, excluded)
 
-
-def made(number: int, size: int = 47, response: int = 5) -> Prepared:
-    ids = tuple(range(1000 * number + 1, 1000 * number + 1 + 3 + size + 2 + response))
-    start = 3 + size + 2
-    return Prepared(
-        example=Example(f"e{number}", "t", 0, "p", "r", "o"),
-        token_ids=ids,
-        texts=tuple(map(str, ids)),
-        user=(3, 3 + size),
-        prompt_length=start,
-        reasoning=(start, start + 2),
-        target=(start + 2, start + response),
-        gold=frozenset({1}),
-        sentences=((3, 3 + size),),
-        reasoning_sentences=((start, start + 2),),
-    )
-
-
-def explanations(count: int = 4, methods: int = 5) -> list[Explanation]:
-    source = np.random.default_rng(0)
-    found = []
-    for number in range(count):
-        prepared = made(number)
-        for method in range(methods):
-            values = source.normal(size=47) if method else np.linspace(1, 0, 47)
-            excluded = source.random(47) < 0.2 if method == 4 else None
-            found.append(Explanation(prepared, values, excluded))
-    return found
-
-
-def one_by_one(scorer: HashScorer, explanation: Explanation) -> tuple[list[float], float, float]:
-    """All ``s_i``, and what 10 % removed and 10 % kept cost per response token."""
-    prepared = explanation.prepared
-    ranked = ranking(explanation.values, explanation.excluded)
-
-    def without(offsets: np.ndarray) -> float:
+    def value(offsets: Any) -> float:
         tokens = list(prepared.token_ids)
         for offset in offsets:
-            tokens[prepared.user[0] + int(offset)] = PAD
-        return scorer.response_logprobs([tokens], [prepared.response_length])[0]
+            tokens[prepared.user[0] + int(offset)] = 0
+        return HashScorer(0).response_logprobs([tokens], [4])[0]
 
-    ends = [0, *np.cumsum(group_sizes(len(ranked)))]
-    steps = [without(ranked[:end]) for end in ends]
-    top = -(-len(ranked) // 10)
-    lost = [(steps[0] - without(part)) / 5 for part in (ranked[:top], ranked[top:])]
-    return steps, lost[0], lost[1]
-
-
-@pytest.mark.parametrize("trend", [0.3, 0.05, -0.1])
-def test_the_numbers_are_those_of_every_step_alone(trend: float) -> None:
-    given = explanations()
-    metrics = PerturbationMetrics(HashScorer(PAD, trend), PAD)
-    for explanation, found in zip(given, metrics.evaluate(given), strict=True):
-        steps, removed, kept = one_by_one(HashScorer(PAD, trend), explanation)
-        share = explained_share(
-            explanation.values, ranking(explanation.values, explanation.excluded)
-        )
-        assert found.deletion == deletion(steps[0], steps[-1], steps[1:-1], share)
-        assert found.comprehensiveness[0.1] == pytest.approx(removed)
-        assert found.sufficiency[0.1] == pytest.approx(kept)
-
-
-def test_no_sequence_is_evaluated_twice_and_early_stops_save_work() -> None:
-    scorer = HashScorer(PAD, 0.05)
-    metrics = PerturbationMetrics(scorer, PAD)
-    metrics.evaluate(explanations())
-    assert len(set(scorer.sequences)) == len(scorer.sequences) == metrics.cost.evaluated
-    assert metrics.cost.evaluated < metrics.cost.asked < metrics.cost.without_stop == 20 * 27
-
-
-def test_template_and_response_stay_as_they_are() -> None:
-    scorer = HashScorer(PAD)
-    given = explanations(count=1, methods=1)
-    PerturbationMetrics(scorer, PAD).evaluate(given)
-    prepared = given[0].prepared
-    for tokens in scorer.sequences:
-        assert tokens[:3] == prepared.token_ids[:3]
-        assert tokens[50:] == prepared.token_ids[50:]
-
-
-def test_an_explanation_that_ranks_nothing_is_refused() -> None:
-    everything = np.ones(47, dtype=np.bool_)
-    with pytest.raises(ValueError, match="e0: no token is ranked"):
-        PerturbationMetrics(HashScorer(PAD), PAD).evaluate(
-            [Explanation(made(0), np.ones(47), everything)]
-        )
+    steps = [value(ranked[:end]) for end in range(11)]
+    wanted = deletion(steps, explained_share(values, ranked))
+    assert (found["rise"], found["mas"], found["case"]) == (wanted.rise, wanted.mas, wanted.case)
+    assert found["comprehensiveness"][1] == pytest.approx((steps[0] - steps[1]) / 4)
+    assert found["sufficiency"][2] == pytest.approx((steps[0] - value(ranked[2:])) / 4)
+    with pytest.raises(ValueError, match="no token is ranked"):
+        perturb(prepared, values, np.ones(12, dtype=np.bool_), scorer, 0)
 
 
 def test_sentences_are_ranked_by_their_mean_and_their_tokens_by_their_own_score() -> None:
