@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.text.prompt_map import Located, PromptMap
+from vllm_flashtrace.text.prompt_map import LocatedToken, PromptMap
 from vllm_flashtrace.text.result import containing, sentence_spans, sentences
 
 
@@ -53,8 +53,8 @@ def test_tokens_belong_where_their_first_letter_is() -> None:
     text = "One two. Three."
     pieces = ["One", " two", ".", " Three", "."]
     ends = [len("".join(pieces[: i + 1])) for i in range(len(pieces))]
-    tokens = [Located(0, None, end - len(p), end) for p, end in zip(pieces, ends, strict=True)]
-    template = [None, Located(0, None, None, None)]
+    tokens = [LocatedToken(0, None, end - len(p), end) for p, end in zip(pieces, ends, strict=True)]
+    template = [None, LocatedToken(0, None, None, None)]
     completion = Completion([1] * 7, [2], "x", prompt_text=text)
     scores = [9.0, 9.0, 1.0, 2.0, 4.0, 8.0, 16.0]
     found = sentences(PromptMap([*template, *tokens], ["prompt"]), completion, scores)
@@ -72,10 +72,10 @@ def test_parts_have_sentences_of_their_own_and_unlocated_messages_none() -> None
     messages = [{"role": "user", "content": content}, {"role": "user", "content": "lost"}]
     completion = Completion([1] * 4, [2], "x", messages=messages)
     tokens = [
-        Located(0, 0, 0, 2),
-        Located(0, 0, 2, 5),
-        Located(0, 1, 0, 2),
-        Located(1, None, 0, 4),
+        LocatedToken(0, 0, 0, 2),
+        LocatedToken(0, 0, 2, 5),
+        LocatedToken(0, 1, 0, 2),
+        LocatedToken(1, None, 0, 4),
     ]
     prompt_map = PromptMap(tokens, ["user", "user"], frozenset({1}))
     found = sentences(prompt_map, completion, [1.0, 2.0, 3.0, 4.0])

@@ -8,8 +8,7 @@ import pytest
 from tests.text.jinja_templates import template
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.text.offsets import token_offsets
-from vllm_flashtrace.text.prompt_map import locate_prompt
-from vllm_flashtrace.text.tool_calls import tool_call_range
+from vllm_flashtrace.text.prompt_map import locate_prompt, prompt_call_span
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 # Earlier thoughts are cut off, as reasoning models' templates do.
@@ -167,7 +166,7 @@ def test_call_with_values_in_an_unknown_form_is_named(locate):
     ],
 )
 def test_range_of_a_call(arguments, prompt, span):
-    assert tool_call_range({"name": "f", "arguments": arguments}, prompt, 0, 1) == span
+    assert prompt_call_span({"name": "f", "arguments": arguments}, prompt, 0, 1) == span
 
 
 def test_call_does_not_take_the_arguments_of_the_next(locate):

@@ -1,20 +1,10 @@
 """The forms in which models write tool calls, read with the place of every part.
 
-Where the parts of a JSON text lie.
-
-Invariant: a span is what the standard library's decoder read as that value, so reading it again
-gives the same value.
-
-Tool calls written as a list of Python calls, with the place of every argument.
-
-Invariant: only literals are read, nothing is evaluated, and every position counts characters of
-the given text although Python's own count bytes of a line.
-
-Invariant: a reader either accounts for every call that its form has in the text or gives None, and
-it never decides alone: what it read counts only where the server's own parser read the same.
-
-Each reader takes the text and the character at which the reading begins. They are linear in the
-text but for the bare form, whose failed attempts are counted.
+A reader takes the text and the character at which reading begins. It accounts for every call that
+its form has in the text, or gives None; what it read counts only where the server's own parser
+read the same (:func:`~vllm_flashtrace.text.tool_calls.locate_calls`). Python calls are parsed and
+never evaluated. Readers are linear in the text but for the bare form, whose failed attempts are
+counted.
 """
 
 from __future__ import annotations
@@ -27,184 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_flashtrace.base.records import Span
-
-_DECODER = json.JSONDecoder()
-_BLANKS = " \t\n\r"
-
-
-def read_value(text: str, start: int) -> tuple[Any, int]:
-    """Reads one JSON value that begins at `start`; returns it and its end.
-
-    Raises:
-        ValueError: There is none, or it is nested too deeply.
-    """
-    try:
-        value, end = _DECODER.raw_decode(text, start)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value, int(end)
-
-
-def skip_blanks(text: str, start: int) -> int:
-    """The first character from `start` on that JSON does not ignore between values."""
-    while start < len(text) and text[start] in _BLANKS:
-        start += 1
-    return start
-
-
-def members(text: str, start: int) -> dict[str, Span]:
-    """Spans of an object's values by key; the last one where a key occurs again.
-
-    Args:
-        text: Text with a valid object in it.
-        start: Where the object's brace stands.
-    """
-    spans: dict[str, Span] = {}
-    at = skip_blanks(text, start + 1)
-    while text[at] != "}":
-        key, at = read_value(text, at)
-        value_at = skip_blanks(text, skip_blanks(text, at) + 1)
-        _, end = read_value(text, value_at)
-        spans[key] = (value_at, end)
-        at = _next_item(text, end)
-    return spans
-
-
-def elements(text: str, start: int) -> Iterator[tuple[Any, Span]]:
-    """Values and spans of a valid array whose bracket stands at `start`."""
-    at = skip_blanks(text, start + 1)
-    while text[at] != "]":
-        value, end = read_value(text, at)
-        yield value, (at, end)
-        at = _next_item(text, end)
-
-
-def inner_span(text: str, span: Span) -> Span:
-    """The span of a string's characters without its quotes; any other value as it is.
-
-    An empty string keeps its quotes, since nothing else of it was written.
-    """
-    start, end = span
-    if text[start] == '"' and end - start > 2:
-        return start + 1, end - 1
-    return span
-
-
-def _next_item(text: str, end: int) -> int:
-    at = skip_blanks(text, end)
-    return skip_blanks(text, at + 1) if text[at] == "," else at
-
-
-_OPENING, _CLOSING = "<|python_start|>", "<|python_end|>"
-# The lines that Python counts; str.splitlines knows more line breaks.
-_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
-_STRING = re.compile(r"([rRuU]?)('''|\"\"\"|'|\")(.*)\2", re.DOTALL)
-_JSON_NAMES = {"null": None, "true": True, "false": False}
-
-
-@dataclass(frozen=True, slots=True)
-class PythonicCall:
-    """One call: its name, its span, the values of its keyword arguments and where they lie."""
-
-    name: str
-    span: Span
-    arguments: dict[str, Any]
-    values: dict[str, Span]
-
-
-def read_pythonic(text: str, begin: int) -> list[PythonicCall] | None:
-    """Reads a list of calls that the text from `begin` on consists of.
-
-    Returns:
-        None where the text is anything else, or an argument is no literal.
-    """
-    start = begin + len(text[begin:]) - len(text[begin:].lstrip())
-    if text.startswith(_OPENING, start):
-        start += len(_OPENING)
-    if not text.startswith("[", start):
-        return None
-    closing = text.find(_CLOSING, start)
-    source = text[start : closing if closing >= 0 else len(text)]
-    try:
-        body = ast.parse(source).body
-        value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Expr) else None
-        if not isinstance(value, ast.List):
-            return None
-        place = _Places(source, start)
-        return [_call(node, place) for node in value.elts]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-class _Places:
-    """Turns Python's lines and byte columns into characters of the whole text."""
-
-    def __init__(self, source: str, offset: int) -> None:
-        self._lines = [(match.start(), match.group()) for match in _LINE.finditer(source)]
-        self._source = source
-        self._offset = offset
-
-    def span(self, node: ast.expr) -> Span:
-        start = self._at(node.lineno, node.col_offset)
-        return start, self._at(node.end_lineno or 0, node.end_col_offset or 0)
-
-    def value(self, node: ast.expr) -> Span:
-        """The span of a value; of a text, only what stands between its quotes."""
-        start, end = self.span(node)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            written = self._source[start - self._offset : end - self._offset]
-            quoted = _STRING.fullmatch(written)
-            # Adjacent literals are one value: then there is more than one pair of quotes.
-            if quoted and quoted.group(3) and quoted.group(2) not in quoted.group(3):
-                return start + quoted.start(3), start + quoted.end(3)
-        return start, end
-
-    def _at(self, line: int, column: int) -> int:
-        begin, content = self._lines[line - 1]
-        return self._offset + begin + len(content.encode()[:column].decode())
-
-
-def _call(node: ast.expr, places: _Places) -> PythonicCall:
-    if not isinstance(node, ast.Call):
-        raise ValueError("not a call")
-    arguments: dict[str, Any] = {}
-    values: dict[str, Span] = {}
-    for keyword in node.keywords:
-        if keyword.arg is None:
-            raise ValueError("arguments that are unpacked have no names")
-        arguments[keyword.arg] = _literal(keyword.value)
-        values[keyword.arg] = places.value(keyword.value)
-    return PythonicCall(ast.unparse(node.func), places.span(node), arguments, values)
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
-        return _JSON_NAMES[node.id]
-    if isinstance(node, ast.List | ast.Tuple | ast.Set):
-        return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            _literal(key) if key is not None else None: _literal(value)
-            for key, value in zip(node.keys, node.values, strict=True)
-        }
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _literal(node.operand)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return -value if isinstance(node.op, ast.USub) else value
-    raise ValueError("not a literal")
-
-
-_MAX_FAILURES = 256
-_TAG = "<tool_call>"
-_BOT = "[TOOL_CALLS]"
-_ARGS = "[ARGS]"
-_FUNCTION, _FUNCTION_END = "<function=", "</function>"
-_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
-_NAME_KEY = "name"
-_ARGUMENT_KEYS = ("arguments", "parameters")
-_OBJECT = re.compile(r"\{|\[\s*\{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +39,32 @@ class WrittenCall:
 
 Reader = Callable[[str, int], list[WrittenCall] | None]
 
+_MAX_FAILURES = 256
+_TAG = "<tool_call>"
+_BOT = "[TOOL_CALLS]"
+_ARGS = "[ARGS]"
+_FUNCTION, _FUNCTION_END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+_PYTHON, _PYTHON_END = "<|python_start|>", "<|python_end|>"
+
+_DECODER = json.JSONDecoder()
+_BLANKS = " \t\n\r"
+_NAME_KEY = "name"
+_ARGUMENT_KEYS = ("arguments", "parameters")
+_OBJECT = re.compile(r"\{|\[\s*\{")
+
+# The lines that Python counts; str.splitlines knows more line breaks.
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
+_STRING = re.compile(r"([rRuU]?)('''|\"\"\"|'|\")(.*)\2", re.DOTALL)
+_JSON_NAMES = {"null": None, "true": True, "false": False}
+
 
 def read_tagged(text: str, begin: int) -> list[WrittenCall] | None:
     """Objects with a name and arguments, each behind ``<tool_call>`` (Hermes, Qwen)."""
     calls: list[WrittenCall] = []
     at = text.find(_TAG, begin)
     while at >= 0:
-        start = skip_blanks(text, at + len(_TAG))
+        start = _skip_blanks(text, at + len(_TAG))
         call = _object_call(text, start)
         if call is None:
             return None
@@ -266,12 +97,12 @@ def read_named(text: str, begin: int) -> list[WrittenCall] | None:
     calls: list[WrittenCall] = []
     at = text.find(_BOT, begin)
     while at >= 0:
-        name_at = skip_blanks(text, at + len(_BOT))
+        name_at = _skip_blanks(text, at + len(_BOT))
         brace = text.find("{", name_at)
         if brace < 0:
             return None
         name = text[name_at:brace].rstrip()
-        arguments, end = _value_or_none(text, brace)
+        arguments, end = _json_value(text, brace)
         if end < 0:
             return None
         calls.append(
@@ -279,7 +110,7 @@ def read_named(text: str, begin: int) -> list[WrittenCall] | None:
                 name.removesuffix(_ARGS).strip(),
                 (name_at, end),
                 arguments,
-                _values(text, brace, arguments),
+                _argument_spans(text, brace, arguments),
             )
         )
         at = text.find(_BOT, end)
@@ -309,29 +140,94 @@ def read_xml(text: str, begin: int) -> list[WrittenCall] | None:
 
 
 def read_python(text: str, begin: int) -> list[WrittenCall] | None:
-    """A list of Python calls (Llama 3.2 and 4)."""
-    calls = read_pythonic(text, begin)
-    return None if calls is None else [_from_python(call) for call in calls]
+    """A list of Python calls with literals as arguments, and nothing else (Llama 3.2 and 4)."""
+    start = begin + len(text[begin:]) - len(text[begin:].lstrip())
+    if text.startswith(_PYTHON, start):
+        start += len(_PYTHON)
+    if not text.startswith("[", start):
+        return None
+    closing = text.find(_PYTHON_END, start)
+    source = text[start : closing if closing >= 0 else len(text)]
+    try:
+        body = ast.parse(source).body
+        value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Expr) else None
+        if not isinstance(value, ast.List):
+            return None
+        place = _PythonPlaces(source, start)
+        return [_python_call(node, place) for node in value.elts]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def read_arguments(text: str, begin: int, name: str) -> list[WrittenCall] | None:
     """Arguments alone, where the request named the function to call."""
-    start = skip_blanks(text, begin)
-    arguments, end = _value_or_none(text, start)
+    start = _skip_blanks(text, begin)
+    arguments, end = _json_value(text, start)
     if end < 0 or text[end:].strip():
         return None
-    return [WrittenCall(name, (start, end), arguments, _values(text, start, arguments))]
+    return [WrittenCall(name, (start, end), arguments, _argument_spans(text, start, arguments))]
 
 
 READERS: tuple[Reader, ...] = (read_tagged, read_bare, read_named, read_xml, read_python)
 
 
-def _value_or_none(text: str, start: int) -> tuple[Any, int]:
-    """A JSON value and its end; an end of -1 where there is none."""
+def _json_value(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at `start` and its end; an end of -1 where there is none."""
     try:
-        return read_value(text, start)
-    except ValueError:
+        value, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
         return None, -1
+    return value, int(end)
+
+
+def _skip_blanks(text: str, start: int) -> int:
+    """The first character from `start` on that JSON does not ignore between values."""
+    while start < len(text) and text[start] in _BLANKS:
+        start += 1
+    return start
+
+
+def _json_members(text: str, start: int) -> dict[str, Span]:
+    """Spans of an object's values by key; the last one where a key occurs again.
+
+    Args:
+        text: Text with a valid object in it.
+        start: Where the object's brace stands.
+    """
+    spans: dict[str, Span] = {}
+    at = _skip_blanks(text, start + 1)
+    while text[at] != "}":
+        key, at = _DECODER.raw_decode(text, at)
+        value_at = _skip_blanks(text, _skip_blanks(text, at) + 1)
+        _, end = _DECODER.raw_decode(text, value_at)
+        spans[key] = (value_at, end)
+        at = _next_json_item(text, end)
+    return spans
+
+
+def _json_elements(text: str, start: int) -> Iterator[tuple[Any, Span]]:
+    """Values and spans of a valid array whose bracket stands at `start`."""
+    at = _skip_blanks(text, start + 1)
+    while text[at] != "]":
+        value, end = _DECODER.raw_decode(text, at)
+        yield value, (at, end)
+        at = _next_json_item(text, end)
+
+
+def _without_quotes(text: str, span: Span) -> Span:
+    """The span of a string's characters without its quotes; any other value as it is.
+
+    An empty string keeps its quotes, since nothing else of it was written.
+    """
+    start, end = span
+    if text[start] == '"' and end - start > 2:
+        return start + 1, end - 1
+    return span
+
+
+def _next_json_item(text: str, end: int) -> int:
+    at = _skip_blanks(text, end)
+    return _skip_blanks(text, at + 1) if text[at] == "," else at
 
 
 def _calls_at(text: str, start: int) -> tuple[list[WrittenCall], int] | None:
@@ -339,15 +235,15 @@ def _calls_at(text: str, start: int) -> tuple[list[WrittenCall], int] | None:
     if text[start] == "{":
         call = _object_call(text, start)
         return None if call is None else ([call], call.span[1])
-    value, end = _value_or_none(text, start)
+    value, end = _json_value(text, start)
     if end < 0 or not all(_is_call(item) for item in value):
         return None
-    calls = [_written(text, span[0], span[1], item) for item, span in elements(text, start)]
+    calls = [_written(text, span[0], span[1], item) for item, span in _json_elements(text, start)]
     return calls, end
 
 
 def _object_call(text: str, start: int) -> WrittenCall | None:
-    value, end = _value_or_none(text, start)
+    value, end = _json_value(text, start)
     return _written(text, start, end, value) if _is_call(value) else None
 
 
@@ -361,14 +257,16 @@ def _is_call(value: Any) -> bool:
 
 def _written(text: str, start: int, end: int, value: dict[str, Any]) -> WrittenCall:
     key = next(key for key in _ARGUMENT_KEYS if key in value)
-    at, _ = members(text, start)[key]
-    return WrittenCall(value[_NAME_KEY], (start, end), value[key], _values(text, at, value[key]))
+    at, _ = _json_members(text, start)[key]
+    return WrittenCall(
+        value[_NAME_KEY], (start, end), value[key], _argument_spans(text, at, value[key])
+    )
 
 
-def _values(text: str, start: int, arguments: Any) -> dict[str, Span]:
+def _argument_spans(text: str, start: int, arguments: Any) -> dict[str, Span]:
     if not isinstance(arguments, dict):
         return {}
-    return {key: inner_span(text, span) for key, span in members(text, start).items()}
+    return {key: _without_quotes(text, span) for key, span in _json_members(text, start).items()}
 
 
 def _parameters(text: str, start: int, end: int) -> Iterator[tuple[str, Span]]:
@@ -396,5 +294,61 @@ def _without_line_breaks(text: str, start: int, end: int) -> Span:
     return start, end
 
 
-def _from_python(call: PythonicCall) -> WrittenCall:
-    return WrittenCall(call.name, call.span, call.arguments, call.values)
+class _PythonPlaces:
+    """Turns Python's lines, and its columns in bytes, into characters of the whole text."""
+
+    def __init__(self, source: str, offset: int) -> None:
+        self._lines = [(match.start(), match.group()) for match in _LINE.finditer(source)]
+        self._source = source
+        self._offset = offset
+
+    def span(self, node: ast.expr) -> Span:
+        start = self._at(node.lineno, node.col_offset)
+        return start, self._at(node.end_lineno or 0, node.end_col_offset or 0)
+
+    def value(self, node: ast.expr) -> Span:
+        """The span of a value; of a text, only what stands between its quotes."""
+        start, end = self.span(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            written = self._source[start - self._offset : end - self._offset]
+            quoted = _STRING.fullmatch(written)
+            # Adjacent literals are one value: then there is more than one pair of quotes.
+            if quoted and quoted.group(3) and quoted.group(2) not in quoted.group(3):
+                return start + quoted.start(3), start + quoted.end(3)
+        return start, end
+
+    def _at(self, line: int, column: int) -> int:
+        begin, content = self._lines[line - 1]
+        return self._offset + begin + len(content.encode()[:column].decode())
+
+
+def _python_call(node: ast.expr, places: _PythonPlaces) -> WrittenCall:
+    if not isinstance(node, ast.Call):
+        raise ValueError("not a call")
+    arguments: dict[str, Any] = {}
+    values: dict[str, Span] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise ValueError("arguments that are unpacked have no names")
+        arguments[keyword.arg] = _literal(keyword.value)
+        values[keyword.arg] = places.value(keyword.value)
+    return WrittenCall(ast.unparse(node.func), places.span(node), arguments, values)
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
+        return _JSON_NAMES[node.id]
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {
+            _literal(key) if key is not None else None: _literal(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+        }
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _literal(node.operand)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return -value if isinstance(node.op, ast.USub) else value
+    raise ValueError("not a literal")

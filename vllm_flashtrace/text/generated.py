@@ -1,13 +1,8 @@
-"""The generated text: as the engine sees it, as a client may, and as parsers took it apart.
+"""The generated text: as the engine sees it, as a client may, and as the server's parsers read it.
 
-What the server's output parsers made of one completion.
-
-Invariant: nothing here says where in the text a part lies. The parsers answer with strings, and
-finding these among the tokens is for the modules that read this record.
-
-The generated tokens' text: as the engine sees it, as a client may, and what this one may learn.
-
-Invariant: all views have one range per generated token, so a token index means the same in each.
+All views of the text have one range per generated token, so that a token index means the same in
+each. What the parsers found are strings; finding these among the tokens is for the modules that
+read :class:`ParsedOutput`.
 """
 
 from __future__ import annotations

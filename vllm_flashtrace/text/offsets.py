@@ -1,7 +1,7 @@
 """Where each token lies in the decoded text.
 
-Invariant: the text of a sequence is the concatenation of what its tokens add to it, token ranges
-never move backwards, and the work is linear in the number of tokens whatever bytes they hold.
+The text of a sequence is the concatenation of what its tokens add to it, token ranges never move
+backwards, and the work is linear in the number of tokens whatever bytes they hold.
 
 Tokens are decoded in a short sliding window, so that a tokenizer that treats the start of a text
 specially (a stripped leading space) is asked about the middle of one. ``DecodeStream`` of the

@@ -43,8 +43,9 @@ from vllm_flashtrace.text.reasoning import (
     hidden_tokens,
     reasoning_blocks,
 )
-from vllm_flashtrace.text.tool_calls import locate_calls, target_span
+from vllm_flashtrace.text.tool_calls import call_target_span, locate_calls
 
+_REGEX_SECONDS = 0.25
 # Every character of Unicode's punctuation categories, which hold the comma and the full stop of the
 # paper authors' list; blanks are taken off before, and what is left of a blank token is "".
 _PUNCTUATION = regex.compile(r"[\p{Punctuation}\s]*")
@@ -71,9 +72,6 @@ def skip_mask(token_texts: Sequence[str], rule: str | Sequence[str]) -> Tensor |
         strings = {text.strip() for text in rule}
         skipped = [text in strings for text in stripped]
     return torch.tensor(skipped, dtype=torch.bool)
-
-
-_REGEX_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +203,7 @@ class OutputParts:
         calls = self.parsed.tool_calls
         begin = self.reasoning[0].end if self.reasoning else 0
         located = locate_calls(self.generated.visible.text, begin, calls)
-        return target_span(target, calls[: self.parsed.max_tool_calls], located)
+        return call_target_span(target, calls[: self.parsed.max_tool_calls], located)
 
 
 def take_apart(

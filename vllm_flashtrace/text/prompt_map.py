@@ -1,38 +1,36 @@
 """Which message of the client each prompt token belongs to, and where it lies in it.
 
-Invariant: a token is either located by a certain place of its message's text or not at all, and a
-message with text that is not placed is named as such.
+A token is located by a certain place of its message's text, or not at all; a message with text
+whose place is not known is named in ``PromptMap.unlocated``. Tool calls of earlier assistant turns
+are located from their name to their last argument.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_flashtrace.base.records import Completion, Span
 from vllm_flashtrace.text.offsets import TokenText
 from vllm_flashtrace.text.prompt_texts import (
-    Found,
+    LocatedText,
+    LocatedTexts,
     MessageText,
-    Place,
     Render,
     clipped,
+    locate_by_marks,
+    locate_by_order,
     message_texts,
-    place_by_marks,
-    place_by_order,
     prompt_offset,
 )
-from vllm_flashtrace.text.tool_calls import (
-    has_other_values,
-    holds_arguments_of,
-    tool_call_range,
-)
+from vllm_flashtrace.text.tool_calls import call_arguments
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class LocatedToken:
     """A prompt token within a client's message.
 
     Attributes:
@@ -68,7 +66,7 @@ class PromptMap:
         unlocated: Messages that the prompt holds, or may hold, at a place that is not known.
     """
 
-    tokens: list[Located | None]
+    tokens: list[LocatedToken | None]
     roles: list[str]
     unlocated: frozenset[int] = frozenset()
 
@@ -92,76 +90,77 @@ def locate_prompt(
         render: Renders other messages exactly as these were rendered; None if impossible.
     """
     if completion.messages is not None:
-        return _located_chat(completion, prompt, render)
+        return _locate_chat(completion, prompt, render)
     if completion.prompt_text is None:
         return PromptMap([None] * len(prompt), [])
     whole = MessageText(0, None, completion.prompt_text)
     offset = prompt_offset(prompt.text, whole.text)
     if offset is None:
-        found = place_by_order([whole], prompt.text)
+        found = locate_by_order([whole], prompt.text)
     else:
-        place = clipped(Place(whole, offset, offset + len(whole.text)), len(prompt.text))
-        found = Found([place], frozenset())
-    return PromptMap(_located_texts(prompt, found.places), ["prompt"], found.unlocated)
+        text = clipped(LocatedText(whole, offset, offset + len(whole.text)), len(prompt.text))
+        found = LocatedTexts([text], frozenset())
+    return PromptMap(_locate_tokens(prompt, found.texts), ["prompt"], found.unlocated)
 
 
-def _located_chat(completion: Completion, prompt: TokenText, render: Render | None) -> PromptMap:
+def _locate_chat(completion: Completion, prompt: TokenText, render: Render | None) -> PromptMap:
     messages = completion.messages or ()
-    found = place_by_marks(messages, prompt.text, render)
+    found = locate_by_marks(messages, prompt.text, render)
     if found is None:
-        found = place_by_order(message_texts(messages, tool_calls=True), prompt.text)
-    located = _located_texts(prompt, found.places)
+        found = locate_by_order(message_texts(messages, tool_calls=True), prompt.text)
+    located = _locate_tokens(prompt, found.texts)
     unlocated = set(found.unlocated)
-    calls = _tool_calls(found.places)
-    in_front = _writes_arguments_in_front(calls, found.places, messages, prompt.text)
-    for (message, call), texts in calls.items():
-        start, end = texts[0].start, max(place.end for place in texts)
-        limit = min((p.start for p in found.places if p.start >= end), default=len(prompt.text))
-        written = tool_call_range(
+    calls = _texts_by_call(found.texts)
+    in_front = _writes_arguments_in_front(calls, found.texts, messages, prompt.text)
+    for (message, call), own in calls.items():
+        start, end = own[0].start, max(text.end for text in own)
+        later = (text.start for text in found.texts if text.start >= end)
+        limit = min(later, default=len(prompt.text))
+        written = prompt_call_span(
             _function(messages, message, call),
             prompt.text[:limit],
             start,
             end,
-            in_front=_in_front(texts, found.places) if in_front else None,
+            in_front=_in_front(own, found.texts) if in_front else None,
         )
         if written is None:
             unlocated.add(message)
             continue
         for token in prompt.within(*written):
-            located[token] = located[token] or Located(message, None, None, None, call)
+            located[token] = located[token] or LocatedToken(message, None, None, None, call)
     roles = [str(message.get("role", "")) for message in messages]
     return PromptMap(located, roles, frozenset(unlocated))
 
 
-def _located_texts(prompt: TokenText, places: Sequence[Place]) -> list[Located | None]:
-    located: list[Located | None] = [None] * len(prompt)
-    for place in places:
-        for token in prompt.overlapping(place.start, place.end):
+def _locate_tokens(prompt: TokenText, texts: Sequence[LocatedText]) -> list[LocatedToken | None]:
+    located: list[LocatedToken | None] = [None] * len(prompt)
+    for text in texts:
+        for token in prompt.overlapping(text.start, text.end):
             if located[token] is None:
-                located[token] = _within(place, prompt.starts[token], prompt.ends[token])
+                located[token] = _within(text, prompt.starts[token], prompt.ends[token])
     return located
 
 
-def _within(place: Place, start: int, end: int) -> Located:
-    """What a token from character `start` to `end` of the prompt holds of a placed text."""
-    piece = place.piece
-    if not piece.is_content:
-        return Located(piece.message, piece.part, None, None, piece.tool_call)
-    return Located(piece.message, piece.part, *place.original(start, end))
+def _within(text: LocatedText, start: int, end: int) -> LocatedToken:
+    """What a token from character `start` to `end` of the prompt holds of a located text."""
+    source = text.source
+    if not source.is_content:
+        return LocatedToken(source.message, source.part, None, None, source.tool_call)
+    return LocatedToken(source.message, source.part, *text.original(start, end))
 
 
-def _tool_calls(places: Sequence[Place]) -> dict[tuple[int, int], list[Place]]:
-    """Placed texts of each call in the order of the prompt, by message and call."""
-    placed: dict[tuple[int, int], list[Place]] = defaultdict(list)
-    for place in sorted(places, key=lambda place: place.start):
-        if place.piece.tool_call is not None:
-            placed[place.piece.message, place.piece.tool_call].append(place)
-    return placed
+def _texts_by_call(texts: Sequence[LocatedText]) -> dict[tuple[int, int], list[LocatedText]]:
+    """Located texts of each call in the order of the prompt, by message and call."""
+    by_call: dict[tuple[int, int], list[LocatedText]] = defaultdict(list)
+    for text in sorted(texts, key=lambda text: text.start):
+        if text.source.tool_call is not None:
+            by_call[text.source.message, text.source.tool_call].append(text)
+    return by_call
 
 
 def _writes_arguments_in_front(
-    calls: Mapping[tuple[int, int], list[Place]],
-    places: Sequence[Place],
+    calls: Mapping[tuple[int, int], list[LocatedText]],
+    texts: Sequence[LocatedText],
     messages: Sequence[Mapping[str, Any]],
     prompt: str,
 ) -> bool:
@@ -170,24 +169,29 @@ def _writes_arguments_in_front(
     The first call that tells decides. In front of a call behind another one of its message may be
     that one's arguments, so the two have to differ.
     """
-    for (message, call), texts in calls.items():
-        names = [place.start for place in texts if _is_name(place)]
-        if names and len(texts) > 1:
-            return texts[0].start < names[0]
+    for (message, call), own in calls.items():
+        names = [text.start for text in own if _is_name(text)]
+        if names and len(own) > 1:
+            return own[0].start < names[0]
         function = _function(messages, message, call)
         earlier = _function(messages, message, call - 1) if call else {}
-        if has_other_values(function) and not holds_arguments_of(earlier, function):
-            start, end = texts[0].start, texts[-1].end
-            around = _in_front(texts, places)
-            return tool_call_range(function, prompt, start, end, in_front=around) is not None
+        if _has_other_values(function) and not _holds_arguments_of(earlier, function):
+            start, end = own[0].start, own[-1].end
+            around = _in_front(own, texts)
+            return prompt_call_span(function, prompt, start, end, in_front=around) is not None
     return False
 
 
-def _in_front(texts: Sequence[Place], places: Sequence[Place]) -> Span:
-    """From the last text before a call to the call's name."""
-    start = texts[0].start
-    floor = max((place.end for place in places if place.end <= start), default=0)
-    return floor, next((p.start for p in texts if _is_name(p)), start)
+def _in_front(own: Sequence[LocatedText], texts: Sequence[LocatedText]) -> Span:
+    """From the last text before a call to the call's name.
+
+    Args:
+        own: The call's texts in the order of the prompt.
+        texts: All texts of the prompt.
+    """
+    start = own[0].start
+    floor = max((text.end for text in texts if text.end <= start), default=0)
+    return floor, next((text.start for text in own if _is_name(text)), start)
 
 
 def _function(messages: Sequence[Mapping[str, Any]], message: int, call: int) -> Mapping[str, Any]:
@@ -195,5 +199,67 @@ def _function(messages: Sequence[Mapping[str, Any]], message: int, call: int) ->
     return function
 
 
-def _is_name(place: Place) -> bool:
-    return place.piece.path[3] == "name"
+def _is_name(text: LocatedText) -> bool:
+    return text.source.path[3] == "name"
+
+
+def prompt_call_span(
+    function: Mapping[str, Any],
+    prompt: str,
+    start: int,
+    end: int,
+    *,
+    in_front: Span | None = None,
+) -> Span | None:
+    """Extends the span of a call's name and text arguments over its other arguments.
+
+    Args:
+        function: Name and arguments of the call.
+        prompt: The decoded prompt, up to the next text of the client.
+        start: Where the first of the call's texts begins.
+        end: Where the last of them ends.
+        in_front: Where the arguments lie if the template writes them in front of the name: between
+            the last text before the call, and the name.
+
+    Returns:
+        None where numbers, lists or other values are written in a form that is not known.
+    """
+    if not _has_other_values(function):
+        return start, end
+    for form in _forms(function):
+        if in_front is not None:
+            at = prompt.rfind(form, *in_front)
+            if at >= 0:
+                return min(start, at), end
+            continue
+        at = prompt.find(form, start)
+        # Arguments end behind the texts in them; a form that ends earlier is part of the name.
+        while 0 <= at <= end - len(form):
+            at = prompt.find(form, at + 1)
+        if at >= 0:
+            return start, at + len(form)
+    return None
+
+
+def _has_other_values(function: Mapping[str, Any]) -> bool:
+    """Whether a call has arguments that are not texts, or none that can be read."""
+    arguments = function.get("arguments")
+    values = call_arguments(arguments)
+    is_opaque = not values and isinstance(arguments, str) and arguments.strip() not in ("", "{}")
+    return is_opaque or not all(isinstance(value, str) for value in values.values())
+
+
+def _holds_arguments_of(function: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a call's arguments, as written, may hold another one's."""
+    written = list(_forms(function))
+    return any(form in text for form in _forms(other) for text in written)
+
+
+def _forms(function: Mapping[str, Any]) -> Iterator[str]:
+    """Usual ways to write a call's arguments: as sent, and as JSON with and without blanks."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        yield arguments
+    if values := call_arguments(arguments):
+        for separators in (None, (",", ":")):
+            yield json.dumps(values, ensure_ascii=False, separators=separators)

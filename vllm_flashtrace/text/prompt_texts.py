@@ -1,20 +1,9 @@
-"""Finds the client's texts in the rendered prompt.
+"""Finds the client's texts in the decoded prompt.
 
-Marks around the client's texts, to find these again in a rendered prompt.
-
-Invariant: every mark is one character of a private-use plane that names its text, and taking the
-marks out gives the client's messages back unchanged.
-
-Finding texts in a longer one when only their order is known.
-
-Invariant: a position is given only if no other arrangement of the same texts, in order and without
-overlap, puts that text anywhere else.
-
-Finds the client's texts in the decoded prompt.
-
-Invariant: a place is either certain or absent. Certain means that rendering the messages with
-invisible marks around their texts gives exactly the prompt, or, where that is not possible, that
-the order of the messages leaves a text only one place in the prompt.
+Two ways. Rendering the messages with marks around their texts, which are characters of a
+private-use plane, tells where each text went if the rendering without the marks is the prompt.
+Where that is not possible, a text is located only if the order of all texts leaves it one place in
+the prompt. A place is either certain or absent.
 """
 
 from __future__ import annotations
@@ -31,10 +20,13 @@ from typing import Any
 from vllm_flashtrace.base.records import Span
 from vllm_flashtrace.text.tool_calls import call_arguments
 
-MARK_BASE = 0xF0000
+logger = logging.getLogger("vllm.flashtrace")
+
+_MARK_BASE = 0xF0000
 _MARKS = 0xFFFE
-MARK = re.compile(f"[{chr(MARK_BASE)}-{chr(MARK_BASE + _MARKS - 1)}]")
+_MARK = re.compile(f"[{chr(_MARK_BASE)}-{chr(_MARK_BASE + _MARKS - 1)}]")
 _REASONING_FIELDS = ("reasoning_content", "reasoning")
+_ROLE_NAMES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
 
@@ -89,7 +81,7 @@ def message_texts(
     return [text for text in texts if text.text.strip()]
 
 
-def marked_messages(
+def _with_marks(
     messages: Sequence[Mapping[str, Any]], texts: Sequence[MessageText], *, around_blanks: bool
 ) -> list[dict[str, Any]] | None:
     """A copy of the messages with two marks around each text; None if there are too many texts.
@@ -105,7 +97,7 @@ def marked_messages(
     for index, text in enumerate(texts):
         inner = text.text if around_blanks else text.text.strip()
         before, after = text.text.split(inner, 1)
-        opening, closing = chr(MARK_BASE + 2 * index), chr(MARK_BASE + 2 * index + 1)
+        opening, closing = chr(_MARK_BASE + 2 * index), chr(_MARK_BASE + 2 * index + 1)
         _replace(marked[text.message], text.path, f"{before}{opening}{inner}{closing}{after}")
     return marked
 
@@ -179,17 +171,12 @@ def _earliest(text: str, wanted: Sequence[str]) -> list[int] | None:
     return positions
 
 
-logger = logging.getLogger("vllm.flashtrace")
-
-_ROLE_NAMES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-
-
 @dataclass(frozen=True, slots=True)
-class Place:
+class LocatedText:
     """A client's text found in the prompt.
 
     Attributes:
-        piece: The text.
+        source: The text.
         start: First character in the decoded prompt.
         end: One past the last character.
         offset: Where ``start`` lies in the client's text.
@@ -197,7 +184,7 @@ class Place:
             written, the client's one.
     """
 
-    piece: MessageText
+    source: MessageText
     start: int
     end: int
     offset: int = 0
@@ -213,30 +200,30 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Outcome of looking for the client's texts: places, and the messages that lack one."""
+class LocatedTexts:
+    """The texts whose place is known, and the messages that have a text whose place is not."""
 
-    places: list[Place]
+    texts: list[LocatedText]
     unlocated: frozenset[int]
 
 
-def place_by_marks(
+def locate_by_marks(
     messages: Sequence[Mapping[str, Any]], prompt: str, render: Render | None
-) -> Found | None:
-    """Places by marks in a rendering; None unless one gives exactly the prompt without them."""
-    if render is None or MARK.search(prompt):
+) -> LocatedTexts | None:
+    """Locates texts by marks in a rendering; None unless one gives the prompt without them."""
+    if render is None or _MARK.search(prompt):
         return None
     plain = message_texts(messages)
     with_tool_calls = message_texts(messages, tool_calls=True)
     # Marks around blanks locate these too, but stop a template from stripping them. Marks in tool
     # calls may disturb a template that takes these apart.
-    for pieces in (with_tool_calls, plain) if with_tool_calls != plain else (plain,):
-        unmarked = {piece.message for piece in with_tool_calls if piece not in pieces}
-        stripped = any(piece.text != piece.text.strip() for piece in pieces)
+    for sources in (with_tool_calls, plain) if with_tool_calls != plain else (plain,):
+        unmarked = {source.message for source in with_tool_calls if source not in sources}
+        stripped = any(source.text != source.text.strip() for source in sources)
         for around_blanks in (True, False) if stripped else (True,):
-            marked = marked_messages(messages, pieces, around_blanks=around_blanks)
+            marked = _with_marks(messages, sources, around_blanks=around_blanks)
             rendered = None if marked is None else _rendered(render, marked)
-            found = None if rendered is None else _read_marks(rendered, pieces, prompt)
+            found = None if rendered is None else _read_marks(rendered, sources, prompt)
             if found is not None:
                 return replace(found, unlocated=found.unlocated | unmarked)
     return None
@@ -251,44 +238,44 @@ def _rendered(render: Render, messages: Sequence[Mapping[str, Any]]) -> str | No
         return None
 
 
-def _read_marks(rendered: str, pieces: Sequence[MessageText], prompt: str) -> Found | None:
-    """Places of the pieces, if the rendering without marks is the prompt.
+def _read_marks(rendered: str, sources: Sequence[MessageText], prompt: str) -> LocatedTexts | None:
+    """Locates the texts, if the rendering without marks is the prompt.
 
     A text that the template left out has no place; one that it took apart or repeated has none that
     is known.
     """
-    plain = MARK.sub("", rendered)
+    plain = _MARK.sub("", rendered)
     marks: dict[int, list[int]] = defaultdict(list)
-    for earlier, mark in enumerate(MARK.finditer(rendered)):
-        marks[ord(mark.group()) - MARK_BASE].append(mark.start() - earlier)
+    for earlier, mark in enumerate(_MARK.finditer(rendered)):
+        marks[ord(mark.group()) - _MARK_BASE].append(mark.start() - earlier)
     shift = prompt_offset(prompt, plain)
     if shift is None or not marks:
         return None
-    places: list[Place] = []
+    located: list[LocatedText] = []
     unlocated: set[int] = set()
-    for index, piece in enumerate(pieces):
+    for index, source in enumerate(sources):
         starts, ends = marks[2 * index], marks[2 * index + 1]
         inside = plain[starts[0] : ends[0]] if len(starts) == len(ends) == 1 else ""
-        escapes = _escapes(piece, inside)
+        escapes = _escapes(source, inside)
         if (
             escapes
-            or inside in (piece.text, piece.text.strip())
-            or (inside and not piece.is_content)
+            or inside in (source.text, source.text.strip())
+            or (inside and not source.is_content)
         ):
-            offset = 0 if escapes else max(0, piece.text.find(inside))
-            place = Place(piece, starts[0] + shift, ends[0] + shift, offset, escapes)
-            places.append(clipped(place, len(prompt)))
+            offset = 0 if escapes else max(0, source.text.find(inside))
+            text = LocatedText(source, starts[0] + shift, ends[0] + shift, offset, escapes)
+            located.append(clipped(text, len(prompt)))
         elif starts or ends:
-            unlocated.add(piece.message)
-    return Found([place for place in places if place.start < place.end], frozenset(unlocated))
+            unlocated.add(source.message)
+    return LocatedTexts([text for text in located if text.start < text.end], frozenset(unlocated))
 
 
-def _escapes(piece: MessageText, written: str) -> list[int] | None:
+def _escapes(source: MessageText, written: str) -> list[int] | None:
     """Origin of every character of a content that is written with JSON's escapes, and only then."""
-    if not piece.is_content or "\\" not in written:
+    if not source.is_content or "\\" not in written:
         return None
     for ensure_ascii in (False, True):
-        escaped = [json.dumps(char, ensure_ascii=ensure_ascii)[1:-1] for char in piece.text]
+        escaped = [json.dumps(char, ensure_ascii=ensure_ascii)[1:-1] for char in source.text]
         if "".join(escaped) == written:
             return [i for i, characters in enumerate(escaped) for _ in characters]
     return None
@@ -316,37 +303,37 @@ def _is_special(text: str) -> bool:
     return not text or (text[0] in "<[" and text[-1] in ">]" and not any(map(str.isspace, text)))
 
 
-def clipped(place: Place, length: int) -> Place:
-    """The part of a place that lies within the prompt."""
-    start, end = max(place.start, 0), min(place.end, length)
-    return replace(place, start=start, end=end, offset=place.offset + start - place.start)
+def clipped(text: LocatedText, length: int) -> LocatedText:
+    """The part of a text that lies within the prompt."""
+    start, end = max(text.start, 0), min(text.end, length)
+    return replace(text, start=start, end=end, offset=text.offset + start - text.start)
 
 
-def place_by_order(pieces: Sequence[MessageText], prompt: str) -> Found:
-    """Places of those contents that have one possible place, given their order."""
-    wanted: list[Place] = []
-    for piece in pieces:
-        if not piece.is_content:
+def locate_by_order(sources: Sequence[MessageText], prompt: str) -> LocatedTexts:
+    """Locates those contents that have one possible place, given their order."""
+    wanted: list[LocatedText] = []
+    for source in sources:
+        if not source.is_content:
             continue
-        text = piece.text if piece.text in prompt else piece.text.strip()
+        text = source.text if source.text in prompt else source.text.strip()
         # A role name is likely to be found in the template instead.
         if text.strip() and text in prompt and text.strip() not in _ROLE_NAMES:
-            wanted.append(Place(piece, 0, len(text), piece.text.find(text)))
-    texts = [place.piece.text[place.offset : place.offset + place.end] for place in wanted]
-    positions = forced_positions(prompt, texts)
-    places = [
-        replace(place, start=at, end=at + place.end)
-        for place, at in zip(wanted, positions, strict=True)
-        if at is not None and _stands_alone(prompt, at, at + place.end)
+            wanted.append(LocatedText(source, 0, len(text), source.text.find(text)))
+    contents = [one.source.text[one.offset : one.offset + one.end] for one in wanted]
+    positions = forced_positions(prompt, contents)
+    located = [
+        replace(one, start=at, end=at + one.end)
+        for one, at in zip(wanted, positions, strict=True)
+        if at is not None and _stands_alone(prompt, at, at + one.end)
     ]
-    placed = {(place.piece.message, place.piece.part) for place in places}
-    return Found(
-        places,
+    known = {(one.source.message, one.source.part) for one in located}
+    return LocatedTexts(
+        located,
         frozenset(
-            piece.message
-            for piece in pieces
-            if piece.text.strip()
-            and (not piece.is_content or (piece.message, piece.part) not in placed)
+            source.message
+            for source in sources
+            if source.text.strip()
+            and (not source.is_content or (source.message, source.part) not in known)
         ),
     )
 

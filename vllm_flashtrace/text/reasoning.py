@@ -1,15 +1,10 @@
-"""Which generated tokens are reasoning.
+"""Which generated tokens are reasoning, and which the client must not learn the text of.
 
-The reasoning that the server's parser found, among the generated tokens.
-
-Invariant: the tokens of a block spell what the parser calls reasoning, or lie between the parser's
-own marker tokens; where neither can be said, there are no blocks but None. What a client must not
-read is never underestimated: if in doubt, everything generated is hidden.
-
-Invariant: reasoning tokens are found by the first rule that applies (an explicit option, the
-server's reasoning parser, ``<think>`` tags), and markers around reasoning are neither reasoning nor
-answer. Where no rule applies, everything generated before the target is reasoning; that is for the
-caller to fill in, who knows the target.
+Reasoning is found by the first rule that applies: an explicit option, the server's reasoning
+parser, ``<think>`` tags. Markers around reasoning are neither reasoning nor answer. Where no rule
+applies, everything generated before the target is reasoning, which :mod:`.plan` fills in, since it
+knows the target. What a client must not read is never underestimated: if in doubt, everything
+generated is hidden.
 """
 
 from __future__ import annotations
@@ -58,16 +53,16 @@ def reasoning_blocks(
     if not parsed.reasoning:
         return [] if parsed.reads_reasoning else None
     visible, ids = generated.visible, completion.generated_token_ids
-    marked = _Marked(ids, parsed.markers, generated)
+    marked = _MarkedSpans(ids, parsed.markers, generated)
     if marked.spells(parsed.reasoning):
         return [marked.block(span) for span in marked.spans]
-    located = _located(parsed, visible.text, completion.text)
-    if located is None:
+    span = _reasoning_span(parsed, visible.text, completion.text)
+    if span is None:
         return None
-    tokens = [i for i in visible.within(*located) if i not in generated.special]
+    tokens = [i for i in visible.within(*span) if i not in generated.special]
     last = max(tokens, default=len(ids))
-    later = [marked.block(span) for span in marked.spans if span[0] > last]
-    return [ReasoningBlock(tokens, located[1]), *later]
+    later = [marked.block(each) for each in marked.spans if each[0] > last]
+    return [ReasoningBlock(tokens, span[1]), *later]
 
 
 def hidden_tokens(
@@ -119,7 +114,7 @@ def _shown_from(parsed: ParsedOutput, text: str, known: int) -> int:
     return min(call.span[0] for call in calls) if calls else len(text)
 
 
-class _Marked:
+class _MarkedSpans:
     """Ranges of tokens between marker tokens; a first one may begin, a last one end, without."""
 
     def __init__(
@@ -173,7 +168,7 @@ def _between(ids: Sequence[int], opening: int, closing: int) -> list[Span]:
     return spans if start is None else [*spans, (start, len(ids))]
 
 
-def _located(parsed: ParsedOutput, visible: str, text: str) -> Span | None:
+def _reasoning_span(parsed: ParsedOutput, visible: str, text: str) -> Span | None:
     """Finds the parser's reasoning by its text, which it may have stripped."""
     reasoning = parsed.reasoning or ""
     at = text.find(reasoning, parsed.reasoning_from)
@@ -231,13 +226,13 @@ def find_reasoning(
     Raises:
         TraceError: ``span_out_of_range`` or ``reasoning_not_found`` for an explicit option.
     """
-    found = _found(option, generated, prompt_text, parsed)
+    found = _by_option(option, generated, prompt_text, parsed)
     # A blank token that is hidden must not be told from another by where the answer begins.
     answer = [i for i in found.answer if i >= generated.hidden]
     return Reasoning(found.tokens, answer, found.located)
 
 
-def _found(
+def _by_option(
     option: str | TextTarget | TokensTarget,
     generated: GeneratedText,
     prompt_text: str,
@@ -245,10 +240,10 @@ def _found(
 ) -> Reasoning:
     visible = generated.visible
     if isinstance(option, TokensTarget):
-        tokens = _explicit_tokens(option, len(generated))
+        tokens = _given_tokens(option, len(generated))
         return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
     if isinstance(option, TextTarget):
-        return _explicit_text(option.text, generated)
+        return _given_text(option.text, generated)
     if option == "none":
         return Reasoning([], _answer_from(visible, 0))
     if parsed is not None:
@@ -258,7 +253,7 @@ def _found(
     return _from_tags(generated, opened=prompt_text.rstrip().endswith("<think>"))
 
 
-def _explicit_tokens(option: TokensTarget, length: int) -> list[int]:
+def _given_tokens(option: TokensTarget, length: int) -> list[int]:
     last = max(end for _, end in option.tokens)
     if last > length:
         raise TraceError(
@@ -268,7 +263,7 @@ def _explicit_tokens(option: TokensTarget, length: int) -> list[int]:
     return sorted({i for start, end in option.tokens for i in range(start, end)})
 
 
-def _explicit_text(text: str, generated: GeneratedText) -> Reasoning:
+def _given_text(text: str, generated: GeneratedText) -> Reasoning:
     views = (generated.shown,) if generated.hidden else (generated.visible, generated.full)
     for view in views:
         start = view.text.rfind(text)

@@ -1,20 +1,13 @@
-"""Tool calls: of earlier turns, as a template writes them, and generated, with their arguments.
+"""Where the generated tool calls and their arguments stand in the generated text.
 
-Tool calls of earlier assistant turns, as a chat template writes them.
-
-Invariant: a range given for a call holds its name and all its arguments.
-
-Where the generated tool calls and their arguments stand in the generated text.
-
-Invariant: the server's own parser decides which calls there are. A call is located only if reading
-the text gives exactly its calls, in name, order and arguments, and only one place for each part;
-otherwise a TraceError says what was not found.
+The server's own parser decides which calls there are. A call is located only if reading the text
+gives exactly the parser's calls, in name, order and arguments, and one place for each part.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_flashtrace.api.checks import shown
@@ -35,71 +28,6 @@ def call_arguments(arguments: Any) -> Mapping[str, Any]:
     return arguments if isinstance(arguments, Mapping) else {}
 
 
-def tool_call_range(
-    function: Mapping[str, Any],
-    prompt: str,
-    start: int,
-    end: int,
-    *,
-    in_front: Span | None = None,
-) -> Span | None:
-    """Extends the range of a call's name and text arguments over its other arguments.
-
-    Args:
-        function: Name and arguments of the call.
-        prompt: The decoded prompt, up to the next text of the client.
-        start: Where the first of the call's texts begins.
-        end: Where the last of them ends.
-        in_front: Where the arguments lie if the template writes them in front of the name: between
-            the last text before the call, and the name.
-
-    Returns:
-        None where numbers, lists or other values are written in a form that is not known.
-    """
-    if not has_other_values(function):
-        return start, end
-    arguments = function.get("arguments")
-    for form in _forms(arguments, call_arguments(arguments)):
-        if in_front is not None:
-            at = prompt.rfind(form, *in_front)
-            if at >= 0:
-                return min(start, at), end
-            continue
-        at = prompt.find(form, start)
-        # Arguments end behind the texts in them; a form that ends earlier is part of the name.
-        while 0 <= at <= end - len(form):
-            at = prompt.find(form, at + 1)
-        if at >= 0:
-            return start, at + len(form)
-    return None
-
-
-def has_other_values(function: Mapping[str, Any]) -> bool:
-    """Whether a call has arguments that are not texts, or none that can be read."""
-    arguments = function.get("arguments")
-    values = call_arguments(arguments)
-    is_opaque = not values and isinstance(arguments, str) and arguments.strip() not in ("", "{}")
-    return is_opaque or not all(isinstance(value, str) for value in values.values())
-
-
-def holds_arguments_of(function: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether a call's arguments, as written, may hold another one's."""
-    arguments = other.get("arguments")
-    wanted = list(_forms(arguments, call_arguments(arguments)))
-    arguments = function.get("arguments")
-    written = list(_forms(arguments, call_arguments(arguments)))
-    return any(form in text for form in wanted for text in written)
-
-
-def _forms(arguments: Any, values: Mapping[str, Any]) -> Iterator[str]:
-    """Usual ways to write arguments: as sent, and as JSON with and without blanks."""
-    if isinstance(arguments, str):
-        yield arguments
-    if values:
-        for separators in (None, (",", ":")):
-            yield json.dumps(values, ensure_ascii=False, separators=separators)
-
-
 def locate_calls(text: str, begin: int, calls: Sequence[ParsedCall]) -> list[WrittenCall] | None:
     """Finds the calls that the server's parser found.
 
@@ -114,17 +42,17 @@ def locate_calls(text: str, begin: int, calls: Sequence[ParsedCall]) -> list[Wri
     """
     if not calls:
         return None
-    parsed = [_decoded(call) for call in calls]
+    parsed = [_parsed_arguments(call) for call in calls]
     read = [reader(text, begin) for reader in READERS]
     if len(calls) == 1:
         read.append(read_arguments(text, begin, calls[0].name))
-    agreed = [written for written in read if written and _agree(written, calls, parsed)]
-    if not agreed or any(_places(other) != _places(agreed[0]) for other in agreed[1:]):
+    agreed = [written for written in read if written and _same_calls(written, calls, parsed)]
+    if not agreed or any(_spans(other) != _spans(agreed[0]) for other in agreed[1:]):
         return None
     return agreed[0]
 
 
-def target_span(
+def call_target_span(
     target: ToolCallTarget, calls: Sequence[ParsedCall], located: Sequence[WrittenCall] | None
 ) -> Span:
     """The characters of the call or argument that a target names.
@@ -169,24 +97,24 @@ def target_span(
     return start, end
 
 
-def _decoded(call: ParsedCall) -> Any:
+def _parsed_arguments(call: ParsedCall) -> Any:
     try:
         return json.loads(call.arguments)
     except (ValueError, RecursionError):
         return call.arguments
 
 
-def _agree(
+def _same_calls(
     written: Sequence[WrittenCall], calls: Sequence[ParsedCall], parsed: Sequence[Any]
 ) -> bool:
     return len(written) == len(calls) and all(
         ours.name == theirs.name
-        and (_same(ours.arguments, arguments) or ours.arguments == theirs.arguments)
+        and (_same_arguments(ours.arguments, arguments) or ours.arguments == theirs.arguments)
         for ours, theirs, arguments in zip(written, calls, parsed, strict=True)
     )
 
 
-def _same(written: Any, parsed: Any) -> bool:
+def _same_arguments(written: Any, parsed: Any) -> bool:
     """Whether two sets of arguments are equal, in types too, but for what a schema may change."""
     if isinstance(written, dict) and isinstance(parsed, dict):
         return list(written) == list(parsed) and all(
@@ -226,5 +154,5 @@ def _is_json_of(text: str, value: Any) -> bool:
         return False
 
 
-def _places(calls: Sequence[WrittenCall]) -> list[tuple[Span, dict[str, Span]]]:
+def _spans(calls: Sequence[WrittenCall]) -> list[tuple[Span, dict[str, Span]]]:
     return [(call.span, call.values) for call in calls]

@@ -1,14 +1,10 @@
-"""What became of a row, in the form of OpenAI's batch files, and as a table.
+"""What became of a row: in the form of OpenAI's batch files, and as a table.
 
-What became of a row, in the form of OpenAI's batch files.
-
-Invariant: a row is in the output file or in the error file, never in both: it is an error where
-there is no completion (or, for existing text, no attribution) to show for it.
-
-The results as a table: one row for each choice of a completion, each attribution, each error.
-
-Invariant: the schema is fixed and every column describes itself (field metadata ``description``);
-the lists that belong to scores have one length.
+In the files a row is in the output or among the errors, never in both: it is an error where there
+is no completion (or, for existing text, no attribution) to show for it. The table has one row for
+each choice of a completion, each attribution of existing text and each error. Its columns for an
+attribution are the fields of the models in :mod:`vllm_flashtrace.api.response`, with their
+descriptions; the list columns that belong to scores have one length.
 """
 
 from __future__ import annotations
@@ -17,7 +13,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from vllm_flashtrace.api.response import (
+    OBJECT,
+    AttributionError,
+    AttributionObject,
+    HopMass,
+    TargetFound,
+    TokenScore,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,16 +103,52 @@ def _error_of(status_code: int, body: Mapping[str, Any]) -> dict[str, str]:
     return {"code": str(code), "message": message}
 
 
-_HOP_MASSES = ("input_mass", "reasoning_mass", "target_mass", "skipped_mass")
-_MASSES = ("input_mass", "remaining_mass", "target_mass", "skipped_mass")
+# Columns of one list per attribution have the plural of the field's name where it has one.
+_PLURALS = {"index": "indices", "score": "scores", "token_id": "token_ids", "token": "tokens"}
+
+
+def _scalar_fields(model: type[BaseModel]) -> dict[str, tuple[type, str]]:
+    """Type and description of each field that is a number or a text."""
+    return {
+        name: (kind, field.description or "")
+        for name, field in model.model_fields.items()
+        if (kind := _scalar_type(field.annotation)) is not None
+    }
+
+
+def _scalar_type(annotation: Any) -> type | None:
+    """The int, float or str that an annotation asks for, None aside."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return str
+    if origin is Annotated:
+        return _scalar_type(parts[0])
+    if origin in (Union, UnionType):
+        return next((kind for part in parts if (kind := _scalar_type(part))), None)
+    return annotation if annotation in (int, float, str) else None
+
+
+_SCORE_FIELDS = _scalar_fields(TokenScore)
+_HOP_FIELDS = _scalar_fields(HopMass)
+_FIELDS = _scalar_fields(AttributionObject)
+_MASSES = [name for name in _FIELDS if name.endswith("_mass")]
 
 
 def result_schema() -> pa.Schema:
     """The columns, their types and what they mean."""
     import pyarrow as pa
 
-    ints, text = pa.list_(pa.int32()), pa.string()
-    hop = pa.struct([("hop", pa.int32()), *((name, pa.float64()) for name in _HOP_MASSES)])
+    text = pa.string()
+    small = {int: pa.int32(), float: pa.float32(), str: text}
+    large = {int: pa.int64(), float: pa.float64(), str: text}
+    # Masses have the full precision, so that they add up to 1; the many scores have not.
+    masses = {**small, float: pa.float64()}
+    hop = pa.struct([(name, masses[kind]) for name, (kind, _) in _HOP_FIELDS.items()])
+
+    def field(name: str) -> tuple[str, pa.DataType, str]:
+        kind, what = _FIELDS[name]
+        return name, large[kind], what
+
     columns: list[tuple[str, pa.DataType, str]] = [
         ("custom_id", text, "The row's id: its own, else file:line."),
         ("source", text, "Name of the input file."),
@@ -113,26 +157,28 @@ def result_schema() -> pa.Schema:
         ("status", text, "completed, failed or skipped (attribution); untraced; error."),
         ("text", text, "The completion."),
         ("finish_reason", text, "Why it ended."),
-        ("target", text, "The explained part of it."),
-        ("prompt_tokens", pa.int64(), "Tokens of the rendered prompt."),
+        ("target", text, _described(TargetFound, "text")),
+        field("prompt_tokens"),
         ("completion_tokens", pa.int64(), "Tokens generated, over all choices."),
-        ("indices", ints, "Position of each scored token in the rendered prompt."),
-        ("scores", pa.list_(pa.float32()), "Its score. All prompt tokens where top_k is null."),
-        ("token_ids", ints, "Its token id."),
-        ("tokens", pa.list_(text), "Its text."),
-        ("message", ints, "Message that it lies in; null for tokens of the template."),
-        ("start", ints, "First character within that message."),
-        ("end", ints, "One past the last character."),
-        *((name, pa.float64(), f"The attribution's {name}.") for name in _MASSES),
-        ("hops", pa.list_(hop), "Mass by hop."),
-        ("trace_id", text, "Id of the attribution."),
-        ("error_code", text, "Code of the row's or the attribution's error."),
-        ("error_message", text, "Its sentence."),
+        *(
+            (_PLURALS.get(name, name), pa.list_(small[kind]), f"Of each scored token: {what}")
+            for name, (kind, what) in _SCORE_FIELDS.items()
+        ),
+        *(field(name) for name in _MASSES),
+        ("hops", pa.list_(hop), _described(AttributionObject, "hops")),
+        field("auto_stopped"),
+        ("trace_id", text, _described(AttributionObject, "id")),
+        ("error_code", text, _described(AttributionError, "code")),
+        ("error_message", text, _described(AttributionError, "message")),
     ]
     return pa.schema(
         [pa.field(name, kind, metadata={"description": what}) for name, kind, what in columns],
         metadata={"description": "Attributions by vllm-flashtrace batch."},
     )
+
+
+def _described(model: type[BaseModel], name: str) -> str:
+    return model.model_fields[name].description or ""
 
 
 def table_rows(outcome: Outcome) -> list[dict[str, Any]]:
@@ -145,7 +191,7 @@ def table_rows(outcome: Outcome) -> list[dict[str, Any]]:
     }
     if outcome.error is not None:
         return [_clean({**row, "status": "error", **_error(outcome.error)})]
-    if body.get("object") == "flashtrace.attribution":
+    if body.get("object") == OBJECT:
         return [_clean({**row, "choice": 0, **_attribution(body)})]
     usage = body.get("usage") or {}
     sizes = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
@@ -177,22 +223,16 @@ def _attribution(data: Mapping[str, Any]) -> dict[str, Any]:
     if data.get("status") != "completed":
         return row
     scores = data["scores"]
-    columns = {
-        "indices": "index",
-        "scores": "score",
-        "token_ids": "token_id",
-        "tokens": "token",
-        "message": "message",
-        "start": "start",
-        "end": "end",
-    }
     return {
         **row,
         "target": data["target"]["text"],
         "prompt_tokens": data["prompt_tokens"],
-        **{column: [score.get(key) for score in scores] for column, key in columns.items()},
-        **{name: data.get(name) for name in _MASSES},
-        "hops": [{key: hop.get(key) for key in ("hop", *_HOP_MASSES)} for hop in data["hops"]],
+        **{
+            _PLURALS.get(name, name): [score.get(name) for score in scores]
+            for name in _SCORE_FIELDS
+        },
+        **{name: data.get(name) for name in (*_MASSES, "auto_stopped")},
+        "hops": [{name: hop.get(name) for name in _HOP_FIELDS} for hop in data["hops"]],
     }
 
 
