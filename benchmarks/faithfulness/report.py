@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 Result = dict[str, Any]
 Row = dict[str, Any]
-Interval = Callable[[Sequence[float] | None], str]
 
 OURS = "flashtrace-k1"
 """The method that the others are tested against."""
@@ -39,7 +37,7 @@ def quality(result: Result) -> str:
     test, Holm, 0.05).
     """
     group = _pooled(result)
-    header, rows = _quality_rows(group, _tests_of(result, group), _interval)
+    header, rows = _quality_rows(group, _tests_of(result, group))
     return _markdown(header, rows)
 
 
@@ -47,7 +45,15 @@ def by_task(result: Result) -> str:
     """Markdown: recovery of every method on every task, at lengths with as many examples."""
     most = max(group["examples"] for group in _tasks(result))
     groups = [group for group in _tasks(result) if group["examples"] == most]
-    return _recoveries(sorted(groups, key=lambda group: int(group["length"])))
+    groups = sorted(groups, key=lambda group: int(group["length"]))
+    methods = dict.fromkeys(method for group in groups for method in group["methods"])
+    header = ["method", *(f"{_title(group)} (n = {group['examples']})" for group in groups)]
+    ceiling = ["highest possible", *(_number(group["recovery_ceiling"]) for group in groups)]
+    rows = [
+        [m, *(_mean(group["methods"].get(m, {}).get("recovery")) for group in groups)]
+        for m in methods
+    ]
+    return _markdown(header, [*rows, ceiling])
 
 
 def by_length(result: Result) -> str:
@@ -79,49 +85,35 @@ def by_length(result: Result) -> str:
 
 def perturbation(result: Result) -> str:
     """Markdown: RISE, MAS, comprehensiveness and sufficiency, over all tasks."""
-    header, rows = _perturbation_rows(_pooled(result), _interval)
+    header, rows = _perturbation_rows(_pooled(result))
     return _markdown(header, rows) if rows else ""
 
 
 def printed(result: Result, console: Console) -> None:
-    """Every group as tables in the terminal, and what failed."""
+    """Every group's tables as Markdown in the terminal, and what failed."""
     for group in result["groups"]:
         title = f"{_title(group)}: {group['examples']} examples"
-        _print(console, title, *_quality_rows(group, _tests_of(result, group), _short))
-        header, rows = _perturbation_rows(group, _short)
-        if rows:
-            _print(console, f"{title}, perturbation", header, rows)
+        tables = [_markdown(*_quality_rows(group, _tests_of(result, group)))]
+        if any("rise" in row for row in group["methods"].values()):
+            tables.append(_markdown(*_perturbation_rows(group)))
+        console.print("\n\n".join([title, *tables]), markup=False, highlight=False, soft_wrap=True)
         for method, row in group["methods"].items():
             for reason, count in row.get("reasons", {}).items():
                 console.print(f"{method} failed on {count}: {reason}", markup=False)
-    cost = result["perturbation_cost"]
-    if cost["evaluated"]:
-        console.print(f"perturbation: {cost['evaluated']} sequences in {cost['seconds']:.0f} s")
 
 
-def _quality_rows(group: Row, tests: Row, interval: Interval) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "method",
-        "n",
-        "failed",
-        "recovery@10%",
-        "by sentence",
-        "no stop tokens",
-        "mass on gold",
-        "on reasoning",
-        "left there",
-        "seconds",
-    ]
-
+def _quality_rows(group: Row, tests: Row) -> tuple[list[str], list[list[str]]]:
+    header = ["method", "n", "failed", "recovery@10%", "by sentence", "no stop tokens"]
+    header += ["mass on gold", "on reasoning", "left there", "seconds"]
     rows = [
         [
             method,
             str(row["n"]),
             str(row["failed"] or ""),
-            interval(row.get("recovery")) + _star(tests, "recovery", method),
-            interval(row.get("recovery_sentence")) + _star(tests, "recovery_sentence", method),
-            interval(row.get("recovery_skip")),
-            interval(row.get("mass_on_gold")),
+            _interval(row.get("recovery")) + _star(tests, "recovery", method),
+            _interval(row.get("recovery_sentence")) + _star(tests, "recovery_sentence", method),
+            _interval(row.get("recovery_skip")),
+            _interval(row.get("mass_on_gold")),
             _mean(row.get("reasoning_mass")),
             _mean(row.get("remaining_mass")),
             _seconds(row.get("seconds")),
@@ -131,17 +123,17 @@ def _quality_rows(group: Row, tests: Row, interval: Interval) -> tuple[list[str]
     return header, rows
 
 
-def _perturbation_rows(group: Row, interval: Interval) -> tuple[list[str], list[list[str]]]:
+def _perturbation_rows(group: Row) -> tuple[list[str], list[list[str]]]:
     kinds = ("inverted", "flat", "pinned")
     header = ["method", "n", "RISE", "MAS", "compr. 10%", "suff. 10%", *kinds]
     rows = [
         [
             method,
             str(behind(row, "rise")),
-            interval(row["rise"]),
-            interval(row["mas"]),
-            interval(row["comprehensiveness_10"]),
-            interval(row["sufficiency_10"]),
+            _interval(row["rise"]),
+            _interval(row["mas"]),
+            _interval(row["comprehensiveness_10"]),
+            _interval(row["sufficiency_10"]),
             *(str(row.get("degenerate", {}).get(kind, 0)) for kind in kinds),
         ]
         for method, row in group["methods"].items()
@@ -152,22 +144,6 @@ def _perturbation_rows(group: Row, interval: Interval) -> tuple[list[str], list[
 
 def _tasks(result: Result) -> list[Row]:
     return [group for group in result["groups"] if group["task"] != POOLED]
-
-
-def _recoveries(groups: Sequence[Row]) -> str:
-    if not groups:
-        return ""
-    methods = dict.fromkeys(method for group in groups for method in group["methods"])
-    header = ["method", *(f"{_title(group)} (n = {group['examples']})" for group in groups)]
-    ceiling = ["highest possible", *(_number(group["recovery_ceiling"]) for group in groups)]
-    rows = [
-        [
-            method,
-            *(_mean(group["methods"].get(method, {}).get("recovery")) for group in groups),
-        ]
-        for method in methods
-    ]
-    return _markdown(header, [*rows, ceiling])
 
 
 def _pooled(result: Result) -> Row:
@@ -196,11 +172,6 @@ def _interval(value: Sequence[float] | None) -> str:
     return "" if value is None else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
 
 
-def _short(value: Sequence[float] | None) -> str:
-    """The interval as half its width."""
-    return "" if value is None else f"{value[0]:.3f} ±{(value[2] - value[1]) / 2:.3f}"
-
-
 def _mean(value: Sequence[float] | None) -> str:
     return "" if value is None else f"{value[0]:.3f}"
 
@@ -221,17 +192,6 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ruler = [":---" if i == 0 else "---:" for i in range(len(header))]
     lines = [[row[i] for i in shown] for row in [header, ruler, *rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _print(
-    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row, style="bold" if row[0] == OURS else None)
-    console.print(table)
 
 
 Result = dict[str, Any]
