@@ -98,12 +98,18 @@ def command_engine(model: str, **engine_args: Any) -> Iterator[FlashTrace]:
                 raise
             with os.fdopen(os.dup(_STDERR), "w") as stream:
                 traceback.print_exc(file=stream)
-            reason = _root_cause(in_one_line(error), log)
+            reason = root_cause(error, log)
             raise TraceError("engine_failed", f"the engine of {model} failed: {reason}") from None
 
 
-def _root_cause(message: str, log: Path | None) -> str:
-    """``message``, or what a process of the engine logged last where it points there."""
+def root_cause(error: Exception, log: Path | None) -> str:
+    """Why an engine failed, in one line.
+
+    Args:
+        error: As it was raised here; vLLM's may only say that the cause was logged.
+        log: Standard error of the engine's processes, if it is a file.
+    """
+    message = in_one_line(error)
     if log is None or "root cause" not in message:
         return message
     sys.stderr.flush()

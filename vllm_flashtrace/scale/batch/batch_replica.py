@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_flashtrace.base.errors import in_one_line
 from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.offline.engine import root_cause
 from vllm_flashtrace.scale.batch.results import Outcome
 from vllm_flashtrace.scale.ray_cluster import prepare_actor
 
@@ -86,7 +86,9 @@ class Replica:
             self._server = self._run(self._start())
         except Exception as error:
             logger.exception("the engine did not start")
-            raise ReplicaError(f"the engine did not start: {in_one_line(error)}") from None
+            log = Path("/proc/self/fd/2")  # Ray keeps it in a file.
+            reason = root_cause(error, log if log.is_file() else None)
+            raise ReplicaError(f"the engine did not start: {reason}") from None
         if (refusal := self._server.refusal) is not None:
             raise ReplicaError(f"{settings.model} cannot be traced: {refusal}")
 
