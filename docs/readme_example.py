@@ -84,7 +84,7 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def written(value: Any, indent: int = 0, width: int = 132) -> str:
+def written(value: Any, indent: int = 0, width: int = 140) -> str:
     """JSON with as much on a line as fits, so that a token or a sentence takes one line."""
     line = json.dumps(value, ensure_ascii=False)
     if indent + len(line) <= width or not isinstance(value, dict | list) or not value:
