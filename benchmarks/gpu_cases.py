@@ -24,6 +24,15 @@ from vllm_flashtrace.kernels import (
     RowSegment,
 )
 
+HEAD_SIZES = (64, 80, 96, 128, 192, 256)
+RATIOS = (1, 4, 5, 7, 8)
+BLOCK_SIZES = (16, 32, 128, 48)
+LAYERS, LAYER = 2, 1
+UNTOUCHED = 7.0
+"""What accumulators hold where nothing may be added."""
+_SPARE_COLUMNS, _SPARE_BLOCKS, _OTHER_TOKENS = 3, 3, 2
+_BLOCK_DOUBLES = 1 << 24
+
 
 class Part(NamedTuple):
     """One trace in a step: target rows at the end of a context, adjacent or with gaps."""
@@ -31,6 +40,9 @@ class Part(NamedTuple):
     rows: int
     context: int
     gaps: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows}/{self.context}{'~' if self.gaps else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +84,11 @@ class Case:
     @property
     def name(self) -> str:
         """What differs from the default case."""
-        changed = [
-            f"{f.name}={_text(getattr(self, f.name))}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return " ".join(changed) or "default"
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        changed = {name: value for name, value, usual in values if value != usual}
+        if "parts" in changed:
+            changed["parts"] = ",".join(map(str, self.parts))
+        return " ".join(f"{name}={value}" for name, value in changed.items()) or "default"
 
     @property
     def heads(self) -> int:
@@ -90,15 +101,6 @@ class Case:
         return 1e-5 if self.query == self.cache == "float32" else 1e-3
 
 
-def _text(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(f"{p.rows}/{p.context}{'~' if p.gaps else ''}" for p in value)
-    return str(value)
-
-
-HEAD_SIZES = (64, 80, 96, 128, 192, 256)
-RATIOS = (1, 4, 5, 7, 8)
-BLOCK_SIZES = (16, 32, 128, 48)
 _FORMS: tuple[dict[str, object], ...] = (
     {"window": 33},
     {"window": 1},
@@ -117,6 +119,13 @@ _SEGMENTS = (
     (Part(90, 600, gaps=True), Part(60, 200, gaps=True)),
     (Part(300, 5000), Part(3, 9000)),
 )
+_EIGHT_BITS = (
+    ("bfloat16", "float8_e4m3fn"),
+    ("float16", "float8_e5m2"),
+    ("bfloat16", "float8_e5m2"),
+    ("float8_e4m3fn", "float8_e4m3fn"),
+    ("float32", "bfloat16"),
+)
 
 
 def full_grid() -> list[Case]:
@@ -132,13 +141,7 @@ def _full_grid() -> Iterator[Case]:
         for head_dim in HEAD_SIZES:
             case = replace(base, query=dtype, cache=dtype, head_dim=head_dim, shared=next(ratios))
             yield replace(case, block_size=next(sizes), layout=next(layouts))
-    for query, cache in (
-        ("bfloat16", "float8_e4m3fn"),
-        ("float16", "float8_e5m2"),
-        ("bfloat16", "float8_e5m2"),
-        ("float8_e4m3fn", "float8_e4m3fn"),
-        ("float32", "bfloat16"),
-    ):
+    for query, cache in _EIGHT_BITS:
         for head_dim, value_scale in ((64, 0.37), (96, 1.0), (128, 2.5), (256, 0.37)):
             case = replace(base, query=query, cache=cache, head_dim=head_dim)
             yield replace(case, layout=next(layouts), value_scale=value_scale)
@@ -170,18 +173,9 @@ def small_grid() -> list[Case]:
     ]
 
 
-LAYERS, LAYER = 2, 1
-UNTOUCHED = 7.0
-"""What accumulators hold where nothing may be added."""
-
-_SPARE_COLUMNS = 3
-_SPARE_BLOCKS = 3
-_OTHER_TOKENS = 2
-
-
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One trace of the step, unpaged and as the kernels see it; tensors as in `RowSegment`."""
+    """One trace of the step, tensors as in `RowSegment`; keys and values ``[N, G, d]``, unpaged."""
 
     rows: Tensor
     positions: Tensor
@@ -189,11 +183,6 @@ class Trace:
     block_table: Tensor
     keys: Tensor
     values: Tensor
-
-    @property
-    def columns(self) -> int:
-        """Tokens of the context."""
-        return len(self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,35 +203,27 @@ class Inputs:
 
     def accumulators(self) -> list[Accumulators]:
         """Zeros where sums of layer `LAYER` go, `UNTOUCHED` elsewhere."""
+
+        def held(*size: int) -> Tensor:
+            return self.query.new_full((LAYERS, *size), UNTOUCHED, dtype=torch.float32)
+
         result = []
         for part in self.case.parts:
-            size = (LAYERS, self.case.heads, part.context + _SPARE_COLUMNS)
-            streams = (LAYERS, self.case.hidden)
-            sums = Accumulators(
-                *(self.query.new_full(s, UNTOUCHED, dtype=torch.float32) for s in (size, streams)),
-                self.query.new_full(streams, UNTOUCHED, dtype=torch.float32),
-            )
+            columns = held(self.case.heads, part.context + _SPARE_COLUMNS)
+            sums = Accumulators(columns, held(self.case.hidden), held(self.case.hidden))
             sums.column_sums[LAYER, :, : part.context] = 0
-            sums.residual[LAYER] = 0
-            sums.stream[LAYER] = 0
+            sums.residual[LAYER] = sums.stream[LAYER] = 0
             result.append(sums)
         return result
 
     def paged_rows(self, sums: Sequence[Accumulators], *, half: int | None = None) -> PagedRows:
         """The traces' rows; ``half`` 0 or 1 gives every second row, from there on."""
-        segments = []
-        for trace, accumulators in zip(self.traces, sums, strict=True):
-            pick = slice(half, None, 1 if half is None else 2)
-            if len(trace.rows[pick]):
-                segments.append(
-                    RowSegment(
-                        trace.rows[pick],
-                        trace.positions[pick],
-                        trace.weights[pick],
-                        trace.block_table,
-                        accumulators,
-                    )
-                )
+        pick = slice(half, None, 1 if half is None else 2)
+        segments = [
+            RowSegment(t.rows[pick], t.positions[pick], t.weights[pick], t.block_table, own)
+            for t, own in zip(self.traces, sums, strict=True)
+            if len(t.rows[pick])
+        ]
         return PagedRows.build(segments, self.case.heads, self.case.groups, self.query.device)
 
 
@@ -262,6 +243,9 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         whole[targets, :width] = drawn * factor + mean
         return whole
 
+    def per_head(largest: float) -> Tensor:
+        return torch.linspace(largest / 8, largest, case.heads, device=device)
+
     width = case.heads * case.head_dim
     query = of_targets(width, 2.0).to(query_type)[:, :width].unflatten(1, (case.heads, -1))
     residual = of_targets(case.hidden, 1.0, 0.3).to(plain_type)[:, : case.hidden]
@@ -275,14 +259,10 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         scale=case.head_dim**-0.5,
         sliding_window=case.window,
         soft_cap=case.soft_cap,
-        alibi_slopes=_per_head(case, 0.3, device) if case.alibi else None,
-        sinks=_per_head(case, 4.0, device) if case.sinks else None,
+        alibi_slopes=per_head(0.3) if case.alibi else None,
+        sinks=per_head(4.0) if case.sinks else None,
     )
     return Inputs(case, form, query, keys, values, residual, tuple(traces))
-
-
-def _per_head(case: Case, largest: float, device: torch.device) -> Tensor:
-    return torch.linspace(largest / 8, largest, case.heads, device=device)
 
 
 def _place(parts: Sequence[Part], host: torch.Generator) -> list[tuple[Tensor, Tensor]]:
@@ -292,10 +272,8 @@ def _place(parts: Sequence[Part], host: torch.Generator) -> list[tuple[Tensor, T
         positions = torch.arange(part.context - part.rows, part.context)
         if part.gaps:
             others = torch.randperm(part.context - 1, generator=host)[: part.rows - 1]
-            last = torch.tensor([part.context - 1])
-            positions = torch.cat([others, last]).sort().values
-        free += _OTHER_TOKENS
-        rows = free + positions - positions[0]
+            positions = torch.cat([others, torch.tensor([part.context - 1])]).sort().values
+        rows = free + _OTHER_TOKENS + positions - positions[0]
         free = int(rows[-1]) + 1
         placed.append((rows, positions))
     return placed
@@ -305,19 +283,18 @@ def _fill_cache(
     case: Case, dtype: torch.dtype, generator: torch.Generator, host: torch.Generator
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The cache ``[blocks, G, block_size, 2d]``, block tables, and ``[N, G, 2d]`` of each part."""
-    device, size, groups = generator.device, case.block_size, case.groups
+    device, size, width = generator.device, case.block_size, 2 * case.head_dim
     needed = [-(-part.context // size) for part in case.parts]
     total = sum(needed) + _SPARE_BLOCKS
-    shape = (total, groups, size, 2 * case.head_dim)
-    if case.layout == "NHD":
-        shape = (total, size, groups, 2 * case.head_dim)
+    nhd = case.layout == "NHD"
+    shape = (total, size, case.groups, width) if nhd else (total, case.groups, size, width)
     cache = torch.full(shape, torch.nan, device=device).to(dtype)
-    cache = cache.transpose(1, 2) if case.layout == "NHD" else cache
+    cache = cache.transpose(1, 2) if nhd else cache
     order = torch.randperm(total, generator=host).int().to(device)
     tables, drawn = [], []
     for part, table in zip(case.parts, order.split([*needed, _SPARE_BLOCKS]), strict=False):
-        width = (part.context, groups, 2 * case.head_dim)
-        both = torch.randn(width, generator=generator, device=device).to(dtype)
+        part_size = (part.context, case.groups, width)
+        both = torch.randn(part_size, generator=generator, device=device).to(dtype)
         token = torch.arange(part.context, device=device)
         # Eight-bit floats cannot be indexed.
         target, source = (t.view(torch.uint8) if dtype.itemsize == 1 else t for t in (cache, both))
@@ -327,13 +304,10 @@ def _fill_cache(
     return cache, tables, drawn
 
 
-_BLOCK_DOUBLES = 1 << 24
-
-
 def lse_and_column_sums(
     query: Tensor, keys: Tensor, positions: Tensor, weights: Tensor, form: AttentionForm
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps and weighted column sums of the rows of one trace.
+    """Log-sum-exps ``[R, H]`` and weighted column sums ``[H, N]`` of one trace's rows, in float64.
 
     Args:
         query: ``[R, H, d]``, any type that converts to float64.
@@ -341,9 +315,6 @@ def lse_and_column_sums(
         positions: int64 ``[R]``.
         weights: ``[R]``.
         form: How logits are made.
-
-    Returns:
-        float64 ``[R, H]`` and ``[H, N]``.
     """
     query, keys, weights = (t.float().double() for t in (query, keys, weights))
     heads, context = query.shape[1], len(keys)
@@ -359,8 +330,7 @@ def lse_and_column_sums(
             sinks = form.sinks.double()[:, None, None].expand(-1, logits.shape[1], 1)
             denominators = torch.cat([logits, sinks], dim=2)
         lse = torch.logsumexp(denominators, dim=2)  # [H, B]
-        attention = torch.exp(logits - lse[:, :, None])
-        sums += (weights[rows][None, :, None] * attention).sum(dim=1)
+        sums += (weights[rows][None, :, None] * torch.exp(logits - lse[:, :, None])).sum(dim=1)
         parts.append(lse.t())
     return torch.cat(parts), sums
 
@@ -382,24 +352,16 @@ def _logits(dots: Tensor, positions: Tensor, form: AttentionForm) -> Tensor:
 def pair_proximities(
     column_sums: Tensor, values: Tensor, weight: Tensor, stream: Tensor, value_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """L1 proximity of every pair of a head and a token, and the bound on it.
+    """Proximity and bound of every head and token, ``[H, N]``, in float64.
 
-    Args:
-        column_sums: ``[H, N]``.
-        values: ``[N, G, d]``, as cached.
-        weight: ``[D, H*d]``.
-        stream: ``[D]``.
-        value_scale: Factor on the values.
-
-    Returns:
-        float64 ``[H, N]`` twice: ``max(0, |x|_1 - |x - z|_1)``, and ``max(0, sign(x) . z)``.
+    ``max(0, |x|_1 - |x - z|_1)`` and ``max(0, sign(x) . z)``, of column sums ``[H, N]``, cached
+    values ``[N, G, d]``, a weight ``[D, H*d]`` and a stream ``[D]``.
     """
     heads, tokens = column_sums.shape
     values = values.float().double() * value_scale
     column_sums, stream = column_sums.double(), stream.double()
     by_head = weight.float().double().unflatten(1, (heads, -1)).permute(1, 2, 0)  # [H, d, D]
     signs = torch.where(stream < 0, -1.0, 1.0).to(stream.dtype)
-    whole = stream.abs().sum()
     exact, bounds = torch.empty_like(column_sums), torch.empty_like(column_sums)
     step = max(1, _BLOCK_DOUBLES // len(stream))
     for head in range(heads):
@@ -407,6 +369,6 @@ def pair_proximities(
         for first in range(0, tokens, step):
             part = slice(first, first + step)
             contribution = column_sums[head, part, None] * (values[part, group] @ by_head[head])
-            exact[head, part] = whole - (stream - contribution).abs().sum(dim=1)
+            exact[head, part] = stream.abs().sum() - (stream - contribution).abs().sum(dim=1)
             bounds[head, part] = contribution @ signs
     return exact.clamp_(min=0), bounds.clamp_(min=0)

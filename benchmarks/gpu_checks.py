@@ -11,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,35 +30,29 @@ from benchmarks.gpu_timing import Forms, forms_on, triton_on
 from vllm_flashtrace.kernels import Accumulators, PagedRows, PagedValues, ProximityInputs
 
 EXACT_FRACTIONS = (1.0, 0.9)
-
 _TINY = 1e-30  # Nothing, where nothing is expected, is no error.
+_LONGEST_WAIT = 90.0
+"""Seconds without any result after which what is missing counts as lost."""
+_MOST_RETRIES = 12
+
+_Comparison = tuple[str, float, str]
+"""Kernel, relative error, and what else is wrong or ""."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a case showed.
-
-    Attributes:
-        name: Name of the case.
-        errors: Largest relative error of each kernel.
-        failures: One line for everything that is wrong.
-        seconds: Wall-clock time, compilation included.
-        crashed: Whether the case ended with an exception.
-    """
+    """Of a case: the largest relative error of each kernel, and a line for everything wrong."""
 
     name: str
     errors: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    seconds: float = 0.0
     crashed: bool = False
 
 
 def check_case(case: Case, device_name: str) -> Outcome:
     """Runs all comparisons of a case; an exception becomes a failure."""
-    outcome = Outcome(case.name)
-    began = time.perf_counter()
+    outcome, device = Outcome(case.name), torch.device(device_name)
     try:
-        device = torch.device(device_name)
         with triton_on(device):
             for kernel, error, problem in _comparisons(forms_on(device), make_inputs(case, device)):
                 outcome.errors[kernel] = max(error, outcome.errors.get(kernel, 0.0))
@@ -69,41 +63,28 @@ def check_case(case: Case, device_name: str) -> Outcome:
     except Exception as error:
         outcome.crashed = True
         outcome.failures.append(f"{type(error).__name__}: {str(error).strip()[:300]}")
-    outcome.seconds = time.perf_counter() - began
     return outcome
-
-
-_Comparison = tuple[str, float, str]
-"""Kernel, relative error, and what else is wrong or ""."""
 
 
 def _comparisons(forms: Forms, inputs: Inputs) -> Iterator[_Comparison]:
     device = inputs.query.device
-    expected = [
-        lse_and_column_sums(
-            _picked(inputs.query, trace.rows.to(device)),
-            trace.keys,
-            trace.positions.to(device),
-            trace.weights.to(device),
-            inputs.form,
-        )
-        for trace in inputs.traces
-    ]
-    yield from _check_lse(forms, inputs, torch.cat([lse for lse, _ in expected]))
-    column_sums = [sums for _, sums in expected]
-    yield from _check_column_sums(forms, inputs, column_sums)
+    # Eight-bit floats cannot be indexed.
+    query = inputs.query.float() if inputs.query.itemsize == 1 else inputs.query
+    expected = []
+    for t in inputs.traces:
+        placed = (t.positions.to(device), t.weights.to(device))
+        expected.append(lse_and_column_sums(query[t.rows.to(device)], t.keys, *placed, inputs.form))
+    layer = inputs.attention(inputs.paged_rows(inputs.accumulators()))
+    first, second = (forms.lse(layer) for _ in range(2))
+    lse = torch.cat([lse for lse, _ in expected])
+    if first.shape != lse.shape:
+        raise AssertionError(f"lse has shape {tuple(first.shape)}, not {tuple(lse.shape)}")
+    error = (first.double() - lse).abs() / lse.abs().clamp(min=1)
+    yield "lse", _number(error.max()), _repeats(first, second)
+    yield from _check_column_sums(forms, inputs, [sums for _, sums in expected])
     yield from _check_row_sums(forms, inputs)
     for fraction in EXACT_FRACTIONS:
         yield _check_proximity(forms, inputs, fraction)
-
-
-def _check_lse(forms: Forms, inputs: Inputs, expected: Tensor) -> Iterator[_Comparison]:
-    rows = inputs.paged_rows(inputs.accumulators())
-    first, second = (forms.lse(inputs.attention(rows)) for _ in range(2))
-    if first.shape != expected.shape:
-        raise AssertionError(f"lse has shape {tuple(first.shape)}, not {tuple(expected.shape)}")
-    error = (first.double() - expected).abs() / expected.abs().clamp(min=1)
-    yield "lse", _number(error.max()), _repeats(first, second)
 
 
 def _check_column_sums(
@@ -115,8 +96,9 @@ def _check_column_sums(
     whole, again, chunked = (inputs.accumulators() for _ in range(3))
     add(inputs.paged_rows(whole))
     add(inputs.paged_rows(again))
-    for rows in _halves(inputs, chunked):
-        add(rows)
+    add(inputs.paged_rows(chunked, half=0))
+    if any(part.rows > 1 for part in inputs.case.parts):
+        add(inputs.paged_rows(chunked, half=1))
     for index, sums in enumerate(expected):
         columns = sums.shape[1]
         ours, repeated, parts = (
@@ -127,20 +109,8 @@ def _check_column_sums(
         yield "column_sums_chunked", relative_error(parts, sums), ""
 
 
-def _halves(inputs: Inputs, sums: list[Accumulators]) -> Iterator[PagedRows]:
-    """Two calls that together cover every row; one where no trace has two rows."""
-    yield inputs.paged_rows(sums, half=0)
-    if any(part.rows > 1 for part in inputs.case.parts):
-        yield inputs.paged_rows(sums, half=1)
-
-
 def _untouched(sums: Accumulators, columns: int) -> str:
-    others = (
-        sums.column_sums[1 - LAYER],
-        sums.column_sums[LAYER, :, columns:],
-        sums.residual[1 - LAYER],
-        sums.stream[1 - LAYER],
-    )
+    others = [part[1 - LAYER] for part in sums] + [sums.column_sums[LAYER, :, columns:]]
     if all(bool((other == UNTOUCHED).all()) for other in others):
         return ""
     return "wrote outside its columns or layer"
@@ -158,7 +128,7 @@ def _check_row_sums(forms: Forms, inputs: Inputs) -> Iterator[_Comparison]:
         expected = trace.weights.to(device).double() @ residual
         for name in ("residual", "stream"):
             sums, repeated = getattr(ours, name)[LAYER], getattr(again, name)[LAYER]
-            problem = _repeats(sums, repeated) or _untouched(ours, trace.columns)
+            problem = _repeats(sums, repeated) or _untouched(ours, len(trace.keys))
             yield "row_sums", relative_error(sums, expected), problem
 
 
@@ -185,14 +155,10 @@ def _check_proximity(forms: Forms, inputs: Inputs, fraction: float) -> _Comparis
 
 
 def proximity_error(ours: Tensor, exact: Tensor, bounds: Tensor, fraction: float) -> float:
-    """How far tokens lie outside what they may be, relative to the proximities.
+    """How far tokens ``[N]`` lie outside what they may be, relative to the proximities.
 
-    Args:
-        ours: ``[N]``.
-        exact: ``[H, N]``, proximity of every pair.
-        bounds: ``[H, N]``, bounds on them.
-        fraction: Pairs with the largest bounds, which together hold this share of the total, are
-            exact; others lie between proximity and bound.
+    Pairs with the largest ``bounds``, which together hold ``fraction`` of the total, must be
+    ``exact``; others may lie between proximity and bound (both ``[H, N]``).
     """
     highest = exact
     if fraction < 1:
@@ -224,17 +190,6 @@ def _repeats(first: Tensor, second: Tensor) -> str:
     return "" if torch.equal(first, second) else "a second call gives other bits"
 
 
-def _picked(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a tensor of any float type; eight-bit floats cannot be indexed."""
-    return (tensor.float() if tensor.itemsize == 1 else tensor)[rows]
-
-
-_LONGEST_WAIT = 90.0
-"""Seconds without any result after which what is missing counts as lost."""
-
-_MOST_RETRIES = 12
-
-
 def run_checks(
     cases: Sequence[Case],
     device: str,
@@ -242,23 +197,16 @@ def run_checks(
     limit_seconds: float,
     on_done: Callable[[], None],
 ) -> dict[str, Any]:
-    """Checks all cases.
-
-    Args:
-        cases: What to check.
-        device: ``cuda`` or ``cpu``.
-        jobs: Processes; 1 runs the cases in this one.
-        limit_seconds: Time for all of them; what is left then is not run.
-        on_done: Called after every case.
+    """Checks all cases in ``jobs`` processes, or in this one.
 
     Returns:
-        ``cases``, ``failed``, ``not_run``, ``seconds``, ``errors`` (worst of each kernel by type)
-        and ``failures`` (name and lines).
+        ``cases``, ``failed``, ``not_run`` (names that the time did not suffice for), ``seconds``,
+        ``errors`` (worst of each kernel by type) and ``failures`` (name, lines and errors).
     """
     began = time.perf_counter()
     deadline = began + limit_seconds
+    outcomes: dict[str, Outcome] = {}
     if jobs == 1:
-        outcomes: dict[str, Outcome] = {}
         for case in cases:
             if time.perf_counter() > deadline:
                 break
@@ -268,11 +216,22 @@ def run_checks(
         outcomes = _run_pool(cases, device, jobs, deadline, on_done)
         again = [c for c in cases if c.name not in outcomes or outcomes[c.name].crashed]
         for case in again[:_MOST_RETRIES]:
-            remaining = deadline - time.perf_counter()
-            if remaining > 0:
-                alone = _run_pool([case], device, 1, time.perf_counter() + remaining, on_done)
-                outcomes.update(alone)
-    return _summary(cases, outcomes, time.perf_counter() - began)
+            outcomes |= _run_pool([case], device, 1, deadline, on_done)
+    worst: dict[str, dict[str, float]] = {}
+    for case in cases:
+        kind = worst.setdefault("float32" if case.tolerance < 1e-4 else "narrower", {})
+        if case.name in outcomes:
+            for kernel, error in outcomes[case.name].errors.items():
+                kind[kernel] = max(error, kind.get(kernel, 0.0))
+    failed = [outcome for outcome in outcomes.values() if outcome.failures]
+    return {
+        "cases": len(cases),
+        "failed": len(failed),
+        "not_run": [case.name for case in cases if case.name not in outcomes],
+        "seconds": time.perf_counter() - began,
+        "errors": worst,
+        "failures": [{"name": o.name, "failures": o.failures, "errors": o.errors} for o in failed],
+    }
 
 
 def _run_pool(
@@ -280,6 +239,8 @@ def _run_pool(
 ) -> dict[str, Outcome]:
     """What finished, by name. Ends its processes in any case."""
     outcomes: dict[str, Outcome] = {}
+    if time.perf_counter() > deadline:
+        return outcomes
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # Terminates on leaving.
         results = pool.imap_unordered(_check, [(case, device) for case in cases])
         for _ in cases:
@@ -295,25 +256,3 @@ def _run_pool(
 
 def _check(arguments: tuple[Case, str]) -> Outcome:
     return check_case(*arguments)
-
-
-def _summary(cases: Sequence[Case], outcomes: dict[str, Outcome], seconds: float) -> dict[str, Any]:
-    done = list(outcomes.values())
-    worst: dict[str, dict[str, float]] = {}
-    for case in cases:
-        outcome = outcomes.get(case.name)
-        for kernel, error in (outcome.errors if outcome else {}).items():
-            kind = worst.setdefault("float32" if case.tolerance < 1e-4 else "narrower", {})
-            kind[kernel] = max(error, kind.get(kernel, 0.0))
-    return {
-        "cases": len(cases),
-        "failed": sum(bool(outcome.failures) for outcome in done),
-        "not_run": [case.name for case in cases if case.name not in outcomes],
-        "seconds": seconds,
-        "errors": worst,
-        "failures": [
-            {k: v for k, v in asdict(o).items() if k in ("name", "failures", "errors")}
-            for o in done
-            if o.failures
-        ],
-    }

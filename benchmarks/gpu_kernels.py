@@ -19,14 +19,22 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import plain
+import torch
+import triton
+from rich.progress import Progress, track
+
+from benchmarks import gpu_timing as sizes
+from benchmarks.gpu_cases import full_grid, small_grid
+from benchmarks.gpu_checks import run_checks
+from benchmarks.gpu_tune import tune
+from benchmarks.tables import emit, plain
 
 CORRECTNESS_SECONDS = 240.0
 TIMING_SECONDS = 150.0
@@ -48,39 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--interpret", "--dry-run", action="store_true", help="tiny shapes on the CPU"
     )
     options = parser.parse_args(arguments)
-    if os.environ.pop("TRITON_INTERPRET", "0") == "1":
-        print("TRITON_INTERPRET is ignored; --interpret runs on the CPU", file=sys.stderr)
-    import torch
-
     if not options.interpret and not torch.cuda.is_available():
         print("no CUDA device; --interpret runs tiny shapes on the CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu" if options.interpret else "cuda")
-    from benchmarks.gpu_timing import triton_on
-
-    result = _header(options, device)
-    if not options.tune and not options.skip_correctness:
-        result["correctness"] = _check(options, device)
-    with triton_on(device):
-        if options.tune:
-            result["tiles"] = _tune(options, device)
-        elif not options.skip_timings:
-            result.update(_time(options, device))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    checked = result.get("correctness")
-    return int(checked is not None and bool(checked["failed"] or checked["not_run"]))
-
-
-def _header(options: argparse.Namespace, device: Any) -> dict[str, Any]:
-    import torch
-    import triton
-
-    from benchmarks.gpu_timing import peak_of
-
-    peak = peak_of(device)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
+    peak = sizes.peak_of(device)
+    result: dict[str, Any] = {
+        "device": "interpreter" if options.interpret else torch.cuda.get_device_name(device),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -88,14 +70,30 @@ def _header(options: argparse.Namespace, device: Any) -> dict[str, Any]:
         "repeats": options.repeats,
         "peak": peak and peak._asdict(),
     }
+    checked = None
+    if not options.tune and not options.skip_correctness:
+        checked = result["correctness"] = check(options, device)
+    text = ""
+    with sizes.triton_on(device):
+        if options.tune:
+            layers = [(sizes.SHAPES[0], 16384, 1024), (sizes.SHAPES[0], 65536, 32)]
+            tiny = [(sizes.TINY_SHAPES[0], 40, 4)]
+            found = (
+                tune(tiny, device, options.repeats, 4.0)
+                if options.interpret
+                else tune(layers, device, options.repeats, TUNE_SECONDS)
+            )
+            rows = result["tiles"] = list(track(found, "tiles"))
+            text = plain([{k: v if k == "key" else str(v) for k, v in row.items()} for row in rows])
+        elif not options.skip_timings:
+            result.update(time_all(options, device))
+            text = plain(result["timings"])
+    emit(result, text, options.json)
+    return int(checked is not None and bool(checked["failed"] or checked["not_run"]))
 
 
-def _check(options: argparse.Namespace, device: Any) -> dict[str, Any]:
-    from rich.progress import Progress
-
-    from benchmarks.gpu_cases import full_grid, small_grid
-    from benchmarks.gpu_checks import run_checks
-
+def check(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Compares the kernels with float64 and prints what was wrong."""
     cases = small_grid() if options.interpret else full_grid()
     with Progress() as progress:
         bar = progress.add_task("cases against float64", total=len(cases))
@@ -118,44 +116,18 @@ def _check(options: argparse.Namespace, device: Any) -> dict[str, Any]:
     return checked
 
 
-def _time(options: argparse.Namespace, device: Any) -> dict[str, Any]:
+def time_all(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Timings until the time is up; ``complete`` says whether that was all."""
-    import time
-
-    from rich.progress import track
-
-    from benchmarks import gpu_timing as sizes
-    from benchmarks.gpu_timing import Bench
-
-    bench = Bench.on(device, options.repeats)
-    shapes, contexts, counts = sizes.SHAPES, sizes.CONTEXTS, sizes.ROWS
+    grid = (sizes.SHAPES, sizes.CONTEXTS, sizes.ROWS)
     if options.interpret:
-        shapes, contexts, counts = sizes.TINY_SHAPES, sizes.TINY_CONTEXTS, sizes.TINY_ROWS
-    deadline, rows, complete = time.perf_counter() + TIMING_SECONDS, [], True
-    for row in track(bench.time_all(shapes, contexts, counts), "timings"):
+        grid = (sizes.TINY_SHAPES, sizes.TINY_CONTEXTS, sizes.TINY_ROWS)
+    deadline, rows = time.perf_counter() + TIMING_SECONDS, []
+    for row in track(sizes.Bench(device, options.repeats).time_all(*grid), "timings"):
         rows.append(row)
         if time.perf_counter() > deadline:
-            complete = False
-            break
-    print(plain(rows))
-    if not complete:
-        print("The time was up before all shapes were timed.", file=sys.stderr)
-    return {"timings": rows, "complete": complete}
-
-
-def _tune(options: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
-    from rich.progress import track
-
-    from benchmarks import gpu_timing as sizes
-    from benchmarks.gpu_tune import tune
-
-    layers, limit = [(sizes.SHAPES[0], 16384, 1024), (sizes.SHAPES[0], 65536, 32)], TUNE_SECONDS
-    if options.interpret:
-        layers, limit = [(sizes.TINY_SHAPES[0], 40, 4)], 4.0
-    rows = list(track(tune(layers, device, options.repeats, limit), "tiles"))
-    tiles = [{k: str(row[k]) for k in ("default", "best")} for row in rows]
-    print(plain([{**row, **tile} for row, tile in zip(rows, tiles, strict=True)]))
-    return rows
+            print("The time was up before all shapes were timed.", file=sys.stderr)
+            return {"timings": rows, "complete": False}
+    return {"timings": rows, "complete": True}
 
 
 if __name__ == "__main__":

@@ -34,132 +34,20 @@ from vllm_flashtrace.kernels import (
     RowSegment,
 )
 
+FRACTIONS = (0.9, 1.0)
+FAR_SHARE = 0.02
+"""Share of pairs that needs more than the nearest coordinates; on real text 1 to 3 in a hundred."""
+
+_NEAREST, _BLOCK_SIZE = 8, 16
+_LARGEST_LOGITS_BYTES = 8 << 30
 _FLUSHED_BYTES = 256 << 20
-_WARM_UPS = 3
-_HOST_CALLS = 10
+_WARM_UPS, _HOST_CALLS = 3, 10
 
-
-class Peak(NamedTuple):
-    """Best rates per second: 16-bit matrix products, memory, exponentials."""
-
-    flops: float
-    bytes: float
-    exponentials: float
-
-
-# Dense bfloat16 and memory from NVIDIA's data sheets; exponentials: 16 a clock of each of 132
-# multiprocessors at 1.83 GHz.
-_PEAKS = {
-    "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12, 3.9e12),
-    "NVIDIA H200": Peak(989e12, 4.8e12, 3.9e12),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a call has to do at least.
-
-    Attributes:
-        flops: Of matrix products, a multiply-add counted twice.
-        bytes: Read or written once.
-        exponentials: One for every visible pair of a row and a key, head and pass.
-    """
-
-    flops: float
-    bytes: float
-    exponentials: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Times of a call in milliseconds: on the device, and until the host may go on."""
-
-    ms: float
-    host_ms: float
-
-    def against(self, cost: Cost, peak: Peak | None) -> dict[str, float | None]:
-        """Rates reached, and the floor: the longer of products and memory at their best rates."""
-        floor = None
-        if peak is not None:
-            floor = 1e3 * max(cost.flops / peak.flops, cost.bytes / peak.bytes)
-        return {
-            "ms": self.ms,
-            "host_ms": self.host_ms,
-            "tflops": cost.flops / self.ms / 1e9,
-            "gbs": cost.bytes / self.ms / 1e6,
-            "floor_ms": floor,
-            "exponentials_ms": peak and 1e3 * cost.exponentials / peak.exponentials,
-            "ratio_to_floor": floor and self.ms / floor,
-        }
-
-
-def peak_of(device: torch.device) -> Peak | None:
-    """Best rates of a device, None if it is not one whose rates are known."""
-    if device.type != "cuda":
-        return None
-    return _PEAKS.get(torch.cuda.get_device_name(device))
-
-
-class Stopwatch:
-    """Measures calls on one device."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        """Takes the memory that flushes the cache.
-
-        Args:
-            device: Where calls run.
-            repeats: Timed calls of which the median counts.
-        """
-        self.device = device
-        self.repeats = repeats
-        on_gpu = device.type == "cuda"
-        self._flush = torch.empty(_FLUSHED_BYTES if on_gpu else 0, dtype=torch.int8, device=device)
-
-    def measure(self, call: Callable[[], object]) -> Measured:
-        """Times a call; the first ones, which compile, do not count."""
-        warm_ups = _WARM_UPS if self.device.type == "cuda" else 1
-        for _ in range(warm_ups):
-            call()
-        self.wait()
-        host_calls = _HOST_CALLS if self.device.type == "cuda" else 1
-        began = time.perf_counter()
-        for _ in range(host_calls):
-            call()
-        host_ms = 1e3 * (time.perf_counter() - began) / host_calls
-        self.wait()
-        return Measured(self.median_ms(call), host_ms)
-
-    def median_ms(self, call: Callable[[], object]) -> float:
-        """Device time of a call that is warm already."""
-        return statistics.median(self._times(call))
-
-    def wait(self) -> None:
-        """Until the device has done all work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _times(self, call: Callable[[], object]) -> list[float]:
-        if self.device.type != "cuda":
-            times = []
-            for _ in range(self.repeats):
-                began = time.perf_counter()
-                call()
-                times.append(1e3 * (time.perf_counter() - began))
-            return times
-        pairs = []
-        for _ in range(self.repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
-            start.record()
-            call()
-            end.record()
-            pairs.append((start, end))
-        self.wait()
-        return [start.elapsed_time(end) for start, end in pairs]
+Row = dict[str, Any]
 
 
 class Forms(NamedTuple):
-    """What is checked and timed.
+    """The kernels that are checked and timed, under one name each.
 
     Attributes:
         lse: As `kernels.paged_lse`.
@@ -188,39 +76,94 @@ def triton_on(device: torch.device) -> AbstractContextManager[None]:
 
 
 def forms_on(device: torch.device) -> Forms:
-    """The forms that run on a device."""
+    """On a GPU the product's functions, elsewhere their Triton forms, for the interpreter."""
     from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
     from vllm_flashtrace.kernels.triton_lse import row_offsets, triton_lse
     from vllm_flashtrace.kernels.triton_proximity import triton_proximity
     from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
+    passes = (row_offsets, triton_column_sums)
     if device.type == "cuda":
-        return Forms(
-            kernels.paged_lse,
-            kernels.paged_column_sums,
-            row_offsets,
-            triton_column_sums,
-            kernels.add_row_sums,
-            kernels.proximity,
-        )
+        sums = (kernels.add_row_sums, kernels.proximity)
+        return Forms(kernels.paged_lse, kernels.paged_column_sums, *passes, *sums)
 
     def both(inputs: AttentionInputs, layer: int) -> None:
         triton_column_sums(inputs, layer, row_offsets(inputs))
 
-    return Forms(
-        triton_lse, both, row_offsets, triton_column_sums, triton_row_sums, triton_proximity
-    )
+    return Forms(triton_lse, both, *passes, triton_row_sums, triton_proximity)
 
 
-FAR_SHARE = 0.02
-"""Share of pairs that needs more than the nearest coordinates; on real text 1 to 3 in a hundred."""
+class Peak(NamedTuple):
+    """Best rates per second: dense bfloat16 products and memory, from NVIDIA's data sheets."""
 
-_NEAREST = 8
-_BLOCK_SIZE = 16
+    flops: float
+    bytes: float
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+_PEAKS = {
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12),
+    "NVIDIA H200": Peak(989e12, 4.8e12),
+}
+
+
+def peak_of(device: torch.device) -> Peak | None:
+    """Best rates of a device, None if it is not one whose rates are known."""
+    return _PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+class Cost(NamedTuple):
+    """What a call has to do at least: a multiply-add counts as two flops, memory once."""
+
+    flops: float
+    bytes: float
+
+
+class Stopwatch:
+    """Measures calls on one device."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        """Takes the memory that flushes the cache; the median of ``repeats`` calls counts."""
+        self.device, self.repeats = device, repeats
+        self._on_gpu = device.type == "cuda"
+        size = _FLUSHED_BYTES if self._on_gpu else 0
+        self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def measure(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Milliseconds on the device and until the host may go on; first calls do not count."""
+        for _ in range(_WARM_UPS if self._on_gpu else 1):
+            call()
+        self.wait()
+        host_calls = _HOST_CALLS if self._on_gpu else 1
+        began = time.perf_counter()
+        for _ in range(host_calls):
+            call()
+        host_ms = 1e3 * (time.perf_counter() - began) / host_calls
+        self.wait()
+        if not self._on_gpu:
+            return statistics.median(self._host_ms(call) for _ in range(self.repeats)), host_ms
+        pairs = []
+        for _ in range(self.repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+            pairs.append((start, end))
+        self.wait()
+        return statistics.median(start.elapsed_time(end) for start, end in pairs), host_ms
+
+    def wait(self) -> None:
+        """Until the device has done all work."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def _host_ms(self, call: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+
+
+class Shape(NamedTuple):
     """Attention of one layer: query heads H, key/value heads G, head size d, hidden size D."""
 
     name: str
@@ -242,7 +185,7 @@ TINY_CONTEXTS, TINY_ROWS = (48,), (4, 32)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """bfloat16 tensors of one layer whose last tokens are target rows.
+    """bfloat16 tensors of one layer whose last tokens are target rows, in blocks in no order.
 
     Attributes:
         shape: The model.
@@ -260,21 +203,18 @@ class Layer:
 
     @classmethod
     def draw(cls, shape: Shape, context: int, count: int, device: torch.device) -> Layer:
-        """Random keys, values and queries in blocks that lie in no order."""
+        """Random keys, values and queries."""
         blocks = -(-context // _BLOCK_SIZE)
         size = (blocks, shape.groups, _BLOCK_SIZE, 2 * shape.head_dim)
         query = torch.randn(count, shape.heads, shape.head_dim, device=device).bfloat16()
         cache = torch.randn(size, device=device, dtype=torch.bfloat16)
+        streams = (torch.zeros(1, shape.hidden, device=device) for _ in range(2))
         segment = RowSegment(
             torch.arange(count),
             torch.arange(context - count, context),
             torch.full((count,), 1 / count),
             torch.randperm(blocks).int().to(device),
-            Accumulators(
-                torch.zeros(1, shape.heads, context, device=device),
-                torch.zeros(1, shape.hidden, device=device),
-                torch.zeros(1, shape.hidden, device=device),
-            ),
+            Accumulators(torch.zeros(1, shape.heads, context, device=device), *streams),
         )
         rows = PagedRows.build([segment], shape.heads, shape.groups, device)
         keys, values = cache.split(shape.head_dim, dim=3)
@@ -286,31 +226,19 @@ class Layer:
         """The block table."""
         return self.inputs.rows.segments[0].block_table
 
-    @property
-    def pairs(self) -> int:
-        """Visible pairs of a row and a key, counted exactly."""
-        return self.count * (self.context - self.count) + self.count * (self.count + 1) // 2
-
     def attention_cost(self, passes: int) -> Cost:
         """Of so many passes, each a product of queries with all visible keys."""
-        shape = self.shape
-        vectors = self.count * shape.heads + self.context * shape.groups
-        numbers = self.count * shape.heads + (shape.heads * self.context if passes > 1 else 0)
-        return Cost(
-            passes * 2.0 * shape.head_dim * shape.heads * self.pairs,
-            passes * 2.0 * vectors * shape.head_dim + 4.0 * numbers,
-            float(passes * shape.heads * self.pairs),
-        )
+        shape, count = self.shape, self.count
+        pairs = count * (self.context - count) + count * (count + 1) // 2  # visible, exactly
+        vectors = count * shape.heads + self.context * shape.groups
+        numbers = count * shape.heads + (shape.heads * self.context if passes > 1 else 0)
+        flops = passes * 2.0 * shape.head_dim * shape.heads * pairs
+        return Cost(flops, passes * 2.0 * vectors * shape.head_dim + 4.0 * numbers)
 
     def whole_attention_cost(self) -> Cost:
         """Of attention itself: logits and outputs, with queries, keys, values and outputs."""
         vectors = self.count * self.shape.heads + self.context * self.shape.groups
-        once = self.attention_cost(1)
-        return Cost(2 * once.flops, 2 * 2.0 * vectors * self.shape.head_dim, once.exponentials)
-
-    def row_sums_cost(self) -> Cost:
-        """Of one weighted sum over the rows of a bfloat16 stream."""
-        return Cost(2.0 * self.count * self.shape.hidden, 2.0 * self.count * self.shape.hidden)
+        return Cost(2 * self.attention_cost(1).flops, 2 * 2.0 * vectors * self.shape.head_dim)
 
 
 def draw_proximity(layer: Layer) -> tuple[ProximityInputs, float]:
@@ -341,31 +269,17 @@ def proximity_cost(layer: Layer, far_share: float) -> Cost:
     An ``exact_fraction`` below 1 leaves some of these out; its floor is the same.
     """
     shape, pairs = layer.shape, layer.shape.heads * layer.context
-    near = 2.0 * shape.head_dim * (1 + _NEAREST) * pairs
-    far = 2.0 * shape.head_dim * shape.hidden * far_share * pairs
+    flops = 2.0 * shape.head_dim * pairs * (1 + _NEAREST + shape.hidden * far_share)
     numbers = pairs + layer.context + (shape.heads + 1) * shape.hidden
-    values = layer.context * shape.groups * shape.head_dim
-    weight = shape.hidden * shape.heads * shape.head_dim
-    return Cost(near + far, 2.0 * (values + weight) + 4.0 * numbers)
+    halves = (layer.context * shape.groups + shape.hidden * shape.heads) * shape.head_dim
+    return Cost(flops, 2.0 * halves + 4.0 * numbers)
 
 
-FRACTIONS = (0.9, 1.0)
-_LARGEST_LOGITS_BYTES = 8 << 30
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Bench:
-    """What all measurements share."""
+    """Times every operation on one device."""
 
-    stopwatch: Stopwatch
-    forms: Forms
-
-    @classmethod
-    def on(cls, device: torch.device, repeats: int) -> Bench:
-        """For a device."""
-        return cls(Stopwatch(device, repeats), forms_on(device))
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.stopwatch, self.forms = Stopwatch(device, repeats), forms_on(device)
 
     def time_all(
         self, shapes: Sequence[Shape], contexts: Sequence[int], counts: Sequence[int]
@@ -378,67 +292,70 @@ class Bench:
                     if count <= context:
                         layer = Layer.draw(shape, context, count, self.stopwatch.device)
                         yield from self.attention(layer)
-                        yield self.row_sums(layer)
                 if layer is not None:
                     yield from self.proximity(layer)
 
     def attention(self, layer: Layer) -> Iterator[Row]:
-        """The passes over the attention matrix, and PyTorch's forward pass on the same shape."""
-        inputs, rows = layer.inputs, layer.inputs.rows
+        """What is done for rows, beside PyTorch's forward pass on the same shape."""
+        inputs, rows, shape = layer.inputs, layer.inputs.rows, layer.shape
         first = self.forms.first_pass(inputs)
 
         def first_of_step() -> None:
-            heads = (layer.shape.heads, layer.shape.groups)
-            fresh = PagedRows.build(rows.segments, *heads, rows.device)
+            fresh = PagedRows.build(rows.segments, shape.heads, shape.groups, rows.device)
             self.forms.column_sums(replace(inputs, rows=fresh), 0)
 
-        calls = {
+        calls: dict[str, tuple[int, Callable[[], object]]] = {
             "paged_lse": (1, lambda: self.forms.lse(inputs)),
             "first pass": (1, lambda: self.forms.first_pass(inputs)),
             "second pass": (1, lambda: self.forms.second_pass(inputs, 0, first)),
             "paged_column_sums": (2, lambda: self.forms.column_sums(inputs, 0)),
             "paged_column_sums, first layer": (2, first_of_step),
         }
-        theirs, backend = self._torch_attention(layer)
-        if theirs is not None:
+        call, backend = self._torch_attention(layer)
+        theirs = None
+        if call is not None:
             cost = layer.whole_attention_cost()
-            yield self._row("PyTorch attention", layer, theirs, cost, backend=backend)
+            row = self._row("PyTorch attention", layer, call, cost, backend=backend)
+            theirs = row["ms"]
+            yield row
         for name, (passes, call) in calls.items():
-            measured = self.stopwatch.measure(call)
-            ratio = theirs and measured.ms / theirs.ms
-            cost = layer.attention_cost(passes)
-            yield self._row(name, layer, measured, cost, ratio_to_torch=ratio)
-
-    def row_sums(self, layer: Layer) -> Row:
-        """One of the two sums of a layer."""
-        residual = torch.randn(layer.count, layer.shape.hidden, device=layer.values.device)
-        residual = residual.bfloat16()
-        measured = self.stopwatch.measure(
-            lambda: self.forms.row_sums(residual, layer.inputs.rows, 0, "stream")
-        )
-        return self._row("add_row_sums", layer, measured, layer.row_sums_cost())
+            row = self._row(name, layer, call, layer.attention_cost(passes))
+            yield {**row, "ratio_to_torch": theirs and row["ms"] / theirs}
+        residual = torch.randn(layer.count, shape.hidden, device=layer.values.device).bfloat16()
+        numbers = 2.0 * layer.count * shape.hidden
+        call = partial(self.forms.row_sums, residual, rows, 0, "stream")
+        yield self._row("add_row_sums", layer, call, Cost(numbers, numbers))
 
     def proximity(self, layer: Layer) -> Iterator[Row]:
         """At each exact fraction; the rows do not matter."""
         inputs, far = draw_proximity(layer)
         for fraction in FRACTIONS:
             call = partial(self.forms.proximity, inputs, exact_fraction=fraction)
-            name = f"proximity, exact fraction {fraction}"
-            cost = proximity_cost(layer, far)
-            row = self._row(name, layer, self.stopwatch.measure(call), cost, far_share=far)
-            yield {**row, "rows": None}
+            name, cost = f"proximity, exact fraction {fraction}", proximity_cost(layer, far)
+            yield {**self._row(name, layer, call, cost, far_share=far), "rows": None}
 
-    def _row(self, name: str, layer: Layer, measured: Measured, cost: Cost, **more: Any) -> Row:
+    def _row(
+        self, name: str, layer: Layer, call: Callable[[], object], cost: Cost, **more: Any
+    ) -> Row:
+        """Times, rates reached, and the floor: the longer of products and memory at best rates."""
+        ms, host_ms = self.stopwatch.measure(call)
+        peak = peak_of(self.stopwatch.device)
+        floor = peak and 1e3 * max(cost.flops / peak.flops, cost.bytes / peak.bytes)
         return {
             "operation": name,
             "layer": layer.shape.name,
             "context": layer.context,
             "rows": layer.count,
-            **measured.against(cost, peak_of(self.stopwatch.device)),
+            "ms": ms,
+            "host_ms": host_ms,
+            "tflops": cost.flops / ms / 1e9,
+            "gbs": cost.bytes / ms / 1e6,
+            "floor_ms": floor,
+            "ratio_to_floor": floor and ms / floor,
             **more,
         }
 
-    def _torch_attention(self, layer: Layer) -> tuple[Measured | None, str]:
+    def _torch_attention(self, layer: Layer) -> tuple[Callable[[], object] | None, str]:
         """Causal attention from the lower right, keys and values contiguous and not paged."""
         table = layer.table.long()
         query = layer.inputs.query.transpose(0, 1)[None].contiguous()
@@ -450,19 +367,16 @@ class Bench:
         logits_bytes = 2 * layer.shape.heads * layer.count * layer.context
         if backend == "math" and logits_bytes > _LARGEST_LOGITS_BYTES:
             return None, backend
-        bias = causal_lower_right(layer.count, layer.context)
-        grouped = layer.shape.heads != layer.shape.groups
-        measured = self.stopwatch.measure(
-            lambda: scaled_dot_product_attention(
-                query,
-                keys,
-                values,
-                attn_mask=bias,
-                scale=layer.inputs.form.scale,
-                enable_gqa=grouped,
-            )
+        call = partial(
+            scaled_dot_product_attention,
+            query,
+            keys,
+            values,
+            attn_mask=causal_lower_right(layer.count, layer.context),
+            scale=layer.inputs.form.scale,
+            enable_gqa=layer.shape.heads != layer.shape.groups,
         )
-        return measured, backend
+        return call, backend
 
 
 def sdpa_backend(query: Tensor, keys: Tensor, values: Tensor) -> str:
@@ -470,16 +384,12 @@ def sdpa_backend(query: Tensor, keys: Tensor, values: Tensor) -> str:
 
     The choice that `torch.nn.attention.bias.CausalBias` makes where rows and keys differ in number.
     """
-    from torch.backends.cuda import (
-        SDPAParams,
-        can_use_efficient_attention,
-        can_use_flash_attention,
-    )
+    from torch.backends import cuda
 
     if not query.is_cuda:
         return "math"
     grouped = query.shape[1] != keys.shape[1]
-    parameters = SDPAParams(query, keys, values, None, 0.0, False, grouped)
-    if can_use_flash_attention(parameters):
+    parameters = cuda.SDPAParams(query, keys, values, None, 0.0, False, grouped)
+    if cuda.can_use_flash_attention(parameters):
         return "flash"
-    return "efficient" if can_use_efficient_attention(parameters) else "math"
+    return "efficient" if cuda.can_use_efficient_attention(parameters) else "math"

@@ -106,7 +106,7 @@ def _search(
     tiles = module._TILES
     used = tiles[key]
     expected = call().clone()
-    default_ms = best_ms = stopwatch.measure(call).ms
+    default_ms = best_ms = stopwatch.measure(call)[0]
     best, tried, refused = used, {used}, []
     deadline = time.perf_counter() + seconds
     try:
@@ -121,7 +121,7 @@ def _search(
                 tiles[key] = tile
                 try:
                     agrees = _agree(call(), expected)
-                    ms = stopwatch.measure(call).ms if agrees else float("inf")
+                    ms = stopwatch.measure(call)[0] if agrees else float("inf")
                 except Exception as error:  # Too much shared memory, or too many registers.
                     stopwatch.wait()  # Raises if the device is lost.
                     refused.append([tuple(tile), f"{type(error).__name__}: {error}"[:120]])
