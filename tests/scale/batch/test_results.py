@@ -99,8 +99,21 @@ def test_table(tmp_path: Path) -> None:
     assert (first["message"], first["start"], first["end"]) == ([0, None], [0, None], [1, None])
     assert first["tokens"] == ["a?", "<|im_end|>"]
     assert first["hops"][0]["reasoning_mass"] == 0.1
+    assert (first["part"], first["auto_stopped"]) == ([None, None], None)
     assert rows[1]["text"] == "no 1" and rows[1]["error_code"] == "target_not_found"
     assert rows[3]["error_message"] == "stream has no place"
+
+
+def test_every_field_of_a_score_and_of_a_hop_has_a_column() -> None:
+    names = result_schema().names
+    lists = {"index": "indices", "score": "scores", "token_id": "token_ids", "token": "tokens"}
+    assert {lists.get(name, name) for name in TokenScore.model_fields} <= set(names)
+    hop = result_schema().field("hops").type.value_type
+    assert {hop.field(i).name for i in range(hop.num_fields)} == {*HopMass.model_fields} - {
+        "scores"
+    }
+    masses = [name for name in AttributionObject.model_fields if name.endswith("_mass")]
+    assert len(masses) == 4 and set(masses) <= set(names)
 
 
 def test_finishing_again_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -62,8 +62,9 @@ def test_defaults_give_way() -> None:
 @pytest.mark.parametrize(
     ("row", "field"),
     [
-        ([], "object"),
-        ("text", "object"),
+        ([], r"object, got \[\]"),
+        ("text", 'object, got "text"'),
+        (None, "object, got null"),
         ({}, "messages"),
         ({"messages": [USER], "prompt": "x"}, "messages"),
         ({"messages": "x"}, "messages"),

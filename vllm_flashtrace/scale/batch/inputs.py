@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_flashtrace.api.checks import check_messages, check_text, is_unicode
+from vllm_flashtrace.api.checks import check_messages, check_text, is_unicode, shown
 from vllm_flashtrace.base.errors import FlashTraceError, InvalidRequestError
 
 CHAT, COMPLETIONS, ATTRIBUTIONS = "/v1/chat/completions", "/v1/completions", "/v1/attributions"
@@ -200,9 +200,10 @@ def request_of(value: Any, defaults: Defaults) -> Request:
         RowError: Naming the field at fault.
     """
     if not isinstance(value, Mapping):
-        raise RowError("invalid_row", f"a row is a JSON object, got {value!r:.80}")
+        raise RowError("invalid_row", f"a row is a JSON object, got {shown(value)}")
     if value.get("custom_id") is not None and custom_id_of(value) is None:
-        raise _bad("custom_id", f"must be a text of 1 to {_LONGEST_ID} characters")
+        got = shown(value["custom_id"])
+        raise _bad("custom_id", f"must be a text of 1 to {_LONGEST_ID} characters, got {got}")
     request = _batch_request(value) if _BATCH_KEYS & {*value} - {"custom_id"} else _plain(value)
     _check_body(request)
     return _with_defaults(request, defaults)
@@ -212,12 +213,12 @@ def _batch_request(value: Mapping[str, Any]) -> Request:
     for name in sorted({*value} - _BATCH_KEYS):
         raise _bad(name, f"is no field of a batch row ({', '.join(sorted(_BATCH_KEYS))})")
     if value.get("method", "POST") != "POST":
-        raise _bad("method", "must be POST")
+        raise _bad("method", f"must be POST, got {shown(value['method'])}")
     url, body = value.get("url"), value.get("body")
     if url not in ROUTES:
-        raise _bad("url", f"must be one of {', '.join(ROUTES)}")
+        raise _bad("url", f"must be one of {', '.join(ROUTES)}, got {shown(url)}")
     if not isinstance(body, Mapping):
-        raise _bad("body", "must be an object")
+        raise _bad("body", f"must be an object, got {shown(body)}")
     return Request(str(url), dict(body))
 
 
