@@ -1,8 +1,9 @@
 """Every change this package makes to a private vLLM interface, one module each.
 
-Invariant: all patches for a platform are applied or none. Each module checks the signatures it
-relies on; if one does not fit the installed vLLM, nothing is patched and the server runs without
-attribution.
+Each module has ``check``, which compares the signatures it relies on with the installed vLLM, and
+``apply``. All checks run before the first change: if one fails, nothing is patched, and vLLM serves
+without attribution. A wrapper calls the stock function whatever happens in its own code; only
+``engine_options`` raises, to refuse bad options.
 
 | module                  | platform | changes                                         |
 | ----------------------- | -------- | ----------------------------------------------- |

@@ -1,7 +1,7 @@
 """Signature checks that patches share.
 
-Invariant: a check looks at names of parameters only, so that added defaults in a vLLM patch release
-do not disable the plugin, while a moved or renamed interface does.
+They compare names of parameters only: a vLLM release that adds a parameter with a default still
+fits, one that moves or renames an interface does not.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 What it changes: vLLM's registry entries for ``CPU_ATTN``, or on CUDA for ``FLASH_ATTN``,
 ``TRITON_ATTN`` and ``FLASHINFER``, name subclasses of the stock backends. A subclass differs in its
 implementation class only, and that class adds nothing but the mixin ``RecordingAttention``, which
-calls the current observer after the stock ``forward``; there is an observer only during a step that
-computes target rows of a trace. A CUDA entry that another plugin has overridden already is left
-alone; traces are then refused where that backend is used.
+calls the current observer after the stock ``forward``. There is an observer only during a step that
+computes target rows of a trace. An entry that another plugin has overridden is left alone; traces
+are then refused where that backend is used.
 
-Why here: ``register_backend`` is vLLM's public extension point and overriding a member keeps vLLM's
-own backend selection. The signature of ``forward`` is private. Entries are paths, and the classes
-are made when a path is looked up, so that FlashAttention and FlashInfer are imported only where
-vLLM itself does so; for the same reason signatures are read from the source.
+Why here: ``register_backend`` is vLLM's public extension point, and overriding a member keeps
+vLLM's own backend selection, but the signature of ``forward`` is private. Entries are paths, and
+the classes are made when a path is looked up, so FlashAttention and FlashInfer are imported only
+where vLLM itself imports them. For the same reason signatures are read from the source.
 
 Tested on: vLLM 0.32.0.
 """

@@ -1,10 +1,11 @@
 """Tells which engine a request is sent to, where there are several.
 
-What it changes: ``DPLBAsyncMPClient.get_core_engine_for_request``, which picks one of the engines
-of a data-parallel server for each request, is followed by a note of what it chose.
+What it changes: ``DPLBAsyncMPClient.get_core_engine_for_request`` picks one of the engines of a
+data-parallel server for each request. After it, the rank of the engine is noted for the task that
+added the request. The choice itself is not touched.
 
-Why here: vLLM forgets the choice when the request ends, and no output carries it. The trace of a
-completion must run where the completion's prefix cache is.
+Why here: no output carries the rank, and vLLM forgets it when the request ends. The trace of a
+completion must run on the engine that holds the completion's prefix cache.
 
 Tested on: vLLM 0.32.0.
 """
@@ -12,15 +13,13 @@ Tested on: vLLM 0.32.0.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.trace.engines import note_rank
-
-logger = logging.getLogger("vllm.flashtrace")
 
 
 def check() -> None:
@@ -42,7 +41,7 @@ def apply() -> None:
         try:
             note_rank(self.core_engines.index(engine))
         except Exception as error:
-            # Traces of this request run on any engine, without its cache.
+            # Traces of this request then run on any engine, without its cache.
             _log_once(type(error).__name__, str(error))
         return engine
 

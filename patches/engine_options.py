@@ -1,11 +1,11 @@
-"""Refuses bad options of ours before anything starts.
+"""Refuses bad plugin options before anything starts.
 
-What it changes: ``EngineArgs.create_engine_config`` first reads our section of
-``additional_config`` and raises ValueError where it is bad. In every layout (several API servers,
-data parallel, headless, offline) vLLM calls it before it starts an engine.
+What it changes: ``EngineArgs.create_engine_config`` first reads the ``flashtrace`` section of
+``additional_config`` and raises ValueError if it is bad. vLLM calls it before it starts an engine
+in every layout: several API servers, data parallel, headless, offline.
 
 Why here: vLLM passes ``additional_config`` on unread, and a plugin sees it only when the engine is
-up: a misspelt key would cost a model load.
+up. A misspelt key would cost a model load.
 
 Tested on: vLLM 0.32.0.
 """

@@ -1,8 +1,7 @@
-"""Declares our kill switch among vLLM's environment variables.
+"""Declares the kill switch among vLLM's environment variables.
 
-Invariant: only a variable that is set is declared, so that nothing else changes. vLLM warns about
-variables of its prefix that it does not know, or stops with ``--fail-on-environ-validation``, after
-it has loaded general plugins.
+After loading general plugins vLLM warns about variables of its prefix that it does not know, or
+stops with ``--fail-on-environ-validation``. Only a variable that is set is declared.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Places taps on a model as soon as it is loaded, before vLLM compiles it.
 
-What it changes: ``Worker.load_model`` (which the CPU worker inherits) is followed by
-``adapter.taps.place_taps``. A model that cannot be traced is left as it is.
+What it changes: after ``Worker.load_model``, which the CPU worker inherits, ``worker.taps`` places
+hooks on the norms of the decoder layers. A model that cannot be traced is left as it is.
 
-Why here: vLLM has no public hook between loading and compiling a model.
+Why here: vLLM has no public hook between loading and compiling a model. Hooks placed later are not
+part of the compiled code.
 
 Tested on: vLLM 0.32.0.
 """
@@ -11,16 +12,14 @@ Tested on: vLLM 0.32.0.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 from vllm_flashtrace.patches._check import require_parameters
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.worker.taps import place_taps
-
-logger = logging.getLogger("vllm.flashtrace")
 
 
 def check() -> None:

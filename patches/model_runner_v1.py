@@ -1,13 +1,14 @@
 """Lets the V1 model runner record traces.
 
-What it changes: ``GPUModelRunner.execute_model`` (which the CPU runner inherits) first shows the
-scheduler's output to the capture, ``_determine_batch_execution_and_padding`` keeps a step that
-holds target rows of a trace out of CUDA graphs, and ``_model_forward`` runs such a step with an
-observer. All three always call the stock method, with unchanged arguments but for ``force_eager``.
+What it changes: three methods of ``GPUModelRunner``, which the CPU runner inherits.
+``execute_model`` first shows the scheduler's output to the capture.
+``_determine_batch_execution_and_padding`` keeps a step with target rows of a trace out of CUDA
+graphs. ``_model_forward`` runs such a step with an observer. Each always calls the stock method;
+the only argument that changes is ``force_eager``.
 
-Why here: vLLM has no public hook around a step; ``_model_forward`` is documented in vLLM as the
-method to override for inspecting the forward pass, and runs with the forward context set and the
-requests' KV blocks held.
+Why here: vLLM has no public hook around a step. It documents ``_model_forward`` as the method to
+override for inspecting the forward pass; it runs with the forward context set and the requests' KV
+blocks held.
 
 Tested on: vLLM 0.32.0.
 """

@@ -1,14 +1,14 @@
 """Lets the V2 model runner record traces.
 
-What it changes: of ``vllm.v1.worker.gpu.model_runner``, ``GPUModelRunner.execute_model`` first
-shows the scheduler's output to the capture. While such a step runs, ``dispatch_cg_and_sync_dp`` of
-that module keeps it out of CUDA graphs if it holds target rows of a trace, and ``prepare_attn``,
-which knows the batch and its block tables, sets the observer, which leaves with ``execute_model``.
-After ``reload_weights`` derived weights are forgotten. All of them always call the stock function,
-with unchanged arguments but for ``need_eager``; dummy runs are not touched.
+What it changes: four functions of ``vllm.v1.worker.gpu.model_runner``.
+``GPUModelRunner.execute_model`` first shows the scheduler's output to the capture; dummy runs are
+not touched. Until it returns, ``dispatch_cg_and_sync_dp`` keeps the step out of CUDA graphs if it
+computes target rows of a trace, and ``GPUModelRunner.prepare_attn``, which knows the batch and its
+block tables, sets the observer. After ``GPUModelRunner.reload_weights`` derived weights are
+forgotten. Each always calls the stock function; the only argument that changes is ``need_eager``.
 
 Why here: vLLM has no public hook around a step. A step outside CUDA graphs still runs compiled code
-(``skip_compiled`` is left alone): attention and taps are custom operators inside it.
+(``skip_compiled`` is left alone), because attention and taps are custom operators inside it.
 
 Tested on: vLLM 0.32.0.
 """

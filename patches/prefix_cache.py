@@ -1,10 +1,11 @@
 """Keeps a trace request from skipping its own target rows.
 
-What it changes: for a request that carries a sealed trace spec, ``KVCacheManager`` looks for cached
-blocks only up to the first target position instead of ``num_tokens - 1``. Other requests take the
-stock path.
+What it changes: for a request with a sealed trace spec, ``KVCacheManager.get_computed_blocks``
+looks for cached blocks up to the first target position instead of ``num_tokens - 1``. For other
+requests nothing changes.
 
-Why here: the limit is computed inside ``get_computed_blocks`` and no request field sets it.
+Why here: rows whose KV is cached are not computed, and target rows must be. The limit is computed
+inside ``get_computed_blocks``, and no request field sets it.
 
 Tested on: vLLM 0.32.0.
 """
@@ -12,7 +13,6 @@ Tested on: vLLM 0.32.0.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -20,8 +20,6 @@ from vllm_flashtrace.patches._check import require_parameters
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.trace.wire import sealed_spec, unseal
-
-logger = logging.getLogger("vllm.flashtrace")
 
 
 class _CappedRequest:

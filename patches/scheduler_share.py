@@ -1,20 +1,15 @@
-"""Keeps traces from starving other requests of the step's token budget.
+"""Keeps trace prefills from starving other requests of the step's token budget.
 
-How much of a step's token budget traces may take.
-
-Invariant: in a capped step traces are granted at most the share, and a trace that asks first in a
-step is always granted something, so every trace makes progress.
-
-What it changes: in a step with untraced requests, ``Scheduler`` gives all trace prefills together
-at most ``trace_token_share`` of ``max_num_scheduled_tokens``. ``add_request`` notes trace requests,
-``schedule`` starts each step's count, ``_reserve_prefill_lookahead`` (called for every request just
-before its blocks are allocated) shortens a trace's chunk, and ``_handle_blocked_waiting_request``
-passes over a waiting trace when the share is used up. Without a trace in the scheduler each of them
-costs one comparison.
+What it changes: in a step with other requests, ``Scheduler`` gives all trace prefills together at
+most ``trace_token_share`` of ``max_num_scheduled_tokens``. Of its methods, ``add_request`` notes
+trace requests, ``schedule`` starts each step's count, ``_reserve_prefill_lookahead`` (called for
+every request just before its blocks are allocated) shortens a trace's chunk, and
+``_handle_blocked_waiting_request`` passes over a waiting trace when the share is used up. Without a
+trace in the scheduler each costs one comparison.
 
 Why here: vLLM's priorities order requests but do not bound what one takes of a step, and
-``long_prefill_token_threshold`` bounds every request alike. A waiting request that is shortened to
-nothing would end the scan of the queue with everybody behind it, hence the second method.
+``long_prefill_token_threshold`` bounds every request alike. Shortening a waiting request to nothing
+would end the scan of the queue and starve the requests behind it; passing over it does not.
 
 Tested on: vLLM 0.32.0.
 """
@@ -22,72 +17,15 @@ Tested on: vLLM 0.32.0.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_flashtrace.patches._check import PatchError, require_parameters
 
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec
-
-MIN_CHUNK = 16
-"""A chunk is cut no shorter than this (or the share): a step's fixed cost would outweigh it."""
-
-
-class TokenShare:
-    """The share of one scheduler; :meth:`begin_step`, then :meth:`grant` for each trace."""
-
-    def __init__(self, share: float, step_budget: int, *, may_split: bool = True) -> None:
-        """Starts uncapped.
-
-        Args:
-            share: Part of the step's budget that traces may take, over 0 and at most 1.
-            step_budget: Tokens that one step may schedule.
-            may_split: Whether a prefill may be cut into chunks. If not, a capped step admits one
-                whole trace.
-        """
-        self._size = max(1, int(share * step_budget))
-        self._min_chunk = min(MIN_CHUNK, self._size)
-        self._may_split = may_split
-        self._left: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Tokens that traces may take of a capped step."""
-        return self._size
-
-    def begin_step(self, *, capped: bool) -> None:
-        """Forgets what was granted; without other requests to starve a step needs no cap."""
-        self._left = self._size if capped else None
-
-    @property
-    def has_room(self) -> bool:
-        """Whether :meth:`grant` would grant a trace of any length at least one token."""
-        if self._left is None:
-            return True
-        return self._left >= (self._min_chunk if self._may_split else self._size)
-
-    def grant(self, wanted: int) -> int:
-        """Takes up to ``wanted`` tokens out of the share.
-
-        What is granted counts even if the caller cannot use it in the end, so that the cap is never
-        exceeded; the next step starts anew.
-
-        Returns:
-            Tokens granted; 0 when the rest of the share is not worth a chunk.
-        """
-        if self._left is None or wanted <= 0:
-            return wanted
-        granted = wanted
-        if self._may_split and wanted > self._left:
-            granted = self._left if self._left >= self._min_chunk else 0
-        self._left = max(0, self._left - granted)
-        return granted
-
-
-logger = logging.getLogger("vllm.flashtrace")
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "add_request": ("self", "request"),
@@ -101,26 +39,8 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "_handle_blocked_waiting_request": ("self", "request"),
 }
 
-
-class _Traces:
-    """The trace requests of one scheduler and what the current step has left for them."""
-
-    def __init__(self, scheduler: Any) -> None:
-        config = FlashTraceConfig.from_additional_config(scheduler.vllm_config.additional_config)
-        # Chunks that vLLM aligns itself, to Mamba states or to a drafter, must not be cut further.
-        aligned = scheduler.need_mamba_block_aligned_split or scheduler.num_prefill_lookahead > 1
-        self.share = TokenShare(
-            config.trace_token_share,
-            scheduler.max_num_scheduled_tokens,
-            may_split=scheduler.scheduler_config.enable_chunked_prefill and not aligned,
-        )
-        self.ids: set[str] = set()
-
-    def begin_step(self, requests: dict[str, Any]) -> bool:
-        """Starts a step; False when no trace is left."""
-        self.ids = {req_id for req_id in self.ids if req_id in requests}
-        self.share.begin_step(capped=len(requests) > len(self.ids))
-        return bool(self.ids)
+MIN_CHUNK = 16
+"""A chunk is cut no shorter than this (or the share): a step's fixed cost would outweigh it."""
 
 
 def check() -> None:
@@ -200,3 +120,79 @@ def _give_up(scheduler: Scheduler, error: Exception) -> None:
 @functools.cache
 def _log_once(kind: str, message: str) -> None:
     logger.error("FlashTrace: the token share of traces is not limited: %s: %s", kind, message)
+
+
+class TokenShare:
+    """The share of one scheduler; :meth:`begin_step`, then :meth:`grant` for each trace.
+
+    Invariant: in a capped step traces are granted at most the share, and the first that asks is
+    granted something, so every trace makes progress.
+    """
+
+    def __init__(self, share: float, step_budget: int, *, may_split: bool = True) -> None:
+        """Starts uncapped.
+
+        Args:
+            share: Part of the step's budget that traces may take, over 0 and at most 1.
+            step_budget: Tokens that one step may schedule.
+            may_split: Whether a prefill may be cut into chunks. If not, a capped step admits one
+                whole trace.
+        """
+        self._size = max(1, int(share * step_budget))
+        self._min_chunk = min(MIN_CHUNK, self._size)
+        self._may_split = may_split
+        self._left: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens that traces may take of a capped step."""
+        return self._size
+
+    def begin_step(self, *, capped: bool) -> None:
+        """Forgets what was granted; without other requests to starve a step needs no cap."""
+        self._left = self._size if capped else None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether :meth:`grant` would grant a trace of any length at least one token."""
+        if self._left is None:
+            return True
+        return self._left >= (self._min_chunk if self._may_split else self._size)
+
+    def grant(self, wanted: int) -> int:
+        """Takes up to ``wanted`` tokens out of the share.
+
+        What is granted counts even if the caller cannot use it in the end, so that the cap is never
+        exceeded; the next step starts anew.
+
+        Returns:
+            Tokens granted; 0 when the rest of the share is not worth a chunk.
+        """
+        if self._left is None or wanted <= 0:
+            return wanted
+        granted = wanted
+        if self._may_split and wanted > self._left:
+            granted = self._left if self._left >= self._min_chunk else 0
+        self._left = max(0, self._left - granted)
+        return granted
+
+
+class _Traces:
+    """The trace requests of one scheduler and what the current step has left for them."""
+
+    def __init__(self, scheduler: Any) -> None:
+        config = FlashTraceConfig.from_additional_config(scheduler.vllm_config.additional_config)
+        # Chunks that vLLM aligns itself, to Mamba states or to a drafter, must not be cut further.
+        aligned = scheduler.need_mamba_block_aligned_split or scheduler.num_prefill_lookahead > 1
+        self.share = TokenShare(
+            config.trace_token_share,
+            scheduler.max_num_scheduled_tokens,
+            may_split=scheduler.scheduler_config.enable_chunked_prefill and not aligned,
+        )
+        self.ids: set[str] = set()
+
+    def begin_step(self, requests: dict[str, Any]) -> bool:
+        """Starts a step; False when no trace is left."""
+        self.ids = {req_id for req_id in self.ids if req_id in requests}
+        self.share.begin_step(capped=len(requests) > len(self.ids))
+        return bool(self.ids)

@@ -1,8 +1,8 @@
 """Forgets what was derived from a model's weights when the weights change.
 
 What it changes: after ``GPUModelRunner.reload_weights``, ``Worker.update_weights``,
-``Worker.finish_weight_update``, ``Worker.reset_weights`` and ``Worker.wake_up`` (also when one
-fails half-way), what was derived from weights for traces is dropped and computed anew when needed.
+``Worker.finish_weight_update``, ``Worker.reset_weights`` and ``Worker.wake_up``, also when one
+fails half-way, what traces derived from weights is dropped, to be computed again when needed.
 
 Why here: vLLM has no hook for weight changes, and on the CPU the packed weights cannot be compared.
 A trace with the projections of old weights would be well-formed and wrong.
@@ -43,7 +43,7 @@ def apply() -> None:
 
 
 def forgetting(stock: Any) -> Any:
-    """A worker's or runner's method that drops what came of the weights, also if it fails."""
+    """Wraps a method of a worker or runner so that derived weights are dropped after it."""
 
     @functools.wraps(stock)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

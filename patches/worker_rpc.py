@@ -1,7 +1,8 @@
 """Adds the methods by which an API server reaches the traces of a worker.
 
 What it changes: ``WorkerBase`` gains ``flashtrace_collect``, ``flashtrace_discard`` and
-``flashtrace_status``, called by name through ``collective_rpc``. They return msgpack ``bytes``.
+``flashtrace_status``, to be called by name through ``collective_rpc``. They return msgpack
+``bytes``, because other types do not survive the way back.
 
 Why here: ``--worker-extension-cls`` takes a single class and belongs to the user.
 
