@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from docs import readme_example
+from tests import engine_starts
 from tests.server.live_server import OURS, serve
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ def test_answer_is_written_as_the_script_writes_it() -> None:
 @pytest.mark.timeout(600)
 def test_answer_is_the_servers(smollm2_folder: Path, tmp_path: Path) -> None:
     options = readme_example.serve_options(TEXT)
+    engine_starts.note("README: the server as its command starts it")
     with serve(OURS, str(smollm2_folder), tmp_path / "server.log", *options) as server:
         answer = readme_example.answer(server.url, TEXT)
     got, shown = _comparable(answer), _comparable(SHOWN)
@@ -59,6 +61,7 @@ def test_offline_sample_runs_as_it_stands(smollm2_folder: Path, tmp_path: Path) 
     code = readme_example.block(TEXT, "offline")
     # Engines start as processes that import the program's own file.
     sample.write_text(f'if __name__ == "__main__":\n{_indented(code)}', "utf-8")
+    engine_starts.note("README: the offline sample as it stands")
     done = subprocess.run(
         [sys.executable, sample], cwd=tmp_path, capture_output=True, text=True, timeout=580
     )
