@@ -1,3 +1,5 @@
+"""The demo's scenario, and what it prints of an answer that is given to it."""
+
 from __future__ import annotations
 
 import io
@@ -6,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from tests.api.samples import sample
 from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.commands.demo import Scenario, run_demo
+from vllm_flashtrace.commands.demo import (
+    ANSWER,
+    FACT,
+    FILLER,
+    QUESTION,
+    Scenario,
+    build_scenario,
+    run_demo,
+)
 from vllm_flashtrace.models.smollm2 import ModelPreparationError
 
 FACT_SCORE, FILLER_SCORE = 3.0, 0.05
@@ -107,3 +120,35 @@ def test_an_engine_that_refuses_is_one_line(
     code, _ = run(tmp_path, ask)
     assert code == 1
     assert "demo failed: this model cannot be traced" in capsys.readouterr().err
+
+
+@given(st.integers(0, 40), st.floats(0.0, 1.0))
+def test_the_span_is_the_fact_and_the_answer_occurs_nowhere_else(
+    repeats: int, depth: float
+) -> None:
+    scenario = build_scenario(repeats, depth)
+    content = scenario.messages[-1]["content"]
+    assert content[scenario.fact_start : scenario.fact_end] == scenario.fact == FACT
+    assert content.count(ANSWER) == 1 and ANSWER in FACT
+    assert content.count(FILLER) == repeats
+    assert content.endswith(QUESTION)
+
+
+def test_depth_moves_the_fact() -> None:
+    starts = [build_scenario(20, depth).fact_start for depth in (0.0, 0.5, 1.0)]
+    assert starts == [0, 10 * (len(FILLER) + 1), 20 * (len(FILLER) + 1)]
+
+
+@pytest.mark.parametrize(("repeats", "depth"), [(-1, 0.5), (3, -0.1), (3, 1.1)])
+def test_impossible_places_are_refused(repeats: int, depth: float) -> None:
+    with pytest.raises(ValueError, match="need repeats"):
+        build_scenario(repeats, depth)
+
+
+def test_the_fact_is_a_small_part_of_a_long_prompt(smollm2_folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
+    scenario = build_scenario()
+    encoding = tokenizer.encode(scenario.messages[-1]["content"], add_special_tokens=False)
+    in_fact = [s < scenario.fact_end and e > scenario.fact_start for s, e in encoding.offsets]
+    assert len(in_fact) >= 300
+    assert sum(in_fact) / len(in_fact) < 0.06
