@@ -7,8 +7,8 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tests.api.samples import check_described
 from tests.server.scripted_app import build
-from vllm_flashtrace.api.response import AttributionObject
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -94,12 +94,10 @@ async def test_our_routes_are_described(app):
 
 
 async def test_attributions_are_what_the_schema_says(app):
-    everything = ["hops", "generated", "segments", "tokens"]
-    response = await app.chat(flashtrace={"include": everything, "top_k": None})
-    found = response.json()["choices"][0]["flashtrace"]
+    everything = ["hops", "generated", "segments", "sentences", "layers", "tokens"]
+    field = {"include": everything, "top_k": None, "hops": "auto"}
+    found = (await app.chat(flashtrace=field)).json()["choices"][0]["flashtrace"]
     assert found["status"] == "completed"
-    described = AttributionObject.model_validate(found)
-    parts = [described, described.target, described.usage, *described.scores]
-    parts += [*described.hops, *described.segments, *described.generated]
-    for part in parts:
-        assert not part.model_extra, type(part).__name__
+    described = check_described(found)
+    assert described.auto_stopped is not None
+    assert all(getattr(described, name) for name in everything)

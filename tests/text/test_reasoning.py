@@ -1,3 +1,5 @@
+"""Reasoning by option, by what a parser says, and by tags."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Texts found by their order alone."""
+
 from __future__ import annotations
 
 from itertools import product

@@ -1,15 +1,17 @@
+"""Which generated tokens a target names, and which tokens are skipped."""
+
 from __future__ import annotations
 
 import json
 
 import pytest
 
-import vllm_flashtrace.text.plan as targets
+import vllm_flashtrace.text.plan as plan
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.text.generated import decode_generated
-from vllm_flashtrace.text.plan import resolve_target, take_apart
+from vllm_flashtrace.text.plan import resolve_target, skip_mask, take_apart
 from vllm_flashtrace.text.reasoning import find_reasoning
 
 PROMPT = 5
@@ -110,8 +112,54 @@ def test_last_generated_token_is_within_range(resolve, byte_level):
 
 
 def test_slow_regex_is_an_error_of_its_own(resolve, monkeypatch):
-    monkeypatch.setattr(targets, "_REGEX_SECONDS", 0.01)
+    monkeypatch.setattr(plan, "_REGEX_SECONDS", 0.01)
     with pytest.raises(TraceError) as error:
         resolve("a" * 3000, {"regex": r".*.*.*\da"})
     assert error.value.code == "regex_timeout"
     assert json.dumps(r".*.*.*\da") in error.value.message
+
+
+TOKENS = [" cat", ",", " .", "\n", "", "...", "a,", "Cat"]
+PUNCTUATION = [
+    *"!?:;()[]{}\"'-/",
+    "\u2014",
+    " \u2013 ",
+    "\u201c",
+    "»",
+    "。",
+    ").",
+    '?"',
+    ". ,",
+    "…",
+]
+OTHER = ["3.14", "-1", "<|im_end|>", "$", "+", "=", "a.", "\ufffd", "😀"]
+
+
+def test_none_skips_nothing():
+    assert skip_mask(TOKENS, "none") is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "skipped"),
+    [
+        ("punctuation", [",", " .", "\n", "", "..."]),
+        (["cat"], [" cat"]),
+        ([" cat ", "..."], [" cat", "..."]),
+        ([" "], ["\n", ""]),
+        ([], []),
+    ],
+)
+def test_rule(rule, skipped):
+    mask = skip_mask(TOKENS, rule)
+    assert [t for t, skip in zip(TOKENS, mask.tolist(), strict=True) if skip] == skipped
+
+
+def test_punctuation_is_what_consists_of_nothing_else():
+    assert skip_mask(PUNCTUATION, "punctuation").all()
+    assert not skip_mask(OTHER, "punctuation").any()
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\n", "\t", "\r\n", "\u3000", "\xa0", "\x1c"])
+def test_punctuation_covers_the_list_of_the_reference_package(blank):
+    # flashtrace: a token is skipped if its text, stripped, is one of "", "," and ".".
+    assert skip_mask([blank, "," + blank, blank + "."], "punctuation").all()
