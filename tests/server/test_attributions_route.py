@@ -115,6 +115,39 @@ async def test_bad_body_is_a_400_naming_the_field(app, body, name):
     assert not app.engine.calls
 
 
+TEXT = "must be a non-empty text or a non-empty list of token ids"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "Hi", "completion": ""}, f'completion {TEXT}, got ""'),
+        ({"prompt": "Hi", "completion": [1, None]}, f"completion {TEXT}, got [1, null]"),
+        ({"prompt": True, "completion": "x"}, f"prompt {TEXT}, got true"),
+        (
+            {"prompt": "Hi", "completion": "x", "priority": None},
+            "priority must be an integer, got null",
+        ),
+        (
+            {"prompt": "Hi", "completion": "x", "colour": None},
+            "colour is not a known field, got null",
+        ),
+        ({"messages": "a"}, 'messages must be a list, got "a"'),
+        ({"messages": [1, 2]}, "messages.0 must be an object, got 1"),
+        ({"messages": [{"content": "a"}, answered()[1]]}, "messages.0.role is missing"),
+        (
+            {"messages": answered(content=None)},
+            "messages.1.content must be non-empty text, got null",
+        ),
+        ({"messages": answered(), "tools": [{}]}, "tools.0.function is missing"),
+    ],
+)
+async def test_a_refusal_is_one_sentence_with_the_field_and_its_value_as_json(app, body, message):
+    error = (await post(app, **body)).json()["error"]
+    assert error["message"] == message
+    assert error["param"] == message.split()[0]
+
+
 @pytest.mark.parametrize("content", [b"{\xff", b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"])
 async def test_unreadable_body_is_a_400_with_openais_error_body(app, content):
     headers = {"content-type": "application/json"}

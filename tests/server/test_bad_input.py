@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 
 import pytest
+from vllm.exceptions import VLLMValidationError
+
+from vllm_flashtrace.base.logs import CLIENT_CODES
+from vllm_flashtrace.server import attributions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -177,3 +182,64 @@ async def test_unknown_model_is_vllms_404(app):
     body = {"model": "other", "prompt": "Hi", "flashtrace": True}
     response = await app.client.post("/v1/completions", json=body)
     assert response.status_code == 404
+
+
+LONG = "word " * 3000
+CHAT = [{"role": "user", "content": "Hi"}]
+MISTAKES = [
+    ("/v1/attributions", {"prompt": "Hi", "completion": ""}, 400),
+    ("/v1/attributions", {"model": "other", "prompt": "Hi", "completion": "x"}, 404),
+    ("/v1/chat/completions", {"model": "other", "messages": CHAT}, 404),
+    ("/v1/chat/completions", {"messages": []}, 400),
+    ("/v1/completions", {"prompt": LONG}, 400),
+    ("/v1/responses", {"model": "other", "input": "Hi"}, 404),
+    ("/v1/messages", {"messages": [{"role": "user", "content": LONG}], "max_tokens": 9}, 400),
+    ("/v1/messages", {"messages": CHAT, "max_tokens": 9, "temperature": -5}, 400),
+    *(
+        (route, {**body, "flashtrace": {"target": {"text": "xylophone"}}}, code)
+        for route, body, code in (
+            ("/v1/attributions", {"prompt": "Hi", "completion": "x"}, 400),
+            ("/v1/chat/completions", {"messages": CHAT}, 200),
+            ("/v1/responses", {"input": "Hi"}, 200),
+        )
+    ),
+]
+
+
+@pytest.fixture
+def warnings_logged():
+    """What the server logs at WARNING or above; vLLM's logger does not propagate."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    loggers = [logging.getLogger(name) for name in (None, "vllm")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(("path", "body", "code"), MISTAKES)
+async def test_a_clients_mistake_is_no_warning_of_the_server(
+    app, warnings_logged, path, body, code
+):
+    response = await app.post(path, **{"flashtrace": True, **body})
+    assert response.status_code == code
+    assert [record.getMessage() for record in warnings_logged] == []
+
+
+async def test_an_error_of_the_server_stays_one_in_the_log(plugins, warnings_logged):
+    logger = logging.getLogger("vllm.entrypoints.anthropic.api_router")
+    for error in (TypeError("a bug"), VLLMValidationError("a mistake")):
+        try:
+            raise error
+        except Exception:
+            logger.exception("Error in create_messages")
+    [record] = warnings_logged
+    assert record.levelno == logging.ERROR
+    assert record.exc_info[0] is TypeError
+
+
+async def test_what_existing_text_is_refused_for_is_the_clients_mistake_everywhere():
+    assert set(attributions._FIELD_AT_FAULT) <= CLIENT_CODES

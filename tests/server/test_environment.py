@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
 from importlib import metadata
 from types import SimpleNamespace
@@ -9,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_flashtrace.base import process as environment
+from vllm_flashtrace.server import launcher
 from vllm_flashtrace.server.launcher import apply_cpu_defaults, refuse_other_front_ends
+from vllm_flashtrace.trace.config import FlashTraceConfig
 
 GIB = 1 << 30
 
@@ -146,3 +152,61 @@ def test_front_ends_without_endpoint_plugins_are_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(SystemExit, match="VLLM_USE_RUST_FRONTEND"):
         refuse_other_front_ends(Namespace(grpc=False))
+
+
+HELP = """
+import sys
+from vllm_flashtrace.commands.cli import main
+try:
+    main(["serve", "a-model", "--help"])
+finally:
+    print([name for name in ("numpy", "ray", "torch", "vllm") if name in sys.modules])
+"""
+
+
+def test_help_shows_our_options_without_loading_vllm():
+    shown = subprocess.run(
+        [sys.executable, "-c", HELP], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert shown.splitlines()[-1] == "[]"
+    for name, field in FlashTraceConfig.model_fields.items():
+        assert f"  {name} = {json.dumps(field.default)} " in shown
+        assert field.description.split()[0] in shown
+    for other in ("VLLM_FLASHTRACE_DISABLE=1", "deploy", "batch", "--help-vllm", "--help=all"):
+        assert other in shown
+
+
+def test_vllms_own_help_is_passed_through():
+    program = "import sys; from vllm_flashtrace.server.launcher import main; main(sys.argv[1:])"
+    shown = subprocess.run(
+        [sys.executable, "-c", program, "--help-vllm"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout
+    assert "usage: vllm-flashtrace serve" in shown
+    assert "ModelConfig" in shown
+    assert "max_waiting_traces" not in shown
+
+
+def test_a_server_that_does_not_start_says_so_in_one_line():
+    args = Namespace(host="127.0.0.1", port=80)
+
+    def create_engine_config() -> None:
+        raise ValueError("9 heads must be divisible\nby 7")
+
+    def reason(error: Exception) -> str | None:
+        try:
+            raise error
+        except Exception as raised:
+            return launcher._why_not_started(raised, args)
+
+    with pytest.raises(ValueError, match="heads") as caught:
+        create_engine_config()
+    assert launcher._why_not_started(caught.value, args) == "9 heads must be divisible by 7"
+    in_use = reason(OSError(errno.EADDRINUSE, "in use"))
+    assert in_use == "cannot listen on 127.0.0.1:80: Address already in use"
+    failed = "Engine core initialization failed. See root cause above."
+    assert reason(RuntimeError(failed)) == failed
+    assert reason(ValueError("a bug of the server")) is None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import httpx
 import pytest
 
-from tests.server.page_server import PAGE_ON
+from tests.server.page_server import PAGE_ON, served
 from tests.server.scripted_app import build
 from vllm_flashtrace.server import page
 
@@ -23,6 +24,19 @@ async def test_off_unless_asked_for(app, files):
     for path in files:
         answer = await app.client.get(path)
         assert (answer.status_code, answer.text) == (404, unknown.text)
+
+
+async def test_head_answers_like_get_without_the_body(plugins, model_path, files):
+    with served(model_path, PAGE_ON) as server:
+        for path in files:
+            whole = httpx.get(f"{server.url}{path}")
+            head = httpx.head(f"{server.url}{path}")
+            assert (whole.status_code, head.status_code, head.content) == (200, 200, b"")
+            assert int(head.headers["content-length"]) == len(whole.content)
+            varying = {"date"}
+            assert {k: v for k, v in head.headers.items() if k not in varying} == {
+                k: v for k, v in whole.headers.items() if k not in varying
+            }
 
 
 async def test_page_and_every_file_it_names(plugins, model_path, files):
