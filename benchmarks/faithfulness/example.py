@@ -220,6 +220,6 @@ def by_sentence(values: Values, prepared: Prepared) -> Values:
 
 def stop_mask(prepared: Prepared) -> Mask:
     """``[P]``, the user's tokens on the reference package's list of stop tokens."""
-    mask = skip_mask(prepared.texts[slice(*prepared.user)], "punctuation")
+    mask = skip_mask(prepared.texts[slice(*prepared.user)], (",", ".", " "))
     assert mask is not None
     return np.asarray(mask.numpy(), dtype=np.bool_)
