@@ -147,7 +147,7 @@ def test_weights_that_changed_are_read_again(
     with pytest.raises(RuntimeError, match="half-way"):
         engine.runner.reload_weights()
     model = engine.capture._model
-    assert isinstance(model, GPUTracedModel) and not model._column_norms and not model._readings
+    assert isinstance(model, GPUTracedModel) and not model._projections and not model._readings
     tripled = oracle_with(float64_llama, 3)
     engine.step({"b": 60}, new={"b": second.new}, finished=["a"])
     after = engine.report(second).scores

@@ -19,6 +19,7 @@ BUDGET = 128
 SHARE = 32  # a quarter
 
 
+@settings(deadline=None)
 @given(
     share=st.floats(0.001, 1.0),
     budget=st.integers(1, 8192),

@@ -1,7 +1,6 @@
 """The target rows of one step: which queries they are, what they may see, where their sums go.
 
-Invariant: rows of a segment ascend by position and have positive weights; segments do not share
-accumulators. Made once per step and used for every layer.
+`PagedRows` is built once per step and used for every layer.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class RowSegment:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """Target rows of several traces over one paged cache.
+    """Target rows of several traces over one paged cache; no two share accumulators.
 
     Attributes:
         segments: At least one; each has at least one row.

@@ -1,7 +1,7 @@
-"""Target rows as tables on the device, and the work they make, cut for the kernels.
+"""Target rows as tables on the device, and their work cut into pieces for the kernels.
 
 Invariant: how a segment's work is cut depends on that segment and the tile alone, so a trace gets
-the same bits beside any other traces, and nothing here waits for the device.
+the same bits beside any other traces. Nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Who may enter the engine next: places and accumulator memory, behind one queue.
+"""Which attribution may enter the engine next: places and accumulator memory, behind one queue.
 
-Invariant: never more than ``places`` holders, nor more bytes than the budget; waiters are admitted
-strictly in order, and whatever ends a holder or a waiter (return, exception, cancellation, the
-deadline) gives back what it held and lets the next one in.
+Waiters are admitted strictly in order, so a large trace is not overtaken for ever. Whatever ends a
+holder or a waiter (return, exception, cancellation, the deadline) gives back what it held and lets
+the next one in.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Admission:
         return len(self._queue)
 
     def refuse_if_full(self) -> None:
-        """Refuses a newcomer for whom there is neither a place nor room in the queue.
+        """Refuses an attribution that would find neither a place nor room in the queue.
 
         Raises:
             TraceError: ``overloaded``.
@@ -137,7 +137,7 @@ class Admission:
     def _withdraw(self, waiter: _Waiter) -> None:
         if waiter in self._queue:
             self._queue.remove(waiter)
-            self._admit()  # It may have been the head that the others were waiting behind.
+            self._admit()  # The others may have waited behind it.
         elif not waiter.admitted.cancelled():
             self._leave(waiter.nbytes)  # Admitted in the moment it was cancelled.
 

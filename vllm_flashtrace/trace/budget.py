@@ -1,7 +1,7 @@
 """How much memory the accumulators of traces may take, and what one trace takes of it.
 
-Invariant: API servers, offline jobs and workers count with the same numbers, which the worker
-reports with its status; nothing outside the worker needs to know the model.
+A worker reports limit and prices with its status, so API servers and offline jobs count as it does
+without knowing the model.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class AccumulatorBudget:
 
     @classmethod
     def tightest(cls, budgets: Sequence[Self]) -> Self:
-        """One budget that no trace passes unless it has room on every worker.
+        """One budget that admits a trace only if it has room on every worker.
 
         Workers differ where pipeline stages hold different numbers of layers or where less memory
         is free. All are brought to the smallest limit, prices in proportion, rounded up.

@@ -4,9 +4,9 @@ With data parallelism there are several engines, each with its own workers and p
 client spreads requests over them. A trace must run on the engine that holds its completion's cache,
 and only that engine's workers have its result.
 
-Invariant: an engine's rank is its index among the client's engines, which is what
-``data_parallel_rank`` of ``EngineClient.generate`` means; it is the same in every API server and
-for as long as the server runs, and layouts where it is not are refused by name.
+An engine's rank is its index among the client's engines, which is what ``data_parallel_rank`` of
+``EngineClient.generate`` means. It is the same in every API server and for as long as the server
+runs; `check_data_parallel` refuses layouts where it is not.
 
 Written against vLLM 0.32.0: ``AsyncLLM.engine_core`` is a ``DPLBAsyncMPClient`` then, which picks
 an engine for each request in ``get_core_engine_for_request``, in the task that asked for it.

@@ -1,13 +1,11 @@
-"""What operators see of attributions: metrics, spans and log lines, from one place.
+"""What operators see of attributions: metrics, OpenTelemetry spans and log lines, from one place.
 
-OpenTelemetry spans of attributions.
+Every attribution that begins is counted exactly once when it ends, and logged once unless it is
+completed. Watching never changes its outcome.
 
-Invariant: without vLLM's tracing (``--otlp-traces-endpoint``) nothing is recorded and trace headers
-pass through untouched; with it, spans go to the provider that vLLM set up, under the request's own
-context, and vLLM's spans of our internal requests nest under them.
-
-Invariant: every attribution that begins is counted exactly once when it ends, and logged once
-unless it is completed; watching never changes its outcome.
+Without vLLM's tracing (``--otlp-traces-endpoint``) no span is made and trace headers pass through
+untouched. With it, spans go to the provider that vLLM set up, under the request's own context, and
+vLLM's spans of the engine requests nest under them.
 """
 
 from __future__ import annotations
@@ -35,27 +33,127 @@ ATTRIBUTION_SPAN = "flashtrace.attribute"
 HOP_SPAN = "flashtrace.hop"
 
 
-class Span:
-    """A running span; does nothing when tracing is off.
+class Observer:
+    """Watches the attributions of one API server.
 
     Attributes:
-        headers: Trace headers that put other spans under this one.
+        metrics: Prometheus metrics.
+        telemetry: OpenTelemetry spans.
+        cache_use: What traces found in the prefix cache.
     """
 
-    def __init__(self, span: Any, headers: Headers | None) -> None:
+    def __init__(self, model_name: str, *, tracing: bool) -> None:
+        """Registers the metrics.
+
+        Args:
+            model_name: The name the model is served under.
+            tracing: Whether vLLM exports OpenTelemetry spans.
+        """
+        self.metrics = TraceMetrics(model_name)
+        self.telemetry = Telemetry(tracing, model_name)
+        self.cache_use = CacheUse()
+
+    @contextmanager
+    def attribution(
+        self, trace_id: str, request_id: str | None, route: str, headers: Headers | None
+    ) -> Iterator[Observation]:
+        """Watches one attribution; the block must hand its result to :meth:`Observation.ended`.
+
+        Args:
+            trace_id: Public id of the attribution.
+            request_id: vLLM's id of the completion, if there was one.
+            route: Route of the HTTP request.
+            headers: Trace headers of the HTTP request.
+        """
+        attributes = {"flashtrace.id": trace_id, "flashtrace.route": route}
+        if request_id is not None:
+            attributes["gen_ai.request.id"] = request_id
+        with self.telemetry.span(ATTRIBUTION_SPAN, headers, attributes) as span:
+            observation = Observation(self, trace_id, request_id, route, span)
+            try:
+                yield observation
+            except asyncio.CancelledError:
+                observation.cancelled()
+                raise
+
+
+class Observation:
+    """One attribution under way."""
+
+    def __init__(
+        self, observer: Observer, trace_id: str, request_id: str | None, route: str, span: Span
+    ) -> None:
+        self._observer = observer
+        self._trace_id = trace_id
+        self._request_id = request_id
+        self._route = route
         self._span = span
-        self.headers = headers
+        self._began = time.monotonic()
+        self._hop: int | None = None
 
-    def set(self, attributes: Mapping[str, SpanValue]) -> None:
-        """Sets attributes."""
-        if self._span is not None:
-            self._span.set_attributes(dict(attributes))
+    @contextmanager
+    def hop(self, index: int, target_tokens: int) -> Iterator[Span]:
+        """Runs hop ``index``; the span's headers belong to its engine request."""
+        self._hop = index
+        attributes = {"flashtrace.hop": index, "flashtrace.target_tokens": target_tokens}
+        with self._observer.telemetry.span(HOP_SPAN, self._span.headers, attributes) as span:
+            try:
+                yield span
+            except BaseException as error:
+                span.failed(getattr(error, "code", None) or type(error).__name__)
+                raise
 
-    def failed(self, code: str) -> None:
-        """Marks the span as failed; the code alone, since messages may quote text."""
-        if self._span is not None:
-            self._span.set_attribute("error.type", code)
-            self._span.set_status(trace.StatusCode.ERROR, code)
+    def measured(self, span: Span, report: TraceReport, lookup: CacheLookup) -> None:
+        """Takes what a hop cost and what it found in the prefix cache."""
+        self._observer.metrics.hop(report.recomputed_tokens, report.cached_tokens)
+        self._observer.metrics.lookup(lookup)
+        self._observer.cache_use.add(lookup)
+        span.set(
+            {
+                "flashtrace.recomputed_tokens": report.recomputed_tokens,
+                "flashtrace.cached_tokens": report.cached_tokens,
+                "flashtrace.restarts": report.restarts,
+            }
+        )
+
+    def ended(self, result: dict[str, Any]) -> None:
+        """Takes the attribution object: counts it, and logs it unless it is completed."""
+        status, error = result["status"], result.get("error") or {}
+        code = error.get("code", "")
+        seconds: dict[str, float] = {}
+        self._span.set({"flashtrace.status": status})
+        if status == "completed":
+            usage = result["usage"]
+            seconds = {**usage["seconds"], "total": time.monotonic() - self._began}
+            self._span.set(
+                {
+                    "flashtrace.hops": len(result["hops"]),
+                    "flashtrace.target_tokens": sum(b - a for a, b in result["target"]["tokens"]),
+                    "flashtrace.recomputed_tokens": usage["recomputed_tokens"],
+                    "flashtrace.cached_tokens": usage["cached_tokens"],
+                }
+            )
+        else:
+            self._lost(status, code, error.get("message", ""))
+        self._observer.metrics.ended(self._route, status, code, seconds)
+
+    def cancelled(self) -> None:
+        """Counts and logs an attribution whose client left, or that the server's stop ends."""
+        self._span.set({"flashtrace.status": "cancelled"})
+        self._lost("cancelled", "cancelled", "the client left or the server stops")
+        self._observer.metrics.ended(self._route, "cancelled", "cancelled", {})
+
+    def _lost(self, status: str, code: str, message: str) -> None:
+        self._span.failed(code)
+        log_lost_trace(
+            self._trace_id,
+            status=status,
+            code=code,
+            message=message,
+            request_id=self._request_id,
+            route=self._route,
+            hop=self._hop,
+        )
 
 
 class Telemetry:
@@ -104,124 +202,24 @@ class Telemetry:
             span.end()
 
 
-class Observation:
-    """One attribution under way."""
-
-    def __init__(
-        self, observer: Observer, trace_id: str, request_id: str | None, route: str, span: Span
-    ) -> None:
-        self._observer = observer
-        self._trace_id = trace_id
-        self._request_id = request_id
-        self._route = route
-        self._span = span
-        self._began = time.monotonic()
-        self._hop: int | None = None
-
-    @contextmanager
-    def hop(self, index: int, target_tokens: int) -> Iterator[Span]:
-        """Runs hop ``index``; the span's headers belong to its engine request."""
-        self._hop = index
-        attributes = {"flashtrace.hop": index, "flashtrace.target_tokens": target_tokens}
-        with self._observer.telemetry.span(HOP_SPAN, self._span.headers, attributes) as span:
-            try:
-                yield span
-            except BaseException as error:
-                span.failed(getattr(error, "code", None) or type(error).__name__)
-                raise
-
-    def measured(self, span: Span, report: TraceReport, lookup: CacheLookup) -> None:
-        """Takes what a hop cost and what it found in the prefix cache."""
-        self._observer.metrics.hop(report.recomputed_tokens, report.cached_tokens)
-        self._observer.metrics.lookup(lookup)
-        self._observer.cache_use.add(lookup)
-        span.set(
-            {
-                "flashtrace.recomputed_tokens": report.recomputed_tokens,
-                "flashtrace.cached_tokens": report.cached_tokens,
-                "flashtrace.restarts": report.restarts,
-            }
-        )
-
-    def ended(self, result: dict[str, Any]) -> None:
-        """Takes the attribution object: counts it, closes the account and logs a lost trace."""
-        status, error = result["status"], result.get("error") or {}
-        code = error.get("code", "")
-        seconds: dict[str, float] = {}
-        self._span.set({"flashtrace.status": status})
-        if status == "completed":
-            usage = result["usage"]
-            seconds = {**usage["seconds"], "total": time.monotonic() - self._began}
-            self._span.set(
-                {
-                    "flashtrace.hops": len(result["hops"]),
-                    "flashtrace.target_tokens": sum(b - a for a, b in result["target"]["tokens"]),
-                    "flashtrace.recomputed_tokens": usage["recomputed_tokens"],
-                    "flashtrace.cached_tokens": usage["cached_tokens"],
-                }
-            )
-        else:
-            self._lost(status, code, error.get("message", ""))
-        self._observer.metrics.ended(self._route, status, code, seconds)
-
-    def cancelled(self) -> None:
-        """The caller gave up, or the server stops."""
-        self._span.set({"flashtrace.status": "cancelled"})
-        self._lost("cancelled", "cancelled", "the client left or the server stops")
-        self._observer.metrics.ended(self._route, "cancelled", "cancelled", {})
-
-    def _lost(self, status: str, code: str, message: str) -> None:
-        self._span.failed(code)
-        log_lost_trace(
-            self._trace_id,
-            status=status,
-            code=code,
-            message=message,
-            request_id=self._request_id,
-            route=self._route,
-            hop=self._hop,
-        )
-
-
-class Observer:
-    """Watches the attributions of one API server.
+class Span:
+    """A running span; does nothing when tracing is off.
 
     Attributes:
-        metrics: Prometheus metrics.
-        telemetry: OpenTelemetry spans.
-        cache_use: What traces found in the prefix cache.
+        headers: Trace headers that put other spans under this one.
     """
 
-    def __init__(self, model_name: str, *, tracing: bool) -> None:
-        """Registers the metrics.
+    def __init__(self, span: Any, headers: Headers | None) -> None:
+        self._span = span
+        self.headers = headers
 
-        Args:
-            model_name: The name the model is served under.
-            tracing: Whether vLLM exports OpenTelemetry spans.
-        """
-        self.metrics = TraceMetrics(model_name)
-        self.telemetry = Telemetry(tracing, model_name)
-        self.cache_use = CacheUse()
+    def set(self, attributes: Mapping[str, SpanValue]) -> None:
+        """Sets attributes."""
+        if self._span is not None:
+            self._span.set_attributes(dict(attributes))
 
-    @contextmanager
-    def attribution(
-        self, trace_id: str, request_id: str | None, route: str, headers: Headers | None
-    ) -> Iterator[Observation]:
-        """Watches one attribution; the block must hand its result to :meth:`Observation.ended`.
-
-        Args:
-            trace_id: Public id of the attribution.
-            request_id: vLLM's id of the completion, if there was one.
-            route: Route of the HTTP request.
-            headers: Trace headers of the HTTP request.
-        """
-        attributes = {"flashtrace.id": trace_id, "flashtrace.route": route}
-        if request_id is not None:
-            attributes["gen_ai.request.id"] = request_id
-        with self.telemetry.span(ATTRIBUTION_SPAN, headers, attributes) as span:
-            observation = Observation(self, trace_id, request_id, route, span)
-            try:
-                yield observation
-            except asyncio.CancelledError:
-                observation.cancelled()
-                raise
+    def failed(self, code: str) -> None:
+        """Marks the span as failed; the code alone, since messages may quote text."""
+        if self._span is not None:
+            self._span.set_attribute("error.type", code)
+            self._span.set_status(trace.StatusCode.ERROR, code)

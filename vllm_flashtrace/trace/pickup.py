@@ -25,6 +25,7 @@ from vllm_flashtrace.trace.wire import (
     WireReport,
     decode_report,
     decode_wire,
+    misfit,
     stages,
     tensor_bytes,
     tensor_of,
@@ -122,7 +123,7 @@ def _decoded(replies: Sequence[Any]) -> list[WireReport]:
 def _denominators(members: Sequence[Sequence[int]], wires: Sequence[WireReport]) -> torch.Tensor:
     """The proximity of all heads' tokens and, once, of the residual: float64, one per layer."""
     if any(wire.status != "partial" for wire in wires):
-        raise TraceError("result_missing", "the workers' results do not belong together")
+        raise misfit()
     return torch.cat([_stage_denominators([wires[i] for i in stage]) for stage in members])
 
 
@@ -130,7 +131,7 @@ def _stage_denominators(wires: Sequence[WireReport]) -> torch.Tensor:
     totals = [tensor_of(wire.totals, torch.float64) for wire in wires]
     residuals = [tensor_of(wire.residual, torch.float64) for wire in wires]
     if {len(one) for one in totals + residuals} != {wires[0].part.num_layers}:
-        raise TraceError("result_missing", "the workers' results do not belong together")
+        raise misfit()
     return torch.stack(totals).sum(0) + residuals[0]
 
 
@@ -142,7 +143,7 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
     """
     first = reports[0]
     if len({report.scores.shape for report in reports}) > 1:
-        raise TraceError("result_missing", "the workers' results do not belong together")
+        raise misfit()
     per_stage = [[reports[i] for i in stage] for stage in members]
     phases = {name for report in reports for name in report.seconds}
     return TraceReport(

@@ -1,8 +1,4 @@
-"""Runs attributions on an asynchronous engine: one trace request per hop.
-
-Invariant: :meth:`AsyncTracer.attribute` returns an attribution object whatever happens to the
-trace, and leaves no request behind in the engine.
-"""
+"""Runs attributions on vLLM's asynchronous engine: plans them, admits them, runs hop after hop."""
 
 from __future__ import annotations
 
@@ -115,7 +111,7 @@ class AsyncTracer:
         reasoning_parser: Any | None = None,
         render: Any | None = None,
     ) -> dict[str, Any]:
-        """Attributes one completion.
+        """Attributes one completion, and leaves no request behind in the engine.
 
         Args:
             request: What is asked for.
@@ -131,7 +127,7 @@ class AsyncTracer:
             a reason when there is no attribution.
 
         Raises:
-            asyncio.CancelledError: When the caller gave up; the engine request is aborted.
+            asyncio.CancelledError: The caller was cancelled; the engine request is aborted.
         """
         with self._watch(trace_id, context, route) as watch:
             try:

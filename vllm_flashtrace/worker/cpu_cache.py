@@ -1,7 +1,5 @@
 """Reads keys and values out of the CPU backend's paged cache.
 
-Invariant: what is read equals what the attention layer wrote, element by element.
-
 The CPU attention kernels keep a block as two halves, K then V, each ``block_size * head_size``
 elements in an order that depends on the instruction set, the dtype and the sizes. The order is not
 public. It is learned instead: a scratch block is written through vLLM's own cache-write operator
@@ -105,7 +103,7 @@ def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: 
 
 
 class Scratch:
-    """Memory that one read after another may use; fresh pages would cost more than the copy."""
+    """Memory that reads use one after another; fresh pages would cost more than the copy."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)

@@ -3,10 +3,8 @@
 Whatever the physical layout (``vllm.v1.kv_cache_layout.KVCacheLayout``), vLLM binds to a layer a
 logical view ``[num_blocks, G, block_size, 2 * head_size]`` with K and V side by side in the last
 dimension; FlashAttention, Triton attention and FlashInfer slice that view. So do the views here,
-by strides and without a copy.
-
-Invariant: ``view * scale`` is the tensor the attention kernel works with; caches of which that
-does not hold are refused by name.
+by strides and without a copy. ``view * scale`` is the tensor the attention kernel works with;
+caches of which that does not hold are refused by name.
 """
 
 from __future__ import annotations

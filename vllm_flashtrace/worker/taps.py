@@ -1,15 +1,15 @@
 """Taps on the residual stream that survive compilation.
 
-A tap is a custom operator, placed before the model is compiled, on a tensor that exists anyway: the
-residual stream as it enters the norm behind a layer's attention block (``x_prev``) and as it enters
-the next norm, that of the following layer or the model's last (``x_mid``). A pipeline stage that is
-not the last has no next norm: there ``x_mid`` is the residual that its last layer returns, which no
-module has touched since. Compiled code calls the
-operator like eager code does, so a step with a trace runs the same compiled forward as every other
-step. With no observer the operator returns at once; under CUDA graphs it launches nothing and is
-not part of the graph. The other input of these norms, what a block adds to the stream, is left
-alone: with tensor parallelism it comes out of an all-reduce that vLLM fuses with the norm, and a
-tap between the two would undo that.
+A tap is a custom operator on a tensor that exists anyway, placed before the model is compiled: on
+the residual stream as it enters the norm behind a layer's attention block (``x_prev``), and as it
+enters the next norm, that of the following layer or the model's last (``x_mid``). A pipeline stage
+that is not the last has no next norm; there ``x_mid`` is the residual that its last layer returns.
+
+Compiled code calls the operator like eager code does, so a step with a trace runs the same compiled
+forward as every other step. With no observer the operator returns at once; under CUDA graphs it
+launches nothing and is not part of the graph. The other input of these norms, what a block adds to
+the stream, is left alone: with tensor parallelism it comes out of an all-reduce that vLLM fuses
+with the norm, and a tap between the two would undo that.
 
 Invariant: an operator call carries nothing that differs between layers, so that compilers may
 share code between them; layers are told apart by the order of the calls.
