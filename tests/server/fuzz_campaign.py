@@ -61,7 +61,7 @@ class Campaign:
 
         @seed(crc32(f"{name} {SEED}".encode()))
         @settings(
-            max_examples=round(examples * SCALE),
+            max_examples=max(1, round(examples * SCALE)),
             deadline=None,
             database=None,
             phases=[Phase.generate, Phase.shrink],
