@@ -9,7 +9,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ----------------------- | -------- | ----------------------------------------------- |
 | ``attention_backends``  | all      | attention backends, via vLLM's registry         |
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
-| ``engine_options``      | all      | bad options of ours stop the start              |
+| ``engine_options``      | all      | bad plugin options stop the start               |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | three methods of the V1 model runner            |
 | ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |

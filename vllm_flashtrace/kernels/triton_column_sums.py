@@ -229,7 +229,7 @@ def _add_parts_kernel(reductions, sums, parts, layer, KEYS: tl.constexpr):
 
 @triton.jit
 def _add_to_sums(sums, segment, layer, head, tokens, valid, column_sums):
-    """Adds to one head's column sums of a segment; nobody else may do so meanwhile."""
+    """Adds to one head's column sums of a segment; no other program may write to them."""
     entry = sums + segment * SUMS
     address = tl.load(entry).to(tl.pointer_type(tl.float32))
     address += layer * tl.load(entry + 1) + head * tl.load(entry + 2)

@@ -168,7 +168,7 @@ class Telemetry:
         """
         on = enabled and trace is not None
         self._tracer = trace.get_tracer("vllm_flashtrace") if on else None
-        # Conventions of OpenTelemetry for generative AI; "attribute" is an operation of ours.
+        # Conventions of OpenTelemetry for generative AI; "attribute" is our own operation.
         self._common = {
             "gen_ai.operation.name": "attribute",
             "gen_ai.provider.name": "vllm",

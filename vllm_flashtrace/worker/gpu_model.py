@@ -238,7 +238,7 @@ def flashinfer_quantizes_queries(config: VllmConfig) -> bool:
 
 
 def device_memory_limit(device: torch.device, reserved: int = 0) -> int:
-    """The default limit of accumulators: half of the memory nobody has taken.
+    """The default limit of accumulators: half of the free memory.
 
     vLLM has taken its share by the time this is asked: weights, KV cache and CUDA graphs. What is
     left also serves activations beyond the profiled ones and the recorder's temporaries, hence

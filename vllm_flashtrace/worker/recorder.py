@@ -69,7 +69,7 @@ class Recorder:
 
     @property
     def waiting_results(self) -> int:
-        """Results that nobody has picked up yet."""
+        """Number of results that wait for pick-up."""
         return len(self._results)
 
     def first_target(self, req_id: str) -> int | None:
@@ -171,7 +171,7 @@ class Recorder:
         self._results.pop(nonce, None)
 
     def expire(self) -> None:
-        """Drops results that nobody picked up in time."""
+        """Drops results that were not picked up in time."""
         now = time.monotonic()
         for nonce in [n for n, stored in self._results.items() if stored.expires <= now]:
             del self._results[nonce]
