@@ -273,17 +273,3 @@ async def test_a_store_that_cannot_be_used_fails_the_trace_alone(
     assert choice["flashtrace"]["status"] == "failed"
     assert "private" in choice["flashtrace"]["error"]["message"]
     assert not list(Path(folder).iterdir())
-
-
-async def test_api_key_guards_every_route(plugins, model_path):
-    app = await build(model_path, "--api-key", "sesame")
-    path = f"/v1/attributions/{'ft-' + '0' * 32}"
-    asks = [
-        app.client.get(path),
-        app.client.delete(path),
-        *(app.post(route, **body, flashtrace=DEFERRED) for route, body in ROUTES.items()),
-    ]
-    assert [(await ask).status_code for ask in asks] == [401] * 7
-    app.client.headers["Authorization"] = "Bearer sesame"
-    assert (await app.client.get(path)).status_code == 404
-    assert (await app.client.delete(path)).status_code == 404

@@ -64,6 +64,7 @@ def test_every_layout_makes_its_configuration_through_the_check(plugins, model_p
         ({"flashtrace": {"max_hops": "3"}}, "flashtrace.max_hops"),
         ({"flashtrace": {"max_waiting_seconds": float("inf")}}, "flashtrace.max_waiting_seconds"),
         ({"flashtrace": {"trace_token_share": 0}}, "flashtrace.trace_token_share"),
+        *(({"flashtrace": {"page": bad}}, "flashtrace.page") for bad in (1, "yes", None)),
     ],
 )
 def test_a_bad_value_is_named(plugins, model_path, value, words):

@@ -23,6 +23,10 @@ async def test_unsupported_model_serves_and_refuses_traces_by_name(plugins, mode
         assert error["param"] == "flashtrace"
         assert "multi-head latent attention" in error["message"]
     assert len(app.engine.calls) == calls
+    report = (await app.client.get("/v1/attributions/status")).json()
+    assert report["status"] == "unsupported_model"
+    assert report["model"]["supported"] is False
+    assert report["model"]["reason"] == "multi-head latent attention"
 
 
 async def test_generating_from_tokens_refuses_the_field(plugins, model_path):
@@ -39,11 +43,33 @@ async def test_unknown_option_stops_the_server(plugins, model_path):
         await build(model_path, "--additional-config", '{"flashtrace": {"hop_limit": 3}}')
 
 
-async def test_api_key_guards_our_route(plugins, model_path):
+CHAT = {"messages": [{"role": "user", "content": "Which?"}]}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"prompt": "Which?"},
+    "/v1/responses": {"input": "Which?"},
+    "/v1/messages": {**CHAT, "max_tokens": 64},
+    "/v1/attributions": {"prompt": "Which?", "completion": "The code is 4821."},
+}
+
+
+async def test_api_key_guards_every_route(plugins, model_path):
     app = await build(model_path, "--api-key", "sesame")
-    body = {"prompt": "a", "completion": "b"}
-    assert (await app.post("/v1/attributions", **body)).status_code == 401
+    path = f"/v1/attributions/{'ft-' + '0' * 32}"
+
+    async def codes() -> list[int]:
+        asks = [
+            app.client.get("/v1/attributions/status"),
+            app.client.get(path),
+            app.client.delete(path),
+            *(app.post(r, **body, flashtrace={"mode": "deferred"}) for r, body in BODIES.items()),
+        ]
+        return [(await ask).status_code for ask in asks]
+
+    assert await codes() == [401] * 8
     app.client.headers["Authorization"] = "Bearer sesame"
+    assert await codes() == [200, 404, 404, *[200] * 5]
+    body = {"prompt": "a", "completion": "b"}
     assert (await app.post("/v1/attributions", **body)).status_code == 200
 
 

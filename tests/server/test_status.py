@@ -44,11 +44,16 @@ async def test_the_patches_of_this_process_are_named(app):
     assert {"attention_backends", "worker_rpc", "prefix_cache"} <= set(own[0]["patches"])
 
 
-async def test_what_workers_say_is_passed_on(plugins, model_path):
-    app = await build(model_path, status={"recording": 2, "worker": {"rank": 0, "runner": "V1"}})
-    [worker] = (await report(app))["engine"]["workers"]
+async def test_what_workers_say_and_the_options_in_force_are_passed_on(plugins, model_path):
+    option = '{"flashtrace": {"max_hops": 3}}'
+    worker = {"recording": 2, "worker": {"rank": 0, "runner": "V1"}}
+    app = await build(model_path, "--additional-config", option, status=worker)
+    got = await report(app)
     await app.client.aclose()
-    assert worker == {"rank": 0, "runner": "V1", "refusal": None, "recording": 2}
+    assert got["engine"]["workers"] == [
+        {"rank": 0, "runner": "V1", "refusal": None, "recording": 2}
+    ]
+    assert got["limits"]["max_hops"] == 3
 
 
 async def test_load_is_that_of_now(app):
@@ -61,22 +66,6 @@ async def test_load_is_that_of_now(app):
     app.engine.trace_gate.set()
     await task
     assert (await report(app))["load"]["running"] == 0
-
-
-async def test_a_model_that_cannot_be_traced_says_why(plugins, model_path):
-    app = await build(model_path, refusal="sliding windows")
-    got = await report(app)
-    await app.client.aclose()
-    assert got["status"] == "unsupported_model"
-    assert got["model"]["supported"] is False
-    assert got["model"]["reason"] == "sliding windows"
-
-
-async def test_options_of_the_server_are_in_force(plugins, model_path):
-    option = '{"flashtrace": {"max_hops": 3}}'
-    app = await build(model_path, "--additional-config", option)
-    assert (await report(app))["limits"]["max_hops"] == 3
-    await app.client.aclose()
 
 
 async def test_an_engine_that_does_not_answer_is_unavailable(app, monkeypatch):
@@ -93,11 +82,3 @@ async def test_an_engine_that_does_not_answer_is_unavailable(app, monkeypatch):
     monkeypatch.setattr(app.engine, "errored", True)
     got = await report(app, 503)
     assert got["engine"]["error"] == "the engine has stopped"
-
-
-async def test_api_key_guards_the_report(plugins, model_path):
-    app = await build(model_path, "--api-key", "sesame")
-    assert (await app.client.get("/v1/attributions/status")).status_code == 401
-    app.client.headers["Authorization"] = "Bearer sesame"
-    await report(app)
-    await app.client.aclose()

@@ -15,6 +15,7 @@ import textwrap
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from vllm_flashtrace.base.errors import in_one_line
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
         print(serve_help())
         raise SystemExit(0)
     argv = ["--help" if argument == "--help-vllm" else argument for argument in argv]
+    refuse_bad_options(Namespace(additional_config=_additional_config(argv)))
     prepare_environment()
     enable_plugin()
 
@@ -180,6 +182,20 @@ def apply_cpu_defaults(args: Namespace, parser: Any) -> None:
     if size is not None:
         logger.info("KV cache: %.2f GiB (set --kv-cache-memory-bytes to change it)", size / 2**30)
         args.kv_cache_memory_bytes = size
+
+
+def _additional_config(argv: Sequence[str]) -> Any:
+    """``--additional-config`` where it is written out, for a check before vLLM is imported."""
+    option, value = "--additional-config", None
+    for argument, following in pairwise([*argv, ""]):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    try:
+        return json.loads(value or "null")
+    except ValueError:
+        return None  # vLLM says what is wrong with it.
 
 
 def _why_not_started(error: Exception, args: Namespace) -> str | None:
