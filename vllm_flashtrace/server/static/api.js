@@ -1,5 +1,5 @@
 // Calls to the server's own OpenAI-compatible routes.
-// Invariant: the API key lives in this module's memory alone, and every failure is an ApiError whose
+// The API key lives in this module's memory alone, and every failure is an ApiError whose
 // message can be shown to the user.
 
 const BASE = new URL("../v1/", import.meta.url);

@@ -1,5 +1,5 @@
 // The page: what the user does, and what is shown for it.
-// Invariant: at most one answer is generated and one attribution fetched at a time; a newer one
+// At most one answer is generated and one attribution fetched at a time; a newer one
 // cancels the older, whose outcome is then never shown.
 
 import { ApiError, attribute, models, setApiKey, streamChat } from "./api.js";

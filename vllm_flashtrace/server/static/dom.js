@@ -1,5 +1,5 @@
 // Elements made of text alone.
-// Invariant: nothing here or elsewhere on the page parses text as HTML (the page's Content Security
+// Nothing here or elsewhere on the page parses text as HTML (the page's Content Security
 // Policy refuses it too).
 
 export const $ = (id) => document.getElementById(id);

@@ -1,5 +1,5 @@
 // The shown attribution as a file.
-// Invariant: the JSON is read back by `Attribution.from_response`, the HTML holds no script and
+// The JSON is read back by `Attribution.from_response`, the HTML holds no script and
 // refers to nothing outside itself.
 
 import { el, save } from "./dom.js";

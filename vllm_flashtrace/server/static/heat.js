@@ -1,5 +1,5 @@
 // Scores as colours, and tokens laid over the messages they were rendered from.
-// Invariant: a token's level depends on its score and the strongest score of the same view alone;
+// A token's level depends on its score and the strongest score of the same view alone;
 // with the square-root scale it is the level of the HTML reports (render/heat.py).
 
 export const LEVELS = 8;

@@ -1,5 +1,5 @@
 // Arrow keys inside the heat-map and the tabs, each one stop of the Tab key.
-// Invariant: exactly the element that has the focus can be reached with the Tab key.
+// Exactly the element that has the focus can be reached with the Tab key.
 
 import { $ } from "./dom.js";
 

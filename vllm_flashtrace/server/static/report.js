@@ -1,5 +1,5 @@
 // The attribution of one target: masses, heat-map and strongest tokens of one view.
-// Invariant: every number shown is the server's or a sum of the server's; a view is "all" (the whole
+// Every number shown is the server's or a sum of the server's; a view is "all" (the whole
 // attribution) or the number of one hop, whose scores are relative to that hop.
 
 import { el } from "./dom.js";

@@ -1,5 +1,5 @@
 // Bodies of the requests that the page sends.
-// Invariant: an attribution of a selection names the very token ids that were generated, so that its
+// An attribution of a selection names the very token ids that were generated, so that its
 // span means what was selected.
 
 import { $ } from "./dom.js";

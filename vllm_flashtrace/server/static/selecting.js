@@ -1,5 +1,5 @@
 // What the user selects: at once after the mouse, by a button after a finger or a pen.
-// Invariant: a selection counts only if it was begun in an answer.
+// A selection counts only if it was begun in an answer.
 
 import { $ } from "./dom.js";
 

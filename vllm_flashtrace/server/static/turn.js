@@ -1,5 +1,5 @@
 // One answer: its text while it streams, then its tokens, and which of them are selected.
-// Invariant: once the tokens are known, the shown text is theirs, so a selection is a span of tokens
+// Once the tokens are known, the shown text is theirs, so a selection is a span of tokens
 // [first, last) counted as the server counts generated tokens.
 
 import { el, selectedRange } from "./dom.js";
