@@ -69,8 +69,7 @@ _PHRASES = {
     "model_attributes_type": "must be an object",
     "string_type": "must be a string",
 }
-
-
+# Pydantic's names of the branches of a union, where they end a path.
 _BRANCHES = {"bool", "bytes", "dict", "float", "int", "list", "none", "str", "tuple"}
 
 

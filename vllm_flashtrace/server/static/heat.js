@@ -1,6 +1,6 @@
 // Scores as colours, and tokens laid over the messages they were rendered from.
 // A token's level depends on its score and the strongest score of the same view alone;
-// with the square-root scale it is the level of the HTML reports (render/heat.py).
+// with the square-root scale it is the level of the HTML reports (vllm_flashtrace/api/heat.py).
 
 export const LEVELS = 8;
 const DECADES = 3;
