@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from flashtrace import core as package
@@ -26,7 +26,6 @@ from torch import nn
 from benchmarks.processes import peak_rss_mb, rss_mb
 
 Span = tuple[int, int]
-Mode = Literal["stored", "recompute"]
 GIB = 1 << 30
 
 
@@ -39,8 +38,6 @@ class ReferenceRequest:
         token_ids: The whole trace, prompt and generated.
         target: Tokens to explain.
         reasoning: Tokens that the second hop explains; None leaves that hop out.
-        mode: Whether all attention matrices are kept from the forward pass (``stored``), or each
-            layer's is computed again whenever it is needed (``recompute``).
         threads: Threads of torch.
         memory_limit_gib: Largest data segment of the process.
         repeats: Timed runs.
@@ -51,7 +48,6 @@ class ReferenceRequest:
     token_ids: list[int]
     target: Span
     reasoning: Span | None
-    mode: Mode
     threads: int
     memory_limit_gib: float
     repeats: int = 1
@@ -93,34 +89,6 @@ def run_reference(request: ReferenceRequest, timeout: float) -> dict[str, Any]:
         return torch.load(answer, weights_only=True)
 
 
-def run_in_fitting_mode(
-    request: ReferenceRequest, timeout: float
-) -> tuple[dict[str, Any], Mode, str]:
-    """Runs with stored attentions where they fit, else with recomputed ones.
-
-    Returns:
-        The outcome, the mode it ran in, and why not with stored attentions ("" if it did).
-
-    Raises:
-        ReferenceFailed: Neither mode could finish.
-    """
-    config = json.loads(Path(request.model, "config.json").read_text())
-    matrices = config["num_hidden_layers"] * config["num_attention_heads"]
-    size = matrices * len(request.token_ids) ** 2 * 4 / GIB  # float32
-    limit = request.memory_limit_gib
-    if size > limit:
-        reason = f"stored attentions need {size:.1f} GiB, the limit is {limit:g} GiB"
-    else:
-        try:
-            return run_reference(replace(request, mode="stored"), timeout), "stored", ""
-        except ReferenceFailed as failure:
-            reason = f"stored attentions: {failure}"
-    try:
-        return run_reference(replace(request, mode="recompute"), timeout), "recompute", reason
-    except ReferenceFailed as failure:
-        raise ReferenceFailed(f"{reason}; recomputed attentions: {failure}") from None
-
-
 # The package's own defaults.
 CHUNK_TOKENS = 128
 SINK_CHUNK_TOKENS = 32
@@ -158,17 +126,14 @@ class Captured:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, token_ids: list[int], recompute: bool) -> Captured:
-    """The forward pass, as the package's own classes do it."""
+def capture(model: nn.Module, token_ids: list[int]) -> Captured:
+    """The forward pass with stored attentions, as the package's own classes do it."""
     metadata = package.extract_model_metadata(model)
     dtype = next(model.parameters()).dtype
     cache, handles = package.attach_hooks(metadata.layers, dtype)
     try:
-        outputs = model(
-            input_ids=torch.tensor([token_ids]),
-            use_cache=False,
-            output_attentions=not recompute,
-        )
+        ids = torch.tensor([token_ids])
+        outputs = model(input_ids=ids, use_cache=False, output_attentions=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -187,7 +152,7 @@ def capture(model: nn.Module, token_ids: list[int], recompute: bool) -> Captured
     return Captured(
         {
             "cache": cache,
-            "attentions": None if recompute else outputs.attentions,
+            "attentions": outputs.attentions,
             "weight_pack": package.build_weight_pack(metadata, dtype),
             "params": params,
             "rotary_emb": metadata.rotary_emb,
@@ -201,7 +166,7 @@ def explain_hops(model: nn.Module, request: ReferenceRequest) -> dict[str, Any]:
     seconds = []
     for _ in range(request.repeats):
         began = time.perf_counter()
-        captured = capture(model, request.token_ids, request.mode == "recompute")
+        captured = capture(model, request.token_ids)
         result = captured.hops(request.target, request.reasoning)
         seconds.append(time.perf_counter() - began)
         del captured
@@ -218,7 +183,7 @@ def explain_each_token(model: nn.Module, request: ReferenceRequest) -> dict[str,
     A call costs something before its first token; that is what explaining position 0, which sees
     only itself, takes.
     """
-    forward, captured = _timed(lambda: capture(model, request.token_ids, False))
+    forward, captured = _timed(lambda: capture(model, request.token_ids))
     span, span_scores = _timed(lambda: captured.span(request.target))
     overhead, _ = _timed(lambda: captured.each_token((0, 1)))
     ranges, rows = [], []
@@ -249,9 +214,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     # Attention matrices can be kept only by the eager implementation.
-    attention = "eager" if request.mode == "stored" else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(
-        request.model, attn_implementation=attention, dtype=torch.float32
+        request.model, attn_implementation="eager", dtype=torch.float32
     )
     idle = rss_mb()
     outcome = (explain_each_token if request.per_token else explain_hops)(model, request)

@@ -34,7 +34,6 @@ from benchmarks.reference import (
     ReferenceFailed,
     ReferenceRequest,
     Span,
-    run_in_fitting_mode,
     run_reference,
 )
 from benchmarks.trace_latency import Bench, Case, start_engine
@@ -105,13 +104,12 @@ def row(ours: Ours, case: Case, threads: int, options: argparse.Namespace) -> di
         token_ids=ours.token_ids,
         target=(case.context - case.output, case.context),
         reasoning=(case.prompt, case.prompt + case.reasoning),
-        mode="stored",
         threads=threads,
         memory_limit_gib=options.memory_limit_gib,
         repeats=options.reference_repeats,
     )
     try:
-        theirs, mode, note = run_in_fitting_mode(request, options.reference_timeout)
+        theirs = run_reference(request, options.reference_timeout)
     except ReferenceFailed as failure:
         return result | {"reference_mode": "failed", "reference_note": str(failure)}
     reference_seconds = statistics.median(theirs["seconds"])
@@ -126,8 +124,7 @@ def row(ours: Ours, case: Case, threads: int, options: argparse.Namespace) -> di
         "top10_overlap": top_overlap(ours.scores, expected, min(10, case.prompt)),
         "reference_peak_rss_mb": theirs["peak_rss_mb"],
         "reference_extra_mb": theirs["peak_rss_mb"] - theirs["idle_rss_mb"],
-        "reference_mode": mode,
-        "reference_note": note,
+        "reference_mode": "stored",
     }
 
 
@@ -221,7 +218,6 @@ def per_token_row(
         token_ids=ours.token_ids,
         target=(case.prompt, case.length),
         reasoning=None,
-        mode="stored",
         threads=threads,
         memory_limit_gib=options.memory_limit_gib,
         per_token=case.ranges(),

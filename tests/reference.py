@@ -31,7 +31,7 @@ def reference_scores(
     hops: int = 0,
 ) -> ReferenceHops:
     """Runs the package on a HF model that was loaded with ``attn_implementation="eager"``."""
-    captured = capture(model, token_ids, recompute=False)
+    captured = capture(model, token_ids)
     result = captured.hops(target, reasoning or (target[0] - 1, target[0]), hops)
     return ReferenceHops(
         hops=[hop.token_importance_total.float() for hop in result.raw_attributions],

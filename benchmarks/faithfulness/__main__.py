@@ -101,10 +101,9 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    from vllm_flashtrace.offline.engine import engine_log
-
     from vllm_flashtrace.base.process import end_engine_with_this_process
     from vllm_flashtrace.models import prepare_smollm2
+    from vllm_flashtrace.offline.engine import engine_log
 
     end_engine_with_this_process()
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -330,7 +330,7 @@ def run_package(hf: HFModel, prepared: Prepared, hops: int) -> PackageResult:
     first, end = prepared.reasoning
     with torch.no_grad(), all_cores():
         began = time.perf_counter()
-        captured = capture(hf.model, list(prepared.token_ids), recompute=False)
+        captured = capture(hf.model, list(prepared.token_ids))
         # Without reasoning its span is only masked out, so the template's last token will do.
         empty = first == end
         span = (first - 1, first) if empty else prepared.reasoning

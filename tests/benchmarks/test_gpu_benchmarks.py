@@ -115,7 +115,7 @@ def failures(monkeypatch: pytest.MonkeyPatch, case: Case = CASE, **replaced: Any
     return gpu_checks.check_case(case, "cpu").failures
 
 
-@pytest.mark.parametrize("case", full_grid()[::7], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", full_grid()[::16], ids=lambda case: case.name)
 def test_right_kernels_pass(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures(monkeypatch, case) == []
 

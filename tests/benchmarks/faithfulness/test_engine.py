@@ -21,6 +21,7 @@ from benchmarks.faithfulness.example import (
     prepare,
 )
 from benchmarks.faithfulness.ours import VARIANTS, OursFamily
+from tests import engine_starts
 from tests.tiny_models import make_tiny_model
 
 LONGEST = 640
@@ -43,16 +44,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[EngineResource]:
-    """Eager, to start sooner, and with steps shorter than the longest sequence."""
-    resource = EngineResource(
-        folder,
-        max_model_len=LONGEST,
-        enforce_eager=True,
-        max_num_batched_tokens=CHUNK,
-        kv_cache_memory_bytes=64 << 20,
-    )
+    """Eager and in this process, to start sooner; steps are shorter than the longest sequence."""
+    engine_starts.note("the faithfulness benchmark's own (in this process)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        resource = EngineResource(
+            folder,
+            max_model_len=LONGEST,
+            enforce_eager=True,
+            max_num_batched_tokens=CHUNK,
+            kv_cache_memory_bytes=64 << 20,
+            distributed_executor_backend="uni",
+        )
     yield resource
     resource.close()
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")
