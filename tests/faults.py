@@ -32,7 +32,7 @@ def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
 CAPTURE = "vllm_flashtrace.worker"
 PHASES = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
-    "batch": ("vllm_flashtrace.patches.model_runner_v1", None, "batch_rows_v2"),
+    "batch": ("vllm_flashtrace.patches.model_runner_v1", None, "batch_rows_v1"),
     "observer": ("vllm_flashtrace.worker.runner", None, "StepObserver"),
     "chunk": (f"{CAPTURE}.step", "Trace", "begin_chunk"),
     "row plan": ("vllm_flashtrace.worker.cpu_model", "CPUTracedModel", "plan_rows"),
