@@ -33,10 +33,13 @@ $(VENV)/.dev: $(VENV)/.cpu requirements/dev.txt requirements/scale.txt
 demo: $(VENV)/.cpu
 	$(BIN)/vllm-flashtrace demo
 
+# mypy sees the package as it is installed, with patches/ in it.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types/vllm_flashtrace
+	ln -s $(CURDIR)/vllm_flashtrace/* $(CURDIR)/patches build/types/vllm_flashtrace/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_flashtrace
 
 test: lint docs
 	$(BIN)/vllm-flashtrace demo --model-path

@@ -85,6 +85,7 @@ def _modules() -> list[ModuleType]:
 def _platform_modules() -> list[ModuleType]:
     """What only one platform needs; elsewhere traces are refused by the worker, by name."""
     from vllm.platforms import current_platform
+
     from vllm_flashtrace.patches import attention_backends
 
     if current_platform.is_cpu():

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm_flashtrace.patches._check import PatchError
 
 from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.patches._check import PatchError
 from vllm_flashtrace.worker.observer import RecordingAttention
 
 FORWARD_PARAMETERS = (

@@ -16,9 +16,9 @@ import functools
 from typing import Any
 
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
-from vllm_flashtrace.patches._check import require_keyword, require_parameters
 
 from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.patches._check import require_keyword, require_parameters
 from vllm_flashtrace.trace.engines import note_rank
 
 

@@ -16,8 +16,8 @@ import functools
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm_flashtrace.patches._check import PatchError, require_parameters
 
+from vllm_flashtrace.patches._check import PatchError, require_parameters
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
 

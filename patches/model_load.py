@@ -15,10 +15,10 @@ import functools
 from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
-from vllm_flashtrace.patches._check import require_parameters
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.worker.taps import place_taps
 
 

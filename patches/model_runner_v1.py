@@ -19,8 +19,8 @@ import functools
 from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm_flashtrace.patches._check import require_keyword, require_parameters
 
+from vllm_flashtrace.patches._check import require_keyword, require_parameters
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import batch_rows_v1, existing_capture, observe_step
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 from vllm_flashtrace.patches.weight_updates import forgetting
-
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import (
     RunnerCapture,

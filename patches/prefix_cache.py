@@ -16,9 +16,9 @@ import functools
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm_flashtrace.patches._check import require_parameters
 
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.trace.wire import sealed_spec, unseal
 
 

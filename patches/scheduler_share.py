@@ -21,9 +21,9 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm_flashtrace.patches._check import PatchError, require_parameters
 
 from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.patches._check import PatchError, require_parameters
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec
 

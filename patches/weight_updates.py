@@ -17,8 +17,8 @@ from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
-from vllm_flashtrace.patches._check import require_parameters
 
+from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.worker.runner import existing_capture
 
 _METHODS: tuple[tuple[type, str], ...] = (

@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 from vllm.v1.worker.worker_base import WorkerBase
-from vllm_flashtrace.patches._check import PatchError
 
+from vllm_flashtrace.patches._check import PatchError
 from vllm_flashtrace.worker.runner import capture_of, worker_report
 
 _METHODS = ("flashtrace_collect", "flashtrace_discard", "flashtrace_status")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.kv_cache_layout import KVCacheLayout
+
 from vllm_flashtrace.patches import attention_backends
 
 CPU = torch.device("cpu")

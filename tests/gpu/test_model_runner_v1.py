@@ -14,10 +14,10 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm_flashtrace.patches import model_runner_v1
 
 from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
+from vllm_flashtrace.patches import model_runner_v1
 from vllm_flashtrace.worker.runner import _ATTRIBUTE, batch_rows_v1
 
 

@@ -14,11 +14,11 @@ import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm_flashtrace.patches import attention_backends
-from vllm_flashtrace.patches._check import PatchError
 
 from tests.gpu.standin import BACKENDS, backend_class, flashinfer_names
 from vllm_flashtrace import patches
+from vllm_flashtrace.patches import attention_backends
+from vllm_flashtrace.patches._check import PatchError
 from vllm_flashtrace.worker.observer import current, observing
 
 

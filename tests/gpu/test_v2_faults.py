@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_flashtrace.patches import model_runner_v2
 
 from tests.faults import break_function, mend_function
 from tests.gpu.v2_engine import (
@@ -19,6 +18,7 @@ from tests.gpu.v2_engine import (
     v2_engine,
 )
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.patches import model_runner_v2
 from vllm_flashtrace.trace.wire import decode_report
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker.observer import current

@@ -17,7 +17,6 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm_flashtrace.patches import model_runner_v2
 
 from tests.engine.harness import relative_l1
 from tests.gpu.standin import (
@@ -32,6 +31,7 @@ from tests.gpu.standin_runner import StandInRunner, graph_manager
 from tests.oracle import oracle_scores
 from vllm_flashtrace.base.records import Span, TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.patches import model_runner_v2
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel

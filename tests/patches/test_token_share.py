@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm_flashtrace.patches.scheduler_share import MIN_CHUNK, TokenShare
 
 from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.patches.scheduler_share import MIN_CHUNK, TokenShare
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 BUDGET = 128
