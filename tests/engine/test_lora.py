@@ -74,7 +74,6 @@ def engine(base: Path) -> Iterator[Engine]:
     engine = Engine(
         base,
         "LoRA",
-        in_process=True,
         max_model_len=1024,
         enable_lora=True,
         max_loras=2,
