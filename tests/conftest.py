@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault(BIND, str(own_core()))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Names the part of each test for ``--dist loadgroup``, and sorts the parts."""
     if not hasattr(config, "workerinput"):
