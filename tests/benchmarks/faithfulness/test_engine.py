@@ -44,24 +44,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[EngineResource]:
-    """Eager and in this process, to start sooner; steps are shorter than the longest sequence."""
-    engine_starts.note("the faithfulness benchmark's own (in this process)")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        resource = EngineResource(
-            folder,
-            max_model_len=LONGEST,
-            enforce_eager=True,
-            max_num_batched_tokens=CHUNK,
-            kv_cache_memory_bytes=64 << 20,
-            distributed_executor_backend="uni",
-        )
+    """Eager, to start sooner, and with steps shorter than the longest sequence."""
+    engine_starts.note("the faithfulness benchmark's own, with short steps")
+    resource = EngineResource(
+        folder,
+        max_model_len=LONGEST,
+        enforce_eager=True,
+        max_num_batched_tokens=CHUNK,
+        kv_cache_memory_bytes=64 << 20,
+    )
     yield resource
     resource.close()
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")
