@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Processes of the test suite; each keeps engines of its own, together about 8 GiB.
 JOBS ?= 2
-PYTEST_PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST_PARALLEL := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 export VLLM_TARGET_DEVICE ?= cpu
 
 .PHONY: help demo test test-fast test-long coverage lint docs bench bench-faithfulness clean

@@ -24,21 +24,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault(BIND, str(own_core()))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook.
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Names the part of each test for ``--dist loadgroup``, and sorts the parts."""
-    if not hasattr(config, "workerinput"):
-        return
-    parts = {item: _part(item.path) for item in items}
-    for item, part in parts.items():
-        item.add_marker(pytest.mark.xdist_group(part))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the parts, so that the longest are begun first."""
     order = {part: i for i, part in enumerate(PARTS)}
-    items.sort(key=lambda item: order.get(parts[item], len(order)))
+    items.sort(key=lambda item: order.get(_part(item.nodeid), len(order)))
 
 
-def _part(path: Path) -> str:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives a part to one process of the suite, as a whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class PartScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _part(nodeid)
+
+    return PartScheduling(config, log)
+
+
+def _part(nodeid: str) -> str:
     """The folder of ``tests`` that a test is in."""
-    return path.relative_to(Path(__file__).parent).parts[0]
+    return nodeid.split("/")[1].partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
