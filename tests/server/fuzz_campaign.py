@@ -20,7 +20,7 @@ from tests.server.scripted_app import App
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, unseal
 
 SECONDS = 20.0  # No answer takes longer; the slowest here takes well under one.
-SCALE = float(os.environ.get("FLASHTRACE_FUZZ_SCALE", "0.25"))
+SCALE = float(os.environ.get("FLASHTRACE_FUZZ_SCALE", "1"))
 SEED = int(os.environ.get("FLASHTRACE_FUZZ_SEED", "0"))
 
 

@@ -1,6 +1,6 @@
 """Thousands of generated requests: none is a server error, none hangs, none leaves anything behind.
 
-``FLASHTRACE_FUZZ_SCALE`` multiplies their number (0.25 unless set), ``FLASHTRACE_FUZZ_SEED`` gives
+``FLASHTRACE_FUZZ_SCALE`` multiplies their number, ``FLASHTRACE_FUZZ_SEED`` gives
 other ones.
 """
 
