@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from page_server import PAGE_ON, PageServer, served
 
 from tests.api.chromium import Chromium
 from tests.server.page.browser import ANSWER, rising
+from tests.server.page_server import PAGE_ON, PageServer, served
 
 
 @pytest.fixture(scope="session")

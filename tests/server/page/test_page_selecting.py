@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from page_server import PAGE_ON, served
 
 from tests.server.page.browser import (
     ANSWER,
@@ -21,6 +20,7 @@ from tests.server.page.browser import (
     levels,
     set_field,
 )
+from tests.server.page_server import PAGE_ON, served
 from vllm_flashtrace.trace.wire import unseal
 
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from page_server import PAGE_ON, served
 
 from tests.server.page.browser import (
     ANSWER,
@@ -21,6 +20,7 @@ from tests.server.page.browser import (
     rising,
     set_field,
 )
+from tests.server.page_server import PAGE_ON, served
 
 
 def test_hostile_text_stays_text(page, page_server):
