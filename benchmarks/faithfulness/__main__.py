@@ -1,8 +1,8 @@
 """The faithfulness benchmark.
 
 Explains generated tasks with known sources by many methods, and says how well each finds them, how
-the model's response depends on what it found, and what it cost. Finished examples are kept: the same
-command, started again, does only what is missing.
+the model's response depends on what it found, and what it cost. Finished examples are kept: the
+same command, started again, does only what is missing.
 """
 
 from __future__ import annotations
