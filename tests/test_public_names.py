@@ -177,6 +177,14 @@ def test_options_of_the_server() -> None:
     assert set(FlashTraceConfig.model_fields) >= SERVER_OPTIONS
 
 
+def test_the_default_fraction_is_the_maths_own() -> None:
+    """The options repeat it as a literal, so that reading them needs no torch."""
+    from vllm_flashtrace.core.proximity import DEFAULT_EXACT_FRACTION
+    from vllm_flashtrace.trace.config import FlashTraceConfig
+
+    assert FlashTraceConfig().exact_fraction == DEFAULT_EXACT_FRACTION
+
+
 def test_routes() -> None:
     from vllm_flashtrace.server import attributions, status
     from vllm_flashtrace.server.page import page_router

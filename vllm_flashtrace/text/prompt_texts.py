@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.base.records import Span
 from vllm_flashtrace.text.tool_calls import call_arguments
-
-logger = logging.getLogger("vllm.flashtrace")
 
 _MARK_BASE = 0xF0000
 _MARKS = 0xFFFE

@@ -23,6 +23,7 @@ from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.offline.engine import root_cause
 from vllm_flashtrace.scale.batch.results import Outcome
 from vllm_flashtrace.scale.ray_cluster import prepare_actor
+from vllm_flashtrace.trace.config import SECTION
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vllm_flashtrace.server.engine_app import InProcessServer
 
 T = TypeVar("T")
-_SECTION = "flashtrace"
 # A batch has no client that waits, so nothing is skipped for the sake of others.
 _PATIENCE: dict[str, Any] = {
     "max_waiting_traces": 1_000_000,
@@ -125,7 +125,7 @@ class Replica:
 
     def _adjust(self, args: Namespace) -> None:
         config = dict(args.additional_config or {})
-        args.additional_config = {**config, _SECTION: {**_PATIENCE, **config.get(_SECTION, {})}}
+        args.additional_config = {**config, SECTION: {**_PATIENCE, **config.get(SECTION, {})}}
         args.disable_log_stats = True
 
     async def _answer_all(self, rows: list[dict[str, Any]]) -> list[Outcome]:
@@ -155,7 +155,7 @@ class Replica:
 
         known = known_fields(url)
         for name in sorted(body):
-            if known is not None and name != _SECTION and name not in known:
+            if known is not None and name != SECTION and name not in known:
                 raise ValueError(f"{name} is no field that {url} knows")
 
 

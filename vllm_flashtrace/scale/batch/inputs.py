@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_flashtrace.api.checks import check_messages, check_text, is_unicode, shown
+from vllm_flashtrace.api.request import FIELD
 from vllm_flashtrace.base.errors import FlashTraceError, InvalidRequestError
 
 CHAT, COMPLETIONS, ATTRIBUTIONS = "/v1/chat/completions", "/v1/completions", "/v1/attributions"
@@ -162,7 +163,7 @@ def plain_record(record: dict[str, Any]) -> Any:
         The value, or the `RowError` that says why there is none.
     """
     value = {name: _without_nulls(item) for name, item in record.items() if item is not None}
-    for name in ("flashtrace", "body"):
+    for name in (FIELD, "body"):
         if isinstance(value.get(name), str):
             try:
                 value[name] = json.loads(value[name])
@@ -246,7 +247,7 @@ def _check_body(request: Request) -> None:
     for name in ("stream", "stream_options"):
         if body.get(name):
             raise _bad(name, "has no place in a batch")
-    field = body.get("flashtrace")
+    field = body.get(FIELD)
     if isinstance(field, Mapping) and field.get("mode", "inline") != "inline":
         raise _bad("flashtrace.mode", "must be inline in a batch")
     try:
@@ -259,8 +260,8 @@ def _check_body(request: Request) -> None:
 
 def _with_defaults(request: Request, defaults: Defaults) -> Request:
     body = dict(request.body)
-    if body.get("flashtrace") is None:
-        body["flashtrace"] = defaults.flashtrace
+    if body.get(FIELD) is None:
+        body[FIELD] = defaults.flashtrace
     sized = any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
     if request.url != ATTRIBUTIONS and defaults.max_tokens is not None and not sized:
         body["max_tokens"] = defaults.max_tokens

@@ -67,11 +67,12 @@ class EngineReplica:
         prepare_actor(context.rank.local_rank, plan.cpus, plan.workers)
 
         from vllm_flashtrace.server.engine_app import engine_app, read_engine_options
+        from vllm_flashtrace.server.session import service_of
 
         args = read_engine_options(plan.argv, neighbours=(context.world_size or 1) - 1)
         self._stack = AsyncExitStack()
         app, engine = await self._stack.enter_async_context(engine_app(args, self._make_store))
-        service = getattr(app.state, "flashtrace", None)
+        service = service_of(app.state)
         self._served = ServedApp(app, engine, service, context.replica_id.unique_id)
         self._watch = asyncio.create_task(self._end_with_engine(self._served))
 
