@@ -122,7 +122,7 @@ async def test_whole_call(app):
     ("target", "code", "named"),
     [
         ({"tool_call": 2}, "tool_call_not_found", "tool_call 2"),
-        ({"tool_call": 1, "argument": "cc"}, "argument_not_found", "'cc'"),
+        ({"tool_call": 1, "argument": "cc"}, "argument_not_found", '"cc"'),
     ],
 )
 async def test_what_was_not_called_fails_the_trace_alone(app, stream, target, code, named):
@@ -245,7 +245,7 @@ async def test_malformed_calls_are_refused_by_name(app, calls, param):
     ("target", "param", "named"),
     [
         ({"tool_call": 2}, "flashtrace.target.tool_call", "tool_call 2"),
-        ({"tool_call": 0, "argument": "cc"}, "flashtrace.target.argument", "'cc'"),
+        ({"tool_call": 0, "argument": "cc"}, "flashtrace.target.argument", '"cc"'),
     ],
 )
 async def test_missing_calls_are_the_clients_mistake(app, target, param, named):
