@@ -127,7 +127,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "server.log"
             model = str(prepare_smollm2())
-            with serve(OURS, model, log, *serve_options(text)) as server:
+            options = serve_options(text)
+            with serve(OURS, model, log, *options, worker_process=True) as server:
                 shown = answer(server.url, text)
     README.write_text(with_answer(text, shown), encoding="utf-8")
     return 0

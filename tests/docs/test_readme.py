@@ -46,7 +46,8 @@ def test_answer_is_written_as_the_script_writes_it() -> None:
 def test_answer_is_the_servers(smollm2_folder: Path, tmp_path: Path) -> None:
     options = readme_example.serve_options(TEXT)
     engine_starts.note("README: the server as its command starts it")
-    with serve(OURS, str(smollm2_folder), tmp_path / "server.log", *options) as server:
+    log = tmp_path / "server.log"
+    with serve(OURS, str(smollm2_folder), log, *options, worker_process=True) as server:
         answer = readme_example.answer(server.url, TEXT)
     got, shown = _comparable(answer), _comparable(SHOWN)
     assert _structure(got) == _structure(shown)

@@ -35,6 +35,12 @@ OURS = [
 ]
 STOCK = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
 STOCK_ENV = {"VLLM_PLUGINS": "none", "VLLM_FLASHTRACE_DISABLE": "1"}
+# On CPUs vLLM gives even a single worker a process of its own, which imports vLLM once more (15 s
+# of processor time). This lets it run in the engine's process.
+WORKER_IN_ENGINE = (
+    ["--distributed-executor-backend=uni"],
+    {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+)
 
 
 _CHAT = {
@@ -112,13 +118,30 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(program: list[str], model: str, log: Path, *options: str, **env: str) -> Iterator[Server]:
+def serve(
+    program: list[str],
+    model: str,
+    log: Path,
+    *options: str,
+    worker_process: bool = False,
+    **env: str,
+) -> Iterator[Server]:
     """Runs ``program`` with ``model`` and options until the block ends.
+
+    Args:
+        program: ``OURS`` or ``STOCK``.
+        model: What to serve.
+        log: File for its output.
+        options: Of the server, besides ``OPTIONS``.
+        worker_process: Starts the worker as a process of its own, as vLLM does by default.
+        env: What to add to the environment.
 
     Raises:
         RuntimeError: The server ended or did not answer in time; has the end of its log.
     """
     port = free_port()
+    if not worker_process:
+        options, env = (*WORKER_IN_ENGINE[0], *options), {**WORKER_IN_ENGINE[1], **env}
     command = [sys.executable, *program, model, *OPTIONS, f"--port={port}", *options]
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -71,6 +71,11 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         """First target position: no token from here on may come from the prefix cache."""
         return int.from_bytes(self.positions[:4], "little", signed=True)
 
+    @property
+    def last_target(self) -> int:
+        """Last target position."""
+        return int.from_bytes(self.positions[-4:], "little", signed=True)
+
     def target_weights(self) -> TargetWeights:
         """The target as tensors; raises ValueError when malformed or outside the trace."""
         positions = tensor_of(self.positions, torch.int32).to(torch.int64)

@@ -72,11 +72,6 @@ class Recorder:
         """Number of results that wait for pick-up."""
         return len(self._results)
 
-    def first_target(self, req_id: str) -> int | None:
-        """First target position of a request that is being recorded."""
-        trace = self._traces.get(req_id)
-        return trace.target.first if trace is not None else None
-
     def register(
         self, req_id: str, sealed: bytes, num_prompt_tokens: int, adapter: int | None = None
     ) -> None:

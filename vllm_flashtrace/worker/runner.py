@@ -20,7 +20,7 @@ from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.base.process import lineage
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.wire import sealed_spec
+from vllm_flashtrace.trace.wire import sealed_spec, unseal
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.layers import adapter_slot, check_cache
 from vllm_flashtrace.worker.recorder import Recorder
@@ -75,7 +75,7 @@ class RunnerCapture:
         recorder: The traces.
         refusal: Why the model cannot be traced, or None.
         records_step: Whether the step that was last observed computes target rows; it must then
-            run as code and not as a CUDA graph.
+            run as code and not as a CUDA graph. See `TargetSteps`.
         scheduled: Tokens of each request in that step.
     """
 
@@ -84,6 +84,7 @@ class RunnerCapture:
 
     def __init__(self, runner: Any) -> None:
         self.refusal: str | None = None
+        self._target_steps = TargetSteps()
         self.forget_step()
         self._model: TracedModel | None = None
         ttl = FlashTraceConfig().result_ttl_seconds
@@ -111,6 +112,8 @@ class RunnerCapture:
         """Learns about new and finished requests and about the step."""
         self.forget_step()
         try:
+            # First, and whatever becomes of the recording.
+            self.records_step = self._target_steps.includes(scheduler_output)
             self.recorder.drop(scheduler_output.finished_req_ids)
             for new in scheduler_output.scheduled_new_reqs:
                 params = new.sampling_params
@@ -124,7 +127,6 @@ class RunnerCapture:
                         lora.lora_int_id if lora is not None else None,
                     )
             self.scheduled = scheduler_output.num_scheduled_tokens
-            self.records_step = self._records(scheduler_output)
         except Exception as error:
             log_unexpected("reading the scheduler's output", error)
 
@@ -159,21 +161,53 @@ class RunnerCapture:
             log_unexpected("finishing a step", error)
             self._fail_scheduled(error)
 
-    def _records(self, scheduler_output: SchedulerOutput) -> bool:
-        new = scheduler_output.scheduled_new_reqs
-        computed = {each.req_id: each.num_computed_tokens for each in new}
-        cached = scheduler_output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for req_id in self.recorder.active_requests.intersection(self.scheduled):
-            first = self.recorder.first_target(req_id)
-            stop = computed.get(req_id, 0) + self.scheduled[req_id]
-            if first is not None and stop > first:
-                return True
-        return False
-
     def _fail_scheduled(self, error: BaseException) -> None:
         for req_id in self.recorder.active_requests.intersection(self.scheduled):
             self.recorder.fail(req_id, error)
+
+
+class TargetSteps:
+    """Tells the steps that compute target rows from what the scheduler says, and nothing else.
+
+    Ranks of a tensor- or pipeline-parallel model must agree on how a step runs: one that replays a
+    CUDA graph pads its batch, and its collectives, to another size than one that runs code. A trace
+    that failed on one rank only, for want of memory say, therefore counts until its request ends.
+    """
+
+    def __init__(self) -> None:
+        self._targets: dict[str, range] = {}
+
+    def includes(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether a step, whose output must be given once and in order, computes target rows."""
+        for req_id in scheduler_output.finished_req_ids:
+            self._targets.pop(req_id, None)
+        computed: dict[str, int] = {}
+        for new in scheduler_output.scheduled_new_reqs:
+            computed[new.req_id] = new.num_computed_tokens
+            target = _target_of(new.sampling_params)
+            if target is not None:
+                self._targets[new.req_id] = target
+        if not self._targets:
+            return False
+        cached = scheduler_output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for req_id, tokens in scheduler_output.num_scheduled_tokens.items():
+            target, start = self._targets.get(req_id), computed.get(req_id, 0)
+            if target is not None and start < target.stop and start + tokens > target.start:
+                return True
+        return False
+
+
+def _target_of(params: Any) -> range | None:
+    """First to last target position of a request's trace; None where it has none."""
+    sealed = sealed_spec(params.extra_args) if params is not None else None
+    if sealed is None:
+        return None
+    try:
+        spec = unseal(sealed)
+    except FlashTraceError:
+        return None  # The same on every rank; the recorder says it.
+    return range(spec.first_target, spec.last_target + 1)
 
 
 class StepObserver:

@@ -1,0 +1,164 @@
+"""Ranks run every step in the same way, also when a trace has failed on one of them.
+
+A rank that replays a CUDA graph pads its batch; one that does not has collectives of another size,
+and the engine hangs. The ranks here are runners of their own that see the same scheduler's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from tests.faults import break_function, mend_function
+from tests.gpu.test_model_runner_v1 import v1_runner
+from tests.gpu.test_v2_faults import PHASES
+from tests.gpu.v2_engine import (
+    StepMaker,
+    Traced,
+    V2Engine,
+    apply_patches,
+    traced,
+    untraced,
+    v2_engine,
+)
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.patches import model_runner_v1
+from vllm_flashtrace.trace.budget import AccumulatorBudget
+from vllm_flashtrace.worker import runner as worker_runner
+from vllm_flashtrace.worker.runner import RunnerCapture, capture_of
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+TRACE = traced(120, (30, 110))
+# In the first step that has target rows the trace fails on one rank; all later ones have some too.
+STEPS: list[dict[str, Any]] = [
+    {"scheduled": {"other": 7}, "new": {"other": untraced(90, 1)}},
+    {"scheduled": {"trace": 41, "other": 3}, "new": {"trace": TRACE.new}},
+    {"scheduled": {"trace": 41}},
+    {"scheduled": {"trace": 13, "other": 9}},
+    {"scheduled": {"trace": 20, "other": 1}},
+    {"scheduled": {"trace": 5, "other": 11}},  # behind the target
+    {"scheduled": {"other": 11}, "finished": ["trace"]},
+]
+WITH_TARGETS = [False, True, True, True, True, False, False]
+
+
+def run(engine: V2Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[CUDAGraphMode, int]]:
+    """Mode and padded tokens of each step."""
+    engine.use_graphs(CUDAGraphMode.PIECEWISE, SIZES, monkeypatch)
+    sizes: list[int] = []
+    hook = engine.model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(len(inputs["positions"])), with_kwargs=True
+    )
+    for arguments in STEPS:
+        engine.step(**arguments)
+    hook.remove()
+    return list(zip(engine.runner.seen, sizes, strict=True))
+
+
+def rank(loaded: V2Engine) -> V2Engine:
+    return V2Engine(loaded.model, loaded.config, loaded.layout)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_v2_after_a_fault(phase: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with v2_engine(tiny_llama, monkeypatch) as loaded:
+        apply_patches(monkeypatch)
+        healthy = run(rank(loaded), monkeypatch)
+        broken = rank(loaded)
+        break_function(None, *PHASES[phase])
+        try:
+            assert run(broken, monkeypatch) == healthy
+        finally:
+            mend_function(None, *PHASES[phase])
+    assert [mode == CUDAGraphMode.NONE for mode, _ in healthy] == WITH_TARGETS
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 40])
+def test_v2_with_budgets_of_their_own(
+    limit: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank with less free memory refuses a trace that another one records."""
+    with v2_engine(tiny_llama, monkeypatch) as loaded:
+        apply_patches(monkeypatch)
+        healthy = run(rank(loaded), monkeypatch)
+        poor = rank(loaded)
+        capture_of(poor.runner).recorder.budget = AccumulatorBudget(limit, 1, 1)
+        assert run(poor, monkeypatch) == healthy
+        if limit:
+            assert poor.report(TRACE).scores.sum() > 0
+            return
+        with pytest.raises(TraceError, match="max_accumulator_mib"):
+            poor.report(TRACE)
+
+
+FAULTS = ("healthy", "registration", "refused", "failed in the first chunk")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_v1(fault: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own dispatcher, with the capture of a rank on which the trace has failed."""
+    with v2_engine(tiny_llama, monkeypatch) as loaded:
+        for name in ("execute_model", "_determine_batch_execution_and_padding", "_model_forward"):
+            monkeypatch.setattr(GPUModelRunner, name, getattr(GPUModelRunner, name))
+        model_runner_v1.check()
+        model_runner_v1.apply()
+        runner = v1_runner(loaded, CUDAGraphMode.PIECEWISE, monkeypatch)
+        setattr(runner, worker_runner._ATTRIBUTE, broken_capture(rank(loaded), fault, monkeypatch))
+        found = [dispatch(runner, arguments, fault) for arguments in outputs(STEPS)]
+    assert found == WITH_TARGETS
+
+
+def broken_capture(engine: V2Engine, fault: str, monkeypatch: pytest.MonkeyPatch) -> RunnerCapture:
+    if fault == "refused":
+        monkeypatch.setattr(
+            worker_runner, "check_cache", lambda _: (_ for _ in ()).throw(ValueError("injected"))
+        )
+    capture = capture_of(engine.runner)
+    assert (capture.refusal is not None) == (fault == "refused")
+    if fault == "registration":
+        capture.recorder.budget = AccumulatorBudget(0, 1, 1)
+    return capture
+
+
+def outputs(steps: Sequence[dict[str, Any]]) -> list[Any]:
+    maker = StepMaker(16)
+    return [maker.step(**arguments) for arguments in steps]
+
+
+def dispatch(runner: Any, scheduler_output: Any, fault: str) -> bool:
+    """Whether the step leaves CUDA graphs."""
+    capture = worker_runner.existing_capture(runner)
+    assert capture is not None
+    capture.observe(scheduler_output)
+    counts = np.array(list(scheduler_output.num_scheduled_tokens.values()), dtype=np.int32)
+    mode, described = runner._determine_batch_execution_and_padding(
+        int(counts.sum()), len(counts), counts, int(counts.max())
+    )[:2]
+    if capture.records_step and fault == "failed in the first chunk":
+        capture.recorder.fail("trace", RuntimeError("injected"))
+    if mode == CUDAGraphMode.NONE:
+        assert described.num_tokens == counts.sum()
+    return bool(mode == CUDAGraphMode.NONE)
+
+
+def test_targets_are_told_from_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preempted requests start again; a forged spec is an ordinary request on every rank."""
+    steps = worker_runner.TargetSteps()
+    trace: Traced = traced(60, (40, 60))
+    maker = StepMaker(16)
+    forged = (trace.token_ids, bytes(len(trace.new[1])))
+    assert not steps.includes(maker.step({"forged": 60}, new={"forged": forged}))
+    assert not steps.includes(maker.step({"t": 40}, new={"t": trace.new}))
+    assert steps.includes(maker.step({"t": 1}))
+    again = maker.step({"t": 24}, new={"t": trace.new}, hits={"t": 16}, preempted=["t"])
+    assert not steps.includes(again)
+    assert steps.includes(maker.step({"t": 1}))
+    assert not steps.includes(maker.step({"t": 1}, finished=["t"]))
+    assert torch.equal(trace.weights.positions, torch.arange(40, 60))
