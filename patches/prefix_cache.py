@@ -12,6 +12,7 @@ Tested on: vLLM 0.32.0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -20,6 +21,9 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.trace.wire import sealed_spec, unseal
+
+_KNOWN = "_flashtrace_first_target"
+_UNKNOWN = object()
 
 
 class _CappedRequest:
@@ -51,15 +55,27 @@ def apply() -> None:
         params = request.sampling_params
         if params is None or not params.extra_args:
             return stock(self, request)
-        sealed = sealed_spec(params.extra_args)
-        if sealed is None:
-            return stock(self, request)
-        try:
-            first_target = unseal(sealed).first_target
-        except TraceError:
-            # The worker refuses the same spec and says so; here it is an ordinary request.
+        first_target = _first_target(request)
+        if first_target is None:
             return stock(self, request)
         # Stock code looks up at most ``num_tokens - 1`` tokens.
         return stock(self, _CappedRequest(request, min(first_target + 1, request.num_tokens)))
 
     KVCacheManager.get_computed_blocks = get_computed_blocks
+
+
+def _first_target(request: Any) -> int | None:
+    """First target position of a request's trace; None where it has none.
+
+    A request that waits is looked up at every attempt to schedule it, its spec verified once.
+    """
+    known = getattr(request, _KNOWN, _UNKNOWN)
+    if known is _UNKNOWN:
+        known = None
+        sealed = sealed_spec(request.sampling_params.extra_args)
+        if sealed is not None:
+            # The worker refuses a forged spec and says so; here it is an ordinary request.
+            with contextlib.suppress(TraceError):
+                known = unseal(sealed).first_target
+        setattr(request, _KNOWN, known)
+    return known
