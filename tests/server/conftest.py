@@ -36,7 +36,8 @@ def plugins() -> Iterator[None]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def module_app(plugins: None, model_path: str) -> AsyncIterator[App]:
-    app = await build(model_path)
+    # Without it attributions do not say what was cached; `test_live` has a server without it.
+    app = await build(model_path, "--enable-prompt-tokens-details")
     yield app
     await app.client.aclose()
 

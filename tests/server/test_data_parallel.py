@@ -38,7 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_engines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two engines, and as many API servers as vLLM then starts by default, which is two."""
     log = tmp_path_factory.mktemp("dp") / "server.log"
-    options = ["--data-parallel-size=2", f"--block-size={BLOCK}", "--kv-cache-memory-bytes=128M"]
+    options = [
+        "--data-parallel-size=2",
+        f"--block-size={BLOCK}",
+        "--kv-cache-memory-bytes=128M",
+        "--enable-prompt-tokens-details",
+    ]
     with serve(
         OURS, str(folder), log, *options, VLLM_CPU_OMP_THREADS_BIND="0|1", FLASHTRACE_STORE=""
     ) as running:

@@ -44,7 +44,8 @@ def check_completed(trace):
     assert min(scores) >= 0
     assert 0 < sum(scores) <= 1 + 1e-6
     assert 0 <= trace["remaining_mass"] <= 1
-    assert trace["usage"]["recomputed_tokens"] > 0
+    # What was in the prefix cache is other people's business, as it is in vLLM's own usage.
+    assert trace["usage"].keys() == {"seconds"}
 
 
 def test_chat(client):

@@ -48,6 +48,7 @@ def pair(
     }
     options = (
         "--api-server-count=2",
+        "--enable-prompt-tokens-details",
         "--shutdown-timeout=20",
         f"--otlp-traces-endpoint={receiver.url}",
         *ONE_PLACE,

@@ -35,7 +35,8 @@ async def traced_app(
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "get_tracer", provider.get_tracer)
-        app = await build(model_path, "--otlp-traces-endpoint", "http://127.0.0.1:9")
+        endpoint = "--otlp-traces-endpoint=http://127.0.0.1:9"
+        app = await build(model_path, endpoint, "--enable-prompt-tokens-details")
     yield app
     await app.client.aclose()
 

@@ -167,8 +167,15 @@ class GeneratedToken(_Part):
 class AttributionUsage(_Part):
     """What the attribution cost."""
 
-    recomputed_tokens: int = Field(ge=0, description="Tokens prefilled for it, over all hops.")
-    cached_tokens: int = Field(ge=0, description="Tokens that came from the prefix cache.")
+    recomputed_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Tokens prefilled for it, over all hops. A server gives this number and the "
+        "next only with `--enable-prompt-tokens-details`, like vLLM its own: together with the "
+        "text they tell what others have sent before.",
+    )
+    cached_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Tokens that came from the prefix cache; absent likewise."
+    )
     seconds: dict[str, float] = Field(
         description="Seconds by phase, over all hops: queue, prefill, attribution."
     )

@@ -55,7 +55,7 @@ class FlashTraceEndpoint:
             engine_client: vLLM's ``EngineClient``.
             state: ``app.state``; its ``flashtrace_store``, if set, makes the store of deferred
                 attributions.
-            args: Server arguments, not used.
+            args: Server arguments.
 
         Raises:
             ValueError: Our section of ``--additional-config`` is bad; the server does not start.
@@ -67,7 +67,11 @@ class FlashTraceEndpoint:
         )
         if config.page:
             self._app.include_router(page_router())
-        tracer = AsyncTracer(engine_client, config)
+        tracer = AsyncTracer(
+            engine_client,
+            config,
+            cache_details=bool(getattr(args, "enable_prompt_tokens_details", False)),
+        )
         unsupported = await tracer.support()
         if unsupported is not None:
             logger.warning("FlashTrace is off: this model cannot be traced: %s", unsupported)

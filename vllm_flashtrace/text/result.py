@@ -188,7 +188,12 @@ _TOLERANCE = 1e-4
 
 
 def build_result(
-    plan: TracePlan, result: HopResult, usage: TraceUsage, trace_id: str
+    plan: TracePlan,
+    result: HopResult,
+    usage: TraceUsage,
+    trace_id: str,
+    *,
+    cache_details: bool = True,
 ) -> dict[str, Any]:
     """Puts the outcome of all hops into the public form.
 
@@ -197,6 +202,7 @@ def build_result(
         result: What the hops added up to.
         usage: What they cost.
         trace_id: Id of the attribution.
+        cache_details: Says how many tokens were in the prefix cache, and how many were not.
 
     Raises:
         TraceError: ``mass_imbalance`` when masses do not add up to 1, ``bad_scores`` when a number
@@ -229,14 +235,19 @@ def build_result(
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
             hop["scores"] = _numbers((hop_scores * plan.input_mask)[: plan.prompt_length])
-    data["usage"] = {
-        "recomputed_tokens": int(usage.recomputed_tokens),
-        "cached_tokens": int(usage.cached_tokens),
-        "seconds": {phase: float(value) for phase, value in usage.seconds.items()},
-    }
+    data["usage"] = _usage(usage, cache_details)
     if plan.dropped_target_tokens:
         data["usage"]["dropped_target_tokens"] = plan.dropped_target_tokens
     return data
+
+
+def _usage(usage: TraceUsage, cache_details: bool) -> dict[str, Any]:
+    counts = {
+        "recomputed_tokens": int(usage.recomputed_tokens),
+        "cached_tokens": int(usage.cached_tokens),
+    }
+    seconds = {phase: float(value) for phase, value in usage.seconds.items()}
+    return {**(counts if cache_details else {}), "seconds": seconds}
 
 
 def failed_result(

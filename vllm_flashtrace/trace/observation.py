@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_flashtrace.base.logs import log_lost_trace
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import TraceReport, TraceUsage
 from vllm_flashtrace.trace.metrics import CacheLookup, CacheUse, TraceMetrics
 
 try:
@@ -116,21 +116,25 @@ class Observation:
             }
         )
 
-    def ended(self, result: dict[str, Any]) -> None:
-        """Takes the attribution object: counts it, and logs it unless it is completed."""
+    def ended(self, result: dict[str, Any], usage: TraceUsage | None = None) -> None:
+        """Takes the attribution object: counts it, and logs it unless it is completed.
+
+        Args:
+            result: The object.
+            usage: What a completed one has cost.
+        """
         status, error = result["status"], result.get("error") or {}
         code = error.get("code", "")
         seconds: dict[str, float] = {}
         self._span.set({"flashtrace.status": status})
-        if status == "completed":
-            usage = result["usage"]
-            seconds = {**usage["seconds"], "total": time.monotonic() - self._began}
+        if status == "completed" and usage is not None:
+            seconds = {**usage.seconds, "total": time.monotonic() - self._began}
             self._span.set(
                 {
                     "flashtrace.hops": len(result["hops"]),
                     "flashtrace.target_tokens": sum(b - a for a, b in result["target"]["tokens"]),
-                    "flashtrace.recomputed_tokens": usage["recomputed_tokens"],
-                    "flashtrace.cached_tokens": usage["cached_tokens"],
+                    "flashtrace.recomputed_tokens": usage.recomputed_tokens,
+                    "flashtrace.cached_tokens": usage.cached_tokens,
                 }
             )
         else:

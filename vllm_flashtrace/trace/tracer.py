@@ -39,8 +39,19 @@ class AsyncTracer:
         observer: Metrics, spans and log lines of the attributions.
     """
 
-    def __init__(self, engine_client: Any, config: FlashTraceConfig) -> None:
+    def __init__(
+        self, engine_client: Any, config: FlashTraceConfig, *, cache_details: bool = False
+    ) -> None:
+        """Starts without a trace.
+
+        Args:
+            engine_client: vLLM's ``EngineClient``.
+            config: Options of the server.
+            cache_details: Tells clients how many of their tokens were in the prefix cache, which
+                they share with others.
+        """
         self._engine = engine_client
+        self._cache_details = cache_details
         self._engines = Engines(engine_client)
         self.config = config
         vllm_config = engine_client.vllm_config
@@ -130,6 +141,7 @@ class AsyncTracer:
             asyncio.CancelledError: The caller was cancelled; the engine request is aborted.
         """
         with self._watch(trace_id, context, route) as watch:
+            usage = TraceUsage()
             try:
                 self._admission.refuse_if_full()  # Before the work of planning.
                 async with asyncio.timeout(self.config.trace_timeout_seconds):
@@ -138,11 +150,16 @@ class AsyncTracer:
                     )
                     usage = await self._admitted(plan, context, trace_id, watch)
                     result = await asyncio.to_thread(
-                        build_result, plan, plan.recursion.result(), usage, trace_id
+                        build_result,
+                        plan,
+                        plan.recursion.result(),
+                        usage,
+                        trace_id,
+                        cache_details=self._cache_details,
                     )
             except Exception as error:
                 result = failed_result(trace_id, self._reason(error))
-            watch.ended(result)
+            watch.ended(result, usage)
             return result
 
     def lost(

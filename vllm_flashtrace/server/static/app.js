@@ -151,7 +151,9 @@ function show(turn, data) {
   draw();
   const seconds = Object.values(data.usage.seconds).reduce((sum, value) => sum + value, 0);
   const { recomputed_tokens: recomputed, cached_tokens: cached } = data.usage;
-  say(`Attributed in ${seconds.toFixed(2)} s: ${recomputed} tokens recomputed, ${cached} from cache.`);
+  // A server may keep to itself what was cached.
+  const cost = recomputed === undefined ? "" : `: ${recomputed} tokens recomputed, ${cached} from cache`;
+  say(`Attributed in ${seconds.toFixed(2)} s${cost}.`);
 }
 
 function drawTabs() {
