@@ -31,13 +31,18 @@ def engine_processes(server: psutil.Process) -> list[psutil.Process]:
 
 def engine_core(server: psutil.Process) -> psutil.Process:
     """The engine core of ``server``; raises ValueError unless there is exactly one."""
-    [core] = [child for child in _children(server) if _children(child)]
+    children = _children(server)
+    [core] = [child for child in children if _children(child)] or children
     return core
 
 
 def worker(server: psutil.Process) -> psutil.Process:
-    """The worker of ``server``'s engine; raises ValueError unless there is exactly one."""
-    [found] = _children(engine_core(server))
+    """The process of ``server``'s worker, which may be its engine core's own.
+
+    Raises ValueError unless there is exactly one.
+    """
+    core = engine_core(server)
+    [found] = _children(core) or [core]
     return found
 
 

@@ -15,7 +15,11 @@ from vllm_flashtrace.commands.demo import FILLER
 @pytest.fixture(scope="package")
 def smollm2(smollm2_folder: Path) -> Iterator[Engine]:
     """SmolLM2 in float32, eager, with prefix caching."""
-    engine = Engine(smollm2_folder, "SmolLM2, float32, eager: most tests of tests/engine")
+    engine = Engine(
+        smollm2_folder,
+        "SmolLM2, float32, eager: most tests of tests/engine",
+        worker_process=True,
+    )
     yield engine
     engine.close()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import engine_starts
-from tests.cores import BIND
+from tests.cores import BIND, worker_in_engine
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.hops import HopRecursion, HopResult
 from vllm_flashtrace.core.weights import TargetWeights
@@ -46,7 +46,13 @@ class Engine:
     _ids = itertools.count()
 
     def __init__(
-        self, model: Path, reason: str, *, in_process: bool = False, **overrides: Any
+        self,
+        model: Path,
+        reason: str,
+        *,
+        in_process: bool = False,
+        worker_process: bool = False,
+        **overrides: Any,
     ) -> None:
         """Starts the engine.
 
@@ -55,6 +61,7 @@ class Engine:
             reason: Why no other engine will do; see :mod:`tests.engine_starts`.
             in_process: Runs engine core and worker in this process, which starts in a quarter of
                 the time. There is one such engine at a time.
+            worker_process: Gives a single worker a process of its own too, as vLLM does.
             overrides: Arguments of ``vllm.LLM`` besides ``SMALL``.
         """
         from vllm_flashtrace.base.process import prepare_environment
@@ -72,7 +79,15 @@ class Engine:
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
                 # The other tests of this process keep its cores.
                 patch.setenv(BIND, "nobind")
-            self.llm = LLM(model=str(model), **{**SMALL, **overrides})
+                self.llm = LLM(model=str(model), **{**SMALL, **overrides})
+                return
+            several = {"tensor_parallel_size", "pipeline_parallel_size"} & overrides.keys()
+            if worker_process or several:
+                self.llm = LLM(model=str(model), **{**SMALL, **overrides})
+                return
+            overrides["distributed_executor_backend"] = "uni"
+            with worker_in_engine():
+                self.llm = LLM(model=str(model), **{**SMALL, **overrides})
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

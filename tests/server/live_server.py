@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 
+from tests.cores import IN_ENGINE, UNI
+
 START_SECONDS = 420
 OPTIONS = [
     "--served-model-name=m",
@@ -35,12 +37,6 @@ OURS = [
 ]
 STOCK = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
 STOCK_ENV = {"VLLM_PLUGINS": "none", "VLLM_FLASHTRACE_DISABLE": "1"}
-# On CPUs vLLM gives even a single worker a process of its own, which imports vLLM once more (15 s
-# of processor time). This lets it run in the engine's process.
-WORKER_IN_ENGINE = (
-    ["--distributed-executor-backend=uni"],
-    {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-)
 
 
 _CHAT = {
@@ -141,7 +137,7 @@ def serve(
     """
     port = free_port()
     if not worker_process:
-        options, env = (*WORKER_IN_ENGINE[0], *options), {**WORKER_IN_ENGINE[1], **env}
+        options, env = (UNI, *options), {**IN_ENGINE, **env}
     command = [sys.executable, *program, model, *OPTIONS, f"--port={port}", *options]
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.cores import IN_ENGINE, UNI
 from tests.server.live_server import free_port
 
 _MAIN = "from vllm_flashtrace.commands.cli import main; main()"
@@ -29,6 +30,7 @@ OPTIONS = (
     "--max-model-len=2048",
     "--max-num-seqs=8",
     "--kv-cache-memory-bytes=100M",
+    UNI,
 )
 
 
@@ -96,7 +98,7 @@ def deploy(model: Path | str, log: Path, *options: str, **env: str) -> Iterator[
             [*command, *OPTIONS, *options],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_ADDRESS": "", **env},
+            env={**os.environ, "RAY_ADDRESS": "", **IN_ENGINE, **env},
             start_new_session=True,
             cwd=Path(__file__).parents[3],
         )
