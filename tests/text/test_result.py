@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.api.samples import check_described
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
+from vllm_flashtrace.api.response import SegmentScore
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion, TraceUsage
 from vllm_flashtrace.text.plan import plan_trace
@@ -21,6 +22,7 @@ from vllm_flashtrace.text.result import (
     build_result,
     containing,
     failed_result,
+    segments,
     sentence_spans,
     sentences,
 )
@@ -179,6 +181,17 @@ def test_segments_add_up_to_the_input_mass(trace):
     for i, segment in enumerate(data["segments"][:2]):
         own = [entry["score"] for entry in data["scores"] if entry.get("message") == i]
         assert segment["score"] == pytest.approx(math.fsum(own))
+
+
+def test_a_call_that_the_template_leaves_out_has_no_score():
+    calls = [{"id": f"c{i}", "function": {"name": "find"}} for i in range(2)]
+    message = {"role": "assistant", "content": "Hm", "tool_calls": calls}
+    tokens = [LocatedToken(0, None, 0, 2), LocatedToken(0, None, None, None, 1), None]
+    [segment, rest] = segments(PromptMap(tokens, ["assistant"]), [message], [0.25, 0.0, 0.5])
+    assert segment["score"] == 0.25 and rest["score"] == 0.5
+    # The second one is there, and nothing flowed from it.
+    assert [call["score"] for call in segment["tool_calls"]] == [None, 0.0]
+    SegmentScore.model_validate(segment)
 
 
 def test_sentences_hold_the_scores_of_their_tokens_best_mean_first(trace):

@@ -93,7 +93,10 @@ class ToolCallScore(_Part):
     tool_call: _Index = Field(description="Index of the call within the message.")
     id: str | None = Field(default=None, description="The call's id, if the client gave one.")
     name: str | None = Field(default=None, description="Name of the function.")
-    score: _Share = Field(description="Sum of the scores of the call's tokens.")
+    score: _Share | None = Field(
+        description="Sum of the scores of the call's tokens; null where the chat template leaves "
+        "the call out of the prompt."
+    )
 
 
 class SegmentScore(_Part):

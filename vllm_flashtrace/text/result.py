@@ -34,7 +34,8 @@ def segments(
     """One entry per message with its role, names and score, and one for the rest.
 
     An assistant message with tool calls also has ``tool_calls``: which part of its score belongs to
-    each of them. The rest is the template, unless there are messages that could not be located:
+    each of them, and null for a call that the template leaves out: what the model did not read has
+    no influence that could be measured. The rest is the template, unless there are messages that could not be located:
     then the rest names them.
 
     Args:
@@ -62,7 +63,11 @@ def segments(
         calls = message.get("tool_calls")
         if calls and isinstance(calls, Sequence):
             entries[-1]["tool_calls"] = [
-                {"tool_call": n, **_call_names(call), "score": math.fsum(of_call[i, n])}
+                {
+                    "tool_call": n,
+                    **_call_names(call),
+                    "score": math.fsum(of_call[i, n]) if (i, n) in of_call else None,
+                }
                 for n, call in enumerate(calls)
             ]
     last: dict[str, Any] = {"role": "template", "score": math.fsum(rest)}
