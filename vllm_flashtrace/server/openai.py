@@ -7,7 +7,6 @@ prompt, in prompt order, before they return.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm_flashtrace.api.checks import check_messages
 from vllm_flashtrace.api.request import FlashTraceRequest
 from vllm_flashtrace.server.rendering import (
+    copied_messages,
     make_reasoning_parser,
     make_render,
     require_tool_calls,
@@ -90,8 +90,7 @@ def chat_facts(
     return RequestFacts(
         flashtrace=flashtrace,
         choices_per_prompt=request.n or 1,
-        # vLLM may rewrite the messages while it renders them.
-        messages=copy.deepcopy(request.messages),
+        messages=copied_messages(request.messages),
         render=make_render(handler, request),
         reasoning_parser=make_reasoning_parser(handler, request),
     )

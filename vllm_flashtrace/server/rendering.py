@@ -7,7 +7,7 @@ itself; where that is not possible the answer is None, never an approximation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.exceptions import VLLMClientError, VLLMValidationError
@@ -57,6 +57,22 @@ def render_with(online: Any, chat_params: Callable[[], Any]) -> Render:
         return text if isinstance(text, str) else None
 
     return render
+
+
+def copied_messages(messages: Any) -> Any:
+    """A copy of a request's messages; vLLM may rewrite its own while it renders them.
+
+    A list of content parts that pydantic reads lazily is empty, or is about to be refused by vLLM
+    in its own words. It can be read once only, and is left to vLLM.
+
+    Args:
+        messages: Messages of vLLM's request, not nested deeper than `checks.MAX_NESTING` levels.
+    """
+    if isinstance(messages, Mapping):
+        return {key: copied_messages(value) for key, value in messages.items()}
+    if isinstance(messages, list | tuple):
+        return [copied_messages(value) for value in messages]
+    return [] if isinstance(messages, Iterator) else copy.deepcopy(messages)
 
 
 def _chat_params(online: Any, request: Any) -> Any:

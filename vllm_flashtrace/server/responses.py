@@ -28,6 +28,7 @@ from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.server.recording_client import RecordingClient
 from vllm_flashtrace.server.rendering import (
     Render,
+    copied_messages,
     make_reasoning_parser,
     render_with,
     require_tool_calls,
@@ -101,7 +102,7 @@ class _RecordingResponses(OpenAIServingResponses):
     ) -> Any:
         """Notes what is rendered, and how; vLLM may rewrite the messages while it renders."""
         check_messages(messages, "input")
-        self._messages = copy.deepcopy(messages)
+        self._messages = copied_messages(messages)
         defaults = merge_kwargs(default_template_kwargs, {"tools": tool_dicts, "tokenize": False})
         params = request.build_chat_params(
             default_template, default_template_content_format

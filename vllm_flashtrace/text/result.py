@@ -35,8 +35,8 @@ def segments(
 
     An assistant message with tool calls also has ``tool_calls``: which part of its score belongs to
     each of them, and null for a call that the template leaves out: what the model did not read has
-    no influence that could be measured. The rest is the template, unless there are messages that could not be located:
-    then the rest names them.
+    no influence that could be measured. The rest is the template, unless there are messages that
+    could not be located: then the rest names them.
 
     Args:
         prompt_map: The client's messages laid over the prompt.
