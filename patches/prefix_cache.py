@@ -23,7 +23,6 @@ from vllm_flashtrace.patches._check import require_parameters
 from vllm_flashtrace.trace.wire import sealed_spec, unseal
 
 _KNOWN = "_flashtrace_first_target"
-_UNKNOWN = object()
 
 
 class _CappedRequest:
@@ -69,13 +68,13 @@ def _first_target(request: Any) -> int | None:
 
     A request that waits is looked up at every attempt to schedule it, its spec verified once.
     """
-    known = getattr(request, _KNOWN, _UNKNOWN)
-    if known is _UNKNOWN:
-        known = None
+    if not hasattr(request, _KNOWN):
+        known: int | None = None
         sealed = sealed_spec(request.sampling_params.extra_args)
         if sealed is not None:
             # The worker refuses a forged spec and says so; here it is an ordinary request.
             with contextlib.suppress(TraceError):
                 known = unseal(sealed).first_target
         setattr(request, _KNOWN, known)
-    return known
+    found: int | None = getattr(request, _KNOWN)
+    return found

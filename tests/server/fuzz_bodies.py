@@ -178,6 +178,41 @@ def requests(draw: st.DrawFn, route: str, stream: bool) -> Sent:
     return Sent(route, text.encode(), tuple(answers), blamable=blamable)
 
 
+_JUNK: list[Any] = [
+    None, True, 0, -1, 1.5, 10**30, "", "a", "\ud800", "4821", [], [[]], [None], [1, "a"], {}, {"a": 1},
+    {"type": "text", "text": "a"}, [{"type": "text", "text": "a"}], [{"type": "text"}],
+    [{"type": "nonsense"}], [_USER], {"role": "assistant", "content": []}, "assistant", "auto", "none",
+]  # fmt: skip
+_ADDED = [
+    "temperature", "top_p", "logprobs", "top_logprobs", "seed", "tools", "tool_choice", "suffix",
+    "response_format", "logit_bias", "cache_salt", "priority", "truncate_prompt_tokens", "min_tokens",
+    "include_reasoning", "chat_template_kwargs", "documents", "add_generation_prompt", "stop_token_ids",
+    "continue_final_message", "prompt_logprobs", "user", "name", "refusal", "reasoning", "tool_call_id",
+]  # fmt: skip
+
+
+@st.composite
+def altered(draw: st.DrawFn, route: str) -> dict[str, Any]:
+    """A good request without the field, in which some places hold something else."""
+    body = json.loads(json.dumps({"model": "m", **draw(_BASES[route])}))
+    for _ in range(draw(st.integers(1, 2))):
+        node: Any = body
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = draw(st.sampled_from([*keys, *(_ADDED if isinstance(node, dict) else [])]))
+            inner = node[key] if key in keys else None
+            if not (isinstance(inner, (dict, list)) and inner and draw(st.booleans())):
+                break
+            node = inner
+        if key in keys and draw(st.integers(0, 3)) == 0:
+            del node[key]
+        else:
+            node[key] = draw(st.sampled_from(_JUNK))
+        if not node:
+            break
+    return body
+
+
 @st.composite
 def broken(draw: st.DrawFn) -> Sent:
     """Bytes, headers and sizes that no client library would send."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.server.fuzz_bodies import ATTRIBUTIONS, ROUTES, broken, requests
+from tests.server.fuzz_bodies import ATTRIBUTIONS, ROUTES, altered, broken, requests
 from tests.server.fuzz_campaign import SCALE, Campaign
 from tests.server.scripted_app import build
 from vllm_flashtrace.api.request import FIELD
@@ -57,6 +58,7 @@ IDS = [
 FORMS = [(route, s) for route in ROUTES for s in (False, True) if not (s and route == ATTRIBUTIONS)]
 PER_ROUTE = 200
 BROKEN = 240
+BESIDE = 40
 WRONG_PATHS = 150
 PASSED_ON = ("params", "json", "data", "headers", "cookies")
 NOTHING_LEFT = {
@@ -100,6 +102,33 @@ def test_any_field_on_any_route(campaign, route, stream):
     # The usual ways a request can go have been gone, so that the checks above have held something.
     assert {"refused", "completed", "queued"} <= set(" ".join(seen).split()), seen
     assert seen["traces"] > seen["completed"] > 0
+
+
+@pytest.mark.parametrize("route", ROUTES[:4])
+def test_side_by_side(campaign, route):
+    """With the field, what vLLM accepts is accepted, and what it refuses is refused in its words."""
+    statuses: Counter[int] = Counter()
+
+    async def send(body: dict[str, Any]) -> None:
+        found = []
+        for more in ({}, {FIELD: {"hops": 0}}):
+            campaign.app.engine.reset()
+            text = json.dumps({**body, **more})
+            response = await campaign.request(
+                "POST", route, content=text, headers={"content-type": "application/json"}
+            )
+            refusal = None if response.status_code == 200 else response.text
+            found.append((response.status_code, refusal))
+        statuses[found[0][0]] += 1
+        assert found[1] == found[0] or _is_of_the_field(body, found[1]), json.dumps(body)
+
+    assert campaign.run(f"beside {route}", BESIDE, altered(route), send) >= BESIDE * SCALE
+    assert statuses[200] > 0 < statuses[400], statuses
+
+
+def _is_of_the_field(body: dict[str, Any], found: tuple[int, str | None]) -> bool:
+    """Whether an answer says what cannot be combined with the field."""
+    return found[0] == 400 and f"cannot be combined with {FIELD}" in str(found[1])
 
 
 def test_broken_bodies_and_headers(campaign):
