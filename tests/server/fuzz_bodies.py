@@ -179,16 +179,20 @@ def requests(draw: st.DrawFn, route: str, stream: bool) -> Sent:
 
 
 _JUNK: list[Any] = [
-    None, True, 0, -1, 1.5, 10**30, "", "a", "\ud800", "4821", [], [[]], [None], [1, "a"], {}, {"a": 1},
-    {"type": "text", "text": "a"}, [{"type": "text", "text": "a"}], [{"type": "text"}],
-    [{"type": "nonsense"}], [_USER], {"role": "assistant", "content": []}, "assistant", "auto", "none",
-]  # fmt: skip
+    *(None, True, 0, -1, 1.5, 10**30, "", "a", "\ud800", "4821", "assistant", "auto", "none"),
+    *([], [[]], [None], [1, "a"], {}, {"a": 1}, [_USER], {"role": "assistant", "content": []}),
+    {"type": "text", "text": "a"},
+    [{"type": "text", "text": "a"}],
+    [{"type": "text"}],
+    [{"type": "nonsense"}],
+]
 _ADDED = [
-    "temperature", "top_p", "logprobs", "top_logprobs", "seed", "tools", "tool_choice", "suffix",
-    "response_format", "logit_bias", "cache_salt", "priority", "truncate_prompt_tokens", "min_tokens",
-    "include_reasoning", "chat_template_kwargs", "documents", "add_generation_prompt", "stop_token_ids",
-    "continue_final_message", "prompt_logprobs", "user", "name", "refusal", "reasoning", "tool_call_id",
-]  # fmt: skip
+    *("temperature", "top_p", "logprobs", "top_logprobs", "seed", "tools", "tool_choice", "suffix"),
+    *("response_format", "logit_bias", "cache_salt", "priority", "truncate_prompt_tokens"),
+    *("min_tokens", "include_reasoning", "chat_template_kwargs", "documents", "user", "name"),
+    *("add_generation_prompt", "continue_final_message", "stop_token_ids", "prompt_logprobs"),
+    *("refusal", "reasoning", "tool_call_id"),
+]
 
 
 @st.composite
