@@ -72,6 +72,39 @@ async def test_interleaved_thinking_is_followed_in_every_block(app):
     assert trace["hops"][0]["reasoning_mass"] == pytest.approx(thought / traced)
 
 
+async def attribute(app, answer, **field):
+    messages = [{"role": "user", "content": "What is the code?"}, {"role": "assistant", **answer}]
+    response = await app.post("/v1/attributions", messages=messages, flashtrace=field)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize("content", [ANSWER, f"{ANSWER} Wait."])
+async def test_a_stored_answer_without_reasoning_has_none(app, content):
+    """It is what the server itself sends back, in ``content`` alone."""
+    found = await attribute(app, {"content": content}, hops=0)
+    assert found["status"] == "completed"
+    assert found["target"]["text"] == content
+    assert found["hops"][0]["reasoning_mass"] == 0
+
+
+async def test_a_stored_answer_may_be_the_text_as_generated(app):
+    text = f"<think>\nI look.\n</think>\n\n{ANSWER}"
+    found = await attribute(app, {"content": text}, hops=0)
+    assert found["target"]["text"] == ANSWER
+    assert found["hops"][0]["reasoning_mass"] > 0
+
+
+@pytest.mark.parametrize(
+    "front", ["<think></think>", "<think>\n\n</think>\n\n", "<think>\n</think>\n</think>\n"]
+)
+async def test_reasoning_in_which_nothing_was_said_is_no_answer(app, front):
+    stored = await attribute(app, {"content": front + ANSWER}, hops=0)
+    assert stored["target"]["text"] == ANSWER
+    trace, _ = await ask(app, front + ANSWER, {"hops": 0})
+    assert trace["target"]["text"] == ANSWER
+
+
 PROBES = [
     {},
     {"target": "generated"},

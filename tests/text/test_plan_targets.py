@@ -22,7 +22,9 @@ def resolve(byte_level):
     """Resolves a target; gives its weights by generated token and the tokens' text."""
 
     def run(text, target, *, visible=None, special="<|im_end|>"):
-        ids = byte_level.encode(text + special, add_special_tokens=False)
+        ids = text
+        if isinstance(text, str):
+            ids = byte_level.encode(text + special, add_special_tokens=False)
         completion = Completion([0] * PROMPT, ids, text if visible is None else visible)
         request = parse_flashtrace_field({"target": target}, RequestLimits())
         generated = decode_generated(byte_level, completion)
@@ -102,6 +104,32 @@ def test_refusals(resolve, text, visible, target, code):
     assert "flashtrace.target" in error.value.message
     if isinstance(target, dict) and "text" in target:
         assert target["text"] in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "target", "why"),
+    [
+        ("<think>a", None, "output", "all that was generated is reasoning; 'generated' explains"),
+        ("<think>a</think>\n", None, "output", "all that was generated is reasoning"),
+        ("<think></think>", None, "output", "nothing but markers of reasoning"),
+        (" \n", None, "output", "nothing but blanks"),
+        ("STOP", "", "generated", "a stop string cut off all the text"),
+        ("", "", "generated", "nothing but special tokens"),
+    ],
+)
+def test_an_empty_target_says_why_and_what_would_do(
+    resolve, byte_level, text, visible, target, why
+):
+    with pytest.raises(TraceError, match=why) as error:
+        resolve(text, target, visible=visible)
+    count = len(byte_level.encode(f"{text}<|im_end|>", add_special_tokens=False))
+    assert f'{{"tokens": [[0, {count}]]}}' in error.value.message
+
+
+def test_a_part_of_a_character_is_no_text(resolve, byte_level):
+    token = byte_level.encode("\U0001f600", add_special_tokens=False)[0]
+    with pytest.raises(TraceError, match="parts of a character"):
+        resolve([token], "output", visible="")
 
 
 def test_last_generated_token_is_within_range(resolve, byte_level):

@@ -48,6 +48,8 @@ def find(byte_level):
         ("<think>step by step", "step by step", ""),  # cut off while thinking
         ("<think>a</think>b<think>c</think>4821", "ac", "4821"),
         ("<think></think>4821", "", "4821"),
+        ("<think>a</think>\n</think></think>\n4821", "a", "4821"),
+        ("<think>a</think><think> </think>4821", "a", "4821"),
         ("The code<think>a</think>", "a", ""),
         ("<think>a<think>b</think>4821", "a<think>b", "4821"),
     ],
@@ -114,6 +116,13 @@ def test_closing_marker_behind_parsed_reasoning_is_no_answer(find):
 
 def test_parser_that_finds_none_decides(find):
     assert find("<think>a</think>b", parser=said(None)) == ("", "<think>a</think>b", True)
+
+
+@pytest.mark.parametrize("name", ["think", "thinking", "seed:think", "reasoning"])
+def test_reasoning_in_which_nothing_was_said_is_no_answer(find, name):
+    text = f"<{name}>\n\n</{name}>\n\n4821"
+    assert find(text, parser=said(None)) == ("", "4821", True)
+    assert find(f"{text} <{name}></{name}>", "none")[1] == f"4821 <{name}></{name}>"
 
 
 @pytest.mark.parametrize(

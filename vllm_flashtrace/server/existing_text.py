@@ -124,7 +124,7 @@ async def existing_chat(
         completion=completion,
         context=engine_context(engine_input, engine_options),
         render=make_render(handler, request),
-        reasoning_parser=given_parser(answer, reasoning_from, server_parser),
+        reasoning_parser=given_parser(answer, reasoning_from, server_parser, markers),
     )
 
 
@@ -300,17 +300,28 @@ def text_with_calls(
 
 
 def given_parser(
-    answer: Answer, reasoning_from: int, server_parser: OutputParser | None
+    answer: Answer,
+    reasoning_from: int,
+    server_parser: OutputParser | None,
+    markers: tuple[str, str],
 ) -> OutputParser | None:
     """A parser that answers with what the client gave, and asks the server's for the rest.
+
+    A stored answer without reasoning has none, as the server itself would have sent it, though a
+    parser for models that open their reasoning in the prompt takes all of it for reasoning. One
+    that holds reasoning markers is text as it was generated, and the server's parser reads it.
 
     Args:
         answer: The client's answer.
         reasoning_from: Where its reasoning begins in the text.
         server_parser: The server's parser, if it has one.
+        markers: The texts that open and close reasoning.
     """
-    if answer.reasoning is None and not answer.tool_calls:
+    as_generated = any(marker in answer.content for marker in markers)
+    if answer.reasoning is None and not answer.tool_calls and as_generated:
         return server_parser
+    if server_parser is None and answer.reasoning is None and not answer.tool_calls:
+        return None
 
     def parse(text: str, token_ids: Sequence[int]) -> ParsedOutput:
         parsed = ParsedOutput(reads_reasoning=False)
@@ -323,6 +334,8 @@ def given_parser(
                 reads_reasoning=True,
                 reasoning_from=reasoning_from,
             )
+        elif parsed.reasoning and not as_generated:
+            parsed = replace(parsed, reasoning=None, content=answer.content)
         if answer.tool_calls:
             parsed = replace(parsed, tool_calls=answer.tool_calls)
         return parsed

@@ -138,11 +138,28 @@ def resolve_target(
         weights = target.weights
         _require_generated(max(target.weights), len(generated))
     if not weights:
-        missing = "answer after its reasoning" if target == "output" else "text"
-        raise TraceError("empty_target", f"flashtrace.target: the completion shows no {missing}")
+        raise TraceError("empty_target", f"flashtrace.target: {_emptiness(generated, reasoning)}")
     return ResolvedTarget(
         TargetWeights.from_mapping({prompt_length + i: w for i, w in weights.items()}), text
     )
+
+
+def _emptiness(generated: GeneratedText, reasoning: Reasoning) -> str:
+    """Why a target that no position names is empty, and what would not be."""
+    count = len(generated)
+    spans = f'{{"tokens": [[0, {count}]]}} explains the generated tokens themselves'
+    if generated.visible.text.strip():
+        if reasoning.tokens:
+            return f"all that was generated is reasoning; 'generated' explains it, and {spans}"
+        return f"nothing but markers of reasoning was generated; {spans}"
+    if generated.visible.text:
+        return f"nothing but blanks was generated; {spans}"
+    plain = [generated.full.token(i) for i in range(count) if i not in generated.special]
+    if not plain:
+        return f"nothing but special tokens was generated; {spans}"
+    if not "".join(plain).strip("\ufffd"):
+        return f"the generated tokens are parts of a character that is not complete; {spans}"
+    return f"a stop string cut off all the text that was generated; {spans}"
 
 
 def _ones(tokens: list[int]) -> dict[int, float]:

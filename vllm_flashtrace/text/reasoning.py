@@ -184,9 +184,11 @@ def _reasoning_span(parsed: ParsedOutput, visible: str, text: str) -> Span | Non
 
 
 _TAG = re.compile(r"<(/?)think>")
+_NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)"
+# What closes reasoning, once or several times, and reasoning in which nothing was said.
 _CLOSING = re.compile(
-    r"\s*(?:</(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)>|\[/THINK\]"
-    r"|<\|END_THINKING\|>|◁/think▷|<channel\|>)"
+    rf"(?:\s*(?:(?:<{_NAME}>\s*)?</{_NAME}>|(?:\[THINK\]\s*)?\[/THINK\]"
+    r"|(?:<\|START_THINKING\|>\s*)?<\|END_THINKING\|>|(?:◁think▷\s*)?◁/think▷|<channel\|>))+"
 )
 
 
@@ -283,7 +285,8 @@ def _from_tags(generated: GeneratedText, *, opened: bool) -> Reasoning:
     if blocks is None:
         return Reasoning([], _answer_from(generated.visible, 0), located=False)
     tokens = sorted({i for start, end, _ in blocks for i in full.within(start, end)})
-    behind = _trimmed(full, full.within(blocks[-1][2], len(full.text)))
+    begin = _behind_closing(full.text, blocks[-1][2])
+    behind = _trimmed(full, full.within(begin, len(full.text)))
     visible = generated.visible
     shown = [i for i in behind if visible.starts[i] < visible.ends[i]]
     return Reasoning([i for i in tokens if i not in generated.special], _trimmed(visible, shown))
@@ -313,10 +316,14 @@ def _tagged_blocks(text: str, *, opened: bool) -> list[tuple[int, int, int]] | N
 
 
 def _answer_from(visible: TokenText, start: int) -> list[int]:
-    """Visible tokens from a character on, behind a closing marker if there is one."""
-    marker = _CLOSING.match(visible.text, start)
-    start = marker.end() if marker else start
+    """Visible tokens from a character on, behind the closing markers that stand there."""
+    start = _behind_closing(visible.text, start)
     return _trimmed(visible, visible.within(start, len(visible.text)))
+
+
+def _behind_closing(text: str, start: int) -> int:
+    marker = _CLOSING.match(text, start)
+    return marker.end() if marker else start
 
 
 def _trimmed(text: TokenText, tokens: list[int]) -> list[int]:
