@@ -11,6 +11,7 @@ import json
 import pytest
 import pytest_asyncio
 
+from tests.chat_templates import TEMPLATES
 from tests.server.scripted_app import build
 from tests.tiny_models import make_tiny_model
 
@@ -93,6 +94,27 @@ async def test_a_stored_answer_may_be_the_text_as_generated(app):
     found = await attribute(app, {"content": text}, hops=0)
     assert found["target"]["text"] == ANSWER
     assert found["hops"][0]["reasoning_mass"] > 0
+
+
+@pytest.mark.parametrize("content", [None, "I pay."])
+@pytest.mark.parametrize("parser", PARSERS)
+async def test_a_stored_tool_call_has_no_reasoning_either(plugins, tmp_path, parser, content):
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATES["qwen"])
+    model = make_tiny_model("qwen3", tmp_path / "tiny")
+    options = ["--reasoning-parser", parser, "--enable-auto-tool-choice"]
+    options += ["--tool-call-parser", "hermes", "--chat-template", str(template)]
+    app = await build(str(model), *options)
+    function = {"name": "pay", "arguments": '{"iban": "DE89"}'}
+    answer = {
+        "content": content,
+        "tool_calls": [{"id": "c", "type": "function", "function": function}],
+    }
+    target = {"tool_call": 0, "argument": "iban"}
+    found = await attribute(app, answer, hops=0, target=target)
+    await app.client.aclose()
+    assert found["status"] == "completed", found
+    assert found["target"]["text"] == "DE89"
 
 
 @pytest.mark.parametrize(

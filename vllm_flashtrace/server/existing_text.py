@@ -173,9 +173,12 @@ def _build(model: type, fields: Mapping[str, Any]) -> Any:
         return model(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        path = field_path(first["loc"])
+        if first["loc"] and isinstance(first["loc"][0], str):
+            raise refused_field(first, path) from error
         # vLLM checks tool calls on their own, so their path begins at the list of them.
-        from_body = bool(first["loc"]) and isinstance(first["loc"][0], str)
-        raise refused_field(first, field_path(first["loc"]) if from_body else "messages") from error
+        refused = refused_field(first, f"tool_calls.{path}")
+        raise InvalidRequestError("messages", f"messages: {refused.message}") from error
 
 
 def _require_tokens(engine_input: Any) -> None:
