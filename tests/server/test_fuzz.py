@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -118,7 +119,9 @@ def test_side_by_side(campaign, route):
             response = await campaign.request(
                 "POST", route, content=text, headers={"content-type": "application/json"}
             )
-            refusal = None if response.status_code == 200 else response.text
+            # Where in the whole answer a lone surrogate is, which vLLM echoes, is no difference.
+            text = re.sub(r"in position \d+", "", response.text)
+            refusal = None if response.status_code == 200 else text
             found.append((response.status_code, refusal))
         statuses[found[0][0]] += 1
         assert found[1] == found[0] or _is_of_the_field(body, found[1]), json.dumps(body)
