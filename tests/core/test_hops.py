@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -192,7 +193,9 @@ def test_mass_is_conserved(case) -> None:
             parts = hop.input_mass + hop.reasoning_mass + hop.target_mass + hop.skipped_mass
             assert abs(parts - 1) < 1e-9
         assert result.layer_scores is not None
-        torch.testing.assert_close(result.layer_scores.sum(0), result.scores, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            result.layer_scores.sum(0, dtype=torch.float64), result.scores, rtol=1e-5, atol=1e-7
+        )
 
 
 @settings(deadline=None, max_examples=30)
@@ -237,6 +240,20 @@ def test_bad_layer_scores_are_refused(layers, message) -> None:
     recursion = HopRecursion(TARGET, PROMPT, LENGTH, REASONING)
     with pytest.raises(ValueError, match=message):
         recursion.add(torch.ones(LENGTH), layers)
+
+
+def test_layers_of_many_hops_are_kept_once() -> None:
+    """Eight hops of 80 layers and 131,072 tokens would be 670 MB, in float64."""
+    layers, length = 7, 1013
+    followed = torch.zeros(length, dtype=torch.bool)
+    followed[PROMPT:] = True
+    recursion = HopRecursion(
+        TargetWeights.from_spans([(length - 3, length)]), PROMPT, length, followed, hops=8
+    )
+    while recursion.next_weights() is not None:
+        recursion.add(torch.ones(length), torch.full((layers, length), 1 / layers))
+    kept = [x for x in gc.get_objects() if torch.is_tensor(x) and x.shape == (layers, length)]
+    assert sum(x.nbytes for x in kept) == 4 * layers * length
 
 
 def test_layers_come_with_every_hop_or_with_none() -> None:

@@ -51,6 +51,7 @@ CLIENT_CODES = frozenset(
         "span_out_of_range",
         "target_beyond_context",
         "target_not_found",
+        "too_many_layer_scores",
         "tool_call_not_found",
         "unsupported_input",
     }

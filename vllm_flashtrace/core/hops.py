@@ -95,6 +95,8 @@ class HopRecursion:
         self._last_hop = max_hops if hops == "auto" else hops
         self._threshold = auto_threshold if hops == "auto" else 0.0
         self._hops: list[_Hop] = []
+        # Added up hop by hop: a long trace of a deep model is 42 MB a hop.
+        self._layers: Tensor | None = None
         self._next: TargetWeights | None = first
 
     def next_weights(self) -> TargetWeights | None:
@@ -118,23 +120,24 @@ class HopRecursion:
         """
         if self._next is None:
             raise RuntimeError("the recursion is finished; no hop is awaited")
-        scores = _checked_scores("scores", scores, (self._length,))
+        scores = _checked_scores("scores", scores, (self._length,), torch.float64)
         total = scores.sum()
         if total <= 0:
             raise ValueError("all scores of the hop are zero")
+        weight = self._remaining_mass()
         if layer_scores is not None:
-            layer_scores = self._checked_layers(layer_scores, scores)
-            layer_scores = layer_scores / total
-        elif self._hops and self._hops[0].layer_scores is not None:
+            share = self._checked_layers(layer_scores, scores) * (weight / float(total))
+            self._layers = share if self._layers is None else self._layers.add_(share)
+        elif self._layers is not None:
             raise ValueError("earlier hops had layer_scores, this one has none")
 
         scores = scores / total
         mass = HopMass(
             hop=len(self._hops),
-            weight=self._remaining_mass(),
+            weight=weight,
             **{name: float(scores[part].sum()) for name, part in self._parts.items()},
         )
-        self._hops.append(_Hop(scores, layer_scores, mass))
+        self._hops.append(_Hop(scores, mass))
         self._next = self._following()
 
     def result(self) -> HopResult:
@@ -149,11 +152,10 @@ class HopRecursion:
         coefficients = [mass.weight for mass in masses]
         is_input = self._parts["input_mass"]
         scores = _weighted_sum([hop.scores for hop in self._hops], coefficients)
-        layers = [hop.layer_scores for hop in self._hops if hop.layer_scores is not None]
         return HopResult(
             scores=scores * is_input,
             generated_scores=scores * ~is_input,
-            layer_scores=_weighted_sum(layers, coefficients) * is_input if layers else None,
+            layer_scores=None if self._layers is None else self._layers * is_input,
             hops=tuple(masses),
             input_mass=sum(m.weight * m.input_mass for m in masses),
             remaining_mass=self._remaining_mass(),
@@ -179,12 +181,14 @@ class HopRecursion:
             raise ValueError(f"layer_scores must be [L, N], got {tuple(layer_scores.shape)}")
         layers = layer_scores.shape[0]
         if self._hops:
-            earlier = self._hops[0].layer_scores
+            earlier = self._layers
             if earlier is None or earlier.shape[0] != layers:
                 had = "none" if earlier is None else str(earlier.shape[0])
                 raise ValueError(f"layer_scores has {layers} layers, earlier hops had {had}")
-        checked = _checked_scores("layer_scores", layer_scores, (layers, self._length))
-        difference = float((checked.sum(dim=0) - scores).abs().sum() / scores.sum())
+        shape = (layers, self._length)
+        checked = _checked_scores("layer_scores", layer_scores, shape, torch.float32)
+        summed = checked.sum(dim=0, dtype=torch.float64)
+        difference = float((summed - scores).abs().sum() / scores.sum())
         if difference > 1e-3:
             raise ValueError(f"layer_scores do not sum to scores: relative L1 {difference:.1e}")
         return checked
@@ -222,7 +226,7 @@ class HopResult:
         generated_scores: float64 ``[N]``, mass that passed through each token that is not input
             (reasoning, target, skipped), each hop counted with its weight; zero on input tokens.
             For display: mass on reasoning is counted again wherever it flows next.
-        layer_scores: float64 ``[L, N]``, each layer's share of `scores`, or None.
+        layer_scores: float32 ``[L, N]``, each layer's share of `scores`, or None.
         hops: Mass of each hop.
         input_mass: Sum of `scores`.
         remaining_mass: Mass still on reasoning after the last hop.
@@ -244,10 +248,9 @@ class HopResult:
 
 @dataclass(frozen=True, eq=False)
 class _Hop:
-    """Normalised scores of one hop: ``[N]``, perhaps ``[L, N]``, and their mass by part."""
+    """Normalised scores ``[N]`` of one hop, and their mass by part."""
 
     scores: Tensor
-    layer_scores: Tensor | None
     mass: HopMass
 
 
@@ -257,10 +260,12 @@ def _checked_mask(name: str, mask: Tensor, length: int) -> Tensor:
     return mask.cpu()
 
 
-def _checked_scores(name: str, scores: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _checked_scores(
+    name: str, scores: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     if scores.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(scores.shape)}")
-    scores = scores.detach().to("cpu", torch.float64)
+    scores = scores.detach().to("cpu", dtype)
     if not scores.isfinite().all() or (scores < 0).any():
         raise ValueError(f"{name} of the hop must be finite and not negative")
     return scores

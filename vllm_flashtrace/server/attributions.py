@@ -172,6 +172,7 @@ _FIELD_AT_FAULT = {
     "span_out_of_range": FIELD,
     "target_beyond_context": "flashtrace.target",
     "target_not_found": "flashtrace.target",
+    "too_many_layer_scores": "flashtrace.include",
     "tool_call_not_found": "flashtrace.target.tool_call",
 }
 

@@ -67,6 +67,12 @@ class FlashTraceConfig(BaseModel):
         "is a sixteenth of the machine's memory on the CPU and half of the free device memory on a "
         "GPU.",
     )
+    max_layer_scores: int = Field(
+        default=2_000_000,
+        ge=1,
+        description='Most numbers that `include: ["layers"]` may ask a server for, layers times '
+        "prompt tokens; each takes about 22 bytes of the response.",
+    )
     trace_token_share: float = Field(
         default=0.25,
         gt=0.0,

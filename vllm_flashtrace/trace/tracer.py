@@ -208,7 +208,7 @@ class AsyncTracer:
         reasoning_parser: Any | None,
         render: Any | None,
     ) -> TracePlan:
-        return plan_trace(
+        plan = plan_trace(
             request,
             completion,
             self._tokenizer,
@@ -218,6 +218,20 @@ class AsyncTracer:
             auto_threshold=self.config.auto_threshold,
             max_hops=self.config.max_hops,
         )
+        if "layers" in request.include:
+            self._check_layers(plan.prompt_length)
+        return plan
+
+    def _check_layers(self, prompt_length: int) -> None:
+        layers = self._engine.model_config.get_total_num_hidden_layers()
+        limit = self.config.max_layer_scores
+        if layers * prompt_length > limit:
+            raise TraceError(
+                "too_many_layer_scores",
+                f"flashtrace.include 'layers': {layers} layers of {prompt_length} prompt tokens "
+                f"are {layers * prompt_length} scores; the server gives at most {limit} "
+                "(max_layer_scores)",
+            )
 
     def _limit(self, budget: AccumulatorBudget | None) -> None:
         if budget is not None:
