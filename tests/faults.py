@@ -39,7 +39,7 @@ PHASES = {
     "attention": ("vllm_flashtrace.core.attention", "TargetRowBlocks", "add"),
     "key read": ("vllm_flashtrace.worker.cpu_model", None, "read_keys"),
     "value read": ("vllm_flashtrace.worker.cpu_model", None, "read_values"),
-    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
+    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_update"),
     "proximity": ("vllm_flashtrace.worker.traced_model", None, "proximity"),
     "output projection": (
         "vllm_flashtrace.worker.cpu_model",

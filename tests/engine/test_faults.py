@@ -35,13 +35,13 @@ def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[
     def poison(worker: Any) -> None:
         import vllm_flashtrace.worker.step as step
 
-        stock = step.StepRecorder.record_residual
+        stock = step.StepRecorder.record_update
 
-        def poisoned(self: Any, residual: Any) -> None:
-            stock(self, residual * float("nan") if self._residuals == 7 else residual)
+        def poisoned(self: Any, update: Any, residual: Any) -> None:
+            stock(self, update * float("nan") if self._updates == 7 else update, residual)
 
         poisoned.original = stock  # type: ignore[attr-defined]
-        step.StepRecorder.record_residual = poisoned  # type: ignore[method-assign]
+        step.StepRecorder.record_update = poisoned  # type: ignore[method-assign]
 
     smollm2.on_worker(poison)
     try:
@@ -56,23 +56,25 @@ def test_a_layer_that_is_not_seen_fails_the_trace(smollm2: Engine, trace_tokens:
     def skip_a_layer(worker: Any) -> None:
         import vllm_flashtrace.worker.runner as adapter
 
-        stock = adapter.StepObserver.on_residual
+        stock = adapter.StepObserver.on_update
 
-        def forgetful(self: Any, residual: Any) -> None:
+        def forgetful(self: Any, update: Any, residual: Any) -> None:
             self.calls = getattr(self, "calls", 0) + 1
             if self.calls != 5:
-                stock(self, residual)
+                stock(self, update, residual)
 
         forgetful.original = stock  # type: ignore[attr-defined]
-        adapter.StepObserver.on_residual = forgetful  # type: ignore[method-assign]
+        adapter.StepObserver.on_update = forgetful  # type: ignore[method-assign]
 
     smollm2.on_worker(skip_a_layer)
     try:
-        with pytest.raises(TraceError, match="30 attention calls and 59 of 60 residual") as caught:
+        with pytest.raises(
+            TraceError, match="30 attention calls, 29 updates and 0 residual"
+        ) as caught:
             smollm2.trace(TraceJob(trace_tokens, TARGET))
     finally:
         smollm2.on_worker(
-            mend_function, "vllm_flashtrace.worker.runner", "StepObserver", "on_residual"
+            mend_function, "vllm_flashtrace.worker.runner", "StepObserver", "on_update"
         )
     assert caught.value.code == "recording_incomplete"
     assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0

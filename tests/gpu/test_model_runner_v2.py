@@ -24,6 +24,7 @@ from tests.gpu.v2_engine import (
 )
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.worker import runner as adapter
+from vllm_flashtrace.worker import taps
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.observer import current
 
@@ -37,6 +38,20 @@ def test_chunks(engine: V2Engine, float64_llama: Any, chunks: tuple[int, ...]) -
         new = {}
     report = assert_exact(engine, trace, float64_llama)
     assert report.recomputed_tokens == 100 and report.cached_tokens == report.restarts == 0
+
+
+def test_taps_beside_a_fused_all_reduce(
+    tiny_llama: Path, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a block adds is not looked at there, but the stream before and behind it."""
+    monkeypatch.setattr(taps, "_fuses_all_reduce", lambda _: True)
+    trace = traced(100, (58, 64), (90, 100))
+    with v2_engine(tiny_llama, monkeypatch) as loaded:
+        apply_patches(monkeypatch)
+        engine = V2Engine(loaded.model, loaded.config, loaded.layout)
+        engine.step({"trace": 70}, new={"trace": trace.new})
+        engine.step({"trace": 30})
+        assert_exact(engine, trace, float64_llama)
 
 
 def test_place_in_the_batch_is_not_the_index(engine: V2Engine, float64_llama: Any) -> None:

@@ -39,6 +39,9 @@ class Observer:
     def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
         self.seen.append((layer_name, query))
 
+    def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        raise AssertionError("attention shows no residual stream")
+
     def on_residual(self, residual: torch.Tensor) -> None:
         raise AssertionError("attention shows no residual stream")
 

@@ -35,7 +35,7 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "layer name": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "layer_index"),
     "attention": (f"{ADAPTER}.gpu_model", None, "paged_column_sums"),
     "cache views": (f"{ADAPTER}.gpu_model", None, "key_value_views"),
-    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_residual"),
+    "residual": (f"{CAPTURE}.step", "StepRecorder", "record_update"),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
     "norms": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "_projection"),
     "proximity": (f"{ADAPTER}.traced_model", None, "proximity"),

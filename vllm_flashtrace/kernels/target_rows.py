@@ -25,7 +25,8 @@ class Accumulators(NamedTuple):
     Attributes:
         column_sums: float32 ``[L, H, >= columns]``, weighted column sums ``c``.
         residual: float32 ``[L, D]``, weighted sums ``r`` of the stream before attention.
-        stream: float32 ``[L, D]``, weighted sums ``x`` of the stream after attention.
+        stream: float32 ``[L, D]``, weighted sums ``x`` of the stream after attention, or of what
+            attention adds until ``r`` is added at the end.
     """
 
     column_sums: Tensor

@@ -21,8 +21,16 @@ class ForwardObserver(Protocol):
     def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
         """Called after an attention kernel with its queries ``[tokens, H, d]``."""
 
+    def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """Called once per decoder layer, before its attention block is added to the stream.
+
+        Args:
+            update: ``[tokens, D]``, what the block adds.
+            residual: ``[tokens, D]``, the residual stream.
+        """
+
     def on_residual(self, residual: torch.Tensor) -> None:
-        """Called twice per decoder layer: before and after the attention block is added.
+        """Called instead, twice per decoder layer: before and after the block has been added.
 
         Args:
             residual: ``[tokens, D]``, the residual stream.

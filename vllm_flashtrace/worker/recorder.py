@@ -320,6 +320,7 @@ def _finish(segment: Segment, model: TracedModel) -> FinishedTrace:
     """Runs the proximity pass over all layers."""
     trace = segment.trace
     recorded = trace.clock.mark()
+    trace.complete_sums()
     layers = model.shape.num_layers
     tokens = torch.zeros(layers, trace.context, device=model.device)
     residual = torch.zeros(layers, device=model.device)

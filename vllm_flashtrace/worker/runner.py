@@ -229,6 +229,13 @@ class StepObserver:
         except Exception as error:
             self._fail(error)
 
+    def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_update(update, residual)
+        except Exception as error:
+            self._fail(error)
+
     def on_residual(self, residual: torch.Tensor) -> None:
         """See `observer.ForwardObserver`."""
         try:

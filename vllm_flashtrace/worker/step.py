@@ -49,6 +49,7 @@ class StepRecorder:
         """
         self.model = model
         self._on_failure = on_failure
+        self._updates = 0
         self._residuals = 0
         self._attentions = 0
         self.groups: list[RowGroup] = []
@@ -68,6 +69,24 @@ class StepRecorder:
         """Adds one layer's column sums; arguments as `TracedModel.add_column_sums`."""
         self._attentions += 1
         self._each(lambda group: self.model.add_column_sums(layer, query, group))
+
+    def record_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """Adds ``sum_i w_i x_prev_i`` to ``r`` of a layer, and what leads from ``r`` to ``x``.
+
+        Args:
+            update: ``[tokens, D]``, what the attention block adds to the stream.
+            residual: ``[tokens, D]``, the stream in front of it.
+        """
+        layer = self._updates
+        self._updates += 1
+
+        def add(group: RowGroup) -> None:
+            add_row_sums(residual, group.rows, layer, "residual")
+            add_row_sums(update, group.rows, layer, "stream")
+            for segment in group.segments:
+                segment.trace.stream_lacks_residual = True
+
+        self._each(add)
 
     def record_residual(self, residual: torch.Tensor) -> None:
         """Adds ``sum_i w_i x_prev_i`` to ``r`` or ``sum_i w_i x_mid_i`` to ``x`` of a layer.
@@ -89,11 +108,13 @@ class StepRecorder:
     def check_complete(self) -> None:
         """Fails the step's traces unless every layer was seen exactly once."""
         layers = self.model.shape.num_layers
-        if self._attentions == layers and self._residuals == 2 * layers:
+        # Each layer is seen in one of two ways, see `taps`.
+        streams = {(layers, 0), (0, 2 * layers)}
+        if self._attentions == layers and (self._updates, self._residuals) in streams:
             return
         message = (
-            f"of {layers} layers {self._attentions} attention calls and {self._residuals} of "
-            f"{2 * layers} residual streams were seen"
+            f"of {layers} layers {self._attentions} attention calls, {self._updates} updates and "
+            f"{self._residuals} residual streams were seen"
         )
         error = TraceError("recording_incomplete", message)
         for group in list(self.groups):
@@ -175,6 +196,7 @@ class Trace:
         recordings: Marks before and after each piece of recording.
         clock: Sets and reads those marks.
         sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
+        stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r``.
     """
 
     def __init__(
@@ -192,6 +214,7 @@ class Trace:
         self.cached_tokens = 0
         self.recomputed_tokens = 0
         self.restarts = 0
+        self.stream_lacks_residual = False
         self.clock = model.clock
         self.started: Any = None
         self.recordings: list[tuple[Any, Any]] = []
@@ -246,8 +269,14 @@ class Trace:
             sums=self.sums,
         )
 
+    def complete_sums(self) -> None:
+        """Makes ``x`` of all layers the sums of the stream behind the blocks; once, at the end."""
+        if self.stream_lacks_residual:
+            self.sums.stream.add_(self.sums.residual)
+            self.stream_lacks_residual = False
+
     def layer_sums(self, layer: int) -> LayerSums:
-        """The three sums of one layer."""
+        """The three sums of one layer; see `complete_sums`."""
         return LayerSums(*(accumulator[layer] for accumulator in self.sums))
 
     def _restart(self, start: int) -> None:

@@ -1,15 +1,21 @@
-"""Taps on the residual stream that survive compilation.
+"""Taps on the residual stream that survive compilation and change nothing that is computed.
 
-A tap is a custom operator on a tensor that exists anyway, placed before the model is compiled: on
-the residual stream as it enters the norm behind a layer's attention block (``x_prev``), and as it
-enters the next norm, that of the following layer or the model's last (``x_mid``). A pipeline stage
-that is not the last has no next norm; there ``x_mid`` is the residual that its last layer returns.
+A tap is a custom operator on tensors that exist anyway, placed before the model is compiled: on the
+two inputs of the norm behind a layer's attention block, the stream in front of it (``x_prev``) and
+what it adds; their sum is the stream behind it (``x_mid``). Where these two are written to memory
+in any case, by the code before the attention operator and by the output projection, compiled code
+computes the same bits with the tap as without. A tap on ``x_mid`` itself would make the compiler
+round it to the model's dtype where it keeps float32.
+
+With tensor parallelism what the block adds comes out of an all-reduce, which vLLM may fuse with the
+norm; a tap between the two would undo that. There the stream is seen as it enters the norm behind
+the block (``x_prev``) and the next norm, that of the following layer or the model's last
+(``x_mid``). A pipeline stage that is not the last has no next norm; there ``x_mid`` is the residual
+that its last layer returns.
 
 Compiled code calls the operator like eager code does, so a step with a trace runs the same compiled
 forward as every other step. With no observer the operator returns at once; under CUDA graphs it
-launches nothing and is not part of the graph. The other input of these norms, what a block adds to
-the stream, is left alone: with tensor parallelism it comes out of an all-reduce that vLLM fuses
-with the norm, and a tap between the two would undo that.
+launches nothing and is not part of the graph.
 
 Invariant: an operator call carries nothing that differs between layers, so that compilers may
 share code between them; layers are told apart by the order of the calls.
@@ -18,7 +24,6 @@ share code between them; layers are told apart by the order of the calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -32,12 +37,19 @@ from vllm_flashtrace.worker.observer import current
 
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
-_VERSION = 2  # To be raised whenever compiled code changes.
+_VERSION = 3  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
-# ``residual`` is declared as mutated, though it is not, so that no compiler pass drops or moves the
-# call: it stays in front of the norm.
+# The tensors are declared as mutated, though they are not, so that no compiler pass drops or moves
+# the call: it stays in front of the norm.
+_library.define("observe_update(Tensor(a!) update, Tensor(b!) residual) -> ()")
 _library.define("observe_residual(Tensor(a!) residual) -> ()")
+
+
+def _observe_update(update: torch.Tensor, residual: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_update(update, residual)
 
 
 def _observe_residual(residual: torch.Tensor) -> None:
@@ -46,10 +58,12 @@ def _observe_residual(residual: torch.Tensor) -> None:
         observer.on_residual(residual)
 
 
-def _observe_nothing(residual: torch.Tensor) -> None:
+def _observe_nothing(*_: torch.Tensor) -> None:
     pass
 
 
+_library.impl("observe_update", _observe_update, "CompositeExplicitAutograd")
+_library._register_fake("observe_update", _observe_nothing)
 _library.impl("observe_residual", _observe_residual, "CompositeExplicitAutograd")
 _library._register_fake("observe_residual", _observe_nothing)
 
@@ -65,16 +79,20 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
     """
     check_config(config)
     layers, last = find_layers(model, config), is_last_stage(config)
-    norms = _norms(model, layers, last)
+    fused = _fuses_all_reduce(config)
+    behind_blocks = [_norm(layer, layer.decoder, "post_attention_layernorm") for layer in layers]
+    following = _following_norms(model, layers, last) if fused else []
     additional = config.additional_config or {}
     if not isinstance(additional, dict):
         raise UnsupportedModelError("additional_config is not a dictionary")
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
-    for norm in norms:
-        norm.register_forward_pre_hook(_tap)
-    if not last:
+    for norm in behind_blocks:
+        norm.register_forward_pre_hook(_tap_residual if fused else _tap_update)
+    for norm in following:
+        norm.register_forward_pre_hook(_tap_residual)
+    if fused and not last:
         layers[-1].decoder.register_forward_hook(_tap_output)
-    setattr(model, _MARK, len(norms))
+    setattr(model, _MARK, len(behind_blocks))
 
 
 def has_taps(model: nn.Module) -> bool:
@@ -82,23 +100,37 @@ def has_taps(model: nn.Module) -> bool:
     return hasattr(model, _MARK)
 
 
-def _norms(model: nn.Module, layers: Sequence[TracedLayer], last: bool) -> list[nn.Module]:
-    """The norms that see the stream before and after each attention block, in order of calls."""
-    following = [getattr(layer.decoder, "input_layernorm", None) for layer in layers[1:]]
+def _fuses_all_reduce(config: VllmConfig) -> bool:
+    """Whether compiled code may have the all-reduce of an attention block inside the next norm."""
+    return config.parallel_config.tensor_parallel_size > 1 and bool(
+        config.compilation_config.pass_config.fuse_allreduce_rms
+    )
+
+
+def _following_norms(
+    model: nn.Module, layers: Sequence[TracedLayer], last: bool
+) -> list[nn.Module]:
+    """The norms that see the stream next after each layer's norm behind the attention block."""
+    norms = [_norm(layer, layer.decoder, "input_layernorm") for layer in layers[1:]]
     if last:
-        following.append(getattr(getattr(model, "model", None), "norm", None))
-    norms: list[nn.Module] = []
-    for layer, after in zip_longest(layers, following):
-        before = getattr(layer.decoder, "post_attention_layernorm", None)
-        for norm in (before,) if layer is layers[-1] and not last else (before, after):
-            if not isinstance(norm, nn.Module) or isinstance(norm, PPMissingLayer):
-                raise UnsupportedModelError(f"{layer.name} has no norm behind its attention block")
-            norms.append(norm)
+        norms.append(_norm(layers[-1], getattr(model, "model", None), "norm"))
     return norms
 
 
-def _tap(_: nn.Module, args: tuple[Any, ...]) -> None:
+def _norm(layer: TracedLayer, holder: Any, name: str) -> nn.Module:
+    norm = getattr(holder, name, None)
+    if not isinstance(norm, nn.Module) or isinstance(norm, PPMissingLayer):
+        raise UnsupportedModelError(f"{layer.name} has no norm behind its attention block")
+    return norm
+
+
+def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
     """Norms are called as ``norm(update, residual)`` wherever there is a stream to add to."""
+    if len(args) > 1 and args[1] is not None:
+        torch.ops.flashtrace.observe_update(args[0], args[1])
+
+
+def _tap_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
     if len(args) > 1 and args[1] is not None:
         torch.ops.flashtrace.observe_residual(args[1])
 
