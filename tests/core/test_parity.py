@@ -111,4 +111,5 @@ def test_hops_agree_with_the_oracle(captured: Captured, hops: int) -> None:
     assert result.remaining_mass == pytest.approx(remaining, rel=1e-5)
     assert len(result.hops) == hops + 1
     assert result.layer_scores is not None
-    torch.testing.assert_close(result.layer_scores.sum(0), result.scores, rtol=1e-5, atol=1e-9)
+    summed = result.layer_scores.sum(0, dtype=torch.float64)
+    torch.testing.assert_close(summed, result.scores, rtol=1e-5, atol=1e-9)
