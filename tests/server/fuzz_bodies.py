@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from functools import cache
@@ -211,7 +212,7 @@ def altered(draw: st.DrawFn, route: str) -> dict[str, Any]:
         if key in keys and draw(st.integers(0, 3)) == 0:
             del node[key]
         else:
-            node[key] = draw(st.sampled_from(_JUNK))
+            node[key] = copy.deepcopy(draw(st.sampled_from(_JUNK)))
         if not node:
             break
     return body
