@@ -191,13 +191,7 @@ def stock_server(model: Path, log: Path, options: list[str]) -> Iterator[Server]
 
 @contextmanager
 def plugin_server(
-    model: Path,
-    log: Path,
-    options: list[str],
-    config: dict[str, Any] | None = None,
-    *,
-    worker_process: bool = True,
-    **env: str,
+    model: Path, log: Path, options: list[str], config: dict[str, Any] | None = None, **env: str
 ) -> Iterator[Server]:
     """Runs the server of ``vllm-flashtrace serve``.
 
@@ -206,13 +200,12 @@ def plugin_server(
         log: File for the server's output.
         options: Further ``vllm serve`` options.
         config: The plugin's own options.
-        worker_process: See `tests.server.live_server.serve`; what is measured has one.
         **env: Further environment variables.
     """
     prepare_environment()
     extra = [f"--additional-config={json.dumps({SECTION: config})}"] if config else []
     options = [*options, *extra]
-    with serve(OURS, str(model), log, *options, worker_process=worker_process, **env) as server:
+    with serve(OURS, str(model), log, *options, worker_process=True, **env) as server:
         yield server
 
 

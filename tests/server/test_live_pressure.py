@@ -21,14 +21,13 @@ FEW_BLOCKS = [
 REQUESTS, CONCURRENCY = 80, 16
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_preemptions_and_leaving_clients(model_path: str, tmp_path: Path) -> None:
     requests = [make_request(index, seed=1) for index in range(REQUESTS)]
     # Longer than the API server of a busy machine takes to ask for a result.
     config = {"result_ttl_seconds": 15.0}
-    log = tmp_path / "server.log"
     with plugin_server(
-        Path(model_path), log, FEW_BLOCKS, config, worker_process=False, **DEV_MODE
+        Path(model_path), tmp_path / "server.log", FEW_BLOCKS, config, **DEV_MODE
     ) as server:
         async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
             await send_all(client, requests, CONCURRENCY, lambda: None)
