@@ -25,7 +25,8 @@ REQUESTS, CONCURRENCY = 80, 16
 async def test_preemptions_and_leaving_clients(model_path: str, tmp_path: Path) -> None:
     requests = [make_request(index, seed=1) for index in range(REQUESTS)]
     # Longer than the API server of a busy machine takes to ask for a result.
-    config = {"result_ttl_seconds": 15.0}
+    # Nor is a trace of theirs overtaken by its time in the queue.
+    config = {"result_ttl_seconds": 15.0, "max_waiting_seconds": 300.0}
     with plugin_server(
         Path(model_path), tmp_path / "server.log", FEW_BLOCKS, config, **DEV_MODE
     ) as server:
