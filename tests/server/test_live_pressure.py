@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -19,6 +20,11 @@ FEW_BLOCKS = [
     "--no-enable-prefix-caching",
 ]
 REQUESTS, CONCURRENCY = 80, 16
+# Together they need more blocks than there are: one of them, or of the rest, is preempted.
+GROWING = [
+    {"model": "m", "prompt": f"Count from {i}:", "max_tokens": 700, "ignore_eos": True}
+    for i in range(3)
+]
 
 
 @pytest.mark.timeout(900)
@@ -31,11 +37,15 @@ async def test_preemptions_and_leaving_clients(model_path: str, tmp_path: Path) 
         Path(model_path), tmp_path / "server.log", FEW_BLOCKS, config, **DEV_MODE
     ) as server:
         async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
-            await send_all(client, requests, CONCURRENCY, lambda: None)
+            growing = [client.post("/v1/completions", json=body) for body in GROWING]
+            *answers, _ = await asyncio.gather(
+                *growing, send_all(client, requests, CONCURRENCY, lambda: None)
+            )
             await fetch_deferred(client, requests)
             left = await rest(client, server)
             metrics = (await client.get("/metrics")).text
     assert not [f"{request.kind}: {request.fault}" for request in requests if request.fault]
+    assert {answer.status_code for answer in answers} == {200}
     assert not any(left.values()), left
     preemptions = re.findall(r"^vllm:num_preemptions_total{[^}]*} (\S+)$", metrics, re.MULTILINE)
     assert sum(map(float, preemptions)) > 0
