@@ -12,15 +12,13 @@ Tested on: vLLM 0.32.0.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.patches._check import require_parameters
-from vllm_flashtrace.trace.wire import sealed_spec, unseal
+from vllm_flashtrace.trace.wire import target_range
 
 _KNOWN = "_flashtrace_first_target"
 
@@ -69,12 +67,7 @@ def _first_target(request: Any) -> int | None:
     A request that waits is looked up at every attempt to schedule it, its spec verified once.
     """
     if not hasattr(request, _KNOWN):
-        known: int | None = None
-        sealed = sealed_spec(request.sampling_params.extra_args)
-        if sealed is not None:
-            # The worker refuses a forged spec and says so; here it is an ordinary request.
-            with contextlib.suppress(TraceError):
-                known = unseal(sealed).first_target
-        setattr(request, _KNOWN, known)
+        target = target_range(request.sampling_params.extra_args)
+        setattr(request, _KNOWN, None if target is None else target.start)
     found: int | None = getattr(request, _KNOWN)
     return found

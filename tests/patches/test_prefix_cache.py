@@ -10,6 +10,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.patches import prefix_cache
+from vllm_flashtrace.trace import wire
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 SPEC = TraceSpec.create(TargetWeights.from_spans([(40, 60)]), 60, exact_fraction=1.0)
@@ -47,8 +48,8 @@ def test_a_spec_is_verified_once(
         verified.append(spec)
         return stock(spec)
 
-    stock = prefix_cache.unseal
-    monkeypatch.setattr(prefix_cache, "unseal", counted)
+    stock = wire.unseal
+    monkeypatch.setattr(wire, "unseal", counted)
     waiting = request(sealed)
     assert len({looked_up(waiting) for _ in range(50)}) == 1
     assert len(verified) == 1

@@ -121,6 +121,23 @@ def unseal(sealed: bytes) -> TraceSpec:
         raise TraceError("forged_spec", f"the trace spec is malformed: {error}") from error
 
 
+def target_range(extra_args: dict[str, Any] | None) -> range | None:
+    """First to last target position of the trace that a request's ``extra_args`` ask for.
+
+    Returns:
+        None where they ask for none, or with a spec that this server has not made: the worker
+        refuses it and says so, and to everybody else it is an ordinary request.
+    """
+    sealed = sealed_spec(extra_args)
+    if sealed is None:
+        return None
+    try:
+        spec = unseal(sealed)
+    except TraceError:
+        return None
+    return range(spec.first_target, spec.last_target + 1)
+
+
 class ModelPart(msgspec.Struct, frozen=True, array_like=True):
     """The decoder layers of one pipeline stage, as one of its tensor-parallel ranks has them.
 

@@ -20,7 +20,7 @@ from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.base.process import lineage
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.wire import sealed_spec, unseal
+from vllm_flashtrace.trace.wire import sealed_spec, target_range
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.layers import adapter_slot, check_cache
 from vllm_flashtrace.worker.recorder import Recorder
@@ -184,7 +184,8 @@ class TargetSteps:
         computed: dict[str, int] = {}
         for new in scheduler_output.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
-            target = _target_of(new.sampling_params)
+            params = new.sampling_params
+            target = target_range(params.extra_args) if params is not None else None
             if target is not None:
                 self._targets[new.req_id] = target
         if not self._targets:
@@ -196,18 +197,6 @@ class TargetSteps:
             if target is not None and start < target.stop and start + tokens > target.start:
                 return True
         return False
-
-
-def _target_of(params: Any) -> range | None:
-    """First to last target position of a request's trace; None where it has none."""
-    sealed = sealed_spec(params.extra_args) if params is not None else None
-    if sealed is None:
-        return None
-    try:
-        spec = unseal(sealed)
-    except FlashTraceError:
-        return None  # The same on every rank; the recorder says it.
-    return range(spec.first_target, spec.last_target + 1)
 
 
 class StepObserver:
