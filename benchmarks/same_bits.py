@@ -21,26 +21,48 @@ from typing import Any
 
 from benchmarks.tables import emit
 
-_ENGINE_OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
+ENGINE_OPTIONS = {
+    "enforce_eager": False,
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 256 << 20,
+}
+
+
+def answers(engine: Any) -> list[Any]:
+    """Tokens and log-probabilities, to the last digit, of prompts of several lengths.
+
+    The prompts come one after another. Sent together they would be computed in batches that depend
+    on which of them the engine has received, and a stock engine's last digits differ between
+    batches.
+    """
+    from vllm import SamplingParams
+
+    generator = random.Random(1)
+    token_ids = [generator.randrange(5, 500) for _ in range(200)]
+    params = SamplingParams(max_tokens=16, temperature=0.0, logprobs=5, ignore_eos=True)
+    answered = []
+    for i in range(8):
+        prompt = {"prompt_token_ids": token_ids[i : 7 * i + 30]}
+        [request] = engine.llm.generate([prompt], params, use_tqdm=False)
+        output = request.outputs[0]
+        steps = [sorted([k, repr(v.logprob)] for k, v in step.items()) for step in output.logprobs]
+        answered.append([list(output.token_ids), steps])
+    return answered
 
 
 def run_engine(folder: Path, dtype: str, out: Path) -> None:
     """Writes what an engine answers; for a process of its own."""
     from tests.engine.harness import Engine
-    from tests.engine.test_compiled import answers
 
-    generator = random.Random(1)
-    token_ids = [generator.randrange(5, 500) for _ in range(200)]
-    engine = Engine(
-        folder,
-        "a benchmark",
-        worker_process=True,
-        enforce_eager=False,
-        dtype=dtype,
-        **_ENGINE_OPTIONS,
-    )
-    out.write_text(json.dumps(answers(engine, token_ids)))
+    engine = Engine(folder, "same bits", worker_process=_on_gpu(), dtype=dtype, **ENGINE_OPTIONS)
+    out.write_text(json.dumps(answers(engine)))
     engine.close()
+
+
+def _on_gpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
 
 
 def differences(stock: Any, ours: Any) -> dict[str, float]:

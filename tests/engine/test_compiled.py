@@ -13,42 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.same_bits import ENGINE_OPTIONS, answers
 from tests import engine_starts
 from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
 TOKENS = torch.randint(5, 500, (600,), generator=torch.Generator().manual_seed(1)).tolist()
-OPTIONS: dict[str, Any] = {"enforce_eager": False, "max_model_len": 1024}
-
-STOCK = """
-import json, sys
-from tests.engine.test_compiled import OPTIONS, answers
-from tests.engine.harness import Engine
-from pathlib import Path
-
-if __name__ == "__main__":
-    folder, token_ids, out = sys.argv[1:]
-    engine = Engine(Path(folder), "stock", **OPTIONS)
-    Path(out).write_text(json.dumps(answers(engine, json.loads(token_ids))))
-    engine.close()
-"""
-
-
-def answers(engine: Engine, token_ids: list[int]) -> list[Any]:
-    """Tokens and log-probabilities, to the last digit, of prompts of several lengths."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=16, temperature=0.0, logprobs=5, ignore_eos=True)
-    prompts = [{"prompt_token_ids": token_ids[i : 7 * i + 30]} for i in range(8)]
-    outputs = [out.outputs[0] for out in engine.llm.generate(prompts, params, use_tqdm=False)]
-    return [
-        [
-            list(output.token_ids),
-            [sorted([k, repr(v.logprob)] for k, v in step.items()) for step in output.logprobs],
-        ]
-        for output in outputs
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(folder: Path) -> Iterator[Engine]:
-    engine = Engine(folder, "compiled", **OPTIONS)
+    engine = Engine(folder, "compiled", **ENGINE_OPTIONS)
     yield engine
     engine.close()
 
@@ -123,13 +94,13 @@ def test_compiled_code_is_cached_apart_from_stock_code(compiled: Engine) -> None
 def test_untraced_requests_get_the_bytes_of_a_stock_engine(
     compiled: Engine, folder: Path, tmp_path: Path
 ) -> None:
-    script, out = tmp_path / "stock.py", tmp_path / "stock.json"
-    script.write_text(STOCK)
     engine_starts.note("compiled, without the plugin: its bytes are the reference")
+    out = tmp_path / "stock.json"
+    command = ["-m", "benchmarks.same_bits", "--dtype=float32", "--engine", str(folder), str(out)]
     subprocess.run(
-        [sys.executable, str(script), str(folder), json.dumps(TOKENS), str(out)],
-        env={**os.environ, "VLLM_FLASHTRACE_DISABLE": "1", "PYTHONPATH": os.getcwd()},
+        [sys.executable, *command],
+        env={**os.environ, "VLLM_FLASHTRACE_DISABLE": "1"},
         check=True,
         timeout=450,
     )
-    assert answers(compiled, TOKENS) == json.loads(out.read_text())
+    assert answers(compiled) == json.loads(out.read_text())

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.load import DEV_MODE, plugin_server
 from benchmarks.mixed_load import fetch_deferred, make_request, rest, send_all
+from tests.tiny_models import make_tiny_model
 
 FEW_BLOCKS = [
     "--enforce-eager",
@@ -28,15 +29,15 @@ GROWING = [
 
 
 @pytest.mark.timeout(900)
-async def test_preemptions_and_leaving_clients(model_path: str, tmp_path: Path) -> None:
+async def test_preemptions_and_leaving_clients(tmp_path: Path) -> None:
+    # What is tested is the scheduling, so a tiny model will do.
+    model = make_tiny_model("qwen3", tmp_path / "qwen3")
     requests = [make_request(index, seed=1) for index in range(REQUESTS)]
     # Longer than the API server of a busy machine takes to ask for a result.
     # Nor is a trace of theirs overtaken by its time in the queue.
     config = {"result_ttl_seconds": 15.0, "max_waiting_seconds": 300.0}
-    with plugin_server(
-        Path(model_path), tmp_path / "server.log", FEW_BLOCKS, config, **DEV_MODE
-    ) as server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+    with plugin_server(model, tmp_path / "server.log", FEW_BLOCKS, config, **DEV_MODE) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
             growing = [client.post("/v1/completions", json=body) for body in GROWING]
             *answers, _ = await asyncio.gather(
                 *growing, send_all(client, requests, CONCURRENCY, lambda: None)
@@ -52,4 +53,8 @@ async def test_preemptions_and_leaving_clients(model_path: str, tmp_path: Path) 
     assert sum(request.status is None for request in requests) > 0
     finished = [found for request in requests for found in request.found.values()]
     assert len(finished) > REQUESTS // 2
-    assert all(found["status"] == "completed" for found in finished), finished
+    # A random model says nothing now and then.
+    codes = {(found.get("error") or {}).get("code") for found in finished}
+    assert codes <= {None, "empty_target"}
+    completed = [found for found in finished if found["status"] == "completed"]
+    assert len(completed) > REQUESTS // 2
