@@ -184,7 +184,9 @@ def stock_server(model: Path, log: Path, options: list[str]) -> Iterator[Server]
     entries = (e for group in groups for e in metadata.entry_points(group=f"vllm.{group}_plugins"))
     others = sorted({entry.name for entry in entries} - {_PLUGIN})
     env = {"VLLM_PLUGINS": ",".join(others) or "none", "VLLM_FLASHTRACE_DISABLE": "1"}
-    with serve(STOCK, str(model), log, *options, worker_process=True, **env) as server:
+    with serve(
+        STOCK, str(model), log, *options, worker_process=True, by_command=True, **env
+    ) as server:
         _check_stock(server)
         yield server
 
@@ -205,7 +207,9 @@ def plugin_server(
     prepare_environment()
     extra = [f"--additional-config={json.dumps({SECTION: config})}"] if config else []
     options = [*options, *extra]
-    with serve(OURS, str(model), log, *options, worker_process=True, **env) as server:
+    with serve(
+        OURS, str(model), log, *options, worker_process=True, by_command=True, **env
+    ) as server:
         yield server
 
 

@@ -47,7 +47,9 @@ def test_answer_is_the_servers(smollm2_folder: Path, tmp_path: Path) -> None:
     options = readme_example.serve_options(TEXT)
     engine_starts.note("README: the server as its command starts it")
     log = tmp_path / "server.log"
-    with serve(OURS, str(smollm2_folder), log, *options, worker_process=True) as server:
+    with serve(
+        OURS, str(smollm2_folder), log, *options, worker_process=True, by_command=True
+    ) as server:
         answer = readme_example.answer(server.url, TEXT)
     got, shown = _comparable(answer), _comparable(SHOWN)
     assert _structure(got) == _structure(shown)

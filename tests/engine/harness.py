@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from tests import engine_starts
 from tests.cores import BIND, worker_in_engine
+from tests.forked import processes_are_forked
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.hops import HopRecursion, HopResult
 from vllm_flashtrace.core.weights import TargetWeights
@@ -61,7 +63,8 @@ class Engine:
             reason: Why no other engine will do; see :mod:`tests.engine_starts`.
             in_process: Runs engine core and worker in this process, which starts in a quarter of
                 the time. There is one such engine at a time.
-            worker_process: Gives a single worker a process of its own too, as vLLM does.
+            worker_process: Gives a single worker a process of its own too, and starts all of
+                them as vLLM does.
             overrides: Arguments of ``vllm.LLM`` besides ``SMALL``.
         """
         from vllm_flashtrace.base.process import prepare_environment
@@ -81,12 +84,13 @@ class Engine:
                 patch.setenv(BIND, "nobind")
                 self.llm = LLM(model=str(model), **{**SMALL, **overrides})
                 return
-            several = {"tensor_parallel_size", "pipeline_parallel_size"} & overrides.keys()
-            if worker_process or several:
+            if worker_process:
                 self.llm = LLM(model=str(model), **{**SMALL, **overrides})
                 return
-            overrides["distributed_executor_backend"] = "uni"
-            with worker_in_engine():
+            several = {"tensor_parallel_size", "pipeline_parallel_size"} & overrides.keys()
+            with processes_are_forked(), nullcontext() if several else worker_in_engine():
+                if not several:
+                    overrides["distributed_executor_backend"] = "uni"
                 self.llm = LLM(model=str(model), **{**SMALL, **overrides})
 
     def close(self) -> None:
@@ -161,6 +165,14 @@ class Engine:
         request_id = self._id()
         self.llm.llm_engine.add_request(request_id, self._prompt(job.token_ids), params)
         return request_id, spec.nonce
+
+    def submit_completion(self, token_ids: Sequence[int], new_tokens: int) -> str:
+        """Queues a greedy continuation without running it; returns the request's id."""
+        request_id = self._id()
+        self.llm.llm_engine.add_request(
+            request_id, self._prompt(token_ids), self._generate(new_tokens)
+        )
+        return request_id
 
     def _spec(self, job: TraceJob) -> TraceSpec:
         return TraceSpec.create(

@@ -52,7 +52,7 @@ def app(module_app: App) -> App:
 def stock_surface(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM without the plugin answers, measures and describes."""
     log = tmp_path_factory.mktemp("stock") / "server.log"
-    with serve(STOCK, model_path, log, **STOCK_ENV) as stock:
+    with serve(STOCK, model_path, log, by_command=True, **STOCK_ENV) as stock:
         return {
             "answers": [ask(stock, path, body) for path, body in PLAIN_REQUESTS],
             "metrics": metric_names(stock),

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from tests.cores import IN_ENGINE, UNI
+from tests.forked import ForkedProcess, forked
 
 START_SECONDS = 420
 OPTIONS = [
@@ -120,6 +121,7 @@ def serve(
     log: Path,
     *options: str,
     worker_process: bool = False,
+    by_command: bool = False,
     **env: str,
 ) -> Iterator[Server]:
     """Runs ``program`` with ``model`` and options until the block ends.
@@ -130,6 +132,8 @@ def serve(
         log: File for its output.
         options: Of the server, besides ``OPTIONS``.
         worker_process: Starts the worker as a process of its own, as vLLM does by default.
+        by_command: Starts its processes as vLLM does, in three times the time; see
+            :mod:`tests.forked`.
         env: What to add to the environment.
 
     Raises:
@@ -138,15 +142,9 @@ def serve(
     port = free_port()
     if not worker_process:
         options, env = (UNI, *options), {**IN_ENGINE, **env}
-    command = [sys.executable, *program, model, *OPTIONS, f"--port={port}", *options]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**_clean_environment(), **env},
-            start_new_session=True,
-        )
+    command = [*program, model, *OPTIONS, f"--port={port}", *options]
+    environment = {**_clean_environment(), **env}
+    process = (_popen if by_command else forked)(command, log, environment)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(process, url, log)
@@ -155,7 +153,18 @@ def serve(
         _stop(process)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _popen(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _wait(process: subprocess.Popen[bytes] | ForkedProcess, url: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -169,7 +178,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise RuntimeError(f"the server did not answer within {START_SECONDS} s:\n{_tail(log)}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes] | ForkedProcess) -> None:
     """Ends the whole process group that :func:`serve` started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:

@@ -54,7 +54,9 @@ def pair(
         *ONE_PLACE,
     )
     log = tmp_path_factory.mktemp("pair") / "server.log"
-    with serve(OURS, model_path, log, *options, worker_process=True, **env) as running:
+    with serve(
+        OURS, model_path, log, *options, worker_process=True, by_command=True, **env
+    ) as running:
         yield running
 
 
@@ -169,13 +171,13 @@ def test_sigterm_of_two_servers_that_may_take_their_time(pair):
 
 def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
     log = tmp_path / "server.log"
-    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True) as server:
+    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True, by_command=True) as server:
         check_sigterm(server)
 
 
 def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
     log = tmp_path / "server.log"
-    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True) as server:
+    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True, by_command=True) as server:
         with ThreadPoolExecutor() as pool:
             futures = submit(pool, server, 4)
             engine_core(psutil.Process(server.pid)).kill()
