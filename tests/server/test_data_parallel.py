@@ -1,16 +1,27 @@
-"""A live server with two engines: every trace runs on the engine that served its completion."""
+"""A live server with two engines and two API server processes behind one port.
+
+Every trace runs on the engine that served its completion, and every process answers for every
+deferred attribution.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import signal
+import sqlite3
+import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -26,6 +37,9 @@ BLOCK = 32
 COMPLETIONS, CONCURRENCY, NEW_TOKENS = 40, 8, 16
 # Two hops: over the end of the answer, then over what led to it.
 FIELD = {"target": {"tokens": [[NEW_TOKENS - 8, NEW_TOKENS]]}, "hops": 1, "top_k": None}
+DEFERRED = {"mode": "deferred", "hops": 0}
+SHORT = {"model": "m", "prompt": "The code is 4821.", "completion": " It is 4821."}
+LONG = {**SHORT, "prompt": [5 + i % 480 for i in range(1900)]}
 SHARED = [5 + i % 200 for i in range(3 * BLOCK)]
 
 
@@ -35,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_engines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two engines, and as many API servers as vLLM then starts by default, which is two."""
     log = tmp_path_factory.mktemp("dp") / "server.log"
     options = [
@@ -44,9 +58,10 @@ def two_engines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "--kv-cache-memory-bytes=128M",
         "--enable-prompt-tokens-details",
     ]
-    with serve(
-        OURS, str(folder), log, *options, VLLM_CPU_OMP_THREADS_BIND="0|1", FLASHTRACE_STORE=""
-    ) as running:
+    # An empty store is an unset one: the server chooses its own folder. Whether metrics are for
+    # several processes is decided when they are imported, so none is forked here.
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "FLASHTRACE_STORE": ""}
+    with serve(OURS, str(folder), log, *options, by_command=True, **env) as running:
         yield running
 
 
@@ -113,23 +128,23 @@ def total(samples: dict[str, float], name: str, label: str = "") -> float:
     return sum(v for key, v in samples.items() if key.startswith(f"{name}{{") and label in key)
 
 
-def test_the_report_names_every_engine(two_engines):
+def test_the_report_names_every_engine(two):
     for _ in range(4):
-        status = httpx.get(f"{two_engines.url}/v1/attributions/status", timeout=60).json()
+        status = httpx.get(f"{two.url}/v1/attributions/status", timeout=60).json()
         assert status["status"] == "ready"
         workers = status["engine"]["workers"]
         assert [worker["data_parallel_rank"] for worker in workers] == [0, 1]
         assert len({worker["pid"] for worker in workers}) == 2
 
 
-def test_every_trace_hits_the_cache_of_its_own_engine(two_engines):
-    before = metrics(two_engines)
+def test_every_trace_hits_the_cache_of_its_own_engine(two):
+    before = metrics(two)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        answers = list(pool.map(lambda seed: complete(two_engines, seed), range(COMPLETIONS)))
+        answers = list(pool.map(lambda seed: complete(two, seed), range(COMPLETIONS)))
     for seed, attributions in enumerate(answers):
         assert len(attributions) == (2 if seed % 4 == 0 else 1)
         assert [each["status"] for each in attributions] == ["completed"] * len(attributions)
-    after = metrics(two_engines)
+    after = metrics(two)
 
     def grown(name: str, label: str = "") -> float:
         return total(after, name, label) - total(before, name, label)
@@ -151,25 +166,25 @@ def test_every_trace_hits_the_cache_of_its_own_engine(two_engines):
     assert min(per_engine) > 0.2 * sum(per_engine), "one engine did nearly everything"
 
 
-def test_existing_texts_stay_on_one_engine(two_engines):
+def test_existing_texts_stay_on_one_engine(two):
     """Nothing of their first hop is in a cache; the second one finds what the first has left."""
-    before = metrics(two_engines)
+    before = metrics(two)
 
     def one(seed: int) -> float:
         tokens = prompt(3 * seed + 1001)
-        usage = attribute(two_engines, tokens, tokens[:NEW_TOKENS])["usage"]
+        usage = attribute(two, tokens, tokens[:NEW_TOKENS])["usage"]
         assert usage["cached_tokens"] >= len(tokens) - BLOCK
         return float(usage["cached_tokens"])
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         cached = sum(pool.map(one, range(16)))
-    after = metrics(two_engines)
+    after = metrics(two)
     for name, expected in (("hits", cached), ("misses", 0)):
         name = f"flashtrace_prefix_cache_{name}_total"
         assert total(after, name) - total(before, name) == expected
 
 
-def test_both_engines_give_what_the_formulas_give(two_engines, folder: Path):
+def test_both_engines_give_what_the_formulas_give(two, folder: Path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -180,9 +195,90 @@ def test_both_engines_give_what_the_formulas_give(two_engines, folder: Path):
         positions = torch.arange(len(tokens) + NEW_TOKENS - 8, len(tokens) + NEW_TOKENS)
         expected = oracle_scores(model, [*tokens, *completion], positions, torch.ones(8))
         for rank in (0, 1, None):
-            found = attribute(two_engines, tokens, completion, rank, hops=0)["scores"]
+            found = attribute(two, tokens, completion, rank, hops=0)["scores"]
             assert [score["index"] for score in found] == list(range(len(tokens)))
             ours = torch.tensor([score["score"] for score in found])
             error = relative_l1(ours, expected[: len(tokens)])
             print(f"engine {rank} against the oracle: relative L1 {error:.1e}")
             assert error <= LIMIT
+
+
+def wait(condition: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def submit(server: Server, body: dict[str, Any]) -> str:
+    """One connection per request, so that both processes get some."""
+    response = httpx.post(f"{server.url}/v1/attributions", json=body, timeout=60)
+    assert response.json()["status"] == "queued", response.text
+    return str(response.json()["id"])
+
+
+def fetch(server: Server, attribution_id: str) -> dict[str, Any]:
+    response = httpx.get(f"{server.url}/v1/attributions/{attribution_id}", timeout=60)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def store_folder(server: Server) -> Path:
+    children = psutil.Process(server.pid).children(recursive=True)
+    [path] = {child.environ().get("FLASHTRACE_STORE") for child in children} - {None, ""}
+    return Path(str(path))
+
+
+def owners(server: Server) -> int:
+    with sqlite3.connect(store_folder(server) / "attributions.sqlite3") as db:
+        (count,) = db.execute("SELECT COUNT(DISTINCT owner) FROM attributions").fetchone()
+    return int(count)
+
+
+def test_every_process_finds_what_the_other_one_stored(two):
+    body = {**SHORT, "flashtrace": DEFERRED}
+    ids = [submit(two, body) for _ in range(8)]
+    wait(lambda: all(fetch(two, one)["status"] == "completed" for one in ids))
+    while owners(two) < 2:
+        ids.append(submit(two, body))
+        assert len(ids) < 200
+    for one in ids[:8]:
+        assert [fetch(two, one) for _ in range(4)] == [fetch(two, one)] * 4
+
+
+def test_a_completion_answers_before_its_attribution(two):
+    body = {"model": "m", "prompt": "One, two,", "max_tokens": 4, "flashtrace": DEFERRED}
+    choice = httpx.post(f"{two.url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+    assert choice["flashtrace"]["status"] == "queued"
+    wait(lambda: fetch(two, choice["flashtrace"]["id"])["status"] == "completed")
+
+
+def test_deleting_through_any_process_stops_the_trace(two):
+    for _ in range(4):
+        one = submit(two, {**LONG, "flashtrace": {**DEFERRED, "target": "generated"}})
+        url = f"{two.url}/v1/attributions/{one}"
+        assert httpx.delete(url, timeout=60).status_code == 200
+        for _ in range(4):
+            assert httpx.get(url, timeout=60).status_code == 404
+    running = "vllm:num_requests_running"
+    wait(lambda: total(metrics(two), running) == 0)
+
+
+def test_the_store_is_private(two):
+    path = store_folder(two)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert str(path) not in two.log.read_text(errors="replace")
+
+
+def test_shutdown_with_attributions_in_flight_leaves_nothing(two):
+    path = store_folder(two)
+    children = psutil.Process(two.pid).children(recursive=True)
+    for _ in range(6):
+        submit(two, {**LONG, "flashtrace": {**DEFERRED, "hops": 3}})
+    os.kill(two.pid, signal.SIGTERM)
+    psutil.wait_procs(children, timeout=60)
+    wait(lambda: not path.exists(), 60)
+    assert not [child for child in children if child.is_running()]
+    # vLLM itself may log one when it kills an engine that its API servers still listen to.
+    assert not re.search(r'File "[^"]*/vllm_flashtrace/', two.log.read_text(errors="replace"))
