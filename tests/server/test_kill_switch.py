@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.forked import forked
+
 OFF = {"VLLM_PLUGINS": "flashtrace", "VLLM_FLASHTRACE_DISABLE": "1"}
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +36,19 @@ def shown(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture(scope="module")
-def surfaces(model_path: str) -> dict[str, tuple[dict[str, Any], str]]:
+def surfaces(
+    model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, Any], str]]:
     script = ["-m", "tests.server.surface", model_path]
     running = {
         "stock": start(script, VLLM_PLUGINS="none"),
         "off": start(script, **OFF),
     }
     done = {name: shown(process) for name, process in running.items()}
-    return {**done, "on": shown(start(script, VLLM_PLUGINS="flashtrace"))}
+    log = tmp_path_factory.mktemp("surface") / "on"
+    on = forked(script, log, {**os.environ, "VLLM_PLUGINS": "flashtrace"})
+    assert on.wait(timeout=240) == 0, log.read_text()
+    return {**done, "on": (json.loads(log.read_text().splitlines()[-1]), "")}
 
 
 @pytest.mark.parametrize("part", ["answers", "metrics", "routes", "handlers"])
