@@ -48,6 +48,7 @@ class FakeEngine:
         refusal: What the workers report about the model.
         status: What else the workers report.
         trace_scores: Makes the scores of a trace from its length.
+        layers: Layers that share the scores of a trace.
     """
 
     vllm_config: Any
@@ -55,6 +56,7 @@ class FakeEngine:
     refusal: str | None = None
     status: dict[str, Any] = field(default_factory=dict)
     trace_scores: Callable[[int], torch.Tensor] = torch.ones
+    layers: int = 2
     fail_after: int | None = None
     before_step: Callable[[int], Awaitable[None]] | None = None
     calls: list[Call] = field(default_factory=list)
@@ -75,6 +77,7 @@ class FakeEngine:
         self.fail_after = None
         self.before_step = None
         self.trace_scores = torch.ones
+        self.layers = 2
         self.calls.clear()
         self.trace_gate = asyncio.Event()
         self.trace_gate.set()
@@ -125,8 +128,10 @@ class FakeEngine:
         self._reports[spec.nonce] = WireReport(
             status="completed",
             scores=tensor_bytes(scores),
-            layer_scores=tensor_bytes(scores.expand(2, -1) / 2) if spec.layers else b"",
-            num_layers=2 if spec.layers else 0,
+            layer_scores=tensor_bytes(scores.expand(self.layers, -1) / self.layers)
+            if spec.layers
+            else b"",
+            num_layers=self.layers if spec.layers else 0,
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},

@@ -57,11 +57,15 @@ def completed(attribution_id: str, text: str = "") -> dict[str, Any]:
     return {"id": attribution_id, "status": "completed", "text": text}
 
 
+def body(attribution_id: str, text: str = "") -> str:
+    return json.dumps(completed(attribution_id, text))
+
+
 def finished(store: SqliteStore, text: str = "") -> str:
     attribution_id = new_trace_id()
     store.reserve(attribution_id)
     assert store.start(attribution_id)
-    assert store.finish(attribution_id, completed(attribution_id, text))
+    assert store.finish(attribution_id, "completed", body(attribution_id, text))
     return attribution_id
 
 
@@ -73,7 +77,7 @@ def test_an_entry_goes_through_its_states(store):
     assert json.loads(store.get(attribution_id)) == expected
     assert store.start(attribution_id)
     assert json.loads(store.get(attribution_id)) == {**expected, "status": "running"}
-    assert store.finish(attribution_id, completed(attribution_id))
+    assert store.finish(attribution_id, "completed", body(attribution_id))
     assert json.loads(store.get(attribution_id)) == completed(attribution_id)
     assert store.delete(attribution_id)
     assert store.get(attribution_id) is None
@@ -93,7 +97,7 @@ def test_another_server_sees_and_deletes_it(folder, clock, store):
     assert other.delete(pending)
     assert store.renew() == {done}
     assert not store.start(pending)
-    assert not store.finish(pending, completed(pending))
+    assert not store.finish(pending, "completed", body(pending))
     assert other.get(pending) is None
 
 
@@ -145,7 +149,7 @@ def test_one_that_is_larger_than_the_store_says_so(folder, clock):
     kept = finished(store)
     attribution_id = new_trace_id()
     store.reserve(attribution_id)
-    store.finish(attribution_id, completed(attribution_id, "x" * 2000))
+    store.finish(attribution_id, "completed", body(attribution_id, "x" * 2000))
     failure = json.loads(store.get(attribution_id))
     assert failure["status"] == "failed"
     assert failure["error"]["code"] == "result_too_large"
@@ -193,7 +197,7 @@ def test_a_result_that_comes_late_after_all_is_kept(store, clock):
     store.reserve(attribution_id)
     clock.now += LEASE + 1
     assert json.loads(store.get(attribution_id))["status"] == "failed"
-    assert store.finish(attribution_id, completed(attribution_id))
+    assert store.finish(attribution_id, "completed", body(attribution_id))
     assert json.loads(store.get(attribution_id))["status"] == "completed"
 
 

@@ -31,6 +31,7 @@ from vllm_flashtrace.server.http_errors import (
     error_response,
     not_found_response,
 )
+from vllm_flashtrace.server.large_objects import carried, text_as_response
 from vllm_flashtrace.server.session import Attribution, TraceService, new_trace_id
 
 router = APIRouter(route_class=OpenAIErrorRoute)
@@ -121,7 +122,7 @@ async def _answer(body: AttributionBody, raw_request: Request) -> JSONResponse:
         outcome = error_response(error)
     if isinstance(outcome, ErrorResponse):
         return as_http(outcome)
-    return JSONResponse(outcome)
+    return JSONResponse(carried(outcome))
 
 
 @router.get(
@@ -135,7 +136,7 @@ async def get_attribution(attribution_id: str, raw_request: Request) -> Response
     attribution = await service.deferred.get(attribution_id)
     if attribution is None:
         return _unknown(attribution_id)
-    return Response(attribution, media_type="application/json")
+    return text_as_response(attribution)
 
 
 @router.delete(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.server.large_objects import as_text
 from vllm_flashtrace.text.result import failed_result
 
 # What a store raises when it cannot be used; one behind a network raises ``ConnectionError``.
@@ -144,7 +145,8 @@ class DeferredAttributions:
             reason = TraceError("internal_error", f"{type(error).__name__}: {error}")
             attribution = failed_result(attribution_id, reason)
         try:
-            if not await asyncio.to_thread(self.store.finish, attribution_id, attribution):
+            status, body = attribution["status"], await as_text(attribution)
+            if not await asyncio.to_thread(self.store.finish, attribution_id, status, body):
                 logger.info("Deferred attribution %s was deleted while it ran", attribution_id)
         except Exception:
             logger.exception("Deferred attribution %s could not be stored", attribution_id)
@@ -201,8 +203,14 @@ class AttributionStore(Protocol):
         """Marks an entry ``running``; False when it was deleted meanwhile."""
         ...
 
-    def finish(self, attribution_id: str, attribution: dict[str, Any]) -> bool:
-        """Stores an attribution with its final status; False when its entry was deleted."""
+    def finish(self, attribution_id: str, status: str, body: str) -> bool:
+        """Stores the JSON of an attribution and its final status; False when it was deleted.
+
+        Args:
+            attribution_id: Its id.
+            status: The object's ``status``.
+            body: The object's JSON, in ASCII.
+        """
         ...
 
     def get(self, attribution_id: str) -> str | None:

@@ -19,6 +19,7 @@ from vllm_flashtrace.base.process import enabled
 from vllm_flashtrace.server.attributions import router
 from vllm_flashtrace.server.deferred import DeferredAttributions
 from vllm_flashtrace.server.http_errors import log_client_mistakes_as_info
+from vllm_flashtrace.server.large_objects import LargeObjects
 from vllm_flashtrace.server.messages import TracedMessages
 from vllm_flashtrace.server.openai import TracedChat, TracedCompletion
 from vllm_flashtrace.server.page import page_router
@@ -43,6 +44,7 @@ class FlashTraceEndpoint:
         if enabled():
             app.include_router(status_router)  # Before /v1/attributions/{id}.
             app.include_router(router)
+            app.add_middleware(LargeObjects)
             describe_field(app)
             close_service_with(app)
             log_client_mistakes_as_info()

@@ -18,6 +18,7 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
 from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.server.large_objects import Carried
 from vllm_flashtrace.server.openai import chat_facts
 from vllm_flashtrace.server.rendering import require_tool_calls
 from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
@@ -28,7 +29,7 @@ from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, reco
 class MessageWithAttribution(AnthropicMessagesResponse):
     """vLLM's message with our object beside its content."""
 
-    flashtrace: dict[str, Any]
+    flashtrace: Carried
 
 
 class TracedMessages(TracedHandler, AnthropicServingMessages):

@@ -58,7 +58,8 @@ class TracedResponses(TracedHandler, OpenAIServingResponses):
 
     async def attach(self, response: Any, session: TraceSession) -> Any:
         """The response, with the attribution on the output item that it explains."""
-        [attribution] = await session.all_of([0])
+        # A response that vLLM keeps may be fetched again.
+        [attribution] = await session.all_of([0], whole=self._stock.enable_store)
         carrier = _answer(response.output, session.flashtrace)
         (response if carrier is None else carrier).flashtrace = attribution
         return response

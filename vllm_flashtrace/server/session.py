@@ -24,6 +24,7 @@ from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.server.deferred import DeferredAttributions
+from vllm_flashtrace.server.large_objects import Carried, carried, plain
 from vllm_flashtrace.server.recording_client import RecordedPrompt
 from vllm_flashtrace.trace.tracer import AsyncTracer, EngineContext
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY
@@ -65,9 +66,16 @@ class TraceSession:
         """Whether the trace of choice ``index`` has ended."""
         return self._tasks[index].done()
 
-    async def result(self, index: int) -> Attribution:
-        """Waits for the attribution of choice ``index``."""
-        return await self._tasks[index]
+    async def result(self, index: int, *, whole: bool = False) -> Carried:
+        """Waits for the attribution of choice ``index``.
+
+        Args:
+            index: Of the choice.
+            whole: The object itself, also a large one; else what a response carries that is sent
+                at once and kept nowhere.
+        """
+        attribution = await self._tasks[index]
+        return await asyncio.to_thread(plain, attribution) if whole else carried(attribution)
 
     async def close(self) -> None:
         """Cancels what still runs and waits until it has stopped."""
@@ -81,12 +89,12 @@ class TraceSession:
         for choice, attribution in zip(choices, attributions, strict=True):
             choice.flashtrace = attribution
 
-    async def all_of(self, indices: Sequence[int]) -> list[Attribution]:
-        """Traces finished choices at once and waits for all of them."""
+    async def all_of(self, indices: Sequence[int], *, whole: bool = False) -> list[Carried]:
+        """Traces finished choices at once and waits for all of them, as :meth:`result` does."""
         try:
             for index in indices:
                 self.start(index)
-            return [await self.result(index) for index in indices]
+            return [await self.result(index, whole=whole) for index in indices]
         finally:
             await self.close()
 

@@ -123,10 +123,8 @@ class SqliteStore:
                 ).rowcount
             )
 
-    def finish(self, attribution_id: str, attribution: dict[str, Any]) -> bool:
-        """Stores an attribution with its final status; False when its entry was deleted."""
-        body = json.dumps(attribution, separators=(",", ":"))
-        status = attribution["status"]
+    def finish(self, attribution_id: str, status: str, body: str) -> bool:
+        """Stores an attribution's JSON and final status; False when its entry was deleted."""
         if len(body) > self._limits.nbytes:
             error = TraceError(
                 "result_too_large",

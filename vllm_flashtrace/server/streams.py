@@ -12,7 +12,8 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm_flashtrace.api.request import FIELD
-from vllm_flashtrace.server.session import Attribution, TraceSession
+from vllm_flashtrace.server.large_objects import Carried
+from vllm_flashtrace.server.session import TraceSession
 
 _DATA = "data: "
 _DONE = "data: [DONE]"
@@ -24,15 +25,15 @@ _NO_CHOICES = '"choices":[]'
 _MESSAGE_ENDS = "event: message_delta\n"
 _MESSAGE_STOP = "event: message_stop\n"
 
-ChoiceWithAttribution = Callable[[int, Attribution], dict[str, Any]]
+ChoiceWithAttribution = Callable[[int, Carried], dict[str, Any]]
 
 
-def chat_choice(index: int, attribution: Attribution) -> dict[str, Any]:
+def chat_choice(index: int, attribution: Carried) -> dict[str, Any]:
     """The choice of a chat chunk; client SDKs keep unknown keys of ``delta``."""
     return {"index": index, "delta": {FIELD: attribution}, "finish_reason": None}
 
 
-def text_choice(index: int, attribution: Attribution) -> dict[str, Any]:
+def text_choice(index: int, attribution: Carried) -> dict[str, Any]:
     """The choice of a plain completion chunk, which has no ``delta``."""
     return {"index": index, "text": "", FIELD: attribution, "finish_reason": None}
 

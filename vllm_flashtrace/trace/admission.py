@@ -38,6 +38,8 @@ class Admission:
         max_waiting_seconds: float,
         budget_bytes: int | None = None,
         on_change: Callable[[Admission], None] | None = None,
+        waits_for: str = "place in the engine",
+        bytes_of: str = "accumulators",
     ) -> None:
         """Opens an empty queue.
 
@@ -47,9 +49,13 @@ class Admission:
             max_waiting_seconds: Longest wait.
             budget_bytes: What the holders may take together; None for no limit.
             on_change: Called after every change of holders or waiters; must not raise.
+            waits_for: What a waiter waits for, as messages name it.
+            bytes_of: What the budget is of, as messages name it.
         """
         self.budget_bytes = budget_bytes
         self._on_change = on_change
+        self._waits_for = waits_for
+        self._bytes_of = bytes_of
         self._places = places
         self._max_waiting = max_waiting
         self._max_seconds = max_waiting_seconds
@@ -72,15 +78,19 @@ class Admission:
         """Length of the queue."""
         return len(self._queue)
 
-    def refuse_if_full(self) -> None:
+    def refuse_if_full(self, ahead: int = 0) -> None:
         """Refuses an attribution that would find neither a place nor room in the queue.
+
+        Args:
+            ahead: Others that will ask for a place before it does.
 
         Raises:
             TraceError: ``overloaded``.
         """
-        must_wait = self._queue or self._holders >= self._places
-        if must_wait and self.waiting >= self._max_waiting:
-            raise self._queue_is_full()
+        free = 0 if self._queue else self._places - self._holders
+        waiting = self.waiting + max(0, ahead - free)
+        if ahead >= free and waiting >= self._max_waiting:
+            raise _queue_is_full(waiting)
 
     @asynccontextmanager
     async def place(self, nbytes: int = 0) -> AsyncIterator[float]:
@@ -90,17 +100,18 @@ class Admission:
             TraceError: ``overloaded``: the queue is full, the wait was too long, or ``nbytes``
                 exceeds the whole budget.
         """
-        seconds = await self._enter(nbytes)
+        seconds = await self.enter(nbytes)
         try:
             yield seconds
         finally:
-            self._leave(nbytes)
+            self.leave(nbytes)
 
-    async def _enter(self, nbytes: int) -> float:
+    async def enter(self, nbytes: int = 0) -> float:
+        """What :meth:`place` does first; whoever calls it has to :meth:`leave`."""
         if self.budget_bytes is not None and nbytes > self.budget_bytes:
             raise TraceError(
                 "overloaded",
-                f"the trace needs {nbytes} bytes of accumulators, the budget is "
+                f"the trace needs {nbytes} bytes of {self._bytes_of}, the budget is "
                 f"{self.budget_bytes} bytes",
             )
         if not self._queue and self._fits(nbytes):
@@ -108,7 +119,7 @@ class Admission:
             self._changed()
             return 0.0
         if self.waiting >= self._max_waiting:
-            raise self._queue_is_full()
+            raise _queue_is_full(self.waiting)
         began = time.monotonic()
         waiter = _Waiter(nbytes, asyncio.get_running_loop().create_future())
         self._queue.append(waiter)
@@ -121,7 +132,7 @@ class Admission:
             self._withdraw(waiter)
             raise TraceError(
                 "overloaded",
-                f"no place in the engine within {self._max_seconds:g} s ({waiting} attributions "
+                f"no {self._waits_for} within {self._max_seconds:g} s ({waiting} attributions "
                 "are waiting)",
             ) from None
         except BaseException:
@@ -129,7 +140,8 @@ class Admission:
             raise
         return time.monotonic() - began
 
-    def _leave(self, nbytes: int) -> None:
+    def leave(self, nbytes: int = 0) -> None:
+        """Gives back a place and ``nbytes``, and lets in who waits for them."""
         self._holders -= 1
         self._held_bytes -= nbytes
         self._admit()
@@ -139,7 +151,7 @@ class Admission:
             self._queue.remove(waiter)
             self._admit()  # The others may have waited behind it.
         elif not waiter.admitted.cancelled():
-            self._leave(waiter.nbytes)  # Admitted in the moment it was cancelled.
+            self.leave(waiter.nbytes)  # Admitted in the moment it was cancelled.
 
     def _admit(self) -> None:
         while self._queue:
@@ -164,5 +176,6 @@ class Admission:
         self._holders += 1
         self._held_bytes += nbytes
 
-    def _queue_is_full(self) -> TraceError:
-        return TraceError("overloaded", f"{self.waiting} attributions are waiting already")
+
+def _queue_is_full(waiting: int) -> TraceError:
+    return TraceError("overloaded", f"{waiting} attributions are waiting already")

@@ -64,14 +64,21 @@ class FlashTraceConfig(BaseModel):
         default=None,
         gt=0,
         description="MiB per worker that the accumulators of all traces may take together; `null` "
-        "is a sixteenth of the machine's memory on the CPU and half of the free device memory on a "
-        "GPU.",
+        "is a sixteenth of the machine's memory on the CPU. On a GPU it is half of the memory that "
+        "vLLM leaves free, which is also the most it can be.",
     )
     max_layer_scores: int = Field(
         default=2_000_000,
         ge=1,
         description='Most numbers that `include: ["layers"]` may ask a server for, layers times '
         "prompt tokens; each takes about 22 bytes of the response.",
+    )
+    max_result_mib: int = Field(
+        default=512,
+        ge=1,
+        description="MiB that large results (scores per layer or hop, `top_k: null` over a long "
+        "prompt) may take of one API server together, from before the trace until the last byte is "
+        "sent or stored; above it further ones wait like those for a place in the engine.",
     )
     trace_token_share: float = Field(
         default=0.25,

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -22,6 +26,7 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines
 from vllm_flashtrace.trace.hop import EngineContext, run_hop, take_report, trace_call, while_alive
+from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution, result_bytes
 from vllm_flashtrace.trace.metrics import cache_lookup
 from vllm_flashtrace.trace.observation import Observation, Observer
 from vllm_flashtrace.trace.pickup import decode_status
@@ -29,6 +34,12 @@ from vllm_flashtrace.trace.pickup import decode_status
 __all__ = ["AsyncTracer", "EngineContext", "served_name"]
 
 _NO_ROUTE = "unknown"
+# Planning 128k tokens is half a second of Python. One thread does it for all requests of a process,
+# in their order, and lets the event loop in after a millisecond, not after the usual five.
+_TEXT_THREAD = ThreadPoolExecutor(1, thread_name_prefix="flashtrace-text")
+_SWITCH_SECONDS = 0.001
+
+T = TypeVar("T")
 
 
 class AsyncTracer:
@@ -66,7 +77,16 @@ class AsyncTracer:
             on_change=self.observer.metrics.load,
         )
         self._budget: AccumulatorBudget | None = None
-        # Planning runs in threads; a fast tokenizer must not be shared with the server's own.
+        self._planning = 0
+        self._results = Admission(
+            sys.maxsize,
+            max_waiting=config.max_waiting_traces,
+            max_waiting_seconds=config.max_waiting_seconds,
+            budget_bytes=config.max_result_mib << 20,
+            waits_for="room for the result",
+            bytes_of="results (max_result_mib)",
+        )
+        # Planning runs in a thread; a fast tokenizer must not be shared with the server's own.
         self._tokenizer = copy.deepcopy(engine_client.get_tokenizer())
         self._refusal: str | None = None
         self._asked = False
@@ -89,12 +109,17 @@ class AsyncTracer:
 
     @property
     def load(self) -> dict[str, int | None]:
-        """What this server's traces take now: places, queue and accumulator memory in bytes."""
+        """What this server's traces take now: places, queue, and bytes of accumulators and results.
+
+        Those that wait to be planned, or for room for their result, count as waiting.
+        """
         return {
             "running": self._admission.holders,
-            "waiting": self._admission.waiting,
+            "waiting": self._planning + self._results.waiting + self._admission.waiting,
             "accumulator_bytes": self._admission.held_bytes,
             "accumulator_budget_bytes": self._admission.budget_bytes,
+            "result_bytes": self._results.held_bytes,
+            "result_budget_bytes": self._results.budget_bytes,
         }
 
     async def worker_reports(self, timeout: float) -> list[dict[str, Any]]:
@@ -135,7 +160,7 @@ class AsyncTracer:
 
         Returns:
             The attribution object of the public interface; status ``failed`` or ``skipped`` with
-            a reason when there is no attribution.
+            a reason when there is no attribution. A large one is a `LargeAttribution`.
 
         Raises:
             asyncio.CancelledError: The caller was cancelled; the engine request is aborted.
@@ -143,20 +168,13 @@ class AsyncTracer:
         with self._watch(trace_id, context, route) as watch:
             usage = TraceUsage()
             try:
-                self._admission.refuse_if_full()  # Before the work of planning.
+                # Before the work of planning.
+                self._admission.refuse_if_full(self._planning + self._results.waiting)
                 async with asyncio.timeout(self.config.trace_timeout_seconds):
-                    plan = await asyncio.to_thread(
-                        self._plan, request, completion, reasoning_parser, render
+                    plan, waited = await self._planned(
+                        request, completion, reasoning_parser, render
                     )
-                    usage = await self._admitted(plan, context, trace_id, watch)
-                    result = await asyncio.to_thread(
-                        build_result,
-                        plan,
-                        plan.recursion.result(),
-                        usage,
-                        trace_id,
-                        cache_details=self._cache_details,
-                    )
+                    result, usage = await self._run(plan, context, trace_id, watch, waited)
             except Exception as error:
                 result = failed_result(trace_id, self._reason(error))
             watch.ended(result, usage)
@@ -201,6 +219,59 @@ class AsyncTracer:
         log_unexpected("an attribution", error)
         return TraceError("internal_error", f"{type(error).__name__}: {error}")
 
+    async def _planned(
+        self,
+        request: FlashTraceRequest,
+        completion: Completion,
+        reasoning_parser: Any | None,
+        render: Any | None,
+    ) -> tuple[TracePlan, float]:
+        """The plan, and the seconds that it waited to be made."""
+        began = time.monotonic()
+
+        def plan() -> tuple[TracePlan, float]:
+            waited = time.monotonic() - began
+            return self._plan(request, completion, reasoning_parser, render), waited
+
+        self._planning += 1
+        try:
+            return await _in_text_thread(plan)
+        finally:
+            self._planning -= 1
+
+    async def _run(
+        self,
+        plan: TracePlan,
+        context: EngineContext,
+        trace_id: str,
+        watch: Observation,
+        waited: float,
+    ) -> tuple[dict[str, Any], TraceUsage]:
+        """The attribution object and its cost; a large one holds its memory of the budget."""
+        nbytes = result_bytes(
+            plan.request,
+            prompt=plan.prompt_length,
+            generated=len(plan.completion.generated_token_ids),
+            layers=self._layers if "layers" in plan.request.include else 0,
+            max_hops=self.config.max_hops,
+        )
+        large = nbytes >= LARGE_BYTES
+        if large:
+            waited += await self._results.enter(nbytes)
+        result: dict[str, Any] | None = None
+        try:
+            usage = await self._admitted(plan, context, trace_id, watch, waited)
+            build = partial(build_result, cache_details=self._cache_details, as_tensors=large)
+            result = await _in_text_thread(
+                lambda: build(plan, plan.recursion.result(), usage, trace_id)
+            )
+            if large:
+                result = LargeAttribution(result, partial(self._results.leave, nbytes))
+            return result, usage
+        finally:
+            if large and not isinstance(result, LargeAttribution):
+                self._results.leave(nbytes)
+
     def _plan(
         self,
         request: FlashTraceRequest,
@@ -223,15 +294,18 @@ class AsyncTracer:
         return plan
 
     def _check_layers(self, prompt_length: int) -> None:
-        layers = self._engine.model_config.get_total_num_hidden_layers()
-        limit = self.config.max_layer_scores
-        if layers * prompt_length > limit:
+        limit, count = self.config.max_layer_scores, self._layers * prompt_length
+        if count > limit:
             raise TraceError(
                 "too_many_layer_scores",
-                f"flashtrace.include 'layers': {layers} layers of {prompt_length} prompt tokens "
-                f"are {layers * prompt_length} scores; the server gives at most {limit} "
-                "(max_layer_scores)",
+                f"flashtrace.include 'layers': {self._layers} layers of {prompt_length} prompt "
+                f"tokens are {count} scores; the server gives at most {limit} (max_layer_scores)",
             )
+
+    @property
+    def _layers(self) -> int:
+        layers: int = self._engine.model_config.get_total_num_hidden_layers()
+        return layers
 
     def _limit(self, budget: AccumulatorBudget | None) -> None:
         if budget is not None:
@@ -241,7 +315,12 @@ class AsyncTracer:
             self.observer.metrics.load(self._admission)
 
     async def _admitted(
-        self, plan: TracePlan, context: EngineContext, trace_id: str, watch: Observation
+        self,
+        plan: TracePlan,
+        context: EngineContext,
+        trace_id: str,
+        watch: Observation,
+        waited: float,
     ) -> TraceUsage:
         """Runs all hops in one place, so that later hops do not queue behind new attributions."""
         cost = 0
@@ -249,8 +328,8 @@ class AsyncTracer:
             # Hops run one after the other, and none is longer than the plan.
             self._budget.check(len(plan.token_ids))
             cost = self._budget.cost(len(plan.token_ids))
-        async with self._admission.place(cost) as waited:
-            usage = TraceUsage(seconds={"queue": waited})
+        async with self._admission.place(cost) as waited_here:
+            usage = TraceUsage(seconds={"queue": waited + waited_here})
             hop = 0
             # A completion leaves its tokens in its engine's cache, and every hop does.
             computed_before = context.request_id is not None
@@ -268,12 +347,30 @@ class AsyncTracer:
                         computed_before,
                     )
                     watch.measured(span, run.report, lookup)
-                    take_report(plan, usage, run.report, time.monotonic() - began)
+                    take = partial(take_report, plan, usage, run.report, time.monotonic() - began)
+                    if run.report.layer_scores is None:
+                        take()
+                    else:  # Several passes over [L, N], without the interpreter.
+                        await asyncio.to_thread(take)
                 # What the engine has computed for this hop serves the next one.
                 context = dataclasses.replace(context, data_parallel_rank=run.rank)
                 computed_before = True
                 hop += 1
         return usage
+
+
+async def _in_text_thread(work: Callable[[], T]) -> T:
+    """Runs ``work`` after what others have asked for; never begins it once the caller has left."""
+
+    def politely() -> T:
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        try:
+            return work()
+        finally:
+            sys.setswitchinterval(usual)
+
+    return await asyncio.get_running_loop().run_in_executor(_TEXT_THREAD, politely)
 
 
 def served_name(model_config: Any) -> str:

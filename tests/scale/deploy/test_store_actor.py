@@ -41,7 +41,7 @@ def test_it_goes_on_after_its_process_was_replaced():
     StoreHost("store").call("one", LIMITS, "reserve", one)
     again = StoreHost("store")
     assert again.call("one", LIMITS, "start", one)
-    assert again.call("one", LIMITS, "finish", one, {"id": one, "status": "completed"})
+    assert again.call("one", LIMITS, "finish", one, "completed", '{"status":"completed"}')
     assert status(StoreHost("store"), "two", one) == "completed"
 
 

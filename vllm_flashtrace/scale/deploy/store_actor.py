@@ -61,9 +61,9 @@ class ActorStore:
         """Marks an entry ``running``; False when it was deleted meanwhile."""
         return bool(self._call("start", attribution_id))
 
-    def finish(self, attribution_id: str, attribution: dict[str, Any]) -> bool:
-        """Stores an attribution with its final status; False when its entry was deleted."""
-        return bool(self._call("finish", attribution_id, attribution))
+    def finish(self, attribution_id: str, status: str, body: str) -> bool:
+        """Stores an attribution's JSON and final status; False when its entry was deleted."""
+        return bool(self._call("finish", attribution_id, status, body))
 
     def get(self, attribution_id: str) -> str | None:
         """The JSON of an entry's attribution object; None when unknown or over its time."""

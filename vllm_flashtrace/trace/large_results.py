@@ -1,0 +1,78 @@
+"""Attribution objects with many numbers: what they take of an API server's memory, and how long.
+
+A result of 30 layers and 32,768 tokens is 4 MB as float32, 64 MB as Python's own lists and 22 MB as
+JSON. So it stays a tensor until it is written out, and its bytes are held of a budget from before
+the engine measures it until the last of them is sent or stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_flashtrace.api.request import FlashTraceRequest
+
+LARGE_BYTES = 128 << 10
+"""From here on a result is written out piece by piece, and counted in the budget."""
+
+# float32 as received, weighted by its hop, added up, and without what is not input.
+_BYTES_PER_LAYER_SCORE = 16
+# float64 as added up, and without what is not input.
+_BYTES_PER_HOP_SCORE = 16
+# A dict with a text, four whole numbers and a score.
+_BYTES_PER_ENTRY = 512
+_BYTES_PER_TEXT = 64
+# JSON of a number and of an entry; a deferred result is JSON as a whole, twice while it is stored.
+_JSON_BYTES_PER_NUMBER, _JSON_BYTES_PER_ENTRY = 2 * 24, 2 * 160
+
+
+def result_bytes(
+    request: FlashTraceRequest, *, prompt: int, generated: int, layers: int, max_hops: int
+) -> int:
+    """Bytes of an API server that an attribution's result takes at most at one time.
+
+    Args:
+        request: What is asked for.
+        prompt: Prompt tokens.
+        generated: Generated tokens.
+        layers: Layers of the model.
+        max_hops: Where ``hops: "auto"`` stops at the latest.
+    """
+    include = request.include
+    tokens = prompt + generated
+    hops = 1 + (max_hops if request.hops == "auto" else request.hops)
+    of_layers = layers * tokens if "layers" in include else 0
+    of_hops = hops * tokens if "hops" in include else 0
+    entries = prompt if request.top_k is None else min(request.top_k, prompt)
+    entries *= 2 if "sentences" in include else 1  # No more sentences than tokens.
+    entries += generated if "generated" in include else 0
+    total = _BYTES_PER_LAYER_SCORE * of_layers + _BYTES_PER_HOP_SCORE * of_hops
+    total += _BYTES_PER_ENTRY * entries
+    total += _BYTES_PER_TEXT * prompt if "tokens" in include else 0
+    if request.mode == "deferred":
+        total += _JSON_BYTES_PER_NUMBER * (of_layers + of_hops) + _JSON_BYTES_PER_ENTRY * entries
+    return total
+
+
+class LargeAttribution(dict[str, Any]):
+    """An attribution object whose long lists of numbers are tensors.
+
+    Attributes:
+        release: Gives back what it holds of the budget; the first call counts. Called at the latest
+            when nobody refers to the object any more.
+    """
+
+    def __init__(self, data: Mapping[str, Any], release: Callable[[], None]) -> None:
+        """Takes over ``data``; ``release`` will be called in the running event loop, once."""
+        super().__init__(data)
+        loop = asyncio.get_running_loop()
+        self.release = weakref.finalize(self, _call_in, loop, release)
+        self.release.atexit = False
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, release: Callable[[], None]) -> None:
+    # The last reference may end in any thread.
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(release)
