@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from vllm_flashtrace.base.records import Completion
+from vllm_flashtrace.base.records import Completion, Span
+from vllm_flashtrace.text.normal_forms import find_last, made_from
 from vllm_flashtrace.text.offsets import (
     TokenText,
     special_token_ids,
@@ -79,12 +80,14 @@ class GeneratedText:
         special: Positions of special tokens.
         hidden: How many tokens at the beginning the client must learn no text of: reasoning that
             its request leaves out of the answer.
+        tokenizer: The tokenizer of the tokens.
     """
 
     full: TokenText
     visible: TokenText
     special: frozenset[int]
     hidden: int = 0
+    tokenizer: Any = None
 
     @cached_property
     def shown(self) -> TokenText:
@@ -93,6 +96,10 @@ class GeneratedText:
 
     def __len__(self) -> int:
         return len(self.full)
+
+    def find_last(self, view: TokenText, text: str) -> Span | None:
+        """The last place of a client's text in a view, composed or decomposed alike."""
+        return find_last(view.text, text, self.tokenizer)
 
     @property
     def shown_length(self) -> int:
@@ -112,8 +119,9 @@ def decode_generated(tokenizer: Any, completion: Completion) -> GeneratedText:
     """Decodes the generated tokens in the context of the prompt.
 
     Where the client's text is the beginning of the decoded text, with or without special tokens,
-    the visible view ends with it. Otherwise (a tokenizer that does not reproduce its input) the
-    visible view is everything but the special tokens.
+    the visible view ends with it. Where the tokens were made from that text by a tokenizer that
+    does not reproduce it, the visible view is the text. Otherwise the visible view is everything
+    but the special tokens.
     """
     ids, prompt = completion.generated_token_ids, completion.prompt_token_ids
     full = token_offsets(tokenizer, ids, start_after=prompt)
@@ -128,8 +136,12 @@ def decode_generated(tokenizer: Any, completion: Completion) -> GeneratedText:
     visible = _with_empty(plain, special, len(full))
     for view in (visible, full):
         if view.text.startswith(completion.text):
-            return GeneratedText(full, view.cut(len(completion.text)), special)
-    return GeneratedText(full, visible, special)
+            visible = view.cut(len(completion.text))
+            return GeneratedText(full, visible, special, tokenizer=tokenizer)
+    made = made_from(tokenizer, completion.text, ids)
+    if made is not None and made[0].text == completion.text:
+        visible = made[0].filled()
+    return GeneratedText(full, visible, special, tokenizer=tokenizer)
 
 
 def _with_empty(plain: TokenText, empty: frozenset[int], length: int) -> TokenText:

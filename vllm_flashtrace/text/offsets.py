@@ -14,8 +14,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
+from unicodedata import category
 
 from vllm_flashtrace.base.records import Span
 
@@ -85,6 +86,33 @@ class TokenText:
             or self.text[max(start, self.starts[i]) : min(end, self.ends[i])].strip()
         ]
 
+    def covering(self, start: int, end: int) -> list[tuple[int, Span]]:
+        """Tokens of ``[start, end)``, each with its characters in there, so that none is left over.
+
+        Of characters that lie in no token's range, combining ones go to the token before them,
+        which they were composed with, and others to the token behind them.
+        """
+        found: list[tuple[int, Span]] = []
+        known = start
+        for token in self.overlapping(start, end):
+            first, last = max(start, self.starts[token]), min(end, self.ends[token])
+            if first > known:
+                gap = self.text[known:first] if found else ""
+                merged = sum(1 for _ in takewhile(is_combining, gap))
+                _extend(found, known, known + merged)
+                first = known + merged
+            found.append((token, (first, last)))
+            known = max(known, last)
+        _extend(found, known, end)
+        return found
+
+    def filled(self) -> TokenText:
+        """The same tokens with ranges that leave no character over, as :meth:`covering` does."""
+        starts, ends = [*self.starts], [*self.ends]
+        for token, (start, end) in self.covering(0, len(self.text)):
+            starts[token], ends[token] = start, end
+        return TokenText(self.text, list(accumulate(starts, max)), list(accumulate(ends, max)))
+
     def cut(self, length: int) -> TokenText:
         """The same tokens over the first ``length`` characters; later ones become empty."""
         return TokenText(
@@ -101,6 +129,20 @@ class TokenText:
             [max(s - cut, 0) for s in self.starts],
             [max(e - cut, 0) for e in self.ends],
         )
+
+
+def is_combining(character: str) -> bool:
+    """Whether a character is a mark, or a vowel or final consonant of a Hangul syllable."""
+    return category(character).startswith("M") or "\u1160" <= character <= "\u11ff"
+
+
+def _extend(found: list[tuple[int, Span]], known: int, end: int) -> None:
+    """Lets the last tokens, which end at `known`, reach to `end`."""
+    for at in range(len(found) - 1, -1, -1):
+        token, (start, last) = found[at]
+        if last != known or end <= known:
+            return
+        found[at] = token, (start, end)
 
 
 def token_offsets(
@@ -133,7 +175,7 @@ def token_offsets(
 
 def special_token_ids(tokenizer: Any) -> frozenset[int]:
     """Ids that ``skip_special_tokens`` leaves out of decoded text."""
-    backend = _backend(tokenizer)
+    backend = backend_of(tokenizer)
     if backend is not None:
         added = backend.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)
@@ -145,7 +187,7 @@ def without_ids(token_ids: Sequence[int], left_out: Collection[int]) -> list[int
     return [i for i in token_ids if i not in left_out]
 
 
-def _backend(tokenizer: Any) -> Any | None:
+def backend_of(tokenizer: Any) -> Any | None:
     """The ``tokenizers.Tokenizer`` under a fast tokenizer."""
     backend = getattr(tokenizer, "_tokenizer", None)
     return backend if hasattr(backend, "get_added_tokens_decoder") else None
@@ -154,7 +196,7 @@ def _backend(tokenizer: Any) -> Any | None:
 def _decoder(tokenizer: Any) -> Decode:
     # The backend, not the wrapper: the wrapper may "clean up" spaces, and the engine's own
     # detokenizer does not.
-    source = _backend(tokenizer) or tokenizer
+    source = backend_of(tokenizer) or tokenizer
     return lambda ids: source.decode(list(ids), skip_special_tokens=False)
 
 

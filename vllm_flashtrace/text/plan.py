@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unicodedata import normalize
 
 import regex
 import torch
@@ -58,7 +59,7 @@ def skip_mask(token_texts: Sequence[str], rule: str | Sequence[str]) -> Tensor |
         token_texts: Text of each token.
         rule: ``"none"``; ``"punctuation"`` for tokens that consist of punctuation and blanks
             alone; or strings: a token whose text without surrounding blanks equals one of them,
-            itself without surrounding blanks, is skipped.
+            itself without surrounding blanks, is skipped, composed or decomposed alike.
 
     Returns:
         bool ``[N]``, or None when the rule is ``"none"``.
@@ -69,8 +70,8 @@ def skip_mask(token_texts: Sequence[str], rule: str | Sequence[str]) -> Tensor |
     if rule == "punctuation":
         skipped = [_PUNCTUATION.fullmatch(text) is not None for text in stripped]
     else:
-        strings = {text.strip() for text in rule}
-        skipped = [text in strings for text in stripped]
+        strings = {normalize("NFC", text.strip()) for text in rule}
+        skipped = [normalize("NFC", text) in strings for text in stripped]
     return torch.tensor(skipped, dtype=torch.bool)
 
 
@@ -111,14 +112,14 @@ def resolve_target(
     visible, readable = generated.visible, generated.shown
     text: str | None = None
     if isinstance(target, TextTarget):
-        start = readable.text.rfind(target.text)
-        if start < 0:
+        place = generated.find_last(readable, target.text)
+        if place is None:
             raise TraceError(
                 "target_not_found",
                 f"flashtrace.target.text {shown(target.text)} does not occur in the generated text",
             )
-        text = target.text
-        weights = _ones(readable.overlapping(start, start + len(text)))
+        text = readable.text[slice(*place)]
+        weights = _ones(readable.overlapping(*place))
     elif isinstance(target, RegexTarget):
         start, end = _search(target.regex, readable.text)
         text = readable.text[start:end]
@@ -325,7 +326,7 @@ def plan_trace(
     resolved = resolve_target(request, generated, reasoning, prompt_length, parts.tool_call)
     target, dropped = _within_context(resolved.weights, max_trace_tokens, prompt_length)
     length = target.last + 1
-    prompt_map = locate_prompt(completion, prompt, render)
+    prompt_map = locate_prompt(completion, prompt, render, tokenizer)
     texts = [*prompt.tokens(), *generated.full.tokens()][:length]
     skipped = skip_mask(texts, request.skip_tokens)
     if skipped is not None:

@@ -11,11 +11,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from vllm_flashtrace.base.records import Completion, Span
+from vllm_flashtrace.text.normal_forms import last_at, made_from
 from vllm_flashtrace.text.offsets import TokenText
 from vllm_flashtrace.text.prompt_texts import (
+    Layout,
     LocatedText,
     LocatedTexts,
     MessageText,
@@ -25,6 +28,7 @@ from vllm_flashtrace.text.prompt_texts import (
     locate_by_order,
     message_texts,
     prompt_offset,
+    rendered,
 )
 from vllm_flashtrace.text.tool_calls import call_arguments
 
@@ -80,7 +84,10 @@ class PromptMap:
 
 
 def locate_prompt(
-    completion: Completion, prompt: TokenText, render: Render | None = None
+    completion: Completion,
+    prompt: TokenText,
+    render: Render | None = None,
+    tokenizer: Any = None,
 ) -> PromptMap:
     """Finds the client's texts among the prompt tokens.
 
@@ -88,27 +95,65 @@ def locate_prompt(
         completion: Its ``messages`` or ``prompt_text`` are located; with neither, nothing is.
         prompt: The decoded prompt tokens.
         render: Renders other messages exactly as these were rendered; None if impossible.
+        tokenizer: The model's tokenizer; without it, only text that tokens decode to is found.
     """
+
+    @cache
+    def lay_over(text: str) -> tuple[TokenText, int] | None:
+        return _laid_over(text, prompt, completion.prompt_token_ids, tokenizer)
+
     if completion.messages is not None:
-        return _locate_chat(completion, prompt, render)
+        found = _find_messages(completion.messages, prompt, render, lay_over, tokenizer)
+        return _locate_chat(completion.messages, found)
     if completion.prompt_text is None:
         return PromptMap([None] * len(prompt), [])
     whole = MessageText(0, None, completion.prompt_text)
-    offset = prompt_offset(prompt.text, whole.text)
-    if offset is None:
-        found = locate_by_order([whole], prompt.text)
+    laid = lay_over(whole.text)
+    if laid is None:
+        found = locate_by_order([whole], prompt, tokenizer)
     else:
-        text = clipped(LocatedText(whole, offset, offset + len(whole.text)), len(prompt.text))
-        found = LocatedTexts([text], frozenset())
-    return PromptMap(_locate_tokens(prompt, found.texts), ["prompt"], found.unlocated)
+        view, offset = laid
+        text = clipped(LocatedText(whole, offset, offset + len(whole.text)), len(view.text))
+        found = LocatedTexts([text], frozenset(), view)
+    return PromptMap(_locate_tokens(found), ["prompt"], found.unlocated)
 
 
-def _locate_chat(completion: Completion, prompt: TokenText, render: Render | None) -> PromptMap:
-    messages = completion.messages or ()
-    found = locate_by_marks(messages, prompt.text, render)
-    if found is None:
-        found = locate_by_order(message_texts(messages, tool_calls=True), prompt.text)
-    located = _locate_tokens(prompt, found.texts)
+def _laid_over(
+    text: str, prompt: TokenText, token_ids: Sequence[int], tokenizer: Any
+) -> tuple[TokenText, int] | None:
+    """The prompt's tokens over the text that they were made from, and where it begins in there."""
+    offset = prompt_offset(prompt.text, text)
+    if offset is not None and offset >= 0 and prompt.text[offset:] == text:
+        return prompt, offset
+    made = None if tokenizer is None else made_from(tokenizer, text, token_ids)
+    if made is not None:
+        return made
+    return None if offset is None else (prompt, offset)
+
+
+def _find_messages(
+    messages: Sequence[Mapping[str, Any]],
+    prompt: TokenText,
+    render: Render | None,
+    lay_over: Layout,
+    tokenizer: Any,
+) -> LocatedTexts:
+    texts = message_texts(messages, tool_calls=True)
+    if render is not None:
+        found = locate_by_marks(messages, render, lay_over)
+        if found is not None:
+            return found
+        # The template may do without marks only.
+        plain = rendered(render, messages)
+        laid = None if plain is None else lay_over(plain)
+        if laid is not None:
+            return locate_by_order(texts, laid[0])
+    return locate_by_order(texts, prompt, tokenizer)
+
+
+def _locate_chat(messages: Sequence[Mapping[str, Any]], found: LocatedTexts) -> PromptMap:
+    prompt = found.prompt
+    located = _locate_tokens(found)
     unlocated = set(found.unlocated)
     calls = _texts_by_call(found.texts)
     in_front = _writes_arguments_in_front(calls, found.texts, messages, prompt.text)
@@ -132,12 +177,12 @@ def _locate_chat(completion: Completion, prompt: TokenText, render: Render | Non
     return PromptMap(located, roles, frozenset(unlocated))
 
 
-def _locate_tokens(prompt: TokenText, texts: Sequence[LocatedText]) -> list[LocatedToken | None]:
-    located: list[LocatedToken | None] = [None] * len(prompt)
-    for text in texts:
-        for token in prompt.overlapping(text.start, text.end):
+def _locate_tokens(found: LocatedTexts) -> list[LocatedToken | None]:
+    located: list[LocatedToken | None] = [None] * len(found.prompt)
+    for text in found.texts:
+        for token, span in found.prompt.covering(text.start, text.end):
             if located[token] is None:
-                located[token] = _within(text, prompt.starts[token], prompt.ends[token])
+                located[token] = _within(text, *span)
     return located
 
 
@@ -228,9 +273,9 @@ def prompt_call_span(
         return start, end
     for form in _forms(function):
         if in_front is not None:
-            at = prompt.rfind(form, *in_front)
+            at = last_at(prompt[slice(*in_front)], form)
             if at >= 0:
-                return min(start, at), end
+                return min(start, in_front[0] + at), end
             continue
         at = prompt.find(form, start)
         # Arguments end behind the texts in them; a form that ends earlier is part of the name.

@@ -1,9 +1,9 @@
-"""Finds the client's texts in the decoded prompt.
+"""Finds the client's texts in the prompt.
 
 Two ways. Rendering the messages with marks around their texts, which are characters of a
-private-use plane, tells where each text went if the rendering without the marks is the prompt.
-Where that is not possible, a text is located only if the order of all texts leaves it one place in
-the prompt. A place is either certain or absent.
+private-use plane, tells where each text went if the rendering without the marks is what the prompt
+was made from. Where that is not possible, a text is located only if the order of all texts leaves
+it one place in the prompt. A place is either certain or absent.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from typing import Any
 
 from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.base.records import Span
+from vllm_flashtrace.text.normal_forms import as_written, last_at
+from vllm_flashtrace.text.offsets import TokenText
 from vllm_flashtrace.text.tool_calls import call_arguments
 
-_MARK_BASE = 0xF0000
+# The private-use planes; fonts with icons have theirs in the first.
+_MARK_BASES = (0x100000, 0xF0000)
 _MARKS = 0xFFFE
-_MARK = re.compile(f"[{chr(_MARK_BASE)}-{chr(_MARK_BASE + _MARKS - 1)}]")
 _REASONING_FIELDS = ("reasoning_content", "reasoning")
 _ROLE_NAMES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
+Layout = Callable[[str], tuple[TokenText, int] | None]
+"""Lays the prompt's tokens over a text that they may have been made from; see `made_from`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +84,18 @@ def message_texts(
 
 
 def _with_marks(
-    messages: Sequence[Mapping[str, Any]], texts: Sequence[MessageText], *, around_blanks: bool
+    messages: Sequence[Mapping[str, Any]],
+    texts: Sequence[MessageText],
+    base: int,
+    *,
+    around_blanks: bool,
 ) -> list[dict[str, Any]] | None:
     """A copy of the messages with two marks around each text; None if there are too many texts.
 
     Args:
         messages: The messages.
         texts: Their texts; text number ``i`` gets marks ``2i`` and ``2i + 1``.
+        base: Code point of the first mark.
         around_blanks: Whether the marks include leading and trailing blanks of the text.
     """
     if 2 * len(texts) > _MARKS:
@@ -95,7 +104,7 @@ def _with_marks(
     for index, text in enumerate(texts):
         inner = text.text if around_blanks else text.text.strip()
         before, after = text.text.split(inner, 1)
-        opening, closing = chr(_MARK_BASE + 2 * index), chr(_MARK_BASE + 2 * index + 1)
+        opening, closing = chr(base + 2 * index), chr(base + 2 * index + 1)
         _replace(marked[text.message], text.path, f"{before}{opening}{inner}{closing}{after}")
     return marked
 
@@ -149,8 +158,9 @@ def forced_positions(text: str, wanted: Sequence[str]) -> list[int | None]:
         ]
         return [a if a == b else None for a, b in zip(earliest, latest, strict=True)]
     return [
-        text.find(item)
-        if 0 <= text.find(item) == text.rfind(item) and sum(item in other for other in wanted) == 1
+        at
+        if 0 <= (at := text.find(item)) == last_at(text, item)
+        and sum(item in other for other in wanted) == 1
         else None
         for item in wanted
     ]
@@ -175,107 +185,141 @@ class LocatedText:
 
     Attributes:
         source: The text.
-        start: First character in the decoded prompt.
+        start: First character in the prompt's text.
         end: One past the last character.
         offset: Where ``start`` lies in the client's text.
-        escapes: Where the template writes the text with JSON's escapes: for every character
-            written, the client's one.
+        origins: Where the prompt has the text in another form (with JSON's escapes, or normalised):
+            for every character written, the client's ones.
     """
 
     source: MessageText
     start: int
     end: int
     offset: int = 0
-    escapes: Sequence[int] | None = None
+    origins: Sequence[Span] | None = None
 
     def original(self, start: int, end: int) -> Span:
         """The client's characters behind ``[start, end)`` of the prompt, as far as placed."""
         start, end = max(start, self.start), min(end, self.end)
         shift = self.offset - self.start
-        if self.escapes is None:
+        if self.origins is None:
             return start + shift, end + shift
-        return self.escapes[start + shift], self.escapes[end - 1 + shift] + 1
+        behind = self.origins[start + shift : end + shift]
+        return min(first for first, _ in behind), max(last for _, last in behind)
 
 
 @dataclass(frozen=True, slots=True)
 class LocatedTexts:
-    """The texts whose place is known, and the messages that have a text whose place is not."""
+    """What was found.
+
+    Attributes:
+        texts: The texts whose place is known.
+        unlocated: The messages that have a text whose place is not.
+        prompt: The prompt tokens over the text that the places are in.
+    """
 
     texts: list[LocatedText]
     unlocated: frozenset[int]
+    prompt: TokenText
 
 
 def locate_by_marks(
-    messages: Sequence[Mapping[str, Any]], prompt: str, render: Render | None
+    messages: Sequence[Mapping[str, Any]], render: Render, lay_over: Layout
 ) -> LocatedTexts | None:
-    """Locates texts by marks in a rendering; None unless one gives the prompt without them."""
-    if render is None or _MARK.search(prompt):
-        return None
+    """Locates texts by marks in a rendering; None unless one without them is the prompt.
+
+    Args:
+        messages: Chat messages in OpenAI's form.
+        render: Renders other messages exactly as these were rendered.
+        lay_over: Lays the prompt's tokens over a rendering.
+    """
     plain = message_texts(messages)
     with_tool_calls = message_texts(messages, tool_calls=True)
+    base = _free_marks([source.text for source in with_tool_calls])
+    if base is None:
+        return None
     # Marks around blanks locate these too, but stop a template from stripping them. Marks in tool
     # calls may disturb a template that takes these apart.
     for sources in (with_tool_calls, plain) if with_tool_calls != plain else (plain,):
         unmarked = {source.message for source in with_tool_calls if source not in sources}
         stripped = any(source.text != source.text.strip() for source in sources)
         for around_blanks in (True, False) if stripped else (True,):
-            marked = _with_marks(messages, sources, around_blanks=around_blanks)
-            rendered = None if marked is None else _rendered(render, marked)
-            found = None if rendered is None else _read_marks(rendered, sources, prompt)
+            marked = _with_marks(messages, sources, base, around_blanks=around_blanks)
+            marked_prompt = None if marked is None else rendered(render, marked)
+            if marked_prompt is None:
+                continue
+            found = _read_marks(marked_prompt, sources, base, lay_over)
             if found is not None:
                 return replace(found, unlocated=found.unlocated | unmarked)
     return None
 
 
-def _rendered(render: Render, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """The rendering; None where the template, which may be anybody's code, rejects the marks."""
+def _free_marks(texts: Sequence[str]) -> int | None:
+    """The first code point of a plane of marks that the texts do not use."""
+    for base in _MARK_BASES:
+        if not any(_marks_from(base).search(text) for text in texts):
+            return base
+    return None
+
+
+def _marks_from(base: int) -> re.Pattern[str]:
+    return re.compile(f"[{chr(base)}-{chr(base + _MARKS - 1)}]")
+
+
+def rendered(render: Render, messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The rendering; None where the template, which may be anybody's code, rejects the messages."""
     try:
         return render(messages)
     except Exception as error:
-        logger.debug("The chat template does not render marked messages: %s", error)
+        logger.debug("The chat template does not render the messages: %s", error)
         return None
 
 
-def _read_marks(rendered: str, sources: Sequence[MessageText], prompt: str) -> LocatedTexts | None:
+def _read_marks(
+    marked_prompt: str, sources: Sequence[MessageText], base: int, lay_over: Layout
+) -> LocatedTexts | None:
     """Locates the texts, if the rendering without marks is the prompt.
 
     A text that the template left out has no place; one that it took apart or repeated has none that
     is known.
     """
-    plain = _MARK.sub("", rendered)
+    mark_pattern = _marks_from(base)
+    plain = mark_pattern.sub("", marked_prompt)
     marks: dict[int, list[int]] = defaultdict(list)
-    for earlier, mark in enumerate(_MARK.finditer(rendered)):
-        marks[ord(mark.group()) - _MARK_BASE].append(mark.start() - earlier)
-    shift = prompt_offset(prompt, plain)
-    if shift is None or not marks:
+    for earlier, mark in enumerate(mark_pattern.finditer(marked_prompt)):
+        marks[ord(mark.group()) - base].append(mark.start() - earlier)
+    laid = lay_over(plain) if marks else None
+    if laid is None:
         return None
+    prompt, shift = laid
     located: list[LocatedText] = []
     unlocated: set[int] = set()
     for index, source in enumerate(sources):
         starts, ends = marks[2 * index], marks[2 * index + 1]
         inside = plain[starts[0] : ends[0]] if len(starts) == len(ends) == 1 else ""
-        escapes = _escapes(source, inside)
+        origins = _escapes(source, inside)
         if (
-            escapes
+            origins
             or inside in (source.text, source.text.strip())
             or (inside and not source.is_content)
         ):
-            offset = 0 if escapes else max(0, source.text.find(inside))
-            text = LocatedText(source, starts[0] + shift, ends[0] + shift, offset, escapes)
-            located.append(clipped(text, len(prompt)))
+            offset = 0 if origins else max(0, source.text.find(inside))
+            text = LocatedText(source, starts[0] + shift, ends[0] + shift, offset, origins)
+            located.append(clipped(text, len(prompt.text)))
         elif starts or ends:
             unlocated.add(source.message)
-    return LocatedTexts([text for text in located if text.start < text.end], frozenset(unlocated))
+    shown = [text for text in located if text.start < text.end]
+    return LocatedTexts(shown, frozenset(unlocated), prompt)
 
 
-def _escapes(source: MessageText, written: str) -> list[int] | None:
+def _escapes(source: MessageText, written: str) -> list[Span] | None:
     """Origin of every character of a content that is written with JSON's escapes, and only then."""
     if not source.is_content or "\\" not in written:
         return None
     for ensure_ascii in (False, True):
         escaped = [json.dumps(char, ensure_ascii=ensure_ascii)[1:-1] for char in source.text]
         if "".join(escaped) == written:
-            return [i for i, characters in enumerate(escaped) for _ in characters]
+            return [(i, i + 1) for i, characters in enumerate(escaped) for _ in characters]
     return None
 
 
@@ -307,33 +351,51 @@ def clipped(text: LocatedText, length: int) -> LocatedText:
     return replace(text, start=start, end=end, offset=text.offset + start - text.start)
 
 
-def locate_by_order(sources: Sequence[MessageText], prompt: str) -> LocatedTexts:
-    """Locates those contents that have one possible place, given their order."""
-    wanted: list[LocatedText] = []
+def locate_by_order(
+    sources: Sequence[MessageText], prompt: TokenText, tokenizer: Any = None
+) -> LocatedTexts:
+    """Locates those contents that have one possible place, given their order.
+
+    Args:
+        sources: The client's texts.
+        prompt: The prompt tokens.
+        tokenizer: The tokenizer, if the prompt's text is what the tokens decode to.
+    """
+    wanted: list[tuple[LocatedText, str]] = []
     for source in sources:
         if not source.is_content:
             continue
-        text = source.text if source.text in prompt else source.text.strip()
+        text, offset, origins = _as_in(prompt.text, source.text, tokenizer)
         # A role name is likely to be found in the template instead.
-        if text.strip() and text in prompt and text.strip() not in _ROLE_NAMES:
-            wanted.append(LocatedText(source, 0, len(text), source.text.find(text)))
-    contents = [one.source.text[one.offset : one.offset + one.end] for one in wanted]
-    positions = forced_positions(prompt, contents)
+        if text.strip() and text in prompt.text and text.strip() not in _ROLE_NAMES:
+            wanted.append((LocatedText(source, 0, len(text), offset, origins), text))
+    positions = forced_positions(prompt.text, [text for _, text in wanted])
     located = [
         replace(one, start=at, end=at + one.end)
-        for one, at in zip(wanted, positions, strict=True)
-        if at is not None and _stands_alone(prompt, at, at + one.end)
+        for (one, _), at in zip(wanted, positions, strict=True)
+        if at is not None and _stands_alone(prompt.text, at, at + one.end)
     ]
     known = {(one.source.message, one.source.part) for one in located}
-    return LocatedTexts(
-        located,
-        frozenset(
-            source.message
-            for source in sources
-            if source.text.strip()
-            and (not source.is_content or (source.message, source.part) not in known)
-        ),
+    unlocated = frozenset(
+        source.message
+        for source in sources
+        if source.text.strip()
+        and (not source.is_content or (source.message, source.part) not in known)
     )
+    return LocatedTexts(located, unlocated, prompt)
+
+
+def _as_in(prompt: str, text: str, tokenizer: Any) -> tuple[str, int, Sequence[Span] | None]:
+    """The form in which a prompt may hold a text, where it begins, and what it stands for."""
+    if text in prompt:
+        return text, 0, None
+    bare = text.strip()
+    if bare not in prompt and tokenizer is not None:
+        written = as_written(tokenizer, text)
+        if written is not None:
+            form = written[0].strip()
+            return form, written[0].find(form), written[1]
+    return bare, text.find(bare), None
 
 
 def _stands_alone(prompt: str, start: int, end: int) -> bool:

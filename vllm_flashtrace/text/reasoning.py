@@ -19,6 +19,7 @@ from vllm_flashtrace.api.request import TextTarget, TokensTarget
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion, Span
 from vllm_flashtrace.text.generated import GeneratedText, ParsedOutput
+from vllm_flashtrace.text.normal_forms import last_at
 from vllm_flashtrace.text.offsets import TokenText
 from vllm_flashtrace.text.tool_calls import locate_calls
 
@@ -102,7 +103,7 @@ def _behind_markers(ids: Sequence[int], markers: tuple[int, int] | None) -> int:
 def _shown_from(parsed: ParsedOutput, text: str, known: int) -> int:
     """First character of the answer that the client gets: its content, else its tool calls."""
     if content := (parsed.content or "").strip():
-        at = text.rfind(content)
+        at = last_at(text, content)
         if at >= 0:
             return at
         # The parser left something out of the content. What both end with is shown.
@@ -268,9 +269,9 @@ def _given_tokens(option: TokensTarget, length: int) -> list[int]:
 def _given_text(text: str, generated: GeneratedText) -> Reasoning:
     views = (generated.shown,) if generated.hidden else (generated.visible, generated.full)
     for view in views:
-        start = view.text.rfind(text)
-        if start >= 0:
-            tokens = view.overlapping(start, start + len(text))
+        place = generated.find_last(view, text)
+        if place is not None:
+            tokens = view.overlapping(*place)
             visible = generated.visible
             return Reasoning(tokens, _answer_from(visible, visible.ends[tokens[-1]]))
     raise TraceError(
