@@ -198,6 +198,41 @@ async def test_its_memory_is_held_until_the_last_part_is_sent(app):
     assert set(parts[:3]) == {held}
 
 
+async def test_a_result_waits_until_others_are_sent(app, monkeypatch):
+    tracer = app.app.state.flashtrace.tracer
+    monkeypatch.setattr(tracer._results, "budget_bytes", 1 << 20)
+    going, begun = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> None:
+        begun.set()
+        await going.wait()
+
+    body = {"prompt": WORDS, "flashtrace": FIELD}
+    first = asyncio.create_task(exchange(app, "/v1/completions", body, slowly))
+    await begun.wait()
+    second = asyncio.create_task(app.complete(prompt=WORDS, flashtrace=FIELD))
+    async with asyncio.timeout(20):
+        while not tracer._results.waiting:
+            await asyncio.sleep(0.005)
+    assert len(app.engine.traces) == 1 and tracer.load["waiting"] == 1
+    small = (await app.complete(flashtrace=True)).json()["choices"][0]["flashtrace"]
+    assert small["status"] == "completed"
+    going.set()
+    await first
+    assert objects((await second).json())[0]["status"] == "completed"
+
+
+async def test_a_result_without_room_is_skipped(app, monkeypatch):
+    tracer = app.app.state.flashtrace.tracer
+    monkeypatch.setattr(tracer._results, "budget_bytes", 200_000)
+    answer = (await app.complete(prompt=WORDS, flashtrace=FIELD)).json()["choices"][0]
+    assert answer["text"] == "The code is 4821."
+    assert answer["flashtrace"]["status"] == "skipped"
+    assert answer["flashtrace"]["error"]["code"] == "overloaded"
+    assert "bytes of results (max_result_mib), the budget is 200000 bytes" in str(answer)
+    assert not app.engine.traces
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/attributions"])
 async def test_a_client_that_leaves_gives_it_back(app, path):
     parts = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 from tests.server.scripted_app import App, build
 from vllm_flashtrace.base.records import Completion
+from vllm_flashtrace.text.plan import plan_trace
+from vllm_flashtrace.trace import tracer as tracer_module
 from vllm_flashtrace.trace.tracer import EngineContext
 from vllm_flashtrace.trace.wire import WireReport
 
@@ -94,6 +97,69 @@ async def test_above_the_queues_length_a_trace_is_skipped_before_planning(small)
     }
     small.engine.trace_gate.set()
     assert {result["status"] for result in await asyncio.gather(*tasks)} == {"completed"}
+    assert nothing_held(small)
+
+
+class Plans:
+    """Holds every plan back until it is let go, and notes what is planned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[str] = []
+        self.at_once = self.most = 0
+        self.go = threading.Event()
+        monkeypatch.setattr(tracer_module, "plan_trace", self.plan)
+
+    def plan(self, request: Any, completion: Completion, *args: Any, **kwargs: Any) -> Any:
+        self.begun.append(completion.text)
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        try:
+            assert self.go.wait(20)
+            return plan_trace(request, completion, *args, **kwargs)
+        finally:
+            self.at_once -= 1
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plans]:
+    held = Plans(monkeypatch)
+    yield held
+    held.go.set()
+
+
+async def test_plans_are_made_one_at_a_time_in_the_order_of_their_requests(small, plans):
+    answers = [f" 482{i}" for i in range(5)]
+    tasks = []
+    for i, answer in enumerate(answers):
+        tasks.append(asyncio.create_task(attribute(small, completion=answer)))
+        await until(lambda i=i: small.app.state.flashtrace.tracer._planning == i + 1)
+    assert plans.begun == answers[:1]
+    turned_away = await attribute(small)  # Two places, three may wait.
+    assert turned_away["error"]["message"] == "3 attributions are waiting already"
+    plans.go.set()
+    assert {result["status"] for result in await asyncio.gather(*tasks)} == {"completed"}
+    assert plans.begun == answers and plans.most == 1
+    assert nothing_held(small)
+
+
+async def test_a_plan_whose_client_has_left_is_never_begun(small, plans):
+    service, tokenizer = small.app.state.flashtrace, small.engine.get_tokenizer()
+    tracer, request = service.tracer, service.parse_field(True)
+    answers = [" 4820", " 4821", " 4822"]
+    tasks = []
+    for i, answer in enumerate(answers):
+        text = Completion(tokenizer.encode("The code is"), tokenizer.encode(answer), answer)
+        trace = tracer.attribute(request, text, EngineContext(), trace_id=f"ft-{i}")
+        tasks.append(asyncio.create_task(trace))
+        await until(lambda i=i: tracer._planning == i + 1)
+    # The running one cannot be stopped, but nobody waits for it.
+    for left in tasks[:2]:
+        left.cancel()
+    await asyncio.wait(tasks[:2])
+    await until(lambda: tracer._planning == 1)
+    plans.go.set()
+    assert (await tasks[2])["status"] == "completed"
+    assert plans.begun == [answers[0], answers[2]]
     assert nothing_held(small)
 
 
