@@ -74,6 +74,7 @@ SERVER_OPTIONS = {
     "max_waiting_seconds",
     "max_accumulator_mib",
     "max_layer_scores",
+    "max_result_mib",
     "trace_token_share",
     "trace_timeout_seconds",
     "result_ttl_seconds",
