@@ -10,6 +10,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``attention_backends``  | all      | attention backends, via vLLM's registry         |
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad plugin options stop the start               |
+| ``kernel_warm_up``      | CUDA     | kernels of traces are compiled at the start     |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | three methods of the V1 model runner            |
 | ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
@@ -91,7 +92,7 @@ def _platform_modules() -> list[ModuleType]:
     if current_platform.is_cpu():
         return [attention_backends]
     if current_platform.is_cuda():
-        from vllm_flashtrace.patches import model_runner_v2
+        from vllm_flashtrace.patches import kernel_warm_up, model_runner_v2
 
-        return [attention_backends, model_runner_v2]
+        return [attention_backends, kernel_warm_up, model_runner_v2]
     return []

@@ -195,7 +195,7 @@ def test_a_moved_kernel_interface_is_refused(
     ("platform", "expected"),
     [
         ("cpu", {"attention_backends"}),
-        ("cuda", {"attention_backends", "model_runner_v2"}),
+        ("cuda", {"attention_backends", "kernel_warm_up", "model_runner_v2"}),
         ("rocm", set()),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_moved_v2_runner_leaves_everything_untouched() -> None:
     assert "GPUModelRunner.prepare_attn (V2) takes" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["attention_backends", "model_runner_v2"])
+@pytest.mark.parametrize("module", ["attention_backends", "kernel_warm_up", "model_runner_v2"])
 def test_every_patch_explains_itself(module: str) -> None:
     import importlib
 

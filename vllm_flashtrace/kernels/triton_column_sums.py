@@ -19,6 +19,7 @@ from vllm_flashtrace.kernels.triton_operands import (
     Operands,
     attention_arguments,
     attention_constants,
+    launch,
     load_cached,
     load_queries,
     masked_logits,
@@ -68,7 +69,9 @@ def triton_column_sums(inputs: AttentionInputs, layer: int, offsets: Tensor) -> 
         tables = rows.on_device
         work = tables.key_tiles(tile.keys, row_tile, window_of(inputs.form))
         parts = offsets.new_empty(max(1, work.slots), rows.num_heads, tile.keys)
-        _column_sums_kernel[(len(work.items), rows.num_kv_heads)](
+        launch(
+            _column_sums_kernel,
+            (len(work.items), rows.num_kv_heads),
             *attention_arguments(inputs),
             offsets,
             work.items,
@@ -84,7 +87,9 @@ def triton_column_sums(inputs: AttentionInputs, layer: int, offsets: Tensor) -> 
             num_stages=tile.stages,
         )
         if work.slots:
-            _add_parts_kernel[(len(work.reductions), rows.num_heads)](
+            launch(
+                _add_parts_kernel,
+                (len(work.reductions), rows.num_heads),
                 work.reductions,
                 tables.sums,
                 parts,

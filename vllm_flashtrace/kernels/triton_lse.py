@@ -20,6 +20,7 @@ from vllm_flashtrace.kernels.triton_operands import (
     Operands,
     attention_arguments,
     attention_constants,
+    launch,
     load_cached,
     load_queries,
     masked_logits,
@@ -83,7 +84,9 @@ def _launch(inputs: AttentionInputs, *, weighted: bool) -> Tensor:
         parts = result
         if work.slots > 1:
             parts = result.new_full((work.slots, *result.shape), float("-inf"))
-        _lse_kernel[(len(work.items), rows.num_kv_heads)](
+        launch(
+            _lse_kernel,
+            (len(work.items), rows.num_kv_heads),
             *attention_arguments(inputs),
             tables.log_weights if form.sinks is None else form.sinks,
             tables.log_weights,
@@ -91,9 +94,9 @@ def _launch(inputs: AttentionInputs, *, weighted: bool) -> Tensor:
             parts,
             len(rows),
             rows.num_heads,
+            int(work.slots > 1),
             **attention_constants(inputs, operands),
             HAS_SINKS=form.sinks is not None,
-            IS_PART=work.slots > 1,
             WEIGHTED=weighted,
             QUERIES=queries,
             KEYS=tile.keys,
@@ -101,7 +104,9 @@ def _launch(inputs: AttentionInputs, *, weighted: bool) -> Tensor:
             num_stages=tile.stages,
         )
         if work.slots > 1:
-            _join_kernel[(triton.cdiv(result.numel(), _JOINED),)](
+            launch(
+                _join_kernel,
+                (triton.cdiv(result.numel(), _JOINED),),
                 parts,
                 tables.log_weights,
                 result,
@@ -121,7 +126,7 @@ def _finished(lse, log_weight, WEIGHTED: tl.constexpr):
     return lse - log_weight if WEIGHTED else lse * LN2
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "is_part"])
 def _lse_kernel(
     query,
     stride_token,
@@ -145,6 +150,7 @@ def _lse_kernel(
     parts,
     num_rows,
     num_heads,
+    is_part,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -155,7 +161,6 @@ def _lse_kernel(
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    IS_PART: tl.constexpr,
     WEIGHTED: tl.constexpr,
     OPERANDS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -235,7 +240,7 @@ def _lse_kernel(
             total += tl.sum(tl.exp2(logits * unit - base[:, None]), axis=1)
             largest = larger
     lse = largest + tl.log2(tl.where(total == 0, 1.0, total))
-    if not IS_PART:
+    if is_part == 0:
         log_weight = tl.load(log_weights + own_rows, mask=valid, other=0.0)
         lse = _finished(lse, log_weight, WEIGHTED)
     offsets = (split.to(tl.int64) * num_heads + heads) * num_rows + own_rows

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launch arguments, reads of the paged cache, logits.
+"""What the Triton kernels share: launches and their arguments, reads of the paged cache, logits.
 
 Kernels read only what a block table names for the tokens of the request: what other slots hold,
 NaN included, never reaches a result. Values are widened, never rounded. Both kernels over attention
@@ -11,7 +11,10 @@ Triton has no structs, so arguments are lists inside kernels; `attention_argumen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ from vllm_flashtrace.kernels.paged_proximity import PagedValues
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+_ALIGNMENT = 16
 
 _EIGHT_BIT_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
 _TRITON_TYPES = {
@@ -80,9 +85,82 @@ class Operands:
         return _TRITON_TYPES[self.dtype]
 
 
+@dataclass(slots=True)
+class Compilation:
+    """What was compiled in the place of launches.
+
+    Attributes:
+        kernels: The variants, which later launches find.
+        failures: What went wrong, one line for each variant.
+    """
+
+    kernels: set[Any] = field(default_factory=set)
+    failures: list[str] = field(default_factory=list)
+    _failed: set[tuple[str, str]] = field(default_factory=set)
+
+    def add(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: Any
+    ) -> None:
+        """Compiles what a launch needs; a variant that cannot be is noted once and left out."""
+        name = kernel.__name__
+        if (name, repr(constants)) in self._failed:
+            return
+        try:
+            self.kernels.add(kernel.warmup(*arguments, grid=grid, **constants))
+        except Exception as error:
+            self._failed.add((name, repr(constants)))
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            self.failures.append(f"{name}: {type(error).__name__}: {reason}"[:300])
+
+
+_compilation: ContextVar[Compilation | None] = ContextVar("compilation", default=None)
+
+
+@contextmanager
+def compiling() -> Iterator[Compilation]:
+    """Compiles what is launched within the block, and runs none of it."""
+    compilation = Compilation()
+    token = _compilation.set(compilation)
+    try:
+        yield compilation
+    finally:
+        _compilation.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel; every launch of this package goes through here, see `compiling`."""
+    compilation = _compilation.get()
+    if compilation is None:
+        kernel[grid](*arguments, **constants)
+    else:
+        compilation.add(kernel, grid, arguments, constants)
+
+
+def as_compiled_for(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where it would need a variant of its own.
+
+    Triton compiles for addresses and strides that are multiples of 16 and strides that are 1. What
+    a step hands over is nearly always like a contiguous tensor in this; `triton_variants` compiles
+    for nothing else.
+    """
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if _specialised(stride) != _specialised(expected):
+            break
+        expected *= size
+    else:
+        if tensor.data_ptr() % _ALIGNMENT == 0:
+            return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _specialised(number: int) -> tuple[bool, bool]:
+    return number == 1, number % _ALIGNMENT == 0
+
+
 def attention_arguments(inputs: AttentionInputs) -> tuple[Any, ...]:
     """What both kernels over attention take first, in the order of their parameters."""
-    query, key_cache, form = inputs.query, inputs.key_cache, inputs.form
+    query, key_cache, form = as_compiled_for(inputs.query), inputs.key_cache, inputs.form
     tables = inputs.rows.on_device
     nothing = tables.log_weights  # A pointer that is not followed.
     return (

@@ -23,7 +23,9 @@ from torch import Tensor
 from vllm_flashtrace.kernels.paged_proximity import ProximityInputs
 from vllm_flashtrace.kernels.triton_operands import (
     Operands,
+    as_compiled_for,
     eight_bit_format,
+    launch,
     load_cached,
     value_arguments,
 )
@@ -60,8 +62,8 @@ def triton_proximity(inputs: ProximityInputs, exact_fraction: float = 1.0) -> Te
     inputs = dataclasses.replace(
         inputs,
         column_sums=column_sums if column_sums.stride(1) == 1 else column_sums.contiguous(),
-        column_norms=inputs.column_norms.contiguous(),
-        stream=inputs.stream.contiguous(),
+        column_norms=as_compiled_for(inputs.column_norms.contiguous()),
+        stream=as_compiled_for(inputs.stream.contiguous()),
     )
     cache = inputs.values.cache
     operands = Operands.choose(cache.dtype, inputs.weight.dtype, cache.shape[3])
@@ -91,7 +93,9 @@ def _complete_overshoot(
     groups, block_size, head_dim = inputs.values.cache.shape[1:]
     pairs = column_sums.new_empty(heads, tokens, dtype=torch.int32)
     counts = column_sums.new_empty(heads, dtype=torch.int32)
-    _select_kernel[(heads,)](
+    launch(
+        _select_kernel,
+        (heads,),
         screened.totals,
         screened.further,
         _threshold(screened.totals, exact_fraction),
@@ -102,7 +106,9 @@ def _complete_overshoot(
         num_warps=8,
     )
     tile = _TILES[operands.tile_key]
-    _overshoot_kernel[(triton.cdiv(tokens, tile.pairs), heads)](
+    launch(
+        _overshoot_kernel,
+        (triton.cdiv(tokens, tile.pairs), heads),
         *value_arguments(inputs.values),
         column_sums,
         weight,
@@ -167,7 +173,7 @@ def _select_kernel(totals, further, threshold, pairs, counts, num_tokens, TOKENS
 
 @triton.jit(
     do_not_specialize=["num_tokens", "stride_head"],
-    do_not_specialize_on_alignment=["block_table"],
+    do_not_specialize_on_alignment=["block_table", "column_sums"],
 )
 def _overshoot_kernel(
     cache,

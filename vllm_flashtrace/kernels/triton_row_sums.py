@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.triton_operands import as_compiled_for, launch
 from vllm_flashtrace.kernels.triton_rows import REDUCTION, SUMS, WORK
 
 _CHUNK_ROWS, _ROWS, _COLUMNS = 128, 16, 128
@@ -26,13 +27,16 @@ def triton_row_sums(
     residual: Tensor, rows: PagedRows, layer: int, to: Literal["residual", "stream"]
 ) -> None:
     """Triton form of `paged_attention.add_row_sums`."""
+    residual = as_compiled_for(residual)
     hidden = residual.shape[1]
     with torch.cuda.device_of(residual):
         tables = rows.on_device
         work = tables.row_chunks(_CHUNK_ROWS)
         parts = tables.weights.new_empty(max(1, work.slots), hidden)
         columns = triton.cdiv(hidden, _COLUMNS)
-        _row_sums_kernel[(len(work.items), columns)](
+        launch(
+            _row_sums_kernel,
+            (len(work.items), columns),
             residual,
             *residual.stride(),
             tables.rows,
@@ -42,25 +46,27 @@ def triton_row_sums(
             parts,
             hidden,
             layer,
-            PLACE=_PLACE[to],
+            _PLACE[to],
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
             num_warps=4,
         )
         if work.slots:
-            _add_parts_kernel[(len(work.reductions), columns)](
+            launch(
+                _add_parts_kernel,
+                (len(work.reductions), columns),
                 work.reductions,
                 tables.sums,
                 parts,
                 hidden,
                 layer,
-                PLACE=_PLACE[to],
+                _PLACE[to],
                 COLUMNS=_COLUMNS,
                 num_warps=4,
             )
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "place"])
 def _row_sums_kernel(
     residual,
     stride_token,
@@ -72,7 +78,7 @@ def _row_sums_kernel(
     parts,
     hidden,
     layer,
-    PLACE: tl.constexpr,
+    place,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -93,15 +99,13 @@ def _row_sums_kernel(
         added += x.to(tl.float32) * weight[:, None]
     row_sums = tl.sum(added, axis=0)
     if slot < 0:
-        _add_to_sums(sums, segment, layer, columns, inside, row_sums, PLACE)
+        _add_to_sums(sums, segment, layer, columns, inside, row_sums, place)
     else:
         tl.store(parts + slot.to(tl.int64) * hidden + columns, row_sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _add_parts_kernel(
-    reductions, sums, parts, hidden, layer, PLACE: tl.constexpr, COLUMNS: tl.constexpr
-):
+@triton.jit(do_not_specialize=["layer", "place"])
+def _add_parts_kernel(reductions, sums, parts, hidden, layer, place, COLUMNS: tl.constexpr):
     """Some coordinates of a segment: adds its parts, the one of the first rows first."""
     reduction = reductions + tl.program_id(0) * REDUCTION
     segment = tl.load(reduction)
@@ -113,12 +117,12 @@ def _add_parts_kernel(
     for _ in range(slots):
         row_sums += tl.load(part, mask=inside, other=0.0)
         part += hidden
-    _add_to_sums(sums, segment, layer, columns, inside, row_sums, PLACE)
+    _add_to_sums(sums, segment, layer, columns, inside, row_sums, place)
 
 
 @triton.jit
-def _add_to_sums(sums, segment, layer, columns, valid, row_sums, PLACE: tl.constexpr):
-    entry = sums + segment * SUMS + PLACE
+def _add_to_sums(sums, segment, layer, columns, valid, row_sums, place):
+    entry = sums + segment * SUMS + place
     address = tl.load(entry).to(tl.pointer_type(tl.float32)) + layer * tl.load(entry + 1)
     before = tl.load(address + columns, mask=valid, other=0.0)
     tl.store(address + columns, before + row_sums, mask=valid)

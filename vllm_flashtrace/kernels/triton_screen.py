@@ -20,6 +20,7 @@ from vllm_flashtrace.kernels.paged_proximity import ProximityInputs
 from vllm_flashtrace.kernels.triton_operands import (
     Operands,
     eight_bit_format,
+    launch,
     load_cached,
     value_arguments,
 )
@@ -69,7 +70,9 @@ def nearest_coordinates(inputs: ProximityInputs, operands: Operands) -> Nearest:
     heads = len(column_norms)
     splits = triton.cdiv(hidden, _SPLIT_ROWS)
     partial = weight.new_empty(splits, width, dtype=torch.float32)
-    _total_direction_kernel[(triton.cdiv(width, _COLUMNS), splits)](
+    launch(
+        _total_direction_kernel,
+        (triton.cdiv(width, _COLUMNS), splits),
         weight,
         stream,
         partial,
@@ -90,7 +93,9 @@ def nearest_coordinates(inputs: ProximityInputs, operands: Operands) -> Nearest:
         limits=stream.new_empty(heads),
     )
     padded_hidden = triton.next_power_of_2(hidden)
-    _nearest_kernel[(heads,)](
+    launch(
+        _nearest_kernel,
+        (heads,),
         weight,
         column_norms,
         stream,
@@ -232,8 +237,16 @@ class Screened(NamedTuple):
         """Each token's proximity: float32 ``[N]``, heads added in order."""
         heads, tokens = self.totals.shape
         result = self.totals.new_empty(tokens)
-        _sum_heads_kernel[(triton.cdiv(tokens, _SUM_TOKENS),)](
-            self.totals, self.overshoot, result, heads, tokens, TOKENS=_SUM_TOKENS, num_warps=4
+        launch(
+            _sum_heads_kernel,
+            (triton.cdiv(tokens, _SUM_TOKENS),),
+            self.totals,
+            self.overshoot,
+            result,
+            heads,
+            tokens,
+            TOKENS=_SUM_TOKENS,
+            num_warps=4,
         )
         return result
 
@@ -249,7 +262,9 @@ def screen_pairs(inputs: ProximityInputs, nearest: Nearest, operands: Operands) 
     )
     tile = _TOKENS[max(128, operands.padded_dim * operands.dtype.itemsize)]
     tile //= 2 if operands.precision == "tf32x3" else 1
-    _screen_kernel[(triton.cdiv(tokens, tile), groups)](
+    launch(
+        _screen_kernel,
+        (triton.cdiv(tokens, tile), groups),
         *value_arguments(inputs.values),
         column_sums,
         nearest.directions,
@@ -274,7 +289,7 @@ def screen_pairs(inputs: ProximityInputs, nearest: Nearest, operands: Operands) 
 
 @triton.jit(
     do_not_specialize=["num_tokens", "stride_head"],
-    do_not_specialize_on_alignment=["block_table"],
+    do_not_specialize_on_alignment=["block_table", "column_sums"],
 )
 def _screen_kernel(
     cache,

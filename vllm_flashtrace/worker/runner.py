@@ -28,6 +28,8 @@ from vllm_flashtrace.worker.step import BatchRow, StepRecorder
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 _ATTRIBUTE = "_flashtrace_capture"
+KERNELS_ATTRIBUTE = "_flashtrace_kernels"
+"""What `warm_up.warm_up_kernels` did, on the runner."""
 
 
 def capture_of(runner: Any) -> RunnerCapture:
@@ -335,7 +337,7 @@ def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torc
 
 
 def worker_report(worker: Any) -> dict[str, Any]:
-    """Process, device, runner, attention backends and place in the parallel layout.
+    """Process, device, runner, attention backends, kernels and place in the parallel layout.
 
     What vLLM does not tell is None.
 
@@ -353,6 +355,7 @@ def worker_report(worker: Any) -> dict[str, Any]:
         "device": str(getattr(runner, "device", None)),
         "runner": _runner_version(runner),
         "attention_backends": _backends(runner),
+        "kernels": getattr(runner, KERNELS_ATTRIBUTE, None),
         "processes": lineage(),
     }
 
