@@ -151,8 +151,8 @@ def token_shares(proximities: Tensor, denominators: Tensor) -> Tensor:
     Returns:
         ``[..., N]``, zeros where nothing is aligned with the stream.
     """
-    shares = proximities / denominators[..., None]
-    return torch.where(denominators[..., None] > 0, shares, torch.zeros_like(shares))
+    factors = torch.where(denominators > 0, 1 / denominators, torch.zeros_like(denominators))
+    return proximities * factors[..., None]
 
 
 def _products(directions: Tensor, values: Tensor) -> Tensor:

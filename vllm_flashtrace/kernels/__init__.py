@@ -11,7 +11,12 @@ from vllm_flashtrace.kernels.paged_attention import (
     paged_lse,
 )
 from vllm_flashtrace.kernels.paged_proximity import PagedValues, ProximityInputs, proximity
-from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
+from vllm_flashtrace.kernels.target_rows import (
+    Accumulators,
+    PagedRows,
+    RowSegment,
+    SumsTouchedError,
+)
 
 __all__ = [
     "Accumulators",
@@ -21,6 +26,7 @@ __all__ = [
     "PagedValues",
     "ProximityInputs",
     "RowSegment",
+    "SumsTouchedError",
     "add_row_sums",
     "l1_proximity",
     "paged_column_sums",

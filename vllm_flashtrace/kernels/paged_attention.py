@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_flashtrace.core.attention import AttentionForm, as_slice
 from vllm_flashtrace.kernels.paged_proximity import gather_tokens
-from vllm_flashtrace.kernels.target_rows import PagedRows, RowSegment
+from vllm_flashtrace.kernels.target_rows import PagedRows, RowSegment, touching_sums
 
 _DTYPES = (
     torch.float32,
@@ -87,6 +87,10 @@ def paged_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bo
         inputs: The layer's tensors, all on one device.
         layer: Layer of the accumulators.
         overwrite_keys: Whether a float32 ``key_cache`` of one block may be used as scratch memory.
+
+    Raises:
+        SumsTouchedError: It failed when it had begun to add. After any other exception the sums are
+            as they were.
     """
     if inputs.query.is_cuda:
         from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
@@ -120,23 +124,28 @@ def add_row_sums(
         rows: The target rows.
         layer: Layer of the accumulators.
         to: Which accumulator, ``r`` or ``x``.
+
+    Raises:
+        SumsTouchedError: See `paged_column_sums`.
     """
     if residual.is_cuda:
         from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
         triton_row_sums(residual, rows, layer, to)
         return
-    for segment in rows.segments:
-        sums = getattr(segment.sums, to)
-        sums[layer] += segment.weights @ residual[as_slice(segment.rows)].float()
+    with touching_sums():
+        for segment in rows.segments:
+            sums = getattr(segment.sums, to)
+            sums[layer] += segment.weights @ residual[as_slice(segment.rows)].float()
 
 
 def torch_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bool = False) -> None:
     """Torch form of `paged_column_sums`."""
     query = _plain(inputs.query)
-    for segment, target in zip(inputs.rows.segments, inputs.rows.blocks, strict=True):
-        keys = _keys(inputs.key_cache, segment, may_view=overwrite_keys)
-        target.add(query, keys, inputs.form, segment.sums.column_sums[layer])
+    with touching_sums():
+        for segment, target in zip(inputs.rows.segments, inputs.rows.blocks, strict=True):
+            keys = _keys(inputs.key_cache, segment, may_view=overwrite_keys)
+            target.add(query, keys, inputs.form, segment.sums.column_sums[layer])
 
 
 def torch_lse(inputs: AttentionInputs) -> Tensor:

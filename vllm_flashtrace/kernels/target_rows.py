@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,19 @@ from vllm_flashtrace.core.attention import TargetRowBlocks
 
 if TYPE_CHECKING:
     from vllm_flashtrace.kernels.triton_rows import DeviceRows
+
+
+class SumsTouchedError(Exception):
+    """A call failed when it had begun to add: it must not be repeated. The fault is its cause."""
+
+
+@contextmanager
+def touching_sums() -> Iterator[None]:
+    """What fails inside has begun to add to some sums; see `SumsTouchedError`."""
+    try:
+        yield
+    except Exception as error:
+        raise SumsTouchedError(f"{type(error).__name__}: {error}") from error
 
 
 class Accumulators(NamedTuple):

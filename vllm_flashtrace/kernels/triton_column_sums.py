@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs
+from vllm_flashtrace.kernels.target_rows import touching_sums
 from vllm_flashtrace.kernels.triton_operands import (
     Operands,
     attention_arguments,
@@ -87,16 +88,17 @@ def triton_column_sums(inputs: AttentionInputs, layer: int, offsets: Tensor) -> 
             num_stages=tile.stages,
         )
         if work.slots:
-            launch(
-                _add_parts_kernel,
-                (len(work.reductions), rows.num_heads),
-                work.reductions,
-                tables.sums,
-                parts,
-                layer,
-                KEYS=tile.keys,
-                num_warps=4,
-            )
+            with touching_sums():
+                launch(
+                    _add_parts_kernel,
+                    (len(work.reductions), rows.num_heads),
+                    work.reductions,
+                    tables.sums,
+                    parts,
+                    layer,
+                    KEYS=tile.keys,
+                    num_warps=4,
+                )
 
 
 @triton.jit(do_not_specialize=["layer", "num_rows", "num_heads"])

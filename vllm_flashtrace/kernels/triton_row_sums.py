@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.target_rows import PagedRows, touching_sums
 from vllm_flashtrace.kernels.triton_operands import as_compiled_for, launch
 from vllm_flashtrace.kernels.triton_rows import REDUCTION, SUMS, WORK
 
@@ -52,18 +52,19 @@ def triton_row_sums(
             num_warps=4,
         )
         if work.slots:
-            launch(
-                _add_parts_kernel,
-                (len(work.reductions), columns),
-                work.reductions,
-                tables.sums,
-                parts,
-                hidden,
-                layer,
-                _PLACE[to],
-                COLUMNS=_COLUMNS,
-                num_warps=4,
-            )
+            with touching_sums():
+                launch(
+                    _add_parts_kernel,
+                    (len(work.reductions), columns),
+                    work.reductions,
+                    tables.sums,
+                    parts,
+                    hidden,
+                    layer,
+                    _PLACE[to],
+                    COLUMNS=_COLUMNS,
+                    num_warps=4,
+                )
 
 
 @triton.jit(do_not_specialize=["layer", "place"])
