@@ -16,6 +16,7 @@ Tested on: vLLM 0.32.0.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -78,9 +79,7 @@ def apply() -> None:
         if capture is None:
             return stock_forward(self, *args, **kwargs)
         observer = capture.begin_forward(lambda: batch_rows_v1(self, capture.scheduled))
-        if observer is None:
-            return stock_forward(self, *args, **kwargs)
-        with observing(observer):
+        with observing(observer) if observer is not None else nullcontext():
             output = stock_forward(self, *args, **kwargs)
         capture.end_forward(observer)
         return output

@@ -100,8 +100,7 @@ def execute_wrapper(stock: Any) -> Any:
         try:
             with step.observed:
                 result = stock(*arguments, **kwargs)
-            if step.observer is not None:
-                capture.end_forward(step.observer)
+            capture.end_forward(step.observer)
             return result
         finally:
             _running = None

@@ -17,7 +17,7 @@ import msgspec
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_flashtrace.patches._check import PatchError
-from vllm_flashtrace.worker.runner import capture_of, worker_report
+from vllm_flashtrace.worker.runner import activation_bytes, capture_of, worker_report
 
 _METHODS = ("flashtrace_collect", "flashtrace_discard", "flashtrace_status")
 
@@ -32,8 +32,8 @@ def check() -> None:
 def apply() -> None:
     """Adds the methods."""
 
-    def flashtrace_collect(self: Any, nonce: str, denominators: bytes = b"") -> bytes:
-        return capture_of(self.model_runner).recorder.collect(nonce, denominators)
+    def flashtrace_collect(self: Any, nonce: str) -> bytes:
+        return capture_of(self.model_runner).recorder.collect(nonce)
 
     def flashtrace_discard(self: Any, nonce: str) -> bytes:
         capture_of(self.model_runner).recorder.discard(nonce)
@@ -41,6 +41,7 @@ def apply() -> None:
 
     def flashtrace_status(self: Any) -> bytes:
         capture = capture_of(self.model_runner)
+        capture.settle_budget(activation_bytes(self))
         budget = capture.recorder.budget
         return msgspec.msgpack.encode(
             {

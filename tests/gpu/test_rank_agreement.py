@@ -17,6 +17,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.faults import break_function, mend_function
+from tests.gpu.standin import CPU
 from tests.gpu.test_model_runner_v1 import v1_runner
 from tests.gpu.test_v2_faults import PHASES
 from tests.gpu.v2_engine import (
@@ -32,6 +33,7 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.patches import model_runner_v1
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.worker import runner as worker_runner
+from vllm_flashtrace.worker.finish import TotalsExchange
 from vllm_flashtrace.worker.runner import RunnerCapture, capture_of
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -46,18 +48,33 @@ STEPS: list[dict[str, Any]] = [
     {"scheduled": {"trace": 5, "other": 11}},  # behind the target
     {"scheduled": {"other": 11}, "finished": ["trace"]},
 ]
+LAST = STEPS[4]  # It holds the last target row.
 WITH_TARGETS = [False, True, True, True, True, False, False]
 
 
 def run(engine: V2Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[CUDAGraphMode, int]]:
-    """Mode and padded tokens of each step."""
+    """Mode and padded tokens of each step; checks what it exchanges with other ranks."""
     engine.use_graphs(CUDAGraphMode.PIECEWISE, SIZES, monkeypatch)
     sizes: list[int] = []
+    exchanged: list[int] = []
+
+    def all_reduce(totals: torch.Tensor) -> torch.Tensor:
+        exchanged.append(totals.numel())
+        return totals
+
+    layers = len(engine.model.model.layers)
+    exchange = TotalsExchange(all_reduce, layers, 8, CPU)
+    monkeypatch.setattr(worker_runner, "_totals_exchange", lambda _: exchange)
+    if (capture := worker_runner.existing_capture(engine.runner)) is not None:
+        capture._exchange = exchange
     hook = engine.model.register_forward_pre_hook(
         lambda _, __, inputs: sizes.append(len(inputs["positions"])), with_kwargs=True
     )
     for arguments in STEPS:
+        before = len(exchanged)
         engine.step(**arguments)
+        finishes = arguments["scheduled"] == LAST["scheduled"]
+        assert exchanged[before:] == ([layers] if finishes else [])
     hook.remove()
     return list(zip(engine.runner.seen, sizes, strict=True))
 

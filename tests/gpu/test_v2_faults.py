@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from tests.gpu.v2_engine import (
     v2_engine,
 )
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.kernels import RowSegment, SumsTouchedError
 from vllm_flashtrace.patches import model_runner_v2
 from vllm_flashtrace.trace.wire import decode_report
+from vllm_flashtrace.worker import gpu_model, step
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker.observer import current
 
@@ -40,7 +43,7 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "norms": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "_projection"),
     "proximity": (f"{ADAPTER}.traced_model", None, "proximity"),
     "end of step": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "end_step"),
-    "scores": (f"{CAPTURE}.recorder", None, "token_shares"),
+    "scores": (f"{CAPTURE}.finish", None, "token_shares"),
 }
 LATE = ("end of step",)  # The trace is complete by then.
 
@@ -120,6 +123,120 @@ def test_fault_in_one_trace_spares_the_other(
     engine.step({"bad": 80, "good": 70}, new={"bad": bad.new, "good": good.new})
     with pytest.raises(TraceError, match="injected"):
         engine.report(bad)
+    assert_exact(engine, good, float64_llama)
+
+
+def break_for(
+    name: str, broken: Callable[[Sequence[RowSegment]], Exception | None], patch: Any
+) -> None:
+    """Makes what records the rows of a step raise what ``broken`` gives for their segments."""
+    module = gpu_model if name == "paged_column_sums" else step
+    stock = getattr(module, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        rows = args[0].rows if name == "paged_column_sums" else args[1]
+        if (error := broken(rows.segments)) is not None:
+            raise error
+        return stock(*args, **kwargs)
+
+    patch.setattr(module, name, replaced)
+
+
+def step_of_two(engine: V2Engine) -> tuple[Any, Any]:
+    """Two traces in the same two steps; told apart by the columns of their sums, 80 and 70."""
+    bad, good = traced(80, (30, 80)), traced(70, (20, 70), seed=2)
+    engine.step({"bad": 50, "good": 40}, new={"bad": bad.new, "good": good.new})
+    engine.step({"bad": 30, "good": 30})
+    return bad, good
+
+
+def of_the_bad_one(segments: Sequence[RowSegment]) -> Exception | None:
+    widths = {segment.sums.column_sums.shape[2] for segment in segments}
+    return RuntimeError("injected") if 80 in widths else None
+
+
+@pytest.mark.parametrize("name", ["paged_column_sums", "add_row_sums"])
+def test_fault_in_the_rows_of_one_trace_spares_the_other(
+    name: str, engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_for(name, of_the_bad_one, monkeypatch)
+    bad, good = step_of_two(engine)
+    with pytest.raises(TraceError, match="injected"):
+        engine.report(bad)
+    assert_exact(engine, good, float64_llama)
+
+
+def test_rows_that_do_not_fit_together_spare_the_other(
+    engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = gpu_model.GPUTracedModel.plan_rows
+
+    def plan_rows(self: Any, segments: Sequence[RowSegment]) -> Any:
+        if (error := of_the_bad_one(segments)) is not None:
+            raise error
+        return stock(self, segments)
+
+    monkeypatch.setattr(gpu_model.GPUTracedModel, "plan_rows", plan_rows)
+    bad, good = step_of_two(engine)
+    with pytest.raises(TraceError, match="injected"):
+        engine.report(bad)
+    assert_exact(engine, good, float64_llama)
+
+
+@pytest.mark.parametrize("name", ["paged_column_sums", "add_row_sums"])
+def test_no_memory_for_all_rows_at_once_fails_no_trace(
+    name: str, engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(segments: Sequence[RowSegment]) -> Exception | None:
+        return torch.OutOfMemoryError("injected") if len(segments) > 1 else None
+
+    break_for(name, broken, monkeypatch)
+    for trace in step_of_two(engine):
+        assert_exact(engine, trace, float64_llama)
+
+
+@pytest.mark.parametrize("name", ["paged_column_sums", "add_row_sums"])
+def test_a_fault_after_the_sums_were_touched_fails_all(
+    name: str, engine: V2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repeating the call would count rows twice."""
+    fault = SumsTouchedError("of the call")
+    fault.__cause__ = RuntimeError("injected")
+    break_for(name, lambda segments: fault if len(segments) > 1 else None, monkeypatch)
+    for trace in step_of_two(engine):
+        with pytest.raises(TraceError, match="injected"):
+            engine.report(trace)
+
+
+def test_a_device_that_is_spoilt_fails_all_and_the_step_goes_on(
+    engine: V2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal address every call raises, the engine's own next one too."""
+    fault = torch.AcceleratorError(
+        "CUDA error: an illegal memory access was encountered (injected)"
+    )
+    break_for("paged_column_sums", lambda _: fault, monkeypatch)
+    for trace in step_of_two(engine):
+        with pytest.raises(TraceError, match="injected") as caught:
+            engine.report(trace)
+        assert caught.value.code == "recording_failed"
+
+
+def test_no_memory_for_one_traces_accumulators(
+    engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = torch.zeros
+
+    def zeros(*size: Any, **kwargs: Any) -> Any:
+        if size[-1:] == (80,):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. GPU 0 has 1 GiB")
+        return stock(*size, **kwargs)
+
+    monkeypatch.setattr(step.torch, "zeros", zeros)
+    bad, good = step_of_two(engine)
+    with pytest.raises(TraceError, match=r"no memory left .*Tried 2 GiB\.$") as caught:
+        engine.report(bad)
+    assert caught.value.code == "overloaded"
     assert_exact(engine, good, float64_llama)
 
 

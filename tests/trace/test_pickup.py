@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import types
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.pickup import decode_status, pick_up, pick_up_now
-from vllm_flashtrace.trace.wire import ModelPart, WireReport, stages, tensor_of
-from vllm_flashtrace.worker.recorder import FinishedTrace, TraceFacts, TraceSums
+from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, WireReport, stages
+from vllm_flashtrace.worker.finish import Measured, TotalsExchange
+from vllm_flashtrace.worker.recorder import Recorder
+from vllm_flashtrace.worker.step import TimeSpent
 from vllm_flashtrace.worker.traced_model import HostClock
 
 LAYERS, CONTEXT, LENGTH = 3, 7, 9
+CPU = torch.device("cpu")
+
+
+class StoppedClock(HostClock):
+    """Shows the time at which the scores are made."""
+
+    def mark(self) -> float:
+        return 1.25
 
 
 class Rank:
-    """A worker that holds the proximities of its own heads in its own layers."""
+    """A worker that has measured the proximities of its own heads in its own layers."""
 
     def __init__(
         self,
@@ -35,30 +46,64 @@ class Rank:
         layers: bool = True,
         model_layers: int = LAYERS,
     ) -> None:
-        part = ModelPart(first_layer, len(tokens), model_layers, ranks)
-        facts = TraceFacts(LENGTH, layers, 4, 5, 0, HostClock(), 0.0, [(0.0, 0.5)], part)
-        sums = TraceSums(tokens, residual)
-        self.finished: FinishedTrace | None = FinishedTrace(facts, sums, lambda: None, 1.0, 1.25)
-        self.ranks = ranks
+        self.part = ModelPart(first_layer, len(tokens), model_layers, ranks)
+        self.recorder = Recorder(types.SimpleNamespace(part=self.part, device=CPU), 60.0)  # type: ignore[arg-type]
+        self.pending = 0
+        trace: Any = types.SimpleNamespace(
+            spec=TraceSpec("n", LENGTH, b"", b"", 1.0, layers),
+            context=CONTEXT,
+            clock=StoppedClock(),
+            started=0.0,
+            recording=TimeSpent(),
+            recomputed_tokens=4,
+            cached_tokens=5,
+            restarts=0,
+        )
+        trace.recording._seconds = 0.5
+        totals = tokens.sum(1, dtype=torch.float64)
+        measured = Measured(trace, tokens.float().clone(), totals, residual.double(), 1.0)
+        self.recorder._traces["r"], self.recorder._nonces["r"] = trace, "n"
+        self.recorder._measured["r"] = measured
 
-    def call(self, method: str, nonce: str, denominators: bytes = b"") -> bytes:
+    def call(self, method: str, nonce: str) -> bytes:
         assert nonce == "n"
         if method == "flashtrace_discard":
-            self.finished = None
+            self.recorder.discard(nonce)
             return b""
         assert method == "flashtrace_collect"
-        if self.finished is None:
-            return WireReport(status="missing").encode()
-        finished = self.finished
-        if self.ranks > 1 and not denominators:
-            return finished.totals().encode()
-        self.finished = None
-        sums = tensor_of(denominators, torch.float64) if denominators else None
-        return finished.report(sums).encode()
+        self.pending -= 1
+        if self.pending >= 0:
+            return WireReport(status="pending").encode()
+        return self.recorder.collect(nonce)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it keeps nothing of the trace."""
+        recorder = self.recorder
+        return not (recorder._measured or recorder._results or recorder._traces)
 
 
-def drive(ranks: Sequence[Rank], replace: dict[int, Any] | None = None) -> TraceReport:
-    """Runs a pick-up; ``replace`` gives other answers of a rank to the first call."""
+def finish(ranks: Sequence[Rank]) -> None:
+    """The step that finishes the trace: ranks of a stage exchange their totals."""
+    for part in {rank.part for rank in ranks}:
+        members = [rank for rank in ranks if rank.part == part]
+        own = [rank.recorder.totals("r") for rank in members]
+        none = torch.full((part.num_layers,), torch.nan)
+        total = torch.stack([none if one is None else one.float() for one in own]).sum(0)
+        for rank, totals in zip(members, own, strict=True):
+            shared = None
+            if part.ranks > 1:
+                exchange = TotalsExchange(lambda _, total=total: total, part.num_layers, 4, CPU)
+                shared = {"r": exchange.add_up([totals])[0]}
+            rank.recorder.score_finished(shared)
+
+
+def drive(
+    ranks: Sequence[Rank], replace: dict[int, Any] | None = None, *, finished: bool = False
+) -> TraceReport:
+    """Finishes and picks up; ``replace`` gives other answers of a rank to the first call."""
+    if not finished:
+        finish(ranks)
     others = [replace or {}]
 
     def call(method: str, args: tuple[Any, ...]) -> list[Any]:
@@ -78,6 +123,7 @@ def proximities(heads: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+@settings(deadline=None)
 @given(ranks=st.integers(2, 8), seed=st.integers(0, 2**16))
 def test_ranks_add_up_to_one(ranks: int, seed: int) -> None:
     heads, residual = proximities(ranks, seed)
@@ -90,28 +136,77 @@ def test_ranks_add_up_to_one(ranks: int, seed: int) -> None:
     assert ours.scores.shape == (LENGTH,) and not ours.scores[CONTEXT:].any()
     assert (ours.recomputed_tokens, ours.cached_tokens) == (4, 5)
     assert ours.seconds == {"prefill": 0.5, "recording": 0.5, "proximity": 0.25}
-    assert all(rank.finished is None for rank in several)
+    assert all(rank.empty for rank in several)
 
 
 def test_scores_are_shares_of_the_layer() -> None:
     tokens = torch.tensor([[1.0, 3.0], [0.0, 0.0], [2.0, 2.0]])
-    facts = TraceFacts(2, True, 0, 0, 0, HostClock(), 0.0, [], ModelPart(0, 3, 3))
-    finished = FinishedTrace(facts, TraceSums(tokens, torch.tensor([4.0, 0.0, 0.0])), list, 0, 0)
-    report = finished.report()
-    assert tensor_of(report.scores, torch.float32).tolist() == [0.125 + 0.5, 0.375 + 0.5]
-    assert tensor_of(report.layer_scores, torch.float32).tolist()[2:4] == [0, 0]
+    tokens = torch.nn.functional.pad(tokens, (0, CONTEXT - 2))
+    report = drive([Rank(tokens, torch.tensor([4.0, 0.0, 0.0]), 1)])
+    assert report.scores[:2].tolist() == [0.125 + 0.5, 0.375 + 0.5]
+    assert report.layer_scores is not None
+    assert report.layer_scores[1].tolist() == [0] * LENGTH
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["tokens", "residual"])
-@pytest.mark.parametrize("call", ["report", "totals"])
-def test_numbers_that_are_not_finite_are_refused(bad: float, where: str, call: str) -> None:
-    sums = TraceSums(torch.ones(2, 3), torch.ones(2))
-    getattr(sums, where)[1] = bad
-    facts = TraceFacts(3, False, 0, 0, 0, HostClock(), 0.0, [], ModelPart(4, 2, 6))
-    finished = FinishedTrace(facts, sums, lambda: None, 0.0, 0.0)
-    with pytest.raises(TraceError, match="layer 5 is not finite"):
-        getattr(finished, call)()
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_numbers_that_are_not_finite_are_refused(bad: float, where: str, ranks: int) -> None:
+    sums = {"tokens": torch.ones(2, CONTEXT), "residual": torch.ones(2)}
+    broken = {name: tensor.clone() for name, tensor in sums.items()}
+    broken[where][1] = bad
+    first = Rank(*broken.values(), ranks, 4, False, 6)
+    others = [Rank(*sums.values(), ranks, 4, False, 6) for _ in range(ranks - 1)]
+    with pytest.raises(TraceError, match="a proximity of layer 5 is not finite") as caught:
+        drive([*others, first, Rank(torch.ones(4, CONTEXT), torch.ones(4), 1, 0, False, 6)])
+    assert caught.value.code == "recording_failed"
+
+
+@pytest.mark.parametrize("failed", [0, 1, 2])
+def test_a_rank_that_failed_fails_the_trace_on_all(failed: int) -> None:
+    """It gives no totals; the others do not wait for it and have no scores that would be wrong."""
+    heads, residual = proximities(3, 1)
+    ranks = [Rank(part, residual, 3) for part in heads]
+    ranks[failed].recorder.fail("r", TraceError("recording_failed", "a reason"))
+    finish(ranks)
+    for rank in ranks:
+        if rank is not ranks[failed]:
+            [stored] = rank.recorder._results.values()
+            with pytest.raises(TraceError, match="another rank has no totals of layer 0"):
+                stored.result.report()  # type: ignore[union-attr]
+    with pytest.raises(TraceError, match="a reason") as caught:
+        drive(ranks, finished=True)
+    assert caught.value.code == "recording_failed"
+    assert all(rank.empty for rank in ranks)
+
+
+def test_a_trace_that_ends_in_another_step_than_was_scheduled() -> None:
+    heads, residual = proximities(1, 0)
+    rank = Rank(heads[0], residual, 2)
+    rank.recorder.score_finished({})
+    with pytest.raises(TraceError, match="another step") as caught:
+        drive([rank], finished=True)
+    assert caught.value.code == "recording_failed"
+
+
+def test_results_under_way_are_asked_for_again() -> None:
+    heads, residual = proximities(3, 1)
+    ranks = [Rank(part, residual, 3) for part in heads]
+    for rank, times in zip(ranks, (0, 2, 1), strict=True):
+        rank.pending = times
+    expected = drive([Rank(part, residual, 3) for part in heads])
+    assert torch.equal(drive(ranks).scores, expected.scores)
+    assert all(rank.empty for rank in ranks)
+
+
+def test_no_result_stays_behind_a_failure() -> None:
+    heads, residual = proximities(2, 1)
+    ranks = [Rank(part, residual, 2) for part in heads]
+    ranks[0].pending = 9
+    ranks[1].recorder.fail("r", TraceError("recording_failed", "a reason"))
+    with pytest.raises(TraceError, match="a reason"):
+        drive(ranks)
+    assert all(rank.empty for rank in ranks)
 
 
 def failed(code: str) -> bytes:
@@ -126,7 +221,6 @@ def failed(code: str) -> bytes:
         ({0: WireReport(status="missing").encode()}, "result_missing"),
         ({2: None}, "result_missing"),
         ({0: WireReport(status="completed").encode()}, "result_missing"),
-        ({0: WireReport(status="partial", totals=b"\0" * 8).encode()}, "result_missing"),
     ],
 )
 def test_a_rank_without_a_result(answers: dict[int, Any], code: str) -> None:
@@ -135,9 +229,10 @@ def test_a_rank_without_a_result(answers: dict[int, Any], code: str) -> None:
     with pytest.raises(TraceError) as caught:
         drive(ranks, answers)
     assert caught.value.code == code
-    assert all(rank.finished is None for rank in ranks), "results stayed behind"
+    assert all(rank.empty for rank in ranks), "results stayed behind"
 
 
+@settings(deadline=None)
 @given(
     ranks=st.integers(1, 3),
     sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4),
@@ -169,7 +264,7 @@ def test_stages_add_up_to_one(
         assert torch.allclose(ours.layer_scores, expected.layer_scores, rtol=1e-6, atol=0)
     else:
         assert ours.layer_scores is None
-    assert all(worker.finished is None for worker in workers)
+    assert all(worker.empty for worker in workers)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -195,7 +290,7 @@ def test_stages_that_do_not_make_one_model(
     with pytest.raises(TraceError, match=reason) as caught:
         drive(workers)
     assert caught.value.code == "result_missing"
-    assert len(workers) == 1 or all(worker.finished is None for worker in workers)
+    assert all(worker.empty for worker in workers)
 
 
 def test_workers_that_disagree_about_the_model() -> None:
@@ -203,8 +298,6 @@ def test_workers_that_disagree_about_the_model() -> None:
         stages([ModelPart(0, 2, 2, 1), ModelPart(0, 2, 2, 2)])
     with pytest.raises(TraceError, match="a model of 4, 5"):
         stages([ModelPart(0, 2, 4), ModelPart(2, 2, 5)])
-    with pytest.raises(TraceError, match="3 numbers for 4 layers"):
-        ModelPart(0, 2, 4).own(torch.zeros(3))
 
 
 def test_scores_of_different_traces_are_not_added() -> None:
@@ -241,6 +334,7 @@ def test_one_status_of_several_workers() -> None:
 async def test_workers_that_answer_later() -> None:
     heads, residual = proximities(2, 5)
     ranks = [Rank(part, residual, 2) for part in heads]
+    finish(ranks)
 
     async def call(method: str, args: tuple[Any, ...]) -> list[Any]:
         await asyncio.sleep(0)

@@ -1,17 +1,18 @@
 """Picks up a finished trace from the workers and makes one report of their answers.
 
-With tensor parallelism each rank holds the proximities of its own heads. A token's score is its
-share of a layer's proximity over all heads, so the ranks first give their totals per layer, get
-the sums back, and answer with their parts of the scores. What travels is one number per layer and
-then one per token, and no rank ever waits for another: a rank that failed says so, and the trace
-fails with its reason.
-
+With tensor parallelism each rank gives the part of the scores that came through its own heads. The
+parts add up: what ranks have to know of each other they exchange in the step that finishes a trace.
 With pipeline parallelism each stage holds its own layers and needs nothing of the others: ``e_j``
 is summed over layers, so the stages' scores add up.
+
+No rank waits for another, or for its device: one that failed says so, and the trace fails with its
+reason; one whose result is still on its way to the host is asked again.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -27,8 +28,6 @@ from vllm_flashtrace.trace.wire import (
     decode_wire,
     misfit,
     stages,
-    tensor_bytes,
-    tensor_of,
 )
 
 WorkerCall = Callable[[str, tuple[Any, ...]], Sequence[Any]]
@@ -37,29 +36,35 @@ WorkerCall = Callable[[str, tuple[Any, ...]], Sequence[Any]]
 AsyncWorkerCall = Callable[[str, tuple[Any, ...]], Awaitable[Sequence[Any]]]
 
 
-async def pick_up(nonce: str, call: AsyncWorkerCall) -> TraceReport:
+PENDING_SECONDS = 0.002
+"""How long to wait before asking again for what is not on the host yet."""
+
+
+async def pick_up(
+    nonce: str, call: AsyncWorkerCall, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> TraceReport:
     """Collects a trace's report; no worker keeps its result when this returns or raises TraceError.
 
     Args:
         nonce: The trace's nonce.
         call: Calls a method of all workers of the engine that ran the trace.
+        pause: Waits for a number of seconds.
 
     Raises:
         TraceError: The trace failed in a worker, or a worker does not know it.
     """
     replies = await call("flashtrace_collect", (nonce,))
-    try:
-        wires = _decoded(replies)
-        members = stages([wire.part for wire in wires])
-        if all(wire.status == "completed" for wire in wires):
-            return _merged(members, [decode_report(reply) for reply in replies])
-        denominators = _denominators(members, wires)
-    except TraceError:
-        if len(replies) > 1:
-            await call("flashtrace_discard", (nonce,))
-        raise
-    replies = await call("flashtrace_collect", (nonce, tensor_bytes(denominators, torch.float64)))
-    members = stages([wire.part for wire in _decoded(replies)])
+    wires = await _decoded(replies, nonce, call)
+    while any(wire.status == "pending" for wire in wires):
+        await pause(PENDING_SECONDS)
+        again = await call("flashtrace_collect", (nonce,))
+        # The others have given their answers, each once.
+        replies = [
+            later if wire.status == "pending" else reply
+            for wire, reply, later in zip(wires, replies, again, strict=True)
+        ]
+        wires = await _decoded(replies, nonce, call)
+    members = stages([wire.part for wire in wires])
     return _merged(members, [decode_report(reply) for reply in replies])
 
 
@@ -69,7 +74,10 @@ def pick_up_now(nonce: str, call: WorkerCall) -> TraceReport:
     async def answered(method: str, args: tuple[Any, ...]) -> Sequence[Any]:
         return call(method, args)
 
-    pickup = pick_up(nonce, answered)
+    async def blocking(seconds: float) -> None:
+        time.sleep(seconds)
+
+    pickup = pick_up(nonce, answered, blocking)
     try:
         pickup.send(None)  # Nothing in it suspends, so it needs no event loop.
     except StopIteration as done:
@@ -104,7 +112,7 @@ def decode_status(replies: Sequence[Any]) -> dict[str, Any]:
     return merged
 
 
-def _decoded(replies: Sequence[Any]) -> list[WireReport]:
+async def _decoded(replies: Sequence[Any], nonce: str, call: AsyncWorkerCall) -> list[WireReport]:
     """All answers; raises the first failure, preferring a reason to a missing result."""
     wires: list[WireReport] = []
     failures: list[TraceError] = []
@@ -114,25 +122,12 @@ def _decoded(replies: Sequence[Any]) -> list[WireReport]:
         except TraceError as error:
             failures.append(error)
     if failures:
+        if any(wire.status == "pending" for wire in wires):
+            await call("flashtrace_discard", (nonce,))
         raise min(failures, key=lambda failure: failure.code == "result_missing")
     if not wires:
         raise TraceError("result_missing", "no worker answered")
     return wires
-
-
-def _denominators(members: Sequence[Sequence[int]], wires: Sequence[WireReport]) -> torch.Tensor:
-    """The proximity of all heads' tokens and, once, of the residual: float64, one per layer."""
-    if any(wire.status != "partial" for wire in wires):
-        raise misfit()
-    return torch.cat([_stage_denominators([wires[i] for i in stage]) for stage in members])
-
-
-def _stage_denominators(wires: Sequence[WireReport]) -> torch.Tensor:
-    totals = [tensor_of(wire.totals, torch.float64) for wire in wires]
-    residuals = [tensor_of(wire.residual, torch.float64) for wire in wires]
-    if {len(one) for one in totals + residuals} != {wires[0].part.num_layers}:
-        raise misfit()
-    return torch.stack(totals).sum(0) + residuals[0]
 
 
 def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) -> TraceReport:

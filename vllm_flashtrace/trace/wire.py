@@ -158,29 +158,16 @@ class ModelPart(msgspec.Struct, frozen=True, array_like=True):
         """Whether this worker has all heads of all layers."""
         return self.ranks == 1 and self.num_layers == self.model_layers
 
-    def own(self, per_layer: torch.Tensor) -> torch.Tensor:
-        """This part of a tensor ``[model_layers, ...]``.
-
-        Raises:
-            TraceError: ``recording_failed``: it is not made for all layers of this model.
-        """
-        if len(per_layer) != self.model_layers:
-            raise TraceError(
-                "recording_failed", f"{len(per_layer)} numbers for {self.model_layers} layers"
-            )
-        return per_layer[self.first_layer : self.first_layer + self.num_layers]
-
 
 class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """A finished or failed trace as a worker returns it.
 
     Attributes:
-        status: ``completed``, ``partial``, ``failed`` or ``missing`` (unknown nonce, or expired).
+        status: ``completed``, ``pending`` (not on the host yet), ``failed`` or ``missing`` (unknown
+            nonce, or expired).
         scores: float32 ``[length]``.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
         part: What of the model the numbers are of; ``L`` are the layers in it.
-        totals: Of a ``partial`` report, float64 ``[L]``, the proximity of all tokens.
-        residual: Of a ``partial`` report, float64 ``[L]``, the proximity of the residual.
     """
 
     status: str
@@ -194,8 +181,6 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     restarts: int = 0
     seconds: dict[str, float] = {}
     part: ModelPart = ModelPart()
-    totals: bytes = b""
-    residual: bytes = b""
 
     def encode(self) -> bytes:
         """Msgpack form."""
@@ -213,7 +198,7 @@ def decode_wire(data: Any) -> WireReport:
     wire = msgspec.msgpack.decode(data, type=WireReport)
     if wire.status == "missing":
         raise TraceError("result_missing", "the engine holds no result for this trace")
-    if wire.status not in ("completed", "partial"):
+    if wire.status not in ("completed", "pending"):
         raise TraceError(wire.code or "trace_failed", wire.message or "the trace failed")
     return wire
 

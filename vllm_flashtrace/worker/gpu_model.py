@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
@@ -71,10 +72,21 @@ class GPUTracedModel(TracedModel):
         reading = self._reading(layer)
         return PagedValues(self._views(layer, reading).values, block_table, reading.scales.value)
 
-    def default_limit_bytes(self) -> int:
-        """Half of what is free beside the norms of ``W_O`` that will be kept."""
-        norms = self.shape.num_layers * self.shape.num_heads * self.shape.hidden_size * 4
-        return device_memory_limit(self.device, norms)
+    def accumulator_limit_bytes(
+        self, max_accumulator_mib: int | None, activation_bytes: int = 0
+    ) -> int:
+        """See `TracedModel`: never more than `device_memory_limit`, which is the default."""
+        limit = device_memory_limit(self.device, activation_bytes)
+        if max_accumulator_mib is None:
+            return limit
+        if limit < max_accumulator_mib << 20:
+            logger.warning(
+                "max_accumulator_mib is %s, but %s has room for %s MiB of accumulators",
+                max_accumulator_mib,
+                self.device,
+                limit >> 20,
+            )
+        return min(limit, max_accumulator_mib << 20)
 
     def forget_weights(self) -> None:
         """Drops what was derived from weights; scales and sinks are weights too."""
@@ -237,18 +249,24 @@ def flashinfer_quantizes_queries(config: VllmConfig) -> bool:
     )
 
 
-def device_memory_limit(device: torch.device, reserved: int = 0) -> int:
-    """The default limit of accumulators: half of the free memory.
+def device_memory_limit(device: torch.device, activation_bytes: int = 0) -> int:
+    """What accumulators may take of a device: half of what is free beside vLLM's activations.
 
-    vLLM has taken its share by the time this is asked: weights, KV cache and CUDA graphs. What is
-    left also serves activations beyond the profiled ones and the recorder's temporaries, hence
-    half.
+    Must be asked when vLLM has taken its share: weights, KV cache and CUDA graphs. The memory that
+    it found to need for activations it frees again, so it looks free between steps. The other half
+    is for the recorder's temporaries, and for activations that vLLM did not foresee.
 
     Args:
         device: Where accumulators live.
-        reserved: Bytes that will be taken beside them.
+        activation_bytes: What vLLM keeps free for its activations.
     """
     if device.type != "cuda":
         return part_of_memory()
     free, _ = torch.cuda.mem_get_info(device)
-    return max(0, free - reserved) // _PART_OF_FREE_MEMORY
+    # Freed tensors that PyTorch keeps for the next ones; those of CUDA graphs are not for others.
+    kept = sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0)
+    )
+    return max(0, free - max(0, activation_bytes - kept)) // _PART_OF_FREE_MEMORY

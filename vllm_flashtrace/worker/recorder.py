@@ -7,20 +7,19 @@ its time-to-live ends. It leaves the first when its request is finished or abort
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError, UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
-from vllm_flashtrace.core.proximity import l1_proximity, token_shares
 from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes, tensor_of, unseal
-from vllm_flashtrace.worker.step import BatchRow, Segment, StepRecorder, Trace
+from vllm_flashtrace.trace.wire import WireReport, unseal
+from vllm_flashtrace.worker.finish import FinishedTrace, HostBuffers, Measured, measure, score
+from vllm_flashtrace.worker.step import BatchRow, StepRecorder, Trace
 
 if TYPE_CHECKING:
     from vllm_flashtrace.worker.traced_model import TracedModel
@@ -31,6 +30,7 @@ class Recorder:
 
     Attributes:
         budget: What their accumulators may take; None for no limit.
+        buffers: Where their results are on the host.
     """
 
     def __init__(
@@ -55,7 +55,10 @@ class Recorder:
         self._ttl = result_ttl_seconds
         self._traces: dict[str, Trace] = {}
         self._nonces: dict[str, str] = {}
+        self._measured: dict[str, Measured] = {}
         self._results: dict[str, _Stored] = {}
+        device = torch.device("cpu") if model is None else model.device
+        self.buffers = HostBuffers(device, self._evict)
 
     @property
     def active_requests(self) -> frozenset[str]:
@@ -112,18 +115,42 @@ class Recorder:
     def finish_step(self, step: StepRecorder) -> None:
         """Runs the proximity pass of every trace whose last target row is recorded.
 
-        Must be called while the step's KV blocks are still held by their requests.
+        Must be called while the step's KV blocks are still held by their requests; `score_finished`
+        must follow.
         """
         step.check_complete()
         for segment in step.segments:
             req_id = segment.batch_row.req_id
             if segment.trace.complete and req_id in self._traces:
                 try:
-                    finished = _finish(segment, step.model)
+                    self._measured[req_id] = measure(segment, step.model)
                 except Exception as error:
                     self.fail(req_id, error)
-                else:
-                    self._store(req_id, finished)
+
+    def totals(self, req_id: str) -> Tensor | None:
+        """The proximity of all tokens, float64 ``[L]``, of a trace that `finish_step` measured."""
+        measured = self._measured.get(req_id)
+        return None if measured is None else measured.totals
+
+    def score_finished(self, totals: Mapping[str, Tensor] | None = None) -> None:
+        """Makes the scores of the traces that `finish_step` measured; does not wait for them.
+
+        Args:
+            totals: Of each trace, what `totals` gives, summed over the ranks that share the heads;
+                None where this rank has all of them.
+        """
+        for req_id, measured in list(self._measured.items()):
+            try:
+                if self._model is None or (totals is not None and req_id not in totals):
+                    raise TraceError(
+                        "recording_failed", "the trace ended in another step than was scheduled"
+                    )
+                shared = None if totals is None else totals[req_id]
+                finished = score(measured, shared, self._model.part, self.buffers)
+            except Exception as error:
+                self.fail(req_id, error)
+            else:
+                self._store(req_id, finished)
 
     def fail(self, req_id: str, error: BaseException) -> None:
         """Ends a trace with a reason; the request itself goes on."""
@@ -135,230 +162,76 @@ class Recorder:
             self._traces.pop(req_id, None)
             self._nonces.pop(req_id, None)
 
-    def collect(self, nonce: str, denominators: bytes = b"") -> bytes:
+    def collect(self, nonce: str) -> bytes:
         """Hands out a result, encoded; status ``missing`` when there is none.
 
-        A rank that shares the heads with others first gives its totals, status ``partial``, and
-        keeps the trace until it is called with the sums over all ranks. Every other answer is
-        given once.
-
-        Args:
-            nonce: The trace's nonce.
-            denominators: float64, see :meth:`FinishedTrace.report`; empty for the totals.
+        Never waits for the device: while a result is on its way to the host, the answer is
+        ``pending``. Every other answer is given once.
         """
         self.expire()
-        stored = self._results.pop(nonce, None)
+        stored = self._results.get(nonce)
         if stored is None:
             return WireReport(status="missing").encode()
-        report = stored.report
-        if isinstance(report, WireReport):
-            return report.encode()
-        if denominators:
-            sums = tensor_of(denominators, torch.float64)
-            return self._answer(nonce, lambda: report.report(sums))
-        if report.facts.part.ranks == 1:
-            return self._answer(nonce, report.report)
-        self._results[nonce] = stored
-        return self._answer(nonce, report.totals)
+        try:
+            result = stored.result
+            if isinstance(result, FinishedTrace):
+                if not result.copied.arrived():
+                    return WireReport(status="pending").encode()
+                result = result.report()
+            answer = result.encode()
+        except Exception as error:
+            answer = _failure(f"nonce {nonce}", error).encode()
+        self.discard(nonce)
+        return answer
 
     def discard(self, nonce: str) -> None:
         """Forgets a result that will not be picked up."""
-        self._results.pop(nonce, None)
+        stored = self._results.pop(nonce, None)
+        if stored is not None and isinstance(stored.result, FinishedTrace):
+            self.buffers.give_back(stored.result.copied)
 
     def expire(self) -> None:
         """Drops results that were not picked up in time."""
         now = time.monotonic()
         for nonce in [n for n, stored in self._results.items() if stored.expires <= now]:
-            del self._results[nonce]
+            self.discard(nonce)
 
-    def _answer(self, nonce: str, report: Callable[[], WireReport]) -> bytes:
-        try:
-            return report().encode()
-        except Exception as error:
-            self._results.pop(nonce, None)
-            return _failure(f"nonce {nonce}", error).encode()
+    def _evict(self) -> bool:
+        """Gives up the result that has waited longest; False if none waits."""
+        for nonce, stored in self._results.items():
+            if isinstance(stored.result, FinishedTrace):
+                self.buffers.give_back(stored.result.copied)
+                error = TraceError(
+                    "result_missing",
+                    "the result waited for so long that others needed its room on the host",
+                )
+                stored.result = _failure(f"nonce {nonce}", error)
+                return True
+        return False
 
-    def _store(self, req_id: str, report: WireReport | FinishedTrace) -> None:
+    def _store(self, req_id: str, result: WireReport | FinishedTrace) -> None:
         self._traces.pop(req_id, None)
+        self._measured.pop(req_id, None)
         nonce = self._nonces.pop(req_id, None)
         if nonce is not None:
-            self._results[nonce] = _Stored(report, time.monotonic() + self._ttl)
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedTrace:
-    """A recorded trace, before its scores are made.
-
-    On a GPU its numbers may still be under way when it is made, so that the engine's step goes on;
-    `totals` and `report` wait for them.
-
-    Attributes:
-        facts: What is to be told of the trace beside its scores.
-        sums: Its proximities; to be read after ``wait``.
-        wait: Returns once the device has written ``sums`` and passed all marks.
-        recorded: Mark at the end of the last recording step.
-        ended: Mark after the proximities.
-    """
-
-    facts: TraceFacts
-    sums: TraceSums
-    wait: Callable[[], None]
-    recorded: Any
-    ended: Any
-
-    def totals(self) -> WireReport:
-        """The proximity of all tokens and of the residual per layer, for ranks to add up."""
-        self.wait()
-        self._check()
-        return WireReport(
-            status="partial",
-            part=self.facts.part,
-            totals=tensor_bytes(self.sums.tokens.double().sum(1), torch.float64),
-            residual=tensor_bytes(self.sums.residual, torch.float64),
-        )
-
-    def report(self, denominators: Tensor | None = None) -> WireReport:
-        """The scores ``e_j`` of each token, summed over the layers of this stage.
-
-        ``e_j = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))`` (section 3.2), where the
-        denominator runs over the heads of all ranks and the numerator over those of this one.
-
-        Args:
-            denominators: float64, one per layer of the whole model; None where this rank has all
-                the heads.
-
-        Raises:
-            TraceError: ``recording_failed`` when a proximity is not finite.
-        """
-        self.wait()
-        self._check()
-        tokens = self.sums.tokens.double()
-        if denominators is None:
-            denominators = tokens.sum(1) + self.sums.residual.double()
-        else:
-            denominators = self.facts.part.own(denominators)
-        facts = self.facts
-        behind = facts.length - tokens.shape[1]  # Nothing flows from behind the last target.
-        shares = functional.pad(token_shares(tokens, denominators), (0, behind))
-        return WireReport(
-            status="completed",
-            scores=tensor_bytes(shares.sum(0)),
-            layer_scores=tensor_bytes(shares) if facts.layers else b"",
-            num_layers=len(shares) if facts.layers else 0,
-            recomputed_tokens=facts.recomputed_tokens,
-            cached_tokens=facts.cached_tokens,
-            restarts=facts.restarts,
-            seconds=self._seconds(),
-            part=facts.part,
-        )
-
-    def _check(self) -> None:
-        finite = self.sums.tokens.sum(1).isfinite() & self.sums.residual.isfinite()
-        if not bool(finite.all()):
-            layer = self.facts.part.first_layer + int((~finite).nonzero()[0])
-            raise TraceError("recording_failed", f"a proximity of layer {layer} is not finite")
-
-    def _seconds(self) -> dict[str, float]:
-        facts = self.facts
-        recording = sum(facts.clock.seconds(*spent) for spent in facts.recordings)
-        return {
-            "prefill": max(0.0, facts.clock.seconds(facts.started, self.recorded) - recording),
-            "recording": recording,
-            "proximity": facts.clock.seconds(self.recorded, self.ended),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class TraceFacts:
-    """What is kept of a trace beside its proximities; see `Trace`."""
-
-    length: int
-    layers: bool
-    recomputed_tokens: int
-    cached_tokens: int
-    restarts: int
-    clock: Any
-    started: Any
-    recordings: list[tuple[Any, Any]]
-    part: ModelPart
-
-    @classmethod
-    def of(cls, trace: Trace, part: ModelPart) -> TraceFacts:
-        """Takes over from a trace of ``part`` of the model."""
-        return cls(
-            trace.spec.length,
-            trace.spec.layers,
-            trace.recomputed_tokens,
-            trace.cached_tokens,
-            trace.restarts,
-            trace.clock,
-            trace.started,
-            trace.recordings,
-            part,
-        )
-
-
-class TraceSums(NamedTuple):
-    """Proximities of one trace on this worker, in host memory.
-
-    Attributes:
-        tokens: float32 ``[L, N]``, each token's proximity summed over this rank's heads.
-        residual: float32 ``[L]``, the proximity of the residual, the same on every rank.
-    """
-
-    tokens: Tensor
-    residual: Tensor
+            self.discard(nonce)
+            self._results[nonce] = _Stored(result, time.monotonic() + self._ttl)
 
 
 @dataclass(slots=True)
 class _Stored:
-    report: WireReport | FinishedTrace
+    result: WireReport | FinishedTrace
     expires: float
-
-
-def _finish(segment: Segment, model: TracedModel) -> FinishedTrace:
-    """Runs the proximity pass over all layers."""
-    trace = segment.trace
-    recorded = trace.clock.mark()
-    trace.complete_sums()
-    layers = model.shape.num_layers
-    tokens = torch.zeros(layers, trace.context, device=model.device)
-    residual = torch.zeros(layers, device=model.device)
-    for layer in range(layers):
-        sums = trace.layer_sums(layer)
-        tokens[layer] = model.token_proximity(
-            layer,
-            sums,
-            segment.batch_row.block_table,
-            trace.spec.exact_fraction,
-            trace.adapter,
-        )
-        residual[layer] = l1_proximity(sums.residual, sums.stream)
-    ended = trace.clock.mark()
-    on_host, wait = to_host(tokens, residual)
-    return FinishedTrace(TraceFacts.of(trace, model.part), on_host, wait, recorded, ended)
-
-
-def to_host(tokens: Tensor, residual: Tensor) -> tuple[TraceSums, Callable[[], None]]:
-    """Proximities in host memory, and a function that returns once they are there."""
-    if tokens.device.type != "cuda":
-        return TraceSums(tokens, residual), _nothing
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (tokens, residual)]
-    for copy, source in zip(copies, (tokens, residual), strict=True):
-        copy.copy_(source, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return TraceSums(*copies), arrived.synchronize
-
-
-def _nothing() -> None:
-    pass
 
 
 def _failure(what: str, error: BaseException) -> WireReport:
     if isinstance(error, FlashTraceError):
         code, message = error.code, error.message
         logger.debug("Trace of %s failed: %s", what, error)  # Logged where it is picked up.
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        what_failed = str(error).partition(" GPU ")[0]  # Without a table of all processes.
+        code, message = "overloaded", f"there is no memory left for the trace: {what_failed}"
+        logger.debug("Trace of %s found no memory: %s", what, error)
     else:
         code, message = "recording_failed", f"{type(error).__name__}: {error}"
         log_unexpected(f"the trace of {what}", error)

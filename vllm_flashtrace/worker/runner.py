@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm import envs
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError, UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
@@ -22,6 +24,7 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec, target_range
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
+from vllm_flashtrace.worker.finish import TotalsExchange, result_bytes
 from vllm_flashtrace.worker.layers import adapter_slot, check_cache
 from vllm_flashtrace.worker.recorder import Recorder
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
@@ -83,32 +86,55 @@ class RunnerCapture:
 
     records_step: bool
     scheduled: Mapping[str, int]
+    _finishing: Sequence[str]
 
     def __init__(self, runner: Any) -> None:
         self.refusal: str | None = None
         self._target_steps = TargetSteps()
         self.forget_step()
         self._model: TracedModel | None = None
-        ttl = FlashTraceConfig().result_ttl_seconds
-        budget: AccumulatorBudget | None = None
+        self._config = FlashTraceConfig()
+        self._longest = 0
         try:
-            config = FlashTraceConfig.from_additional_config(runner.vllm_config.additional_config)
-            ttl = config.result_ttl_seconds
+            additional = runner.vllm_config.additional_config
+            self._config = FlashTraceConfig.from_additional_config(additional)
+            self._longest = runner.vllm_config.model_config.max_model_len
             check_cache(runner.kv_cache_config)
             self._model = _runner_model(runner)
             self._model.slot_of = functools.partial(adapter_slot, runner)
-            limit = self._model.accumulator_limit_bytes(config.max_accumulator_mib)
-            budget = AccumulatorBudget.of_model(limit, self._model.shape)
         except Exception as error:
             self._model = None
             self.refusal = error.message if isinstance(error, FlashTraceError) else repr(error)
             logger.warning("FlashTrace: this model is served without attribution: %s", self.refusal)
-        self.recorder = Recorder(self._model, ttl, budget, refusal=self.refusal)
+        ttl = self._config.result_ttl_seconds
+        self.recorder = Recorder(self._model, ttl, refusal=self.refusal)
+        self._exchange = _totals_exchange(runner)
 
     def forget_weights(self) -> None:
         """Drops what was derived from the model's weights."""
         if self._model is not None:
             self._model.forget_weights()
+
+    def settle_budget(self, activation_bytes: int = 0) -> None:
+        """Measures the memory that traces may take and takes that of their results; once.
+
+        Must be called when vLLM has taken its share of the memory, CUDA graphs included, and before
+        the first trace.
+
+        Args:
+            activation_bytes: See `TracedModel.accumulator_limit_bytes`.
+        """
+        if self._model is None or self.recorder.budget is not None:
+            return
+        limit = self._model.accumulator_limit_bytes(
+            self._config.max_accumulator_mib, activation_bytes
+        )
+        self.recorder.budget = AccumulatorBudget.of_model(limit, self._model.shape)
+        if self._model.device.type == "cuda":
+            self.recorder.buffers.reserve(
+                self._config.max_concurrent_traces,
+                result_bytes(self._longest, self._model.shape.num_layers),
+            )
 
     def observe(self, scheduler_output: SchedulerOutput) -> None:
         """Learns about new and finished requests and about the step."""
@@ -116,25 +142,35 @@ class RunnerCapture:
         try:
             # First, and whatever becomes of the recording.
             self.records_step = self._target_steps.includes(scheduler_output)
+            self._finishing = self._target_steps.finishing
             self.recorder.drop(scheduler_output.finished_req_ids)
-            for new in scheduler_output.scheduled_new_reqs:
-                params = new.sampling_params
-                sealed = sealed_spec(params.extra_args) if params is not None else None
-                if sealed is not None:
-                    lora = new.lora_request
-                    self.recorder.register(
-                        new.req_id,
-                        sealed,
-                        len(new.prompt_token_ids or ()),
-                        lora.lora_int_id if lora is not None else None,
-                    )
             self.scheduled = scheduler_output.num_scheduled_tokens
         except Exception as error:
             log_unexpected("reading the scheduler's output", error)
+            return
+        for new in scheduler_output.scheduled_new_reqs:
+            try:
+                self._register(new)
+            except Exception as error:  # The others go on.
+                log_unexpected("reading a new request", error)
+
+    def _register(self, new: NewRequestData) -> None:
+        params = new.sampling_params
+        sealed = sealed_spec(params.extra_args) if params is not None else None
+        if sealed is None:
+            return
+        self.settle_budget()
+        lora = new.lora_request
+        self.recorder.register(
+            new.req_id,
+            sealed,
+            len(new.prompt_token_ids or ()),
+            lora.lora_int_id if lora is not None else None,
+        )
 
     def forget_step(self) -> None:
         """Ends the step: what runs until the next one is not recorded."""
-        self.scheduled, self.records_step = {}, False
+        self.scheduled, self.records_step, self._finishing = {}, False, ()
 
     def begin_forward(self, batch: Callable[[], Iterable[BatchRow]]) -> StepObserver | None:
         """What watches the forward pass about to run, or None.
@@ -154,14 +190,40 @@ class RunnerCapture:
             self._fail_scheduled(error)
             return None
 
-    def end_forward(self, observer: StepObserver) -> None:
-        """Finishes traces; called while their KV blocks are held."""
+    def end_forward(self, observer: StepObserver | None) -> None:
+        """Finishes traces; called after every forward pass, while the requests' KV blocks are held.
+
+        Args:
+            observer: What watched the pass, if anything did.
+        """
+        finishing, self._finishing = self._finishing, ()
+        if observer is None and not finishing:
+            return
         try:
-            self.recorder.finish_step(observer.step)
-            observer.model.end_step()
+            if observer is not None:
+                self.recorder.finish_step(observer.step)
         except Exception as error:
             log_unexpected("finishing a step", error)
             self._fail_scheduled(error)
+        try:
+            self.recorder.score_finished(self._totals_of_all_ranks(finishing))
+            if observer is not None:
+                observer.model.end_step()
+        except Exception as error:
+            log_unexpected("finishing a step", error)
+            self._fail_scheduled(error)
+
+    def _totals_of_all_ranks(self, finishing: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
+        """Totals of the traces that the step finishes by the scheduler's word, not by this rank's.
+
+        None where no ranks share the heads.
+        """
+        if self._exchange is None:
+            return None
+        if not finishing:
+            return {}
+        own = [self.recorder.totals(req_id) for req_id in finishing]
+        return dict(zip(finishing, self._exchange.add_up(own), strict=True))
 
     def _fail_scheduled(self, error: BaseException) -> None:
         for req_id in self.recorder.active_requests.intersection(self.scheduled):
@@ -174,13 +236,20 @@ class TargetSteps:
     Ranks of a tensor- or pipeline-parallel model must agree on how a step runs: one that replays a
     CUDA graph pads its batch, and its collectives, to another size than one that runs code. A trace
     that failed on one rank only, for want of memory say, therefore counts until its request ends.
+
+    Attributes:
+        finishing: Requests whose last target row is in the step, in the scheduler's order.
     """
+
+    finishing: Sequence[str]
 
     def __init__(self) -> None:
         self._targets: dict[str, range] = {}
+        self.finishing = ()
 
     def includes(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether a step, whose output must be given once and in order, computes target rows."""
+        self.finishing = finishing = []
         for req_id in scheduler_output.finished_req_ids:
             self._targets.pop(req_id, None)
         computed: dict[str, int] = {}
@@ -194,11 +263,14 @@ class TargetSteps:
             return False
         cached = scheduler_output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        records = False
         for req_id, tokens in scheduler_output.num_scheduled_tokens.items():
             target, start = self._targets.get(req_id), computed.get(req_id, 0)
             if target is not None and start < target.stop and start + tokens > target.start:
-                return True
-        return False
+                records = True
+                if start + tokens >= target.stop:
+                    finishing.append(req_id)
+        return records
 
 
 class StepObserver:
@@ -233,6 +305,19 @@ class StepObserver:
             self.step.record_residual(residual)
         except Exception as error:
             self._fail(error)
+
+
+def _totals_exchange(runner: Any) -> TotalsExchange | None:
+    """None where no ranks share the heads; there is one also on a rank that cannot trace."""
+    config = runner.vllm_config
+    if config.parallel_config.tensor_parallel_size == 1:
+        return None
+    return TotalsExchange(
+        tensor_model_parallel_all_reduce,
+        config.model_config.get_num_layers(config.parallel_config),
+        config.scheduler_config.max_num_seqs,
+        runner.device,
+    )
 
 
 def _runner_model(runner: Any) -> TracedModel:
@@ -358,6 +443,16 @@ def worker_report(worker: Any) -> dict[str, Any]:
         "kernels": getattr(runner, KERNELS_ATTRIBUTE, None),
         "processes": lineage(),
     }
+
+
+def activation_bytes(worker: Any) -> int:
+    """What vLLM's GPU worker found to need for activations; 0 if it was not told to find out."""
+    peak = getattr(worker, "peak_activation_memory", None)
+    if peak is None:
+        return 0
+    # Its estimate of CUDA graphs is part of it, and those are there by now.
+    graphs = getattr(worker, "cudagraph_memory_estimate", 0)
+    return max(0, int(peak) - (graphs if envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS else 0))
 
 
 def _runner_version(runner: Any) -> str | None:

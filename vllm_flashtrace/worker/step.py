@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.core.proximity import LayerSums
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.kernels import Accumulators, PagedRows, RowSegment, add_row_sums
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    PagedRows,
+    RowSegment,
+    SumsTouchedError,
+    add_row_sums,
+)
 from vllm_flashtrace.trace.wire import TraceSpec
 
 if TYPE_CHECKING:
-    from vllm_flashtrace.worker.traced_model import TracedModel
+    from vllm_flashtrace.worker.traced_model import Clock, TracedModel
 
 
 class StepRecorder:
@@ -80,13 +87,14 @@ class StepRecorder:
         layer = self._updates
         self._updates += 1
 
-        def add(group: RowGroup) -> None:
-            add_row_sums(residual, group.rows, layer, "residual")
+        def add_update(group: RowGroup) -> None:
             add_row_sums(update, group.rows, layer, "stream")
             for segment in group.segments:
                 segment.trace.stream_lacks_residual = True
 
-        self._each(add)
+        # One after the other: a call that failed is repeated as a whole.
+        self._each(lambda group: add_row_sums(residual, group.rows, layer, "residual"))
+        self._each(add_update)
 
     def record_residual(self, residual: torch.Tensor) -> None:
         """Adds ``sum_i w_i x_prev_i`` to ``r`` or ``sum_i w_i x_mid_i`` to ``x`` of a layer.
@@ -134,23 +142,46 @@ class StepRecorder:
             return
         try:
             rows = self.model.plan_rows([segment.row_segment for segment in segments])
-            self.groups.append(RowGroup(segments, rows))
+            self.groups.append(RowGroup(segments, rows, self.model.clock))
         except Exception as error:
-            self._fail(segments, error)
+            if len(segments) == 1:
+                self._fail(segments, error)
+            else:
+                for segment in segments:
+                    self._plan([segment])
 
     def _each(self, add: Callable[[RowGroup], None]) -> None:
         for group in list(self.groups):
-            clock = self.model.clock
-            began = clock.mark()
             try:
-                add(group)
+                group.time(add)
             except Exception as error:
                 self.groups.remove(group)
-                self._fail(group.segments, error)
-            else:
-                spent = (began, clock.mark())
-                for segment in group.segments:
-                    segment.trace.recordings.append(spent)
+                self._tell_apart(group, add, error)
+
+    def _tell_apart(
+        self, group: RowGroup, add: Callable[[RowGroup], None], error: Exception
+    ) -> None:
+        """Repeats a call that failed for each trace alone; those it fails for again have failed.
+
+        Where it had begun to add, the fault is of all: a part would be counted twice. It is also
+        where it has spoilt the device, since every repetition then fails.
+        """
+        if isinstance(error, SumsTouchedError):
+            self._fail(group.segments, error.__cause__ or error)
+            return
+        if len(group.segments) == 1:
+            self._fail(group.segments, error)
+            return
+        log_unexpected("recording traces together; each goes on alone", error)
+        before = len(self.groups)
+        for segment in group.segments:
+            self._plan([segment])
+        for alone in self.groups[before:]:
+            try:
+                alone.time(add)
+            except Exception as own:
+                self.groups.remove(alone)
+                self._tell_apart(alone, add, own)
 
     def _fail(self, segments: Sequence[Segment], error: BaseException) -> None:
         for segment in segments:
@@ -193,7 +224,7 @@ class Trace:
         recomputed_tokens: Tokens prefilled.
         restarts: How often recording began again after a preemption.
         started: Mark before the first chunk, or None.
-        recordings: Marks before and after each piece of recording.
+        recording: Time spent on recording.
         clock: Sets and reads those marks.
         sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
         stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r``.
@@ -217,7 +248,7 @@ class Trace:
         self.stream_lacks_residual = False
         self.clock = model.clock
         self.started: Any = None
-        self.recordings: list[tuple[Any, Any]] = []
+        self.recording = TimeSpent()
         shape = model.shape
         layers, heads, hidden = shape.num_layers, shape.num_heads, shape.hidden_size
         zeros = partial(torch.zeros, dtype=torch.float32, device=model.device)
@@ -246,6 +277,7 @@ class Trace:
         """
         if self.started is None:
             self.started = self.clock.mark()
+        self.recording.fold()
         if row.start != self.next_position:
             if row.start > self.target.first:
                 raise TraceError(
@@ -296,9 +328,71 @@ class Segment:
     row_segment: RowSegment
 
 
-@dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Segments that are recorded in one call: what fails it fails all their traces."""
+    """Segments that are recorded in one call."""
 
-    segments: list[Segment]
-    rows: PagedRows
+    def __init__(self, segments: list[Segment], rows: PagedRows, clock: Clock) -> None:
+        """Begins to time their recording."""
+        self.segments = segments
+        self.rows = rows
+        self._clock = clock
+        self._pieces = Pieces(clock)
+        for segment in segments:
+            segment.trace.recording.include(self._pieces)
+
+    def time(self, add: Callable[[RowGroup], None]) -> None:
+        """Calls ``add`` with the group, and counts the time if it returns."""
+        began = self._clock.mark()
+        add(self)
+        self._pieces.add(began, self._clock.mark())
+
+
+class Pieces:
+    """The pieces of recording of one step, which several traces share."""
+
+    def __init__(self, clock: Clock) -> None:
+        """Starts without a piece."""
+        self._clock = clock
+        self._marks: list[tuple[Any, Any]] = []
+        self._seconds = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the device has passed all of them."""
+        return not self._marks or self._clock.passed(self._marks[-1][1])
+
+    def add(self, began: Any, ended: Any) -> None:
+        """Adds the piece between two marks."""
+        self._marks.append((began, ended))
+
+    def seconds(self) -> float:
+        """All pieces together; the device must have passed them."""
+        self._seconds += sum(self._clock.seconds(*marks) for marks in self._marks)
+        self._marks.clear()
+        return self._seconds
+
+
+class TimeSpent:
+    """Time spent on recording a trace.
+
+    A long trace has thousands of pieces, so those that the device has passed are added up step by
+    step and not when the result is picked up.
+    """
+
+    def __init__(self) -> None:
+        """Starts at 0."""
+        self._seconds = 0.0
+        self._steps: list[Pieces] = []
+
+    def include(self, pieces: Pieces) -> None:
+        """Counts what has been, and will be, added to ``pieces``."""
+        self._steps.append(pieces)
+
+    def fold(self) -> None:
+        """Adds up the steps that are over; must not be called between those of a step's layers."""
+        while self._steps and self._steps[0].passed:
+            self._seconds += self._steps.pop(0).seconds()
+
+    def seconds(self) -> float:
+        """All of it; the device must have passed it."""
+        return self._seconds + sum(pieces.seconds() for pieces in self._steps)

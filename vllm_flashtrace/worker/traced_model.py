@@ -36,6 +36,9 @@ class Clock(Protocol):
     def mark(self) -> Any:
         """A mark behind all work queued so far."""
 
+    def passed(self, mark: Any) -> bool:
+        """Whether the device has passed a mark; does not wait for it."""
+
     def seconds(self, start: Any, stop: Any) -> float:
         """Seconds between two marks; the device must have passed both."""
 
@@ -46,6 +49,10 @@ class HostClock:
     def mark(self) -> float:
         """The time now."""
         return time.perf_counter()
+
+    def passed(self, mark: float) -> bool:
+        """Always."""
+        return True
 
     def seconds(self, start: float, stop: float) -> float:
         """The difference."""
@@ -60,6 +67,10 @@ class CudaClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def passed(self, mark: torch.cuda.Event) -> bool:
+        """Whether the event is over."""
+        return mark.query()
 
     def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
         """The time between two events that the device has passed."""
@@ -186,14 +197,17 @@ class TracedModel(ABC):
         """Index of an attention layer of this model; None for one of another model."""
         return self._indices.get(layer_name)
 
-    def accumulator_limit_bytes(self, max_accumulator_mib: int | None) -> int:
-        """What all accumulators together may take: the configured limit, or the default."""
+    def accumulator_limit_bytes(
+        self, max_accumulator_mib: int | None, activation_bytes: int = 0
+    ) -> int:
+        """What all accumulators together may take.
+
+        Args:
+            max_accumulator_mib: The configured limit, or None for the default.
+            activation_bytes: What vLLM keeps free of the device's memory for its activations.
+        """
         if max_accumulator_mib is not None:
             return max_accumulator_mib << 20
-        return self.default_limit_bytes()
-
-    def default_limit_bytes(self) -> int:
-        """A part of the machine's memory."""
         return part_of_memory()
 
     def forget_weights(self) -> None:

@@ -1,0 +1,97 @@
+"""How much of a GPU's memory accumulators may take beside vLLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_flashtrace.trace.budget import ModelShape
+from vllm_flashtrace.worker import gpu_model
+from vllm_flashtrace.worker.gpu_model import GPUTracedModel, device_memory_limit
+from vllm_flashtrace.worker.recorder import Recorder
+from vllm_flashtrace.worker.runner import RunnerCapture, activation_bytes
+
+GPU = torch.device("cuda", 0)
+GIB = 1 << 30
+
+
+def segment(free: int, pool: tuple[int, int] = (0, 0), device: int = 0) -> dict[str, Any]:
+    return {
+        "device": device,
+        "segment_pool_id": pool,
+        "total_size": free + 7,
+        "allocated_size": 7,
+    }
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the driver and PyTorch say."""
+    said = SimpleNamespace(free=12 * GIB, segments=[])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (said.free, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: said.segments)
+    return said
+
+
+def test_activations_are_not_ours(memory: Any) -> None:
+    """vLLM frees what it found to need for activations, so it looks free until a large step."""
+    assert device_memory_limit(GPU) == 6 * GIB
+    assert device_memory_limit(GPU, 8 * GIB) == 2 * GIB
+    assert device_memory_limit(GPU, 20 * GIB) == 0
+
+
+def test_it_does_not_matter_whether_a_step_has_run(memory: Any) -> None:
+    """PyTorch then keeps the activations' memory; that of graphs or another GPU is no use."""
+    before = device_memory_limit(GPU, 8 * GIB)
+    memory.free -= 8 * GIB
+    memory.segments = [segment(5 * GIB), segment(3 * GIB)]
+    assert device_memory_limit(GPU, 8 * GIB) == before
+    memory.segments = [segment(8 * GIB, (1, 1)), segment(8 * GIB, device=1)]
+    assert device_memory_limit(GPU, 8 * GIB) == 0
+
+
+def test_the_option_only_lowers_it(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(gpu_model.logger, "warning", lambda text, *args: warned.append(text % args))
+    model = SimpleNamespace(device=GPU)
+    limit: Any = GPUTracedModel.accumulator_limit_bytes
+    assert limit(model, None, 8 * GIB) == 2 * GIB
+    assert limit(model, 512, 8 * GIB) == GIB // 2 and not warned
+    assert limit(model, 4096, 8 * GIB) == 2 * GIB
+    assert warned == [
+        "max_accumulator_mib is 4096, but cuda:0 has room for 2048 MiB of accumulators"
+    ]
+
+
+@pytest.mark.parametrize(("estimates", "expected"), [("1", 3), ("0", 5)])
+def test_activations_by_vllms_word(
+    estimates: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", estimates)
+    worker = SimpleNamespace(peak_activation_memory=5, cudagraph_memory_estimate=2)
+    assert activation_bytes(worker) == expected
+    assert activation_bytes(SimpleNamespace()) == 0
+
+
+def test_the_budget_is_measured_when_first_asked_for() -> None:
+    """Not when the capture is made, which may be before CUDA graphs are captured."""
+    asked: list[tuple[int | None, int]] = []
+
+    class Model:
+        shape, device = ModelShape(2, 2, 2, 8), torch.device("cpu")
+
+        def accumulator_limit_bytes(self, option: int | None, activations: int) -> int:
+            asked.append((option, activations))
+            return 1000
+
+    model: Any = Model()
+    capture = object.__new__(RunnerCapture)
+    capture._model, capture.recorder = model, Recorder(model, 60.0)
+    capture._config = SimpleNamespace(max_accumulator_mib=5)  # type: ignore[assignment]
+    assert capture.recorder.budget is None
+    capture.settle_budget(77)
+    capture.settle_budget(99)
+    assert asked == [(5, 77)] and capture.recorder.budget.limit_bytes == 1000

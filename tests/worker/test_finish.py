@@ -1,0 +1,205 @@
+"""What the step that finishes a trace leaves for the pick-up, and where it lies on the host."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.trace.budget import ModelShape
+from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, decode_report, decode_wire
+from vllm_flashtrace.worker import finish
+from vllm_flashtrace.worker.finish import HostBuffers, TotalsExchange, result_bytes
+from vllm_flashtrace.worker.recorder import Recorder
+from vllm_flashtrace.worker.step import Pieces, TimeSpent, Trace
+from vllm_flashtrace.worker.traced_model import HostClock
+
+CPU = torch.device("cpu")
+PAGE = 1 << 16
+LAYERS, HEADS, HIDDEN = 5, 3, 8
+
+
+class Model:
+    """A worker's model whose proximities are given; it counts what is asked of it."""
+
+    shape = ModelShape(LAYERS, HEADS, HEADS, HIDDEN)
+    device, clock, part = CPU, HostClock(), ModelPart(0, LAYERS, LAYERS, 1)
+
+    def __init__(self, proximities: Tensor) -> None:
+        self.proximities = proximities
+        self.calls = 0
+
+    def token_proximity(self, layer: int, *_: Any) -> Tensor:
+        self.calls += 1
+        return self.proximities[layer]
+
+
+def finished(
+    recorder: Recorder, model: Any, context: int, name: str = "a", layers: bool = False
+) -> str:
+    """A step that records the last rows of a trace; returns its nonce."""
+    weights = TargetWeights.from_spans([(context - 2, context)])
+    spec = TraceSpec.create(weights, context, exact_fraction=1.0, layers=layers)
+    trace = Trace(spec, weights, model)
+    trace.started, trace.next_position = 0.0, context
+    trace.sums.residual.fill_(0.25)
+    trace.sums.stream.fill_(1.0)
+    recorder._traces[name], recorder._nonces[name] = trace, spec.nonce
+    row: Any = types.SimpleNamespace(req_id=name, block_table=None)
+    segment: Any = types.SimpleNamespace(trace=trace, batch_row=row)
+    step: Any = types.SimpleNamespace(check_complete=lambda: None, segments=[segment], model=model)
+    recorder.finish_step(step)
+    recorder.score_finished()
+    return spec.nonce
+
+
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("context", [3, finish._TOKENS_AT_ONCE + 5])
+def test_scores_are_exact(layers: bool, context: int) -> None:
+    """Against float64; the proximities lie where the column sums were."""
+    generator = torch.Generator().manual_seed(context)
+    proximities = torch.rand(LAYERS, context, generator=generator) ** 8
+    proximities[2] = 0
+    model: Any = Model(proximities.clone())
+    recorder = Recorder(model, 60.0)
+    report = decode_report(recorder.collect(finished(recorder, model, context, layers=layers)))
+    residual = HIDDEN * 0.25
+    exact = proximities.double()
+    exact = exact / (exact.sum(1) + residual)[:, None]
+    assert torch.allclose(report.scores.double(), exact.sum(0), rtol=1e-6, atol=0)
+    assert (report.layer_scores is not None) == layers
+    if report.layer_scores is not None:
+        assert torch.allclose(report.layer_scores.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits is ``[N]`` and a few numbers per layer, made before anybody asks."""
+    context = 40_000
+    model: Any = Model(torch.rand(LAYERS, context))
+    recorder = Recorder(model, 60.0)
+    nonce = finished(recorder, model, context)
+    [stored] = recorder._results.values()
+    kept = [tuple(one.shape) for one in stored.result.copied.tensors]  # type: ignore[union-attr]
+    assert kept == [(context,), (LAYERS,), (LAYERS,)]
+    assert recorder.buffers.allocated_bytes <= result_bytes(context, LAYERS) + PAGE
+    calls = model.calls
+    monkeypatch.setattr(finish, "token_shares", None)
+    assert decode_report(recorder.collect(nonce)).scores.shape == (context,)
+    assert model.calls == calls == LAYERS and recorder.accumulator_bytes == 0
+
+
+def test_a_result_under_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived = [False]
+    monkeypatch.setattr(HostBuffers, "_mark", lambda self: lambda: arrived[0])
+    model: Any = Model(torch.rand(LAYERS, 30))
+    recorder = Recorder(model, 60.0)
+    nonce = finished(recorder, model, 30)
+    for _ in range(2):
+        assert decode_wire(recorder.collect(nonce)).status == "pending"
+    arrived[0] = True
+    assert decode_wire(recorder.collect(nonce)).status == "completed"
+    with pytest.raises(TraceError, match="no result"):
+        decode_wire(recorder.collect(nonce))
+
+
+def test_buffers_are_allocated_once() -> None:
+    model: Any = Model(torch.rand(LAYERS, 100))
+    recorder = Recorder(model, 60.0)
+    recorder.buffers.reserve(2, result_bytes(100, LAYERS))
+    assert recorder.buffers.allocated_bytes == 2 * PAGE
+    for _ in range(3):
+        nonces = [finished(recorder, model, 100, name) for name in "ab"]
+        recorder.collect(nonces[0])
+        recorder.discard(nonces[1])
+        assert recorder.buffers.allocated_bytes == 2 * PAGE
+    expired = finished(recorder, model, 100)
+    recorder._results[expired].expires = 0.0
+    recorder.expire()
+    assert len(recorder.buffers._free) == 2
+
+
+def test_results_that_nobody_picks_up_make_room() -> None:
+    model: Any = Model(torch.rand(LAYERS, 20_000))
+    recorder = Recorder(model, 60.0)
+    recorder.buffers = HostBuffers(CPU, recorder._evict, 5 * PAGE)
+    first, second, third = (finished(recorder, model, 20_000, name) for name in "abc")
+    assert recorder.buffers.allocated_bytes == 4 * PAGE
+    with pytest.raises(TraceError, match="needed its room") as caught:
+        decode_report(recorder.collect(first))
+    assert caught.value.code == "result_missing"
+    for nonce in (second, third):
+        assert decode_report(recorder.collect(nonce)).scores.shape == (20_000,)
+
+
+def test_small_free_buffers_make_room_for_a_large_one() -> None:
+    buffers = HostBuffers(CPU, lambda: False, 4 * PAGE)
+    buffers.reserve(9, 1)
+    assert buffers.allocated_bytes == 4 * PAGE
+    copied = buffers.copy([torch.arange(3 * PAGE, dtype=torch.uint8)])
+    assert len(copied.buffer) == 3 * PAGE and buffers.allocated_bytes == 4 * PAGE
+    with pytest.raises(TraceError, match="has no room on the host") as caught:
+        buffers.copy([torch.zeros(2 * PAGE, dtype=torch.uint8)])
+    assert caught.value.code == "overloaded"
+
+
+def test_a_result_that_is_too_large_for_the_host_fails_alone() -> None:
+    model: Any = Model(torch.rand(LAYERS, 30_000))
+    recorder = Recorder(model, 60.0)
+    recorder.buffers = HostBuffers(CPU, recorder._evict, 3 * PAGE)
+    with pytest.raises(TraceError) as caught:
+        decode_report(recorder.collect(finished(recorder, model, 30_000, layers=True)))
+    assert caught.value.code == "overloaded"
+    assert decode_report(recorder.collect(finished(recorder, model, 30_000))).scores.sum() > 0
+
+
+def test_copies_of_rows_that_lie_apart() -> None:
+    buffers = HostBuffers(CPU, lambda: False)
+    source = torch.rand(3, 2, 5)
+    odd, apart = torch.rand(3, dtype=torch.float64), source[:, 1]
+    copied = buffers.copy([odd, apart])
+    assert torch.equal(copied.tensors[0], odd) and torch.equal(copied.tensors[1], apart)
+    assert copied.tensors[1].is_contiguous()
+
+
+def test_a_rank_that_cannot_give_its_totals_is_waited_for_by_nobody() -> None:
+    """It takes part all the same, with NaN."""
+    seen = []
+    exchange = TotalsExchange(lambda mine: seen.append(mine.clone()) or mine * 2, 2, 4, CPU)
+    sums = exchange.add_up([torch.tensor([1.0, 2.0]), None, torch.zeros(7)])
+    assert seen[0].shape == (6,) and seen[0].dtype == torch.float32
+    assert sums[0].tolist() == [2, 4]
+    assert sums[1].isnan().all() and sums[2].isnan().all()
+
+
+class LateClock(HostClock):
+    """A device that has passed some marks only; asking for the time before that is an error."""
+
+    reached = 0.0
+
+    def passed(self, mark: float) -> bool:
+        return mark <= self.reached
+
+    def seconds(self, start: float, stop: float) -> float:
+        assert stop <= self.reached
+        return stop - start
+
+
+def test_time_of_recording_is_added_up_step_by_step() -> None:
+    """Steps that the device has passed are one number by the time of the pick-up."""
+    clock, spent, shared = LateClock(), TimeSpent(), TimeSpent()
+    for step in range(4):
+        spent.fold()
+        pieces = Pieces(clock)
+        spent.include(pieces)
+        shared.include(pieces)
+        for layer in range(3):
+            pieces.add(float(10 * step + layer), 10 * step + layer + 0.5)
+        clock.reached = 10.0 * step  # One step behind.
+    assert len(spent._steps) == 2
+    clock.reached = 100.0
+    assert spent.seconds() == shared.seconds() == spent.seconds() == 4 * 3 * 0.5

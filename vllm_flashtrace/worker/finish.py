@@ -1,0 +1,389 @@
+"""From the sums of a recorded trace to its scores: what is done in the step that finishes it.
+
+Everything that grows with layers times tokens is queued on the device in that step, and what the
+API server needs is copied to the host behind it, without waiting. Picking a result up later only
+reads the host's copy.
+
+    `measure`          the proximity pass; leaves each layer's proximities and their totals
+    `TotalsExchange`   adds up the totals of the ranks that share the heads
+    `score`            shares of the totals, summed over layers, on their way to the host
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.logs import log_unexpected
+from vllm_flashtrace.core.proximity import l1_proximity, token_shares
+from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes
+from vllm_flashtrace.worker.step import Segment, Trace
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.worker.traced_model import TracedModel
+
+HOST_BYTES = 1 << 30
+"""Most memory that a worker's results may take on the host while they wait for pick-up."""
+
+_TOKENS_AT_ONCE = 4096
+_ALIGNMENT = 16
+_PAGE = 1 << 16
+
+
+@dataclass(slots=True, eq=False)
+class Measured:
+    """A trace after its proximity pass, on the device.
+
+    Attributes:
+        trace: The trace; its column sums now hold the proximities.
+        tokens: float32 ``[L, N]``, each token's proximity summed over this rank's heads.
+        totals: float64 ``[L]``, `tokens` summed over tokens.
+        residual: float64 ``[L]``, the proximity of the residual, the same on every rank.
+        recorded: Mark at the end of the last recording step.
+    """
+
+    trace: Trace
+    tokens: Tensor
+    totals: Tensor
+    residual: Tensor
+    recorded: Any
+
+
+def measure(segment: Segment, model: TracedModel) -> Measured:
+    """Runs the proximity pass over all layers; must be called while the blocks are held.
+
+    A layer's proximities take the place of its first head's column sums, which nobody needs then.
+    """
+    trace = segment.trace
+    recorded = trace.clock.mark()
+    trace.complete_sums()
+    layers = model.shape.num_layers
+    totals = torch.zeros(layers, dtype=torch.float64, device=model.device)
+    residual = torch.zeros_like(totals)
+    for layer in range(layers):
+        sums = trace.layer_sums(layer)
+        tokens = model.token_proximity(
+            layer,
+            sums,
+            segment.batch_row.block_table,
+            trace.spec.exact_fraction,
+            trace.adapter,
+        )
+        totals[layer] = tokens.sum(dtype=torch.float64)
+        residual[layer] = l1_proximity(sums.residual, sums.stream)
+        sums.column_sums[0] = tokens
+    return Measured(trace, trace.sums.column_sums[:, 0], totals, residual, recorded)
+
+
+class TotalsExchange:
+    """Adds up the ranks' totals per layer: one all-reduce for all traces that a step finishes.
+
+    Invariant: every rank calls `add_up` for the same steps with the same number of traces, which
+    follow from the scheduler's output alone. A rank that has failed a trace gives NaN, so that no
+    rank has a result and none waits for another.
+    """
+
+    def __init__(
+        self,
+        all_reduce: Callable[[Tensor], Tensor],
+        layers: int,
+        most_traces: int,
+        device: torch.device,
+    ) -> None:
+        """Takes the memory of the exchange, so that none is lacking later.
+
+        Args:
+            all_reduce: Sums a float32 tensor ``[n]`` over the ranks.
+            layers: Layers of this pipeline stage.
+            most_traces: Most traces that a step can finish.
+            device: Where totals are.
+        """
+        self._all_reduce = all_reduce
+        with torch.inference_mode(False):  # It is written to with and without.
+            self._rows = torch.zeros(most_traces, layers, device=device)
+
+    def add_up(self, totals: Sequence[Tensor | None]) -> list[Tensor]:
+        """Sums over the ranks, float64 ``[L]`` for each trace.
+
+        Args:
+            totals: This rank's totals ``[L]`` of each trace; None where it has none.
+        """
+        rows = self._rows[: len(totals)]
+        rows.fill_(torch.nan)
+        for row, own in zip(rows, totals, strict=True):
+            if own is not None:
+                try:
+                    row.copy_(own)
+                except Exception as error:  # The others wait for this rank.
+                    log_unexpected("exchanging totals", error)
+        # In one dimension: some of vLLM's forms of it take two to be the model's activations.
+        return list(self._all_reduce(rows.flatten()).view_as(rows).double())
+
+
+def score(
+    measured: Measured, totals: Tensor | None, part: ModelPart, buffers: HostBuffers
+) -> FinishedTrace:
+    """Makes the scores ``e_j`` of each token, summed over the layers of this stage.
+
+    ``e_j = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))`` (section 3.2), where the denominator
+    runs over the heads of all ranks and the numerator over those of this one.
+
+    Args:
+        measured: The trace after its proximity pass; `tokens` is overwritten.
+        totals: float64 ``[L]``, `Measured.totals` summed over all ranks; None where this rank has
+            all the heads.
+        part: What of the model it is of.
+        buffers: Where the result goes.
+
+    Raises:
+        TraceError: ``overloaded``: there is no room for it on the host.
+    """
+    trace, tokens = measured.trace, measured.tokens
+    own = measured.totals + measured.residual
+    denominators = own if totals is None else totals + measured.residual
+    scores = torch.zeros(trace.spec.length, device=tokens.device)
+    for first in range(0, tokens.shape[1], _TOKENS_AT_ONCE):
+        some = slice(first, first + _TOKENS_AT_ONCE)
+        block = tokens[:, some]
+        shares = token_shares(block.double(), denominators)
+        # Behind the last target, where nothing flows from, scores stay 0.
+        scores[: trace.context][some] = shares.sum(0)
+        if trace.spec.layers:
+            block.copy_(shares)
+    ended = trace.clock.mark()
+    parts = [scores, own, denominators]
+    copied = buffers.copy([*parts, tokens] if trace.spec.layers else parts)
+    return FinishedTrace(
+        facts=TraceFacts.of(trace, part),
+        copied=copied,
+        recorded=measured.recorded,
+        ended=ended,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FinishedTrace:
+    """A trace whose scores are on the host, or under way to it.
+
+    Attributes:
+        facts: What is to be told of the trace beside its scores.
+        copied: float32 ``[length]``, the scores; float64 ``[L]``, the proximities of all tokens and
+            the residual over this rank's heads; float64 ``[L]``, over all ranks'; and, if the trace
+            asked for them, the scores per layer, float32 ``[L, context]``.
+        recorded: Mark at the end of the last recording step.
+        ended: Mark after the scores.
+    """
+
+    facts: TraceFacts
+    copied: HostCopy
+    recorded: Any
+    ended: Any
+
+    def report(self) -> WireReport:
+        """The trace's report, once `copied` has arrived.
+
+        Raises:
+            TraceError: ``recording_failed`` when a proximity is not finite, ``result_missing`` when
+                one of another rank is not.
+        """
+        facts = self.facts
+        scores, own, denominators, *layers = self.copied.tensors
+        self._check(own, "recording_failed", "a proximity of layer {} is not finite")
+        self._check(denominators, "result_missing", "another rank has no totals of layer {}")
+        per_layer = layers[0] if layers else None
+        return WireReport(
+            status="completed",
+            scores=tensor_bytes(scores),
+            layer_scores=b"" if per_layer is None else self._padded(per_layer),
+            num_layers=0 if per_layer is None else len(per_layer),
+            recomputed_tokens=facts.recomputed_tokens,
+            cached_tokens=facts.cached_tokens,
+            restarts=facts.restarts,
+            seconds=self._seconds(),
+            part=facts.part,
+        )
+
+    def _padded(self, layers: Tensor) -> bytes:
+        """The bytes of ``[L, length]``; a view of the host's copy, to be encoded at once."""
+        if behind := self.facts.length - layers.shape[1]:
+            layers = torch.nn.functional.pad(layers, (0, behind))
+        return cast(bytes, memoryview(layers.numpy()).cast("B"))
+
+    def _check(self, sums: Tensor, code: str, message: str) -> None:
+        finite = sums.isfinite()
+        if not bool(finite.all()):
+            layer = self.facts.part.first_layer + int((~finite).nonzero()[0])
+            raise TraceError(code, message.format(layer))
+
+    def _seconds(self) -> dict[str, float]:
+        facts = self.facts
+        recording = facts.recording_seconds()
+        return {
+            "prefill": max(0.0, facts.clock.seconds(facts.started, self.recorded) - recording),
+            "recording": recording,
+            "proximity": facts.clock.seconds(self.recorded, self.ended),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFacts:
+    """What is kept of a trace beside its numbers; see `Trace`."""
+
+    length: int
+    recomputed_tokens: int
+    cached_tokens: int
+    restarts: int
+    clock: Any
+    started: Any
+    recording_seconds: Callable[[], float]
+    part: ModelPart
+
+    @classmethod
+    def of(cls, trace: Trace, part: ModelPart) -> TraceFacts:
+        """Takes over from a trace of ``part`` of the model."""
+        return cls(
+            trace.spec.length,
+            trace.recomputed_tokens,
+            trace.cached_tokens,
+            trace.restarts,
+            trace.clock,
+            trace.started,
+            trace.recording.seconds,
+            part,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostCopy:
+    """Tensors in one buffer of the host.
+
+    Attributes:
+        tensors: To be read once `arrived`.
+        buffer: Goes back with `HostBuffers.give_back`.
+        arrived: Tells, without waiting, whether the device has written all of them.
+    """
+
+    tensors: list[Tensor]
+    buffer: Tensor
+    arrived: Callable[[], bool]
+
+
+def result_bytes(tokens: int, layers: int) -> int:
+    """Host memory for the result of a trace of so many tokens, without scores per layer."""
+    sizes = (4 * tokens, 8 * layers, 8 * layers)
+    return sum(_rounded(size, _ALIGNMENT) for size in sizes)
+
+
+class HostBuffers:
+    """Memory of the host that results are copied to: page-locked where the device is a GPU.
+
+    Page-locking stops the device, so a buffer is used again by later results, and is only freed
+    when the bound leaves no room for a larger one.
+    """
+
+    def __init__(
+        self, device: torch.device, evict: Callable[[], bool], limit_bytes: int = HOST_BYTES
+    ) -> None:
+        """Starts without a buffer.
+
+        Args:
+            device: Where results come from.
+            evict: Gives back the buffer that has been taken for longest; False if none is.
+            limit_bytes: Most bytes of all buffers together.
+        """
+        self._cuda = device.type == "cuda"
+        self._evict = evict
+        self._limit = limit_bytes
+        self._free: list[Tensor] = []
+        self._allocated = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Size of all buffers, free or taken."""
+        return self._allocated
+
+    def reserve(self, count: int, nbytes: int) -> None:
+        """Allocates buffers beforehand, as far as the bound lets it."""
+        size = _rounded(nbytes, _PAGE)
+        for _ in range(count):
+            if self._allocated + size <= self._limit:
+                self._free.append(self._allocate(size))
+
+    def copy(self, tensors: Sequence[Tensor]) -> HostCopy:
+        """Queues copies of tensors on the device; behind them is what `HostCopy.arrived` tells.
+
+        Raises:
+            TraceError: ``overloaded``: the buffers of other results leave no room.
+        """
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += _rounded(tensor.nbytes, _ALIGNMENT)
+        buffer = self._take(end)
+        try:
+            copies = []
+            for tensor, start in zip(tensors, starts, strict=True):
+                flat = buffer[start : start + tensor.nbytes].view(tensor.dtype)
+                copies.append(flat.view(tensor.shape))
+                # Row by row where rows lie apart: all at once would need a copy on the device.
+                pairs = [(copies[-1], tensor)]
+                if not tensor.is_contiguous():
+                    pairs = list(zip(copies[-1], tensor, strict=True))
+                for copy, source in pairs:
+                    copy.copy_(source, non_blocking=True)
+            return HostCopy(copies, buffer, self._mark())
+        except BaseException:
+            self._free.append(buffer)
+            raise
+
+    def give_back(self, copied: HostCopy) -> None:
+        """Lets the next result have a copy's buffer; its tensors must not be read any more."""
+        self._free.append(copied.buffer)
+
+    def _take(self, nbytes: int) -> Tensor:
+        while (buffer := self._found(nbytes)) is None:
+            if not self._evict():
+                raise TraceError(
+                    "overloaded",
+                    f"the trace's result of {nbytes} bytes has no room on the host, where all "
+                    f"results together may take {self._limit} bytes",
+                )
+        return buffer
+
+    def _found(self, nbytes: int) -> Tensor | None:
+        """The smallest free buffer that will do, or a new one; None if there is no room for it."""
+        fitting = [place for place, free in enumerate(self._free) if free.nbytes >= nbytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda place: self._free[place].nbytes))
+        size = _rounded(nbytes, _PAGE)
+        if self._allocated - sum(free.nbytes for free in self._free) + size > self._limit:
+            return None
+        while self._allocated + size > self._limit:
+            self._allocated -= self._free.pop().nbytes
+        return self._allocate(size)
+
+    def _allocate(self, size: int) -> Tensor:
+        with torch.inference_mode(False):  # It is written to with and without.
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
+        self._allocated += size
+        return buffer
+
+    def _mark(self) -> Callable[[], bool]:
+        if not self._cuda:
+            return _at_once
+        event = torch.cuda.Event()
+        event.record()
+        return event.query
+
+
+def _at_once() -> bool:
+    return True
+
+
+def _rounded(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
