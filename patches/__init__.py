@@ -13,10 +13,9 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``kernel_warm_up``      | CUDA     | kernels of traces are compiled at the start     |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | three methods of the V1 model runner            |
-| ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
+| ``model_runner_v2``     | CUDA     | two methods and a function of the V2 runner     |
 | ``prefix_cache``        | all      | how far a trace request may hit the cache       |
 | ``scheduler_share``     | all      | how much of a step trace prefills may take      |
-| ``weight_updates``      | all      | forgets derived weights when weights change     |
 | ``worker_rpc``          | all      | methods added to the worker base class          |
 """
 
@@ -66,7 +65,6 @@ def _modules() -> list[ModuleType]:
         model_runner_v1,
         prefix_cache,
         scheduler_share,
-        weight_updates,
         worker_rpc,
     )
 
@@ -78,7 +76,6 @@ def _modules() -> list[ModuleType]:
         model_runner_v1,
         prefix_cache,
         scheduler_share,
-        weight_updates,
         worker_rpc,
     ]
 

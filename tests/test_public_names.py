@@ -141,6 +141,7 @@ ERROR_CODES = {
     "tool_call_not_found",
     "unsupported_input",
     "unsupported_model",
+    "weights_changed",
 }
 
 

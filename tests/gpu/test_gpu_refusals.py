@@ -266,7 +266,6 @@ def test_refusals_are_part_of_a_report(
     first, second = traced(40, (20, 40)), traced(40, (20, 40))
     engine.step({"first": 40}, new={"first": first.new})
     assert engine.report(first).scores.sum() > 0
-    engine.capture.forget_weights()
     monkeypatch.setattr(layer, "_k_scale_float", 0.5)
     engine.step({"second": 40}, new={"second": second.new})
     with pytest.raises(TraceError, match="not quantized") as caught:

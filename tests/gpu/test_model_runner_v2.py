@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm.v1.worker.gpu import model_runner
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from tests.engine.harness import relative_l1
 from tests.gpu.v2_engine import (
-    LIMIT,
     V2Engine,
     apply_patches,
     assert_exact,
@@ -25,7 +21,6 @@ from tests.gpu.v2_engine import (
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker import taps
-from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.observer import current
 
 
@@ -141,41 +136,3 @@ def test_no_token_is_scheduled(engine: V2Engine, float64_llama: Any) -> None:
     assert engine.runner.execute_model(output, None).req_ids == []
     engine.step({"trace": 10})
     assert_exact(engine, trace, float64_llama)
-
-
-def test_weights_that_changed_are_read_again(
-    engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``reload_weights`` drops what was derived, also when it fails half-way."""
-    first, second = traced(60, (40, 60)), traced(60, (40, 60))
-    engine.step({"a": 60}, new={"a": first.new})
-    before = assert_exact(engine, first, float64_llama).scores
-
-    def stock(runner: Any) -> None:
-        for layer in engine.capture._model.layers:  # type: ignore[union-attr]
-            layer.out_proj.weight.data.mul_(3)
-        raise RuntimeError("half-way")
-
-    from vllm_flashtrace.patches.weight_updates import forgetting
-
-    monkeypatch.setattr(GPUModelRunner, "reload_weights", forgetting(stock))
-    with pytest.raises(RuntimeError, match="half-way"):
-        engine.runner.reload_weights()
-    model = engine.capture._model
-    assert isinstance(model, GPUTracedModel) and not model._projections and not model._readings
-    tripled = oracle_with(float64_llama, 3)
-    engine.step({"b": 60}, new={"b": second.new}, finished=["a"])
-    after = engine.report(second).scores
-    assert relative_l1(after, second.oracle(tripled)) < LIMIT
-    assert relative_l1(after, before) > 100 * LIMIT
-
-
-def oracle_with(model: Any, factor: float) -> Any:
-    """The model with its output projections multiplied."""
-    import copy
-
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(factor)
-    return model

@@ -216,7 +216,7 @@ def v2_engine(
 
 def apply_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Applies the patch of the V2 runner until the test ends."""
-    for name in ("execute_model", "prepare_attn", "reload_weights"):
+    for name in ("execute_model", "prepare_attn"):
         monkeypatch.setattr(GPUModelRunner, name, getattr(GPUModelRunner, name))
     dispatch = "dispatch_cg_and_sync_dp"
     monkeypatch.setattr(model_runner, dispatch, getattr(model_runner, dispatch))

@@ -70,7 +70,6 @@ def test_kill_switch() -> None:
         "model_runner_v1",
         "prefix_cache",
         "scheduler_share",
-        "weight_updates",
         "worker_rpc",
     ],
 )

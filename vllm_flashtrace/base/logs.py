@@ -36,6 +36,7 @@ _LOGGED_MESSAGES = frozenset(
         "timeout",
         "unsupported_input",
         "unsupported_model",
+        "weights_changed",
     }
 )
 # What was asked for is not there. The client reads so in its response; the server is in order.

@@ -51,6 +51,7 @@ class TraceReport:
         cached_tokens: Tokens whose KV came from the prefix cache.
         restarts: How often recording began again after a preemption.
         seconds: Seconds by phase (``queue``, ``prefill``, ``attribution``).
+        weights: What tells the weights that it was computed with from others.
     """
 
     scores: torch.Tensor
@@ -59,18 +60,25 @@ class TraceReport:
     cached_tokens: int = 0
     restarts: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    weights: str = ""
 
 
 @dataclass(slots=True)
 class TraceUsage:
-    """Cost of a whole attribution, summed over its hops."""
+    """Cost of a whole attribution, summed over its hops.
+
+    Attributes:
+        weights: `TraceReport.weights` of its hops; None before the first.
+    """
 
     recomputed_tokens: int = 0
     cached_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    weights: str | None = None
 
     def add(self, report: TraceReport) -> None:
         """Adds one hop's cost."""
+        self.weights = report.weights
         self.recomputed_tokens += report.recomputed_tokens
         self.cached_tokens += report.cached_tokens
         for phase, value in report.seconds.items():

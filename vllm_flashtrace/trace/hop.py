@@ -189,8 +189,11 @@ def take_report(
         engine_seconds: Time from handing the hop to the engine to its report.
 
     Raises:
-        TraceError: ``bad_scores`` when the recursion refuses the scores.
+        TraceError: ``bad_scores`` when the recursion refuses the scores, ``weights_changed`` when
+            the hop was not computed with the weights of the hop before.
     """
+    if usage.weights not in (None, report.weights):
+        raise TraceError("weights_changed", "the model's weights changed between two hops")
     try:
         plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
     except ValueError as error:

@@ -47,7 +47,6 @@ class CPUTracedModel(TracedModel):
         super().__init__(model, config, torch.device("cpu"))
         for layer in self.layers:
             _check_layer(layer)
-        self._forms = [cpu_attention_form(layer) for layer in self.layers]
         self._scratch = Scratch()
 
     def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
@@ -61,7 +60,8 @@ class CPUTracedModel(TracedModel):
             _order(attention),
             self._scratch,
         )
-        inputs = AttentionInputs(query, keys.transpose(1, 2)[None], group.rows, self._forms[layer])
+        form = cpu_attention_form(self.layers[layer])
+        inputs = AttentionInputs(query, keys.transpose(1, 2)[None], group.rows, form)
         paged_column_sums(inputs, layer, overwrite_keys=True)
 
     def paged_values(self, layer: int, block_table: Tensor, tokens: int) -> PagedValues:

@@ -217,18 +217,31 @@ def model_part(model: nn.Module, config: VllmConfig) -> ModelPart:
 def output_projection(layer: TracedLayer) -> torch.Tensor:
     """``W_O`` of a layer as the linear layer keeps it, ``[D, H * d]``, in the model's dtype.
 
-    With tensor parallelism these are the columns of this rank's own heads. The CPU backend empties
-    ``weight`` after packing it for its kernels, so the matrix is got by applying the projection to
-    the identity. The bias is not part of it: it belongs to no token.
+    With tensor parallelism these are the columns of this rank's own heads. A matrix that is packed
+    (see `packed_kernel`) is got by applying the projection to the identity. The bias is not part of
+    it: it belongs to no token.
     """
     projection, attention = layer.out_proj, layer.attention
+    if packed_kernel(projection) is None:
+        return projection.weight.detach()
     rows = attention.num_heads * attention.head_size
-    weight = projection.weight
-    if weight.ndim == 2 and weight.shape[1] == rows:
-        return weight.detach()
     identity = torch.eye(rows, dtype=projection.params_dtype)
     with torch.inference_mode():
         return projection.quant_method.apply(projection, identity).t().contiguous()
+
+
+def packed_kernel(module: nn.Module) -> Callable[..., Any] | None:
+    """What the CPU backend computes a linear layer with, if it has packed the matrix.
+
+    vLLM then empties ``weight`` and keeps the packed matrix in the closure of a function, where
+    nothing writes to it: the same function is the same matrix. A function that closes over nothing
+    reads ``weight``.
+
+    Returns:
+        None where the layer computes with ``weight``.
+    """
+    kernel = vars(module).get("cpu_linear")
+    return kernel if getattr(kernel, "__closure__", None) else None
 
 
 def base_projection(projection: nn.Module | None) -> tuple[nn.Module | None, nn.Module | None]:

@@ -1,0 +1,120 @@
+"""Notices that a model's weights have changed, by whatever way.
+
+Training frameworks write weights in many ways: through vLLM's methods, through a method of a worker
+extension, by copies into ``param.data`` that no counter of PyTorch sees, by new tensors, or from
+another process that shares the memory. Two things follow:
+
+- Nothing that is derived from weights is kept beyond the step it is derived in, except from the
+  packed matrices of the CPU backend, which cannot be written to; see `layers.packed_kernel`.
+- All forward passes of a trace must have had the same weights. So the bits of all weights are added
+  up at each step that computes tokens of a trace, on the device and without waiting for it, and
+  what comes out is compared with the trace's first step and, at the end, between its hops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_flashtrace.worker.layers import packed_kernel
+
+_PIECE = 2048
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_ODD = (-7046029254386353131, -4658895280553007687)
+
+
+class WeightsFingerprint:
+    """A number for all parameters and buffers of a model, as they are when it is asked for.
+
+    The bits are read as integers of 64 bits and added up in pieces of 16 KiB; the number is the sum
+    of the pieces, each times an odd number of its own, modulo 2^64. So any change within one piece
+    that changes its sum, that of a single weight above all, is certain to change the number. Not
+    noticed are changes that leave the sum of every piece as it was, such as another order of the
+    words within a piece, and of all others one in 2^64.
+
+    A matrix that the CPU backend has packed for its kernels counts as the kernel that holds it.
+
+    Reading is bound by memory: it takes about as long as a decode step with one token.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Reads nothing yet.
+
+        Args:
+            model: The model.
+            device: Where numbers are added up.
+        """
+        self._model = model
+        self._device = device
+        self._kernels: list[Callable[..., Any]] = []
+        self._packings = 0
+        self._factors = torch.empty(0, dtype=torch.int64, device=device)
+
+    def take(self) -> Tensor:
+        """The number now, int64 ``[]`` on the device; never waits for a GPU."""
+        sums: list[Tensor] = []
+        kernels: list[Callable[..., Any]] = []
+        with torch.no_grad():
+            for tensor in self._tensors(kernels):
+                sums += [part.to(self._device) for part in _piece_sums(tensor)]
+            packing = torch.full((1,), self._packing(kernels), device=self._device)
+            pieces = torch.cat([*sums, packing])
+            return (pieces * self._factors_of(len(pieces))).sum()
+
+    def _tensors(self, kernels: list[Callable[..., Any]]) -> Iterator[Tensor]:
+        """Each parameter and buffer once; what packs a module's matrix goes to ``kernels``."""
+        seen: set[int] = set()
+        for module in self._model.modules():
+            kernel = packed_kernel(module)
+            if kernel is not None:
+                kernels.append(kernel)
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    if tensor is not None and id(tensor) not in seen and not tensor.is_meta:
+                        seen.add(id(tensor))
+                        yield tensor
+
+    def _packing(self, kernels: list[Callable[..., Any]]) -> int:
+        """How often the packed matrices have been others than the time before."""
+        known = self._kernels
+        if len(kernels) != len(known) or any(
+            new is not old for new, old in zip(kernels, known, strict=True)
+        ):
+            self._kernels = kernels  # Held, so that none of them can be taken for a later one.
+            self._packings += 1
+        return self._packings
+
+    def _factors_of(self, count: int) -> Tensor:
+        if len(self._factors) != count:
+            mixed = torch.arange(1, count + 1, device=self._device) * _ODD[0]
+            mixed = (mixed ^ (mixed >> 31)) * _ODD[1]
+            self._factors = (mixed ^ (mixed >> 29)) | 1
+        return self._factors
+
+
+def _piece_sums(tensor: Tensor) -> list[Tensor]:
+    """The sum of each piece of a tensor's bits, and single words where there is no whole piece."""
+    words = _words(tensor)
+    whole = len(words) // _PIECE * _PIECE
+    parts = []
+    if whole:
+        parts.append(words[:whole].view(-1, _PIECE).sum(1, dtype=torch.int64))
+    if whole < len(words):
+        parts.append(words[whole:].to(torch.int64))
+    return parts
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """A tensor's bits in the order of memory, as the widest integers that fit, ``[words]``."""
+    flat = tensor.detach()
+    if not flat.is_contiguous():
+        # What is there once in memory counts once: twice a change may be none modulo 2^64.
+        flat = flat[tuple(slice(None) if stride else 0 for stride in flat.stride())]
+        flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
+    flat = flat.reshape(-1).contiguous()  # A copy only where there are gaps between the numbers.
+    size, start = flat.itemsize * len(flat), flat.itemsize * int(flat.storage_offset())
+    widest = next(word for word in _WORDS if not (size | start) % word.itemsize)
+    return flat.view(widest)
