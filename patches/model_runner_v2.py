@@ -1,11 +1,11 @@
 """Lets the V2 model runner record traces.
 
-What it changes: four functions of ``vllm.v1.worker.gpu.model_runner``.
+What it changes: three functions of ``vllm.v1.worker.gpu.model_runner``.
 ``GPUModelRunner.execute_model`` first shows the scheduler's output to the capture; dummy runs are
 not touched. Until it returns, ``dispatch_cg_and_sync_dp`` keeps the step out of CUDA graphs if it
 computes target rows of a trace, and ``GPUModelRunner.prepare_attn``, which knows the batch and its
-block tables, sets the observer. After ``GPUModelRunner.reload_weights`` derived weights are
-forgotten. Each always calls the stock function; the only argument that changes is ``need_eager``.
+block tables, sets the observer. Each always calls the stock function; the only argument that
+changes is ``need_eager``.
 
 Why here: vLLM has no public hook around a step. A step outside CUDA graphs still runs compiled code
 (``skip_compiled`` is left alone), because attention and taps are custom operators inside it.
@@ -24,7 +24,6 @@ from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
-from vllm_flashtrace.patches.weight_updates import forgetting
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import (
     RunnerCapture,
@@ -36,7 +35,6 @@ from vllm_flashtrace.worker.runner import (
 _METHODS: dict[str, tuple[str, ...]] = {
     "execute_model": ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),
     "prepare_attn": ("self", "input_batch"),
-    "reload_weights": ("self",),
 }
 _DISPATCH = "dispatch_cg_and_sync_dp"
 
@@ -75,7 +73,6 @@ def apply() -> None:
     """Wraps the methods and the function."""
     GPUModelRunner.execute_model = execute_wrapper(GPUModelRunner.execute_model)
     GPUModelRunner.prepare_attn = prepare_wrapper(GPUModelRunner.prepare_attn)
-    GPUModelRunner.reload_weights = forgetting(GPUModelRunner.reload_weights)
     setattr(model_runner, _DISPATCH, dispatch_wrapper(getattr(model_runner, _DISPATCH)))
 
 

@@ -49,6 +49,7 @@ def finished(
     trace.started, trace.next_position = 0.0, context
     trace.sums.residual.fill_(0.25)
     trace.sums.stream.fill_(1.0)
+    trace.weights.note(torch.tensor(7))
     recorder._traces[name], recorder._nonces[name] = trace, spec.nonce
     row: Any = types.SimpleNamespace(req_id=name, block_table=None)
     segment: Any = types.SimpleNamespace(trace=trace, batch_row=row)
@@ -85,7 +86,7 @@ def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> 
     nonce = finished(recorder, model, context)
     [stored] = recorder._results.values()
     kept = [tuple(one.shape) for one in stored.result.copied.tensors]  # type: ignore[union-attr]
-    assert kept == [(context,), (LAYERS,), (LAYERS,)]
+    assert kept == [(context,), (LAYERS,), (LAYERS,), (2,)]
     assert recorder.buffers.allocated_bytes <= result_bytes(context, LAYERS) + PAGE
     calls = model.calls
     monkeypatch.setattr(finish, "token_shares", None)

@@ -148,6 +148,7 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
         cached_tokens=first.cached_tokens,
         restarts=first.restarts,
         seconds={name: max(report.seconds.get(name, 0.0) for report in reports) for name in phases},
+        weights=" ".join(report.weights for report in reports),
     )
 
 

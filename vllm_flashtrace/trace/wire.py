@@ -168,6 +168,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         scores: float32 ``[length]``.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
         part: What of the model the numbers are of; ``L`` are the layers in it.
+        weights: What tells the worker's weights from others, the same in all of the trace's steps.
     """
 
     status: str
@@ -181,6 +182,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     restarts: int = 0
     seconds: dict[str, float] = {}
     part: ModelPart = ModelPart()
+    weights: str = ""
 
     def encode(self) -> bytes:
         """Msgpack form."""
@@ -218,6 +220,7 @@ def decode_report(data: bytes) -> TraceReport:
         cached_tokens=wire.cached_tokens,
         restarts=wire.restarts,
         seconds=wire.seconds,
+        weights=wire.weights,
     )
 
 

@@ -142,8 +142,11 @@ def score(
 
     Raises:
         TraceError: ``overloaded``: there is no room for it on the host.
+        ValueError: It was recorded in no step.
     """
-    trace, tokens = measured.trace, measured.tokens
+    trace, tokens, weights = measured.trace, measured.tokens, measured.trace.weights.numbers
+    if weights is None:
+        raise ValueError("the weights of no step were noted")
     own = measured.totals + measured.residual
     denominators = own if totals is None else totals + measured.residual
     scores = torch.zeros(trace.spec.length, device=tokens.device)
@@ -156,7 +159,7 @@ def score(
         if trace.spec.layers:
             block.copy_(shares)
     ended = trace.clock.mark()
-    parts = [scores, own, denominators]
+    parts = [scores, own, denominators, weights]
     copied = buffers.copy([*parts, tokens] if trace.spec.layers else parts)
     return FinishedTrace(
         facts=TraceFacts.of(trace, part),
@@ -173,8 +176,9 @@ class FinishedTrace:
     Attributes:
         facts: What is to be told of the trace beside its scores.
         copied: float32 ``[length]``, the scores; float64 ``[L]``, the proximities of all tokens and
-            the residual over this rank's heads; float64 ``[L]``, over all ranks'; and, if the trace
-            asked for them, the scores per layer, float32 ``[L, context]``.
+            the residual over this rank's heads; float64 ``[L]``, over all ranks'; int64 ``[2]``,
+            see `WeightsSeen`; and, if the trace asked for them, the scores per layer, float32
+            ``[L, context]``.
         recorded: Mark at the end of the last recording step.
         ended: Mark after the scores.
     """
@@ -188,11 +192,16 @@ class FinishedTrace:
         """The trace's report, once `copied` has arrived.
 
         Raises:
-            TraceError: ``recording_failed`` when a proximity is not finite, ``result_missing`` when
-                one of another rank is not.
+            TraceError: ``weights_changed`` when not all steps had the same weights,
+                ``recording_failed`` when a proximity is not finite, ``result_missing`` when one of
+                another rank is not.
         """
         facts = self.facts
-        scores, own, denominators, *layers = self.copied.tensors
+        scores, own, denominators, weights, *layers = self.copied.tensors
+        if int(weights[1]):
+            raise TraceError(
+                "weights_changed", "the model's weights changed while the trace was recorded"
+            )
         self._check(own, "recording_failed", "a proximity of layer {} is not finite")
         self._check(denominators, "result_missing", "another rank has no totals of layer {}")
         per_layer = layers[0] if layers else None
@@ -206,6 +215,7 @@ class FinishedTrace:
             restarts=facts.restarts,
             seconds=self._seconds(),
             part=facts.part,
+            weights=f"{int(weights[0]) % (1 << 64):016x}",
         )
 
     def _padded(self, layers: Tensor) -> bytes:
@@ -275,7 +285,7 @@ class HostCopy:
 
 def result_bytes(tokens: int, layers: int) -> int:
     """Host memory for the result of a trace of so many tokens, without scores per layer."""
-    sizes = (4 * tokens, 8 * layers, 8 * layers)
+    sizes = (4 * tokens, 8 * layers, 8 * layers, 16)
     return sum(_rounded(size, _ALIGNMENT) for size in sizes)
 
 

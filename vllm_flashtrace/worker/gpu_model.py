@@ -65,7 +65,8 @@ class GPUTracedModel(TracedModel):
             )
         keys = self._views(layer, reading).keys
         heads = query if query.dim() == 3 else query.unflatten(-1, (-1, keys.shape[3]))
-        paged_column_sums(AttentionInputs(heads, keys, group.rows, reading.form), layer)
+        form = gpu_attention_form(self.layers[layer])
+        paged_column_sums(AttentionInputs(heads, keys, group.rows, form), layer)
 
     def paged_values(self, layer: int, block_table: Tensor, tokens: int) -> PagedValues:
         """See `TracedModel`."""
@@ -88,21 +89,16 @@ class GPUTracedModel(TracedModel):
             )
         return min(limit, max_accumulator_mib << 20)
 
-    def forget_weights(self) -> None:
-        """Drops what was derived from weights; scales and sinks are weights too."""
-        super().forget_weights()
-        self._readings.clear()
-
     def _reading(self, layer: int) -> _Reading:
-        """Read when first needed, and again after a change of weights."""
+        """Read when first needed, and again when scales, which come with weights, are others."""
+        traced = self.layers[layer]
+        attention = traced.attention
+        scales = cache_scales(attention)
         reading = self._readings.get(layer)
-        if reading is None:
-            traced = self.layers[layer]
-            attention = traced.attention
+        if reading is None or reading.scales != scales:
             check_gpu_layer(traced, self._flashinfer_quantizes)
             reading = self._readings[layer] = _Reading(
-                form=gpu_attention_form(traced),
-                scales=cache_scales(attention),
+                scales=scales,
                 dtype=quantized_dtype(attention),
                 quantized_queries=attention.query_quant is not None,
             )
@@ -130,13 +126,11 @@ class _Reading:
     """How a layer's numbers are to be read.
 
     Attributes:
-        form: How it forms attention weights, with the scales of K and of quantised queries.
         scales: All scales of its cache.
         dtype: What a quantised cache's bytes are; None if it is not quantised.
         quantized_queries: Whether queries reach the kernel in fp8.
     """
 
-    form: AttentionForm
     scales: CacheScales
     dtype: torch.dtype | None
     quantized_queries: bool

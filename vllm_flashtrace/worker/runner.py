@@ -110,11 +110,6 @@ class RunnerCapture:
         self.recorder = Recorder(self._model, ttl, refusal=self.refusal)
         self._exchange = _totals_exchange(runner)
 
-    def forget_weights(self) -> None:
-        """Drops what was derived from the model's weights."""
-        if self._model is not None:
-            self._model.forget_weights()
-
     def settle_budget(self, activation_bytes: int = 0) -> None:
         """Measures the memory that traces may take and takes that of their results; once.
 

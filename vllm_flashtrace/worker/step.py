@@ -61,8 +61,13 @@ class StepRecorder:
         self._attentions = 0
         self.groups: list[RowGroup] = []
         segments = []
-        for row in batch:
-            if row.req_id in traces and (segment := self._begin(traces[row.req_id], row)):
+        rows = [row for row in batch if row.req_id in traces]
+        if rows:
+            weights = model.fingerprint.take()
+            for row in rows:
+                traces[row.req_id].weights.note(weights)
+        for row in rows:
+            if segment := self._begin(traces[row.req_id], row):
                 segments.append(segment)
         for members in [segments] if model.batched else [[segment] for segment in segments]:
             self._plan(members)
@@ -208,6 +213,25 @@ class BatchRow:
     block_table: torch.Tensor
 
 
+class WeightsSeen:
+    """Whether the weights were the same in all steps of one trace.
+
+    Attributes:
+        numbers: int64 ``[2]`` on the device: the number at the first step, and 0 for as long as it
+            has been the same since.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: torch.Tensor | None = None
+
+    def note(self, number: torch.Tensor) -> None:
+        """Takes note of a step's `WeightsFingerprint`; never waits for a GPU."""
+        if self.numbers is None:
+            self.numbers = torch.stack([number, torch.zeros_like(number)])
+        else:
+            self.numbers[1] |= self.numbers[0] ^ number
+
+
 class Trace:
     """One trace request's sums ``c``, ``r`` and ``x`` of every layer, while it is prefilled.
 
@@ -228,6 +252,7 @@ class Trace:
         clock: Sets and reads those marks.
         sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
         stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r``.
+        weights: Whether the model's weights were the same in all chunks.
     """
 
     def __init__(
@@ -246,6 +271,7 @@ class Trace:
         self.recomputed_tokens = 0
         self.restarts = 0
         self.stream_lacks_residual = False
+        self.weights = WeightsSeen()
         self.clock = model.clock
         self.started: Any = None
         self.recording = TimeSpent()

@@ -19,12 +19,15 @@ from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core.proximity import LayerSums
 from vllm_flashtrace.kernels import PagedRows, PagedValues, ProximityInputs, RowSegment, proximity
 from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
+from vllm_flashtrace.worker.fingerprint import WeightsFingerprint
 from vllm_flashtrace.worker.layers import (
     added_weight,
+    base_projection,
     check_config,
     find_layers,
     model_part,
     output_projection,
+    packed_kernel,
 )
 from vllm_flashtrace.worker.step import RowGroup
 from vllm_flashtrace.worker.taps import has_taps
@@ -98,6 +101,7 @@ class TracedModel(ABC):
         part: What of the whole model is on this worker.
         shape: Sizes of that part.
         clock: Times the device's work.
+        fingerprint: Tells whether the model's weights have changed.
         slot_of: Tells where a LoRA adapter's weights are, by its id; set by the runner.
     """
 
@@ -124,9 +128,10 @@ class TracedModel(ABC):
             hidden_size=config.model_config.get_hidden_size(),
         )
         self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
+        self.fingerprint = WeightsFingerprint(model, device)
         self.slot_of: Callable[[int], int] | None = None
         self._indices = {layer.name: index for index, layer in enumerate(self.layers)}
-        self._projections: dict[int, Projection] = {}
+        self._unpacked: dict[int, tuple[Callable[..., Any], Projection]] = {}
 
     @abstractmethod
     def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
@@ -174,20 +179,15 @@ class TracedModel(ABC):
         return proximity(inputs, exact_fraction=exact_fraction)
 
     def output_projection(self, layer: int, adapter: int | None = None) -> Projection:
-        """``W_O`` of a layer in the model's dtype, kept once read; with an adapter in float32."""
-        kept = self._projections.get(layer)
-        if kept is None:
-            kept = self._projections[layer] = self._projection(
-                output_projection(self.layers[layer])
-            )
+        """``W_O`` of a layer as it is now, in the model's dtype; with an adapter in float32."""
+        base = self._base_projection(layer)
         if adapter is None:
-            return kept
+            return base
         added = added_weight(self.layers[layer], adapter, self.slot_of)
         if added is None:
-            return kept
-        # Not kept, since slots change hands. In float32, since an adapter's small changes would be
-        # lost in sixteen bits.
-        return self._projection(added.add_(kept.weight))
+            return base
+        # In float32, since an adapter's small changes would be lost in sixteen bits.
+        return self._projection(added.add_(base.weight))
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
         """Readies target rows for recording; done once per step and used for every layer."""
@@ -210,12 +210,29 @@ class TracedModel(ABC):
             return max_accumulator_mib << 20
         return part_of_memory()
 
-    def forget_weights(self) -> None:
-        """Drops what was derived from weights, for when they are about to change."""
-        self._projections.clear()
-
     def end_step(self) -> None:  # noqa: B027 - most models keep nothing for a step
         """Returns memory that only a step with traces needs."""
+
+    def _base_projection(self, layer: int) -> Projection:
+        """``W_O`` without adapters, kept only while it is packed in the kernel it is read from.
+
+        Weights change by many ways, and a projection of old ones would be well-formed and wrong.
+        """
+        traced = self.layers[layer]
+        used, _ = base_projection(getattr(traced.block, "o_proj", None))
+        replaced = used is not traced.out_proj
+        if replaced:
+            raise UnsupportedModelError(
+                f"traces are not supported with an output projection that was replaced as a module "
+                f"({traced.name})"
+            )
+        kernel = packed_kernel(traced.out_proj)
+        if kernel is None:
+            return self._projection(output_projection(traced))
+        kept = self._unpacked.get(layer)
+        if kept is None or kept[0] is not kernel:
+            kept = self._unpacked[layer] = kernel, self._projection(output_projection(traced))
+        return kept[1]
 
     def _projection(self, weight: Tensor) -> Projection:
         by_head = weight.unflatten(1, (self.shape.num_heads, -1))
