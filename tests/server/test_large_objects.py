@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.server.scripted_app import App
+from vllm_flashtrace.server import attributions
 from vllm_flashtrace.server.large_objects import as_text, json_pieces, plain
 from vllm_flashtrace.trace import tracer as tracer_module
 from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution
@@ -59,7 +60,9 @@ async def ask(app: App, path: str, body: dict[str, Any]) -> list[dict[str, Any]]
     response = await app.post(path, **body, flashtrace=LARGE)
     assert response.status_code == 200, response.text[:500]
     assert "flashtrace-" not in response.text
-    return objects(events(response.text) if body.get("stream") else response.json())
+    found = objects(events(response.text) if body.get("stream") else response.json())
+    # In a stream each goes out when it is ready.
+    return sorted(found, key=lambda one: one["prompt_tokens"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -175,6 +178,15 @@ async def test_the_event_loop_never_works_long_for_a_large_object(app, path):
     assert len(text) > 5_000_000
     assert max(map(len, parts)) < 100_000
     assert max(turns) < at_once / 4
+
+
+async def test_token_ids_are_not_searched_for_text(app, monkeypatch):
+    searched = []
+    monkeypatch.setattr(attributions, "check_text", lambda value, name: searched.append(name))
+    ids = app.engine.get_tokenizer().encode(WORDS)
+    response = await app.post("/v1/attributions", prompt=ids, completion=" 4821")
+    assert response.json()["status"] == "completed"
+    assert searched == ["completion", "model"]
 
 
 async def test_its_memory_is_held_until_the_last_part_is_sent(app):
