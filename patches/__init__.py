@@ -14,6 +14,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | three methods of the V1 model runner            |
 | ``model_runner_v2``     | CUDA     | two methods and a function of the V2 runner     |
+| ``output_handler``      | all      | a stopped server's requests in flight end       |
 | ``prefix_cache``        | all      | how far a trace request may hit the cache       |
 | ``scheduler_share``     | all      | how much of a step trace prefills may take      |
 | ``worker_rpc``          | all      | methods added to the worker base class          |
@@ -63,6 +64,7 @@ def _modules() -> list[ModuleType]:
         engine_options,
         model_load,
         model_runner_v1,
+        output_handler,
         prefix_cache,
         scheduler_share,
         worker_rpc,
@@ -74,6 +76,7 @@ def _modules() -> list[ModuleType]:
         engine_options,
         model_load,
         model_runner_v1,
+        output_handler,
         prefix_cache,
         scheduler_share,
         worker_rpc,

@@ -68,6 +68,7 @@ def test_kill_switch() -> None:
         "data_parallel",
         "model_load",
         "model_runner_v1",
+        "output_handler",
         "prefix_cache",
         "scheduler_share",
         "worker_rpc",
