@@ -180,7 +180,8 @@ def requests(draw: st.DrawFn, route: str, stream: bool) -> Sent:
 
 
 _JUNK: list[Any] = [
-    *(None, True, 0, -1, 1.5, 10**30, "", "a", "\ud800", "4821", "assistant", "auto", "none"),
+    # As "n" a number in a string is good, and thousands of choices keep vLLM busy for many seconds.
+    *(None, True, 0, -1, 1.5, 10**30, "", "a", "\ud800", "4", "assistant", "auto", "none"),
     *([], [[]], [None], [1, "a"], {}, {"a": 1}, [_USER], {"role": "assistant", "content": []}),
     {"type": "text", "text": "a"},
     [{"type": "text", "text": "a"}],

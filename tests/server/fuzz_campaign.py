@@ -96,7 +96,13 @@ class Campaign:
 
     async def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         began = time.monotonic()
-        response = await in_time(self.app.client.request(method, path, **options))
+        try:
+            response = await in_time(self.app.client.request(method, path, **options))
+        except TimeoutError:
+            sent = options.get("content", options.get("json"))
+            raise AssertionError(
+                f"no answer to {method} {path} within {SECONDS} s: {sent!r:.4000}"
+            ) from None
         self.slowest = max(self.slowest, (time.monotonic() - began, f"{method} {path[:40]}"))
         return response
 
