@@ -17,6 +17,7 @@ import msgspec
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_flashtrace.patches._check import PatchError
+from vllm_flashtrace.trace.wire import secret_id
 from vllm_flashtrace.worker.runner import activation_bytes, capture_of, worker_report
 
 _METHODS = ("flashtrace_collect", "flashtrace_discard", "flashtrace_status")
@@ -46,6 +47,7 @@ def apply() -> None:
         return msgspec.msgpack.encode(
             {
                 "refusal": capture.refusal,
+                "secret": secret_id(),
                 "recording": len(capture.recorder.active_requests),
                 "waiting_results": capture.recorder.waiting_results,
                 "accumulator_bytes": capture.recorder.accumulator_bytes,

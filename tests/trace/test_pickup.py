@@ -17,7 +17,7 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.pickup import decode_status, pick_up, pick_up_now
-from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, WireReport, stages
+from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, WireReport, secret_id, stages
 from vllm_flashtrace.worker.finish import Measured, TotalsExchange
 from vllm_flashtrace.worker.recorder import Recorder
 from vllm_flashtrace.worker.step import TimeSpent
@@ -330,6 +330,16 @@ def test_one_status_of_several_workers() -> None:
     )
     assert merged.pop("refusal") == "why" and merged.pop("recording") == 3
     assert AccumulatorBudget.from_status(merged) == AccumulatorBudget(70, 7, 14)
+
+
+def test_a_worker_with_another_secret_refuses() -> None:
+    own, other = (
+        msgspec.msgpack.encode({"refusal": None, "secret": secret})
+        for secret in (secret_id(), "0123456789abcdef")
+    )
+    assert decode_status([own, own])["refusal"] is None
+    for replies in ([own, other], [other, own]):
+        assert "FLASHTRACE_SECRET" in decode_status(replies)["refusal"]
 
 
 async def test_workers_that_answer_later() -> None:

@@ -23,10 +23,12 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import (
+    SECRET_ENV,
     WireReport,
     decode_report,
     decode_wire,
     misfit,
+    secret_id,
     stages,
 )
 
@@ -90,8 +92,10 @@ def pick_up_now(nonce: str, call: WorkerCall) -> TraceReport:
 def decode_status(replies: Sequence[Any]) -> dict[str, Any]:
     """One status of all workers: a refusal of any, the tightest budget, the largest counts.
 
-    What a worker says of itself (``worker``) is left out.
+    A worker with another secret than this process refuses too: it would take no part in what the
+    others compute for a trace. What a worker says of itself (``worker``) is left out.
     """
+    own = secret_id()
     merged: dict[str, Any] = {}
     budgets = []
     for reply in replies:
@@ -99,6 +103,8 @@ def decode_status(replies: Sequence[Any]) -> dict[str, Any]:
         budget = AccumulatorBudget.from_status(status)
         if budget is not None:
             budgets.append(budget)
+        if status.pop("secret", own) != own:
+            merged["refusal"] = f"a worker has another {SECRET_ENV} than the server"
         for key, value in status.items():
             if key == "worker":
                 continue

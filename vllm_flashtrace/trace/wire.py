@@ -94,6 +94,11 @@ def ensure_secret() -> str:
     return os.environ.setdefault(SECRET_ENV, secrets.token_hex(32))
 
 
+def secret_id() -> str:
+    """Tells this process's secret from others without showing it."""
+    return _mac(b"which secret").hex()[:16]
+
+
 def seal(spec: TraceSpec) -> bytes:
     """HMAC-SHA256 followed by the msgpack form of ``spec``."""
     payload = msgspec.msgpack.encode(spec)
