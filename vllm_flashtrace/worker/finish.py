@@ -222,7 +222,7 @@ class FinishedTrace:
         """The bytes of ``[L, length]``; a view of the host's copy, to be encoded at once."""
         if behind := self.facts.length - layers.shape[1]:
             layers = torch.nn.functional.pad(layers, (0, behind))
-        return cast(bytes, memoryview(layers.numpy()).cast("B"))
+        return cast(bytes, layers.numpy().data.cast("B"))
 
     def _check(self, sums: Tensor, code: str, message: str) -> None:
         finite = sums.isfinite()
