@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import httpx
@@ -74,6 +75,17 @@ def attribute_long(server: Server) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
+
+
+def generate_long(server: Server, begun: Event) -> str:
+    """A stream without a trace that takes longer than the server lives."""
+    body = {"model": "m", "prompt": "One", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    lines = []
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+        for line in response.iter_lines():
+            begun.set()
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def metrics(server: Server) -> Any:
@@ -170,9 +182,16 @@ def test_sigterm_of_two_servers_that_may_take_their_time(pair):
 
 
 def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
-    log = tmp_path / "server.log"
-    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True, by_command=True) as server:
+    serving = serve(
+        OURS, model_path, tmp_path / "server.log", *ONE_PLACE, worker_process=True, by_command=True
+    )
+    begun = Event()
+    with serving as server, ThreadPoolExecutor() as pool:
+        generation = pool.submit(generate_long, server, begun)
+        assert begun.wait(120)
         check_sigterm(server)
+        # Stock vLLM may leave it waiting, and then never ends itself.
+        assert "EngineCore encountered an issue" in generation.result(timeout=60)
 
 
 def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
