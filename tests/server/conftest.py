@@ -75,5 +75,7 @@ def server(
     log = tmp_path_factory.mktemp("ours") / "server.log"
     faults = "--worker-extension-cls=tests.faults.WorkerFaults"
     env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    with serve(OURS, model_path, log, faults, worker_process=True, **env) as running:
+    with serve(
+        OURS, model_path, log, faults, worker_process=True, by_command=True, **env
+    ) as running:
         yield running
