@@ -21,12 +21,40 @@ def break_function(_: Any, module: str, owner: str | None, name: str) -> None:
 
 
 def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
+    """Takes a fault back, if there is one."""
     import importlib
 
     holder: Any = importlib.import_module(module)
     if owner is not None:
         holder = getattr(holder, owner)
-    setattr(holder, name, getattr(holder, name).original)
+    broken = getattr(holder, name)
+    if hasattr(broken, "original"):
+        setattr(holder, name, broken.original)
+
+
+def break_next_call(worker: Any, module: str, owner: str | None, name: str) -> None:
+    """Runs in the worker: makes ``module[.owner].name`` raise once; ``injected_faults`` counts."""
+    import importlib
+
+    holder: Any = importlib.import_module(module)
+    if owner is not None:
+        holder = getattr(holder, owner)
+    original = getattr(holder, name)
+    if hasattr(original, "original"):
+        return  # It has not been called since.
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        setattr(holder, name, original)
+        worker.injected_faults = injected_faults(worker) + 1
+        raise RuntimeError(f"injected into {name}")
+
+    broken.original = original  # type: ignore[attr-defined]
+    setattr(holder, name, broken)
+
+
+def injected_faults(worker: Any) -> int:
+    """Runs in the worker: how many calls :func:`break_next_call` has made raise."""
+    return int(getattr(worker, "injected_faults", 0))
 
 
 CAPTURE = "vllm_flashtrace.worker"

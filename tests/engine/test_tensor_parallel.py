@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.rank_faults import Load, Outcome, lost, run_load, run_with_faults
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.worker_faults import (
     check_failing_rank,
@@ -99,6 +100,25 @@ def test_a_key_value_head_on_both_ranks(
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_rank_that_fails(two_ranks: Engine, phase: str, rank: int) -> None:
     check_failing_rank(two_ranks, rank, phase, JOBS[0], TOKENS)
+
+
+@pytest.fixture(scope="module")
+def load() -> Load:
+    return Load.make(completions=24, traces=12)
+
+
+@pytest.fixture(scope="module")
+def without_faults(two_ranks: Engine, load: Load) -> Outcome:
+    return run_load(two_ranks, load)
+
+
+@pytest.mark.parametrize(("phase", "rank"), [("attention", 0), ("scores", 1)])
+def test_what_runs_beside_a_rank_that_fails(
+    two_ranks: Engine, load: Load, without_faults: Outcome, phase: str, rank: int
+) -> None:
+    """A small part of ``python -m benchmarks.rank_faults``."""
+    row = run_with_faults(two_ranks, load, without_faults, phase, rank)
+    assert not lost(row), row
 
 
 def test_a_rank_that_lost_its_result(two_ranks: Engine) -> None:
