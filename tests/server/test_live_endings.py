@@ -144,12 +144,12 @@ def test_vllms_spans_nest_under_ours_under_the_requests(pair, receiver):
     assert below == sorted([PARENT, *(key.hex() for key in ours)])
 
 
-def submit(pool: ThreadPoolExecutor, server: Server, waiting: int) -> list[Future[Any]]:
-    """A long attribution and completions whose traces wait behind it."""
+def submit(pool: ThreadPoolExecutor, server: Server, wait: int) -> list[Future[Any]]:
+    """A long attribution and four completions, of which so many already wait behind it."""
     futures = [pool.submit(attribute_long, server)]
     until(lambda: value(metrics(server), "traces_running") >= 1)
-    futures += [pool.submit(complete, server, i) for i in range(waiting)]
-    until(lambda: value(metrics(server), "traces_waiting") >= 1)
+    futures += [pool.submit(complete, server, i) for i in range(4)]
+    until(lambda: value(metrics(server), "traces_waiting") >= wait)
     return futures
 
 
@@ -168,9 +168,9 @@ def check_lost(server: Server, futures: list[Future[Any]]) -> None:
     assert len(lines) == len(lost)
 
 
-def check_sigterm(server: Server) -> None:
+def check_sigterm(server: Server, wait: int) -> None:
     with ThreadPoolExecutor() as pool:
-        futures = submit(pool, server, 4)
+        futures = submit(pool, server, wait)
         os.kill(server.pid, signal.SIGTERM)
         check_lost(server, futures)
     until(lambda: ended(server))
@@ -178,7 +178,7 @@ def check_sigterm(server: Server) -> None:
 
 def test_sigterm_of_two_servers_that_may_take_their_time(pair):
     """The last test on this pair. Without ``--shutdown-timeout`` vLLM kills both at once."""
-    check_sigterm(pair)
+    check_sigterm(pair, wait=1)
 
 
 def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
@@ -189,7 +189,8 @@ def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
     with serving as server, ThreadPoolExecutor() as pool:
         generation = pool.submit(generate_long, server, begun)
         assert begun.wait(120)
-        check_sigterm(server)
+        # vLLM would end a completion that it still generates with an error.
+        check_sigterm(server, wait=4)
         # Stock vLLM may leave it waiting, and then never ends itself.
         assert "EngineCore encountered an issue" in generation.result(timeout=60)
 
@@ -198,7 +199,7 @@ def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
     log = tmp_path / "server.log"
     with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True, by_command=True) as server:
         with ThreadPoolExecutor() as pool:
-            futures = submit(pool, server, 4)
+            futures = submit(pool, server, wait=4)
             engine_core(psutil.Process(server.pid)).kill()
             check_lost(server, futures)
         until(lambda: ended(server))
