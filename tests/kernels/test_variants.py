@@ -226,6 +226,7 @@ EVERY_MODEL = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 @EVERY_MODEL
+@pytest.mark.timeout(900)
 @settings(deadline=None, max_examples=25)
 @given(
     positions=st.lists(targets(), min_size=1, max_size=4),
@@ -270,6 +271,7 @@ def test_a_launch_that_was_not_compiled_for_is_seen(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.timeout(900)
 def test_compiled_variants_serve_launches() -> None:
     """With Triton's own cache, under a hook like that of vLLM's JIT monitor in its error mode."""
     model = Model(groups=1, shared=2, dim=64, hidden=64)
