@@ -21,7 +21,7 @@ from tests.gpu.v2_engine import (
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.kernels import RowSegment, SumsTouchedError
 from vllm_flashtrace.patches import model_runner_v2
-from vllm_flashtrace.trace.wire import decode_report
+from vllm_flashtrace.trace.wire import decode_wire
 from vllm_flashtrace.worker import gpu_model, step
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker.observer import current
@@ -275,5 +275,5 @@ def test_a_model_that_is_refused_is_served(
     capture = adapter.existing_capture(engine.runner)
     assert capture is not None and capture.refusal == "the model was loaded without taps"
     with pytest.raises(TraceError, match="without taps") as caught:
-        decode_report(capture.recorder.collect(trace.spec.nonce))
+        decode_wire(capture.recorder.collect(trace.spec.nonce)).to_report()
     assert caught.value.code == "unsupported_model"

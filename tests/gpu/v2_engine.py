@@ -32,7 +32,7 @@ from tests.oracle import oracle_scores
 from vllm_flashtrace.base.records import Span, TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.patches import model_runner_v2
-from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_report, seal
+from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_wire, seal
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import RunnerCapture
@@ -185,7 +185,7 @@ class V2Engine:
 
     def report(self, trace: Traced) -> TraceReport:
         """The report; raises TraceError if the trace failed or is not known."""
-        return decode_report(self.capture.recorder.collect(trace.spec.nonce))
+        return decode_wire(self.capture.recorder.collect(trace.spec.nonce)).to_report()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import (
     TraceSpec,
     WireReport,
-    decode_report,
+    decode_wire,
     seal,
     tensor_bytes,
     unseal,
@@ -87,7 +87,7 @@ def test_a_worker_refuses_what_does_not_fit_beside_the_others() -> None:
     with pytest.raises(
         TraceError, match=r"96 tokens needs 4992 bytes.*9888 bytes are tak"
     ) as caught:
-        decode_report(recorder.collect(more.nonce))
+        decode_wire(recorder.collect(more.nonce)).to_report()
     assert caught.value.code == "overloaded"
     recorder.drop(["a"])
     recorder.register("d", seal(spec(96)), 96)

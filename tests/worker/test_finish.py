@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.budget import ModelShape
-from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, decode_report, decode_wire
+from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, decode_wire
 from vllm_flashtrace.worker import finish
 from vllm_flashtrace.worker.finish import HostBuffers, TotalsExchange, result_bytes
 from vllm_flashtrace.worker.recorder import Recorder
@@ -68,7 +68,9 @@ def test_scores_are_exact(layers: bool, context: int) -> None:
     proximities[2] = 0
     model: Any = Model(proximities.clone())
     recorder = Recorder(model, 60.0)
-    report = decode_report(recorder.collect(finished(recorder, model, context, layers=layers)))
+    report = decode_wire(
+        recorder.collect(finished(recorder, model, context, layers=layers))
+    ).to_report()
     residual = HIDDEN * 0.25
     exact = proximities.double()
     exact = exact / (exact.sum(1) + residual)[:, None]
@@ -90,7 +92,7 @@ def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> 
     assert recorder.buffers.allocated_bytes <= result_bytes(context, LAYERS) + PAGE
     calls = model.calls
     monkeypatch.setattr(finish, "token_shares", None)
-    assert decode_report(recorder.collect(nonce)).scores.shape == (context,)
+    assert decode_wire(recorder.collect(nonce)).to_report().scores.shape == (context,)
     assert model.calls == calls == LAYERS and recorder.accumulator_bytes == 0
 
 
@@ -131,10 +133,10 @@ def test_results_that_nobody_picks_up_make_room() -> None:
     first, second, third = (finished(recorder, model, 20_000, name) for name in "abc")
     assert recorder.buffers.allocated_bytes == 4 * PAGE
     with pytest.raises(TraceError, match="needed its room") as caught:
-        decode_report(recorder.collect(first))
+        decode_wire(recorder.collect(first)).to_report()
     assert caught.value.code == "result_missing"
     for nonce in (second, third):
-        assert decode_report(recorder.collect(nonce)).scores.shape == (20_000,)
+        assert decode_wire(recorder.collect(nonce)).to_report().scores.shape == (20_000,)
 
 
 def test_small_free_buffers_make_room_for_a_large_one() -> None:
@@ -153,9 +155,12 @@ def test_a_result_that_is_too_large_for_the_host_fails_alone() -> None:
     recorder = Recorder(model, 60.0)
     recorder.buffers = HostBuffers(CPU, recorder._evict, 3 * PAGE)
     with pytest.raises(TraceError) as caught:
-        decode_report(recorder.collect(finished(recorder, model, 30_000, layers=True)))
+        decode_wire(recorder.collect(finished(recorder, model, 30_000, layers=True))).to_report()
     assert caught.value.code == "overloaded"
-    assert decode_report(recorder.collect(finished(recorder, model, 30_000))).scores.sum() > 0
+    assert (
+        decode_wire(recorder.collect(finished(recorder, model, 30_000))).to_report().scores.sum()
+        > 0
+    )
 
 
 def test_copies_of_rows_that_lie_apart() -> None:

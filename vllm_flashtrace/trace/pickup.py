@@ -25,7 +25,6 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import (
     SECRET_ENV,
     WireReport,
-    decode_report,
     decode_wire,
     misfit,
     secret_id,
@@ -55,19 +54,16 @@ async def pick_up(
     Raises:
         TraceError: The trace failed in a worker, or a worker does not know it.
     """
-    replies = await call("flashtrace_collect", (nonce,))
-    wires = await _decoded(replies, nonce, call)
+    wires = await _decoded(await call("flashtrace_collect", (nonce,)), nonce, call)
     while any(wire.status == "pending" for wire in wires):
         await pause(PENDING_SECONDS)
         again = await call("flashtrace_collect", (nonce,))
         # The others have given their answers, each once.
-        replies = [
-            later if wire.status == "pending" else reply
-            for wire, reply, later in zip(wires, replies, again, strict=True)
-        ]
-        wires = await _decoded(replies, nonce, call)
+        asked = [r for r, wire in zip(again, wires, strict=True) if wire.status == "pending"]
+        answered = iter(await _decoded(asked, nonce, call))
+        wires = [next(answered) if wire.status == "pending" else wire for wire in wires]
     members = stages([wire.part for wire in wires])
-    return _merged(members, [decode_report(reply) for reply in replies])
+    return _merged(members, [wire.to_report() for wire in wires])
 
 
 def pick_up_now(nonce: str, call: WorkerCall) -> TraceReport:

@@ -189,6 +189,27 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     part: ModelPart = ModelPart()
     weights: str = ""
 
+    def to_report(self) -> TraceReport:
+        """The report of a completed trace.
+
+        Raises:
+            TraceError: ``result_missing``: it is not completed.
+        """
+        if self.status != "completed":
+            raise TraceError("result_missing", f"the worker's result is {self.status}")
+        layers = None
+        if self.num_layers:
+            layers = tensor_of(self.layer_scores, torch.float32).view(self.num_layers, -1)
+        return TraceReport(
+            scores=tensor_of(self.scores, torch.float32),
+            layer_scores=layers,
+            recomputed_tokens=self.recomputed_tokens,
+            cached_tokens=self.cached_tokens,
+            restarts=self.restarts,
+            seconds=self.seconds,
+            weights=self.weights,
+        )
+
     def encode(self) -> bytes:
         """Msgpack form."""
         return msgspec.msgpack.encode(self)
@@ -208,25 +229,6 @@ def decode_wire(data: Any) -> WireReport:
     if wire.status not in ("completed", "pending"):
         raise TraceError(wire.code or "trace_failed", wire.message or "the trace failed")
     return wire
-
-
-def decode_report(data: bytes) -> TraceReport:
-    """Turns a worker's final answer into a report; raises TraceError as `decode_wire` does."""
-    wire = decode_wire(data)
-    if wire.status != "completed":
-        raise TraceError("result_missing", f"the worker's result is {wire.status}")
-    layers = None
-    if wire.num_layers:
-        layers = tensor_of(wire.layer_scores, torch.float32).view(wire.num_layers, -1)
-    return TraceReport(
-        scores=tensor_of(wire.scores, torch.float32),
-        layer_scores=layers,
-        recomputed_tokens=wire.recomputed_tokens,
-        cached_tokens=wire.cached_tokens,
-        restarts=wire.restarts,
-        seconds=wire.seconds,
-        weights=wire.weights,
-    )
 
 
 def stages(parts: Sequence[ModelPart]) -> list[list[int]]:
