@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
+
+
+def _holder(module: str, owner: str | None) -> Any:
+    found: Any = importlib.import_module(module)
+    return found if owner is None else getattr(found, owner)
 
 
 def break_function(_: Any, module: str, owner: str | None, name: str) -> None:
     """Runs in the worker: makes ``module[.owner].name`` raise."""
-    import importlib
-
-    holder: Any = importlib.import_module(module)
-    if owner is not None:
-        holder = getattr(holder, owner)
+    holder = _holder(module, owner)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"injected into {name}")
@@ -22,11 +24,7 @@ def break_function(_: Any, module: str, owner: str | None, name: str) -> None:
 
 def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
     """Takes a fault back, if there is one."""
-    import importlib
-
-    holder: Any = importlib.import_module(module)
-    if owner is not None:
-        holder = getattr(holder, owner)
+    holder = _holder(module, owner)
     broken = getattr(holder, name)
     if hasattr(broken, "original"):
         setattr(holder, name, broken.original)
@@ -34,11 +32,7 @@ def mend_function(_: Any, module: str, owner: str | None, name: str) -> None:
 
 def break_next_call(worker: Any, module: str, owner: str | None, name: str) -> None:
     """Runs in the worker: makes ``module[.owner].name`` raise once; ``injected_faults`` counts."""
-    import importlib
-
-    holder: Any = importlib.import_module(module)
-    if owner is not None:
-        holder = getattr(holder, owner)
+    holder = _holder(module, owner)
     original = getattr(holder, name)
     if hasattr(original, "original"):
         return  # It has not been called since.

@@ -172,7 +172,7 @@ class AsyncTracer:
                 self._admission.refuse_if_full(self._planning + self._results.waiting)
                 async with asyncio.timeout(self.config.trace_timeout_seconds):
                     plan, waited = await self._planned(
-                        request, completion, reasoning_parser, render
+                        partial(self._plan, request, completion, reasoning_parser, render)
                     )
                     result, usage = await self._run(plan, context, trace_id, watch, waited)
             except Exception as error:
@@ -219,23 +219,17 @@ class AsyncTracer:
         log_unexpected("an attribution", error)
         return TraceError("internal_error", f"{type(error).__name__}: {error}")
 
-    async def _planned(
-        self,
-        request: FlashTraceRequest,
-        completion: Completion,
-        reasoning_parser: Any | None,
-        render: Any | None,
-    ) -> tuple[TracePlan, float]:
+    async def _planned(self, plan: Callable[[], TracePlan]) -> tuple[TracePlan, float]:
         """The plan, and the seconds that it waited to be made."""
         began = time.monotonic()
 
-        def plan() -> tuple[TracePlan, float]:
+        def timed() -> tuple[TracePlan, float]:
             waited = time.monotonic() - began
-            return self._plan(request, completion, reasoning_parser, render), waited
+            return plan(), waited
 
         self._planning += 1
         try:
-            return await _in_text_thread(plan)
+            return await _in_text_thread(timed)
         finally:
             self._planning -= 1
 
