@@ -9,26 +9,41 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine
+from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.commands.demo import FILLER
 
 
 @pytest.fixture(scope="package")
 def smollm2(smollm2_folder: Path) -> Iterator[Engine]:
     """SmolLM2 in float32, eager, with prefix caching."""
+    engine = Engine(smollm2_folder, "SmolLM2, float32, eager: real weights")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="package")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="package")
+def tiny(tiny_folder: Path) -> Iterator[Engine]:
+    """A tiny model, for what does not depend on the weights: faults and scheduling."""
     engine = Engine(
-        smollm2_folder,
-        "SmolLM2, float32, eager: most tests of tests/engine",
+        tiny_folder,
+        "a tiny model: faults and scheduling",
         worker_process=True,
+        max_model_len=1024,
     )
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="package")
-def crowded(smollm2_folder: Path) -> Iterator[Engine]:
+def crowded(tiny_folder: Path) -> Iterator[Engine]:
     """The same model with small steps, few KV blocks and no prefix cache."""
     engine = Engine(
-        smollm2_folder,
+        tiny_folder,
         "small steps and few KV blocks: chunks and preemptions",
         enable_prefix_caching=False,
         max_num_batched_tokens=160,

@@ -15,44 +15,49 @@ from vllm_flashtrace.core.weights import TargetWeights
 TARGET = TargetWeights.from_spans([(300, 340)])
 
 
+@pytest.fixture(scope="module")
+def tokens(tiny: Engine) -> list[int]:
+    return text_tokens(tiny, 600)
+
+
 @pytest.mark.parametrize("phase", PHASES)
-def test_fault_fails_the_trace_alone(smollm2: Engine, trace_tokens: list[int], phase: str) -> None:
-    smollm2.on_worker(break_function, *PHASES[phase])
+def test_fault_fails_the_trace_alone(tiny: Engine, tokens: list[int], phase: str) -> None:
+    tiny.on_worker(break_function, *PHASES[phase])
     try:
         with pytest.raises(TraceError) as caught:
-            smollm2.trace(TraceJob(trace_tokens, TARGET))
-        text = smollm2.generate(trace_tokens, 8)
+            tiny.trace(TraceJob(tokens, TARGET))
+        text = tiny.generate(tokens, 8)
     finally:
-        smollm2.on_worker(mend_function, *PHASES[phase])
+        tiny.on_worker(mend_function, *PHASES[phase])
     assert caught.value.code == "recording_failed"
     assert "injected" in caught.value.message
-    assert text == smollm2.generate(trace_tokens, 8)
-    assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
-    _nothing_left(smollm2)
+    assert text == tiny.generate(tokens, 8)
+    assert tiny.trace(TraceJob(tokens, TARGET)).scores.sum() > 0
+    _nothing_left(tiny)
 
 
-def test_non_finite_activations_are_refused(smollm2: Engine, trace_tokens: list[int]) -> None:
+def test_non_finite_activations_are_refused(tiny: Engine, tokens: list[int]) -> None:
     def poison(worker: Any) -> None:
         import vllm_flashtrace.worker.step as step
 
         stock = step.StepRecorder.record_update
 
         def poisoned(self: Any, update: Any, residual: Any) -> None:
-            stock(self, update * float("nan") if self._updates == 7 else update, residual)
+            stock(self, update * float("nan") if self._updates == 2 else update, residual)
 
         poisoned.original = stock  # type: ignore[attr-defined]
         step.StepRecorder.record_update = poisoned  # type: ignore[method-assign]
 
-    smollm2.on_worker(poison)
+    tiny.on_worker(poison)
     try:
         with pytest.raises(TraceError, match="finite"):
-            smollm2.trace(TraceJob(trace_tokens, TARGET))
+            tiny.trace(TraceJob(tokens, TARGET))
     finally:
-        smollm2.on_worker(mend_function, *PHASES["residual"])
-    assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
+        tiny.on_worker(mend_function, *PHASES["residual"])
+    assert tiny.trace(TraceJob(tokens, TARGET)).scores.sum() > 0
 
 
-def test_a_layer_that_is_not_seen_fails_the_trace(smollm2: Engine, trace_tokens: list[int]) -> None:
+def test_a_layer_that_is_not_seen_fails_the_trace(tiny: Engine, tokens: list[int]) -> None:
     def skip_a_layer(worker: Any) -> None:
         import vllm_flashtrace.worker.runner as adapter
 
@@ -60,47 +65,47 @@ def test_a_layer_that_is_not_seen_fails_the_trace(smollm2: Engine, trace_tokens:
 
         def forgetful(self: Any, update: Any, residual: Any) -> None:
             self.calls = getattr(self, "calls", 0) + 1
-            if self.calls != 5:
+            if self.calls != 3:
                 stock(self, update, residual)
 
         forgetful.original = stock  # type: ignore[attr-defined]
         adapter.StepObserver.on_update = forgetful  # type: ignore[method-assign]
 
-    smollm2.on_worker(skip_a_layer)
+    tiny.on_worker(skip_a_layer)
     try:
         with pytest.raises(
-            TraceError, match="30 attention calls, 29 updates and 0 residual"
+            TraceError, match="4 attention calls, 3 updates and 0 residual"
         ) as caught:
-            smollm2.trace(TraceJob(trace_tokens, TARGET))
+            tiny.trace(TraceJob(tokens, TARGET))
     finally:
-        smollm2.on_worker(
+        tiny.on_worker(
             mend_function, "vllm_flashtrace.worker.runner", "StepObserver", "on_update"
         )
     assert caught.value.code == "recording_incomplete"
-    assert smollm2.trace(TraceJob(trace_tokens, TARGET)).scores.sum() > 0
+    assert tiny.trace(TraceJob(tokens, TARGET)).scores.sum() > 0
 
 
-def test_forged_spec_is_an_ordinary_request(smollm2: Engine, trace_tokens: list[int]) -> None:
-    job = TraceJob(trace_tokens, TARGET)
+def test_forged_spec_is_an_ordinary_request(tiny: Engine, tokens: list[int]) -> None:
+    job = TraceJob(tokens, TARGET)
     for forged in (b"x" * 80, b"", "text", {"nonce": "n"}, [1, 2]):
-        _, nonce = smollm2.submit(job, {"flashtrace": forged})
-        smollm2.run()
+        _, nonce = tiny.submit(job, {"flashtrace": forged})
+        tiny.run()
         with pytest.raises(TraceError) as caught:
-            smollm2.collect(nonce)
+            tiny.collect(nonce)
         assert caught.value.code == "result_missing"
-    assert smollm2.trace(job).scores.sum() > 0
-    _nothing_left(smollm2)
+    assert tiny.trace(job).scores.sum() > 0
+    _nothing_left(tiny)
 
 
-def test_spec_for_another_prompt_is_refused(smollm2: Engine, trace_tokens: list[int]) -> None:
-    job = TraceJob(trace_tokens, TARGET)
-    sealed = smollm2._record(smollm2._spec(job)).extra_args
-    other = TraceJob(trace_tokens[:-1], TARGET)
+def test_spec_for_another_prompt_is_refused(tiny: Engine, tokens: list[int]) -> None:
+    job = TraceJob(tokens, TARGET)
+    sealed = tiny._record(tiny._spec(job)).extra_args
+    other = TraceJob(tokens[:-1], TARGET)
     spec_nonce = _nonce(sealed["flashtrace"])
-    smollm2.submit(other, sealed)
-    smollm2.run()
+    tiny.submit(other, sealed)
+    tiny.run()
     with pytest.raises(TraceError, match="spec is for 600 tokens"):
-        smollm2.collect(spec_nonce)
+        tiny.collect(spec_nonce)
 
 
 def test_abort_returns_the_accumulators(crowded: Engine) -> None:
@@ -116,22 +121,22 @@ def test_abort_returns_the_accumulators(crowded: Engine) -> None:
     _nothing_left(crowded)
 
 
-def test_results_nobody_fetches_expire(smollm2: Engine, trace_tokens: list[int]) -> None:
+def test_results_nobody_fetches_expire(tiny: Engine, tokens: list[int]) -> None:
     def set_ttl(worker: Any, seconds: float) -> None:
         from vllm_flashtrace.worker.runner import capture_of
 
         capture_of(worker.model_runner).recorder._ttl = seconds
 
-    smollm2.on_worker(set_ttl, 0.0)
+    tiny.on_worker(set_ttl, 0.0)
     try:
-        _, nonce = smollm2.submit(TraceJob(trace_tokens, TARGET))
-        smollm2.run()
+        _, nonce = tiny.submit(TraceJob(tokens, TARGET))
+        tiny.run()
         with pytest.raises(TraceError) as caught:
-            smollm2.collect(nonce)
+            tiny.collect(nonce)
     finally:
-        smollm2.on_worker(set_ttl, 60.0)
+        tiny.on_worker(set_ttl, 60.0)
     assert caught.value.code == "result_missing"
-    _nothing_left(smollm2)
+    _nothing_left(tiny)
 
 
 def _nothing_left(engine: Engine) -> None:

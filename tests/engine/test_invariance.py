@@ -26,72 +26,76 @@ TARGET = TargetWeights.from_mapping(
 
 
 @pytest.fixture(scope="module")
-def alone(smollm2: Engine, trace_tokens: list[int]) -> torch.Tensor:
-    return smollm2.trace(TraceJob(trace_tokens, TARGET)).scores
+def tokens(tiny: Engine) -> list[int]:
+    return text_tokens(tiny, 600)
 
 
-def test_repeated(smollm2: Engine, trace_tokens: list[int], alone: torch.Tensor) -> None:
-    report = smollm2.trace(TraceJob(trace_tokens, TARGET))
+@pytest.fixture(scope="module")
+def alone(tiny: Engine, tokens: list[int]) -> torch.Tensor:
+    return tiny.trace(TraceJob(tokens, TARGET)).scores
+
+
+def test_repeated(tiny: Engine, tokens: list[int], alone: torch.Tensor) -> None:
+    report = tiny.trace(TraceJob(tokens, TARGET))
     assert report.cached_tokens == 128  # one whole block lies before the first target
     assert report.recomputed_tokens == 600 - 128
     assert relative_l1(report.scores, alone) <= LIMIT
 
 
 def test_among_other_traces_and_decoding(
-    smollm2: Engine, trace_tokens: list[int], alone: torch.Tensor
+    tiny: Engine, tokens: list[int], alone: torch.Tensor
 ) -> None:
     others = [
         TraceJob(
-            text_tokens(smollm2, 150 + 40 * i, f"Other {i}. "),
+            text_tokens(tiny, 150 + 40 * i, f"Other {i}. "),
             TargetWeights.from_spans([(100 + 10 * i, 140 + 30 * i)]),
         )
         for i in range(7)
     ]
-    decoding = [text_tokens(smollm2, 30 + 10 * i, f"Decoding {i}. ") for i in range(8)]
-    jobs = [*others[:4], TraceJob(trace_tokens, TARGET), *others[4:]]
-    reports = smollm2.trace_many(jobs, decoding=decoding)
+    decoding = [text_tokens(tiny, 30 + 10 * i, f"Decoding {i}. ") for i in range(8)]
+    jobs = [*others[:4], TraceJob(tokens, TARGET), *others[4:]]
+    reports = tiny.trace_many(jobs, decoding=decoding)
     assert agrees("among 7 traces and 8 decoding requests", reports[4].scores, alone)
     for job, report in zip(jobs, reports, strict=True):
-        assert relative_l1(report.scores, smollm2.trace(job).scores) <= LIMIT
+        assert relative_l1(report.scores, tiny.trace(job).scores) <= LIMIT
 
 
 def test_in_four_chunks_without_prefix_cache(
-    crowded: Engine, trace_tokens: list[int], alone: torch.Tensor
+    crowded: Engine, tokens: list[int], alone: torch.Tensor
 ) -> None:
-    report = crowded.trace(TraceJob(trace_tokens, TARGET))
+    report = crowded.trace(TraceJob(tokens, TARGET))
     assert report.recomputed_tokens == 600  # 160 + 160 + 160 + 120
     assert report.restarts == 0
     assert agrees("in 4 chunks, no prefix cache", report.scores, alone)
 
 
-def test_after_a_preemption(smollm2: Engine, crowded: Engine) -> None:
+def test_after_a_preemption(tiny: Engine, crowded: Engine) -> None:
     # Sixteen usable blocks of 128: the trace needs eight, eight decoding requests hold one each
     # and soon need a second one, which they take from the trace because it came last.
-    job = TraceJob(text_tokens(smollm2, 1000), TargetWeights.from_spans([(210, 330), (800, 1000)]))
+    job = TraceJob(text_tokens(tiny, 1000), TargetWeights.from_spans([(210, 330), (800, 1000)]))
     decoding = [text_tokens(crowded, 118, f"Decoding {i}. ") for i in range(8)]
     (report,) = crowded.trace_many([job], decoding, new_tokens=30)
     assert report.restarts >= 1
-    assert agrees("after a preemption", report.scores, smollm2.trace(job).scores)
+    assert agrees("after a preemption", report.scores, tiny.trace(job).scores)
 
 
 def test_weights_scale_does_not_matter(
-    smollm2: Engine, trace_tokens: list[int], alone: torch.Tensor
+    tiny: Engine, tokens: list[int], alone: torch.Tensor
 ) -> None:
     scaled = TargetWeights(TARGET.positions, TARGET.weights * 1000)
-    report = smollm2.trace(TraceJob(trace_tokens, scaled))
+    report = tiny.trace(TraceJob(tokens, scaled))
     assert relative_l1(report.scores, alone) <= 1e-5
 
 
-def test_pruning_stays_close_and_keeps_the_top(
-    smollm2: Engine, trace_tokens: list[int], alone: torch.Tensor
-) -> None:
-    report = smollm2.trace(TraceJob(trace_tokens, TARGET, exact_fraction=0.9))
-    assert relative_l1(report.scores, alone) <= 2e-3
-    assert set(report.scores.topk(10).indices.tolist()) == set(alone.topk(10).indices.tolist())
+def test_pruning_stays_close_and_keeps_the_top(smollm2: Engine, trace_tokens: list[int]) -> None:
+    exact = smollm2.trace(TraceJob(trace_tokens, TARGET)).scores
+    pruned = smollm2.trace(TraceJob(trace_tokens, TARGET, exact_fraction=0.9)).scores
+    assert relative_l1(pruned, exact) <= 2e-3
+    assert set(pruned.topk(10).indices.tolist()) == set(exact.topk(10).indices.tolist())
 
 
-def test_layers_add_up(smollm2: Engine, trace_tokens: list[int], alone: torch.Tensor) -> None:
-    report = smollm2.trace(TraceJob(trace_tokens, TARGET, layers=True))
+def test_layers_add_up(tiny: Engine, tokens: list[int], alone: torch.Tensor) -> None:
+    report = tiny.trace(TraceJob(tokens, TARGET, layers=True))
     assert report.layer_scores is not None
-    assert report.layer_scores.shape == (30, 600)
+    assert report.layer_scores.shape == (4, 600)
     torch.testing.assert_close(report.layer_scores.sum(0), report.scores)

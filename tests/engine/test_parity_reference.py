@@ -48,12 +48,12 @@ def test_paper_hops(
     assert ratios == pytest.approx(reference.thinking_ratios, abs=1e-3)
 
 
-def test_two_thousand_tokens(smollm2: Engine, hf_smollm2: torch.nn.Module) -> None:
-    token_ids = text_tokens(smollm2, 2000)
-    reference = reference_scores(hf_smollm2, token_ids, (1960, 2000)).hops[0]
-    job = TraceJob(token_ids, TargetWeights.from_spans([(1960, 2000)]))
+def test_twelve_hundred_tokens(smollm2: Engine, hf_smollm2: torch.nn.Module) -> None:
+    token_ids = text_tokens(smollm2, 1200)
+    reference = reference_scores(hf_smollm2, token_ids, (1160, 1200)).hops[0]
+    job = TraceJob(token_ids, TargetWeights.from_spans([(1160, 1200)]))
     error = relative_l1(smollm2.trace(job).scores, reference)
-    print(f"relative L1, 2000 tokens: {error:.2e}")
+    print(f"relative L1, 1200 tokens: {error:.2e}")
     assert error <= LIMIT
 
 

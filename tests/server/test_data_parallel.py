@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 
 LIMIT = 5e-4
 BLOCK = 32
-COMPLETIONS, CONCURRENCY, NEW_TOKENS = 40, 8, 16
+COMPLETIONS, CONCURRENCY, NEW_TOKENS = 24, 8, 16
 # Two hops: over the end of the answer, then over what led to it.
 FIELD = {"target": {"tokens": [[NEW_TOKENS - 8, NEW_TOKENS]]}, "hops": 1, "top_k": None}
 DEFERRED = {"mode": "deferred", "hops": 0}

@@ -91,9 +91,14 @@ def test_completion_that_fills_the_context(server: Server) -> None:
     assert trace["usage"]["dropped_target_tokens"] == 1
 
 
+@pytest.fixture(scope="module")
+def plain(server: Server) -> str:
+    text: str = complete(server).json()["choices"][0]["text"]
+    return text
+
+
 @pytest.mark.parametrize("phase", PHASES)
-def test_fault_in_the_worker(server: Server, phase: str) -> None:
-    plain = complete(server).json()["choices"][0]["text"]
+def test_fault_in_the_worker(server: Server, plain: str, phase: str) -> None:
     rpc(server, "break_phase", phase)
     try:
         [choice] = complete(server, flashtrace={"hops": 0}).json()["choices"]

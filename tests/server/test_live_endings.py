@@ -182,10 +182,8 @@ def test_sigterm_of_two_servers_that_may_take_their_time(pair):
 
 
 def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
-    serving = serve(
-        OURS, model_path, tmp_path / "server.log", *ONE_PLACE, worker_process=True, by_command=True
-    )
     begun = Event()
+    serving = serve(OURS, model_path, tmp_path / "server.log", *ONE_PLACE, worker_process=True)
     with serving as server, ThreadPoolExecutor() as pool:
         generation = pool.submit(generate_long, server, begun)
         assert begun.wait(120)
@@ -197,7 +195,7 @@ def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
 
 def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
     log = tmp_path / "server.log"
-    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True, by_command=True) as server:
+    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True) as server:
         with ThreadPoolExecutor() as pool:
             futures = submit(pool, server, wait=4)
             engine_core(psutil.Process(server.pid)).kill()
