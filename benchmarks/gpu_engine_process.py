@@ -195,7 +195,7 @@ class Measures:
             output = max(1, new_tokens // 4)
             case = Case(prompt + new_tokens, new_tokens - output, output)
             whole = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-            at_once = FlashTraceConfig().max_concurrent_traces
+            at_once = FlashTraceConfig().concurrent_traces(self._engine.llm.llm_engine.vllm_config)
             attribute_together(self._engine, case, whole, at_once)
         return requests / (time.perf_counter() - began)
 

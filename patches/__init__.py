@@ -12,11 +12,12 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``engine_options``      | all      | bad plugin options stop the start               |
 | ``kernel_warm_up``      | CUDA     | kernels of traces are compiled at the start     |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
-| ``model_runner_v1``     | all      | three methods of the V1 model runner            |
-| ``model_runner_v2``     | CUDA     | two methods and a function of the V2 runner     |
+| ``model_runner_v1``     | all      | four methods of the V1 model runner             |
+| ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
 | ``output_handler``      | all      | a stopped server's requests in flight end       |
 | ``prefix_cache``        | all      | how far a trace request may hit the cache       |
 | ``scheduler_share``     | all      | how much of a step trace prefills may take      |
+| ``trace_results``       | all      | results of traces go to the API server          |
 | ``worker_rpc``          | all      | methods added to the worker base class          |
 """
 
@@ -67,6 +68,7 @@ def _modules() -> list[ModuleType]:
         output_handler,
         prefix_cache,
         scheduler_share,
+        trace_results,
         worker_rpc,
     )
 
@@ -79,6 +81,7 @@ def _modules() -> list[ModuleType]:
         output_handler,
         prefix_cache,
         scheduler_share,
+        trace_results,
         worker_rpc,
     ]
 

@@ -1,10 +1,11 @@
 """Lets the V1 model runner record traces.
 
-What it changes: three methods of ``GPUModelRunner``, which the CPU runner inherits.
+What it changes: four methods of ``GPUModelRunner``, which the CPU runner inherits.
 ``execute_model`` first shows the scheduler's output to the capture.
 ``_determine_batch_execution_and_padding`` keeps a step with target rows of a trace out of CUDA
-graphs. ``_model_forward`` runs such a step with an observer. Each always calls the stock method;
-the only argument that changes is ``force_eager``.
+graphs. ``_model_forward`` runs such a step with an observer. To the output of ``sample_tokens`` the
+results of traces that the step finished are added; see ``trace_results``. Each always calls the
+stock method; the only argument that changes is ``force_eager``.
 
 Why here: vLLM has no public hook around a step. It documents ``_model_forward`` as the method to
 override for inspecting the forward pass; it runs with the forward context set and the requests' KV
@@ -38,6 +39,11 @@ def check() -> None:
         "GPUModelRunner._model_forward",
         *("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
     )
+    require_parameters(
+        getattr(GPUModelRunner, "sample_tokens", None),
+        "GPUModelRunner.sample_tokens",
+        *("self", "grammar_output"),
+    )
     dispatch = getattr(GPUModelRunner, "_determine_batch_execution_and_padding", None)
     require_parameters(
         dispatch, "GPUModelRunner._determine_batch_execution_and_padding", "self", "num_tokens"
@@ -52,6 +58,7 @@ def apply() -> None:
     stock_execute = GPUModelRunner.execute_model
     stock_dispatch = GPUModelRunner._determine_batch_execution_and_padding
     stock_forward = GPUModelRunner._model_forward
+    stock_sample = GPUModelRunner.sample_tokens
 
     @functools.wraps(stock_execute)
     def execute_model(
@@ -84,6 +91,13 @@ def apply() -> None:
         capture.end_forward(observer)
         return output
 
+    @functools.wraps(stock_sample)
+    def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        output = stock_sample(self, *args, **kwargs)
+        capture = existing_capture(self)
+        return output if capture is None else capture.with_results(output)
+
     GPUModelRunner.execute_model = execute_model
+    GPUModelRunner.sample_tokens = sample_tokens
     GPUModelRunner._determine_batch_execution_and_padding = _determine_batch_execution_and_padding
     GPUModelRunner._model_forward = _model_forward

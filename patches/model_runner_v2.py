@@ -1,11 +1,12 @@
 """Lets the V2 model runner record traces.
 
-What it changes: three functions of ``vllm.v1.worker.gpu.model_runner``.
+What it changes: four functions of ``vllm.v1.worker.gpu.model_runner``.
 ``GPUModelRunner.execute_model`` first shows the scheduler's output to the capture; dummy runs are
 not touched. Until it returns, ``dispatch_cg_and_sync_dp`` keeps the step out of CUDA graphs if it
 computes target rows of a trace, and ``GPUModelRunner.prepare_attn``, which knows the batch and its
-block tables, sets the observer. Each always calls the stock function; the only argument that
-changes is ``need_eager``.
+block tables, sets the observer. To the output of ``GPUModelRunner.sample_tokens`` the results of
+traces that the step finished are added; see ``trace_results``. Each always calls the stock
+function; the only argument that changes is ``need_eager``.
 
 Why here: vLLM has no public hook around a step. A step outside CUDA graphs still runs compiled code
 (``skip_compiled`` is left alone), because attention and taps are custom operators inside it.
@@ -29,12 +30,14 @@ from vllm_flashtrace.worker.runner import (
     RunnerCapture,
     StepObserver,
     batch_rows_v2,
+    existing_capture,
     observe_step,
 )
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "execute_model": ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),
     "prepare_attn": ("self", "input_batch"),
+    "sample_tokens": ("self", "grammar_output"),
 }
 _DISPATCH = "dispatch_cg_and_sync_dp"
 
@@ -73,6 +76,7 @@ def apply() -> None:
     """Wraps the methods and the function."""
     GPUModelRunner.execute_model = execute_wrapper(GPUModelRunner.execute_model)
     GPUModelRunner.prepare_attn = prepare_wrapper(GPUModelRunner.prepare_attn)
+    GPUModelRunner.sample_tokens = sample_wrapper(GPUModelRunner.sample_tokens)
     setattr(model_runner, _DISPATCH, dispatch_wrapper(getattr(model_runner, _DISPATCH)))
 
 
@@ -117,6 +121,18 @@ def prepare_wrapper(stock: Any) -> Any:
         return prepared
 
     return prepare_attn
+
+
+def sample_wrapper(stock: Any) -> Any:
+    """``sample_tokens`` whose output carries the results of traces."""
+
+    @functools.wraps(stock)
+    def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        capture = existing_capture(self)
+        return output if capture is None else capture.with_results(output)
+
+    return sample_tokens
 
 
 def dispatch_wrapper(stock: Any) -> Any:

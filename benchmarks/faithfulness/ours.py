@@ -222,8 +222,8 @@ class OursFamily(Family):
             if weights is None:
                 break  # Nothing is left to follow.
             call = trace_call(plan, weights, config, salt)
-            self._ft.llm.generate([call.prompt], call.params, use_tqdm=False)
-            report = pick_up_now(self._ft.llm, call.spec.nonce)
+            [output] = self._ft.llm.generate([call.prompt], call.params, use_tqdm=False)
+            report = pick_up_now(self._ft.llm, call.spec.nonce, output)
             take_report(plan, TraceUsage(), report, time.perf_counter() - began)
             result = plan.recursion.result()
             run.masses.append(result.hops[-1])

@@ -76,6 +76,8 @@ class Engine:
         from vllm import LLM
 
         self._in_process = in_process
+        self._nonces: dict[str, str] = {}
+        self._outputs: dict[str, Any] = {}
         with pytest.MonkeyPatch.context() as patch:
             if in_process:
                 overrides["distributed_executor_backend"] = "uni"
@@ -115,8 +117,10 @@ class Engine:
         while len(started) < len(decoding):  # so that they decode beside the traces
             started |= {out.request_id for out in engine.step() if out.outputs[0].token_ids}
         for job, spec in zip(jobs, specs, strict=True):
+            request_id = self._id()
+            self._nonces[request_id] = spec.nonce
             engine.add_request(
-                self._id(),
+                request_id,
                 self._prompt(job.token_ids),
                 self._record(spec),
                 lora_request=job.lora_request,
@@ -133,7 +137,12 @@ class Engine:
 
     def run(self) -> None:
         while self.llm.llm_engine.has_unfinished_requests():
-            self.llm.llm_engine.step()
+            self._step()
+
+    def _step(self) -> None:
+        for output in self.llm.llm_engine.step():
+            if nonce := self._nonces.pop(output.request_id, None):
+                self._outputs[nonce] = output
 
     def step_until(self, condition: Callable[[], bool]) -> None:
         """The engine core steps by itself; this waits, draining its outputs."""
@@ -145,7 +154,7 @@ class Engine:
     def collect(self, nonce: str) -> TraceReport:
         from vllm_flashtrace.offline.jobs import pick_up_now
 
-        return pick_up_now(self.llm, nonce)
+        return pick_up_now(self.llm, nonce, self._outputs.pop(nonce, None))
 
     def status(self) -> dict[str, Any]:
         from vllm_flashtrace.trace.pickup import decode_status
@@ -163,6 +172,7 @@ class Engine:
         if extra_args is not None:
             params.extra_args = extra_args
         request_id = self._id()
+        self._nonces[request_id] = spec.nonce
         self.llm.llm_engine.add_request(request_id, self._prompt(job.token_ids), params)
         return request_id, spec.nonce
 

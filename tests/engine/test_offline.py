@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -152,3 +153,20 @@ def test_weights_and_skipping(ft: FlashTrace) -> None:
     assert data["target"]["tokens"] == [[3, 4], [5, 6]]
     assert data["skipped_mass"] >= 0
     assert len(data["hops"]) == 3
+
+
+def test_results_come_with_the_outputs_of_their_requests(smollm2: Engine, ft: FlashTrace) -> None:
+    """So a hop costs no call to the workers, which would hold up the engine between its steps."""
+    calls: list[str] = []
+    rpc = smollm2.llm.collective_rpc
+
+    def counted(method: str, *args: Any, **kwargs: Any) -> Any:
+        calls.append(method)
+        return rpc(method, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2.llm, "collective_rpc", counted)
+        [answer] = ft.generate(["The code is 4821. The code is"], _greedy(max_tokens=8))
+    assert answer.to_dict()["status"] == "completed"
+    assert set(calls) == {"flashtrace_status"}
+    assert smollm2.status()["waiting_results"] == 0

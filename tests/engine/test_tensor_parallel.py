@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.engine.worker_faults import (
 )
 from tests.faults import PHASES
 from tests.tiny_models import Family, make_tiny_model
+from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -123,3 +125,23 @@ def test_what_runs_beside_a_rank_that_fails(
 
 def test_a_rank_that_lost_its_result(two_ranks: Engine) -> None:
     check_lost_result(two_ranks, 1, JOBS[0])
+
+
+def test_results_nobody_fetches_expire(two_ranks: Engine) -> None:
+    """Ranks keep their parts until they are asked; a worker alone sends its result at once."""
+
+    def set_ttl(worker: Any, seconds: float) -> None:
+        from vllm_flashtrace.worker.runner import capture_of
+
+        capture_of(worker.model_runner).recorder._ttl = seconds
+
+    two_ranks.on_worker(set_ttl, 0.0)
+    try:
+        _, nonce = two_ranks.submit(JOBS[0])
+        two_ranks.run()
+        with pytest.raises(TraceError) as caught:
+            two_ranks.collect(nonce)
+    finally:
+        two_ranks.on_worker(set_ttl, 60.0)
+    assert caught.value.code == "result_missing"
+    check_nothing_left(two_ranks)

@@ -17,7 +17,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "VLLM_TARGET_DEVICE": "cpu", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
 

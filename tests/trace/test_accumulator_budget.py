@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -97,6 +98,8 @@ def test_a_worker_refuses_what_does_not_fit_beside_the_others() -> None:
 class FakeLLM:
     """Answers every trace with made-up scores and keeps the lengths of each batch."""
 
+    llm_engine = SimpleNamespace(vllm_config=None)
+
     def __init__(self, budget: AccumulatorBudget | None, scores: Any = torch.ones) -> None:
         self.status = {"refusal": None, **(budget.to_status() if budget else {})}
         self.scores = scores
@@ -105,11 +108,12 @@ class FakeLLM:
 
     def generate(
         self, prompts: list[Any], params: list[Any], use_tqdm: bool, lora_request: list[Any]
-    ) -> None:
+    ) -> list[Any]:
         self.batches.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
         for each in params:
             one = unseal(each.extra_args["flashtrace"])
             self._specs[one.nonce] = one
+        return [object()] * len(prompts)  # They carry no results.
 
     def collect_rpc(self, nonce: str) -> bytes:
         length = self._specs.pop(nonce).length
@@ -176,3 +180,10 @@ def test_the_tightest_of_several_workers_admits_only_what_all_can_hold() -> None
             assert all(one.cost(context) <= one.limit_bytes for one in stages)
     assert AccumulatorBudget.tightest([BUDGET, BUDGET]) == BUDGET
     assert AccumulatorBudget.tightest([AccumulatorBudget(0, 3, 4), BUDGET]).limit_bytes == 0
+
+
+@pytest.mark.parametrize(("sequences", "places"), [(8, 8), (128, 32), (256, 64), (1024, 64)])
+def test_places_follow_the_engines_sequences(sequences: int, places: int) -> None:
+    engine = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=sequences))
+    assert FlashTraceConfig().concurrent_traces(engine) == places
+    assert FlashTraceConfig(max_concurrent_traces=3).concurrent_traces(engine) == 3

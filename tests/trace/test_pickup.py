@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,15 @@ from hypothesis import strategies as st
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.trace.pickup import decode_status, pick_up, pick_up_now
+from vllm_flashtrace.trace.pickup import (
+    CARRIED_KEY,
+    carried_answer,
+    decode_status,
+    pick_up,
+    pick_up_now,
+)
 from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, WireReport, secret_id, stages
-from vllm_flashtrace.worker.finish import Measured, TotalsExchange
+from vllm_flashtrace.worker.finish import FinishedTrace, Measured, TotalsExchange
 from vllm_flashtrace.worker.recorder import Recorder
 from vllm_flashtrace.worker.step import TimeSpent
 from vllm_flashtrace.worker.traced_model import HostClock
@@ -114,6 +121,59 @@ def drive(
         return replies
 
     return pick_up_now("n", call)
+
+
+def alone() -> Rank:
+    """A worker that has all heads and layers."""
+    tokens, residual = proximities(4, 1)
+    return Rank(tokens.sum(0), residual, ranks=1)
+
+
+def test_a_result_that_came_with_its_output_is_not_asked_for() -> None:
+    expected = drive([alone()])
+    rank = alone()
+    finish([rank])
+    outgoing = rank.recorder.hand_out(["another", "r"])
+    assert outgoing is not None and rank.recorder.hand_out(["r"]) is None
+
+    def asked(method: str, args: tuple[Any, ...]) -> list[Any]:
+        raise AssertionError(f"{method} was called")
+
+    output = types.SimpleNamespace(kv_transfer_params={CARRIED_KEY: outgoing.encode()["r"]})
+    report = pick_up_now("n", asked, carried_answer(output))
+    assert torch.equal(report.scores, expected.scores)
+    assert outgoing.encode() == {}
+    assert rank.recorder.waiting_results == 0 and rank.empty
+    taken = rank.recorder.buffers.allocated_bytes - sum(
+        free.nbytes for free in rank.recorder.buffers._free
+    )
+    assert taken == 0
+
+
+def test_a_result_that_is_not_on_the_host_yet_is_picked_up_later() -> None:
+    rank = alone()
+    finish([rank])
+    stored = rank.recorder._results["n"]
+    result = stored.result
+    assert isinstance(result, FinishedTrace)
+    under_way = dataclasses.replace(result.copied, arrived=lambda: False)
+    stored.result = dataclasses.replace(result, copied=under_way)
+    outgoing = rank.recorder.hand_out(["r"])
+    assert outgoing is not None and outgoing.encode() == {}
+    assert rank.recorder.waiting_results == 1
+    stored.result = result
+    assert drive([rank], finished=True).scores.sum() > 0
+    assert rank.empty
+
+
+def test_the_reason_of_a_failure_leaves_with_the_output_too() -> None:
+    rank = alone()
+    rank.recorder.fail("r", ValueError("injected"))
+    outgoing = rank.recorder.hand_out(["r"])
+    assert outgoing is not None
+    with pytest.raises(TraceError, match="injected"):
+        pick_up_now("n", lambda *_: [], outgoing.encode()["r"])
+    assert rank.empty
 
 
 def proximities(heads: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

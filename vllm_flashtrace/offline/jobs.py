@@ -58,12 +58,17 @@ def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> No
     """Runs all hops of all jobs; afterwards every job has its ``outcome``."""
     status = pickup.decode_status(llm.collective_rpc("flashtrace_status"))
     budget = AccumulatorBudget.from_status(status)
-    while _advance(jobs, llm, config, budget):
+    places = config.concurrent_traces(llm.llm_engine.vllm_config)
+    while _advance(jobs, llm, config, places, budget):
         pass
 
 
 def _advance(
-    jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig, budget: AccumulatorBudget | None
+    jobs: Sequence[TraceJob],
+    llm: Any,
+    config: FlashTraceConfig,
+    places: int,
+    budget: AccumulatorBudget | None,
 ) -> bool:
     """Runs the next hop of every unfinished job; False when all are done."""
     from vllm_flashtrace.trace.hop import trace_call
@@ -73,17 +78,17 @@ def _advance(
         for job, plan in _unfinished(jobs)
         if (weights := plan.recursion.next_weights()) is not None
     ]
-    for batch in _batches(calls, config.max_concurrent_traces, budget):
+    for batch in _batches(calls, places, budget):
         began = time.monotonic()
-        llm.generate(
+        outputs = llm.generate(
             [call.trace.prompt for call in batch],
             [call.trace.params for call in batch],
             use_tqdm=False,
             lora_request=[call.job.lora_request for call in batch],
         )
         seconds = time.monotonic() - began
-        for call in batch:
-            _collect(llm, call, seconds)
+        for call, output in zip(batch, outputs, strict=True):
+            _collect(llm, call, output, seconds)
     return bool(calls)
 
 
@@ -112,19 +117,23 @@ def _batches(
         yield batch
 
 
-def _collect(llm: Any, call: _Call, seconds: float) -> None:
+def _collect(llm: Any, call: _Call, output: Any, seconds: float) -> None:
     from vllm_flashtrace.trace.hop import take_report
 
     try:
-        report = pick_up_now(llm, call.trace.spec.nonce)
+        report = pick_up_now(llm, call.trace.spec.nonce, output)
         take_report(call.plan, call.job.usage, report, seconds)
     except FlashTraceError as error:
         call.job.error = error
 
 
-def pick_up_now(llm: Any, nonce: str) -> TraceReport:
-    """Picks up a trace's report from the workers of a ``vllm.LLM``."""
-    return pickup.pick_up_now(nonce, lambda method, args: llm.collective_rpc(method, args=args))
+def pick_up_now(llm: Any, nonce: str, output: Any) -> TraceReport:
+    """A trace's report, as its request's output or the workers of a ``vllm.LLM`` have it."""
+    return pickup.pick_up_now(
+        nonce,
+        lambda method, args: llm.collective_rpc(method, args=args),
+        pickup.carried_answer(output),
+    )
 
 
 def _unfinished(jobs: Sequence[TraceJob]) -> Iterator[tuple[TraceJob, TracePlan]]:

@@ -79,7 +79,7 @@ class FlashTraceEndpoint:
             logger.warning("FlashTrace is off: this model cannot be traced: %s", unsupported)
         deferred = DeferredAttributions(
             make_store(config, getattr(state, "flashtrace_store", None)),
-            places=config.max_concurrent_traces,
+            places=config.concurrent_traces(engine_client.vllm_config),
             on_change=tracer.observer.metrics.store_entries,
         )
         service = TraceService(tracer, config.limits, deferred, unsupported)

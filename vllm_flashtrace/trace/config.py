@@ -15,6 +15,8 @@ from vllm_flashtrace.api.request import RequestLimits
 
 SECTION = "flashtrace"
 
+_PART_OF_SEQUENCES, _FEWEST_TRACES, _MOST_TRACES = 4, 8, 64
+
 
 class FlashTraceConfig(BaseModel):
     """Server-side options; ``FlashTraceConfig.model_fields[name].description`` says what each does.
@@ -43,10 +45,12 @@ class FlashTraceConfig(BaseModel):
         lt=1.0,
         description='`"auto"` stops when less than this share of the mass is left on reasoning.',
     )
-    max_concurrent_traces: int = Field(
-        default=8,
+    max_concurrent_traces: int | None = Field(
+        default=None,
         ge=1,
-        description="Attributions that one API server has in the engine at once.",
+        description="Attributions that one API server has in the engine at once, as far as their "
+        "accumulators have room; `null` is a quarter of the engine's `--max-num-seqs`, at least 8 "
+        "and at most 64.",
     )
     max_waiting_traces: int = Field(
         default=256,
@@ -140,6 +144,13 @@ class FlashTraceConfig(BaseModel):
             if first["type"] == "extra_forbidden":
                 message += f"; allowed: {', '.join(cls.model_fields)}"
             raise ValueError(message) from error
+
+    def concurrent_traces(self, vllm_config: Any) -> int:
+        """`max_concurrent_traces`, or the default for an engine with this ``VllmConfig``."""
+        if self.max_concurrent_traces is not None:
+            return self.max_concurrent_traces
+        sequences: int = vllm_config.scheduler_config.max_num_seqs
+        return max(_FEWEST_TRACES, min(sequences // _PART_OF_SEQUENCES, _MOST_TRACES))
 
     @property
     def limits(self) -> RequestLimits:

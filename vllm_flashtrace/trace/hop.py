@@ -22,7 +22,7 @@ from vllm_flashtrace.base.records import TraceReport, TraceUsage
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines, noting_ranks
-from vllm_flashtrace.trace.pickup import pick_up
+from vllm_flashtrace.trace.pickup import carried_answer, pick_up
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ async def _run(
     outputs: list[Any] = []
     ranks: list[int] = []
     cached: int | None = None
+    carried: bytes | None = None
     with noting_ranks(ranks):
         async for output in engines.client.generate(
             call.prompt,
@@ -148,10 +149,11 @@ async def _run(
             data_parallel_rank=context.data_parallel_rank,
         ):
             outputs, cached = output.outputs, output.num_cached_tokens
+            carried = carried_answer(output)
     if any(output.finish_reason == "abort" for output in outputs):
         raise TraceError("aborted", "the engine aborted the trace (sleep, pause or shutdown)")
     rank = ranks[0] if ranks else context.data_parallel_rank
-    report = await pick_up(call.spec.nonce, functools.partial(engines.call, rank))
+    report = await pick_up(call.spec.nonce, functools.partial(engines.call, rank), carried)
     return HopRun(report, rank, cached)
 
 

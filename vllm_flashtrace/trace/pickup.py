@@ -7,6 +7,9 @@ is summed over layers, so the stages' scores add up.
 
 No rank waits for another, or for its device: one that failed says so, and the trace fails with its
 reason; one whose result is still on its way to the host is asked again.
+
+A worker that is alone sends its answer with the output of the trace's request, see the patch
+``trace_results``, and then needs no asking.
 """
 
 from __future__ import annotations
@@ -37,24 +40,38 @@ WorkerCall = Callable[[str, tuple[Any, ...]], Sequence[Any]]
 AsyncWorkerCall = Callable[[str, tuple[Any, ...]], Awaitable[Sequence[Any]]]
 
 
+CARRIED_KEY = "flashtrace"
+"""Where ``kv_transfer_params`` of a trace request's output has the worker's answer."""
+
 PENDING_SECONDS = 0.002
 """How long to wait before asking again for what is not on the host yet."""
 
 
+def carried_answer(output: Any) -> bytes | None:
+    """The worker's answer that a ``RequestOutput`` of a trace request carries, if it does."""
+    answer = (getattr(output, "kv_transfer_params", None) or {}).get(CARRIED_KEY)
+    return answer if isinstance(answer, bytes) else None
+
+
 async def pick_up(
-    nonce: str, call: AsyncWorkerCall, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    nonce: str,
+    call: AsyncWorkerCall,
+    carried: bytes | None = None,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> TraceReport:
     """Collects a trace's report; no worker keeps its result when this returns or raises TraceError.
 
     Args:
         nonce: The trace's nonce.
         call: Calls a method of all workers of the engine that ran the trace.
+        carried: The only worker's answer, if it is here already.
         pause: Waits for a number of seconds.
 
     Raises:
         TraceError: The trace failed in a worker, or a worker does not know it.
     """
-    wires = await _decoded(await call("flashtrace_collect", (nonce,)), nonce, call)
+    answers = [carried] if carried is not None else await call("flashtrace_collect", (nonce,))
+    wires = await _decoded(answers, nonce, call)
     while any(wire.status == "pending" for wire in wires):
         await pause(PENDING_SECONDS)
         again = await call("flashtrace_collect", (nonce,))
@@ -66,7 +83,7 @@ async def pick_up(
     return _merged(members, [wire.to_report() for wire in wires])
 
 
-def pick_up_now(nonce: str, call: WorkerCall) -> TraceReport:
+def pick_up_now(nonce: str, call: WorkerCall, carried: bytes | None = None) -> TraceReport:
     """As `pick_up`, where calls to the workers block."""
 
     async def answered(method: str, args: tuple[Any, ...]) -> Sequence[Any]:
@@ -75,7 +92,7 @@ def pick_up_now(nonce: str, call: WorkerCall) -> TraceReport:
     async def blocking(seconds: float) -> None:
         time.sleep(seconds)
 
-    pickup = pick_up(nonce, answered, blocking)
+    pickup = pick_up(nonce, answered, carried, blocking)
     try:
         pickup.send(None)  # Nothing in it suspends, so it needs no event loop.
     except StopIteration as done:

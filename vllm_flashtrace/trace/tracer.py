@@ -71,7 +71,7 @@ class AsyncTracer:
             tracing=vllm_config.observability_config.otlp_traces_endpoint is not None,
         )
         self._admission = Admission(
-            config.max_concurrent_traces,
+            config.concurrent_traces(vllm_config),
             max_waiting=config.max_waiting_traces,
             max_waiting_seconds=config.max_waiting_seconds,
             on_change=self.observer.metrics.load,

@@ -7,6 +7,7 @@ its time-to-live ends. It leaves the first when its request is finished or abort
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,8 +56,10 @@ class Recorder:
         self._ttl = result_ttl_seconds
         self._traces: dict[str, Trace] = {}
         self._nonces: dict[str, str] = {}
+        self._stored_as: dict[str, str] = {}
         self._measured: dict[str, Measured] = {}
         self._results: dict[str, _Stored] = {}
+        self._came_back: deque[tuple[str, _Stored]] = deque()
         device = torch.device("cpu") if model is None else model.device
         self.buffers = HostBuffers(device, self._evict)
 
@@ -73,6 +76,7 @@ class Recorder:
     @property
     def waiting_results(self) -> int:
         """Number of results that wait for pick-up."""
+        self._take_back()
         return len(self._results)
 
     def register(
@@ -156,11 +160,21 @@ class Recorder:
         """Ends a trace with a reason; the request itself goes on."""
         self._store(req_id, _failure(f"request {req_id}", error))
 
+    def hand_out(self, req_ids: Iterable[str]) -> HandOut | None:
+        """Takes out the results of requests that a step finishes; None if they have none."""
+        results = {
+            req_id: (nonce, self._results.pop(nonce))
+            for req_id in req_ids
+            if (nonce := self._stored_as.pop(req_id, None)) in self._results
+        }
+        return HandOut(results, self._came_back) if results else None
+
     def drop(self, req_ids: Iterable[str]) -> None:
         """Forgets the accumulators of requests that finished or were aborted."""
         for req_id in req_ids:
             self._traces.pop(req_id, None)
             self._nonces.pop(req_id, None)
+            self._stored_as.pop(req_id, None)
 
     def collect(self, nonce: str) -> bytes:
         """Hands out a result, encoded; status ``missing`` when there is none.
@@ -172,15 +186,9 @@ class Recorder:
         stored = self._results.get(nonce)
         if stored is None:
             return WireReport(status="missing").encode()
-        try:
-            result = stored.result
-            if isinstance(result, FinishedTrace):
-                if not result.copied.arrived():
-                    return WireReport(status="pending").encode()
-                result = result.report()
-            answer = result.encode()
-        except Exception as error:
-            answer = _failure(f"nonce {nonce}", error).encode()
+        answer = stored.encode(nonce)
+        if answer is None:
+            return WireReport(status="pending").encode()
         self.discard(nonce)
         return answer
 
@@ -192,12 +200,23 @@ class Recorder:
 
     def expire(self) -> None:
         """Drops results that were not picked up in time."""
+        self._take_back()
         now = time.monotonic()
         for nonce in [n for n, stored in self._results.items() if stored.expires <= now]:
             self.discard(nonce)
 
+    def _take_back(self) -> None:
+        while self._came_back:
+            nonce, stored = self._came_back.popleft()
+            self._results[nonce] = stored
+            if stored.sent:
+                self.discard(nonce)
+
     def _evict(self) -> bool:
         """Gives up the result that has waited longest; False if none waits."""
+        if self._came_back:
+            self._take_back()
+            return True
         for nonce, stored in self._results.items():
             if isinstance(stored.result, FinishedTrace):
                 self.buffers.give_back(stored.result.copied)
@@ -216,12 +235,51 @@ class Recorder:
         if nonce is not None:
             self.discard(nonce)
             self._results[nonce] = _Stored(result, time.monotonic() + self._ttl)
+            self._stored_as[req_id] = nonce
 
 
 @dataclass(slots=True)
 class _Stored:
     result: WireReport | FinishedTrace
     expires: float
+    sent: bool = False
+
+    def encode(self, nonce: str) -> bytes | None:
+        """The result as it goes to the API server; None while it is on its way to the host."""
+        try:
+            result = self.result
+            if isinstance(result, FinishedTrace):
+                if not result.copied.arrived():
+                    return None
+                result = result.report()
+            return result.encode()
+        except Exception as error:
+            return _failure(f"nonce {nonce}", error).encode()
+
+
+class HandOut:
+    """Results that leave the worker with the output of the step that finished their requests."""
+
+    def __init__(
+        self, results: dict[str, tuple[str, _Stored]], came_back: deque[tuple[str, _Stored]]
+    ) -> None:
+        self._results = results
+        self._came_back = came_back
+
+    def encode(self) -> dict[str, bytes]:
+        """The results by request id, once; may be called in another thread than the recorder's.
+
+        One that is still on its way to the host is left out, to be picked up from the recorder.
+        """
+        encoded = {}
+        while self._results:
+            req_id, (nonce, stored) = self._results.popitem()
+            answer = stored.encode(nonce)
+            if answer is not None:
+                encoded[req_id] = answer
+                stored.sent = True
+            self._came_back.append((nonce, stored))  # What it holds is given back there.
+        return encoded
 
 
 def _failure(what: str, error: BaseException) -> WireReport:

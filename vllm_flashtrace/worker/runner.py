@@ -16,6 +16,7 @@ import torch
 from vllm import envs
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError, UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
@@ -26,11 +27,14 @@ from vllm_flashtrace.trace.wire import sealed_spec, target_range
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.finish import TotalsExchange, result_bytes
 from vllm_flashtrace.worker.layers import adapter_slot, check_cache
-from vllm_flashtrace.worker.recorder import Recorder
+from vllm_flashtrace.worker.recorder import HandOut, Recorder
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 _ATTRIBUTE = "_flashtrace_capture"
+RESULTS_ATTRIBUTE = "flashtrace_results"
+"""Encoded results by request id, on a step's ``ModelRunnerOutput``."""
+
 KERNELS_ATTRIBUTE = "_flashtrace_kernels"
 """What `warm_up.warm_up_kernels` did, on the runner."""
 
@@ -94,11 +98,12 @@ class RunnerCapture:
         self.forget_step()
         self._model: TracedModel | None = None
         self._config = FlashTraceConfig()
-        self._longest = 0
+        self._longest = self._places = 0
         try:
             additional = runner.vllm_config.additional_config
             self._config = FlashTraceConfig.from_additional_config(additional)
             self._longest = runner.vllm_config.model_config.max_model_len
+            self._places = self._config.concurrent_traces(runner.vllm_config)
             check_cache(runner.kv_cache_config)
             self._model = _runner_model(runner)
             self._model.slot_of = functools.partial(adapter_slot, runner)
@@ -109,6 +114,9 @@ class RunnerCapture:
         ttl = self._config.result_ttl_seconds
         self.recorder = Recorder(self._model, ttl, refusal=self.refusal)
         self._exchange = _totals_exchange(runner)
+        # Of several workers vLLM hears one only, and none has the whole result.
+        self._alone = runner.vllm_config.parallel_config.world_size == 1
+        self._outgoing: Sequence[str] = ()
 
     def settle_budget(self, activation_bytes: int = 0) -> None:
         """Measures the memory that traces may take and takes that of their results; once.
@@ -127,7 +135,7 @@ class RunnerCapture:
         self.recorder.budget = AccumulatorBudget.of_model(limit, self._model.shape)
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(
-                self._config.max_concurrent_traces,
+                self._places,
                 result_bytes(self._longest, self._model.shape.num_layers),
             )
 
@@ -207,6 +215,25 @@ class RunnerCapture:
         except Exception as error:
             log_unexpected("finishing a step", error)
             self._fail_scheduled(error)
+        if self._alone:
+            self._outgoing = finishing
+
+    def with_results(self, output: Any) -> Any:
+        """A step's output with the results of the traces that it finishes, if this worker is alone.
+
+        Args:
+            output: What the runner's ``sample_tokens`` returned.
+        """
+        req_ids, self._outgoing = self._outgoing, ()
+        if not req_ids or not isinstance(output, (AsyncModelRunnerOutput, ModelRunnerOutput)):
+            return output
+        outgoing = self.recorder.hand_out(req_ids)
+        if outgoing is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _OutputWithResults(output, outgoing)
+        setattr(output, RESULTS_ATTRIBUTE, outgoing.encode())
+        return output
 
     def _totals_of_all_ranks(self, finishing: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
         """Totals of the traces that the step finishes by the scheduler's word, not by this rank's.
@@ -223,6 +250,19 @@ class RunnerCapture:
     def _fail_scheduled(self, error: BaseException) -> None:
         for req_id in self.recorder.active_requests.intersection(self.scheduled):
             self.recorder.fail(req_id, error)
+
+
+class _OutputWithResults(AsyncModelRunnerOutput):
+    """An output that is waited for in another thread; results are on the host when it is."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, outgoing: HandOut) -> None:
+        self._output = output
+        self._outgoing = outgoing
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        setattr(output, RESULTS_ATTRIBUTE, self._outgoing.encode())
+        return output
 
 
 class TargetSteps:
