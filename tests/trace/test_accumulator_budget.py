@@ -98,7 +98,9 @@ def test_a_worker_refuses_what_does_not_fit_beside_the_others() -> None:
 class FakeLLM:
     """Answers every trace with made-up scores and keeps the lengths of each batch."""
 
-    llm_engine = SimpleNamespace(vllm_config=None)
+    llm_engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
+    )
 
     def __init__(self, budget: AccumulatorBudget | None, scores: Any = torch.ones) -> None:
         self.status = {"refusal": None, **(budget.to_status() if budget else {})}
