@@ -1,7 +1,7 @@
 """What TF32 in an engine's attention does to the scores of a float32 model. Needs no GPU.
 
-vLLM's Triton attention multiplies float32 by ``tl.dot`` with Triton's default, TF32: of each operand
-the tensor core reads ten bits of the mantissa. A trace explains what the engine computed, so its
+vLLM's Triton attention multiplies float32 by ``tl.dot`` with Triton's default, TF32: the tensor
+core reads ten bits of each operand's mantissa. A trace explains what the engine computed, so its
 scores move with the engine's activations, however exactly they are summed. Here a float64 model is
 run twice, once with the operands of both products of attention cut to TF32, and each run is traced
 exactly.
