@@ -134,10 +134,8 @@ def test_nothing_derived_from_weights_outlives_them(
     monkeypatch.setattr(layer, "kv_cache_dtype", "fp8")
     monkeypatch.setattr(layer, "query_quant", object())
     model, weight = model_of(loaded), loaded.model.model.layers[1].self_attn.o_proj.weight
-    by_head = weight.detach().double().view(128, 4, 32).norm(dim=2).T
     before = model.output_projection(1)
-    assert torch.allclose(before.column_norms.double(), by_head, rtol=1e-6)
-    assert before.column_norms.is_contiguous() and before.weight.data_ptr() == weight.data_ptr()
+    assert before.weight.data_ptr() == weight.data_ptr() and before.column_norms is None
     assert model._reading(1).scales.value == 1
     set_scales(layer, monkeypatch, 0.5, 0.25, 0.125)
     assert model._reading(1).scales.value == 0.125
@@ -145,8 +143,7 @@ def test_nothing_derived_from_weights_outlives_them(
     weight.data = old * 2
     try:
         after = model.output_projection(1)
-        assert after.weight.data_ptr() == weight.data_ptr()
-        assert torch.equal(after.column_norms, 2 * before.column_norms)
+        assert after.weight.data_ptr() == weight.data_ptr() != before.weight.data_ptr()
     finally:
         weight.data = old
 

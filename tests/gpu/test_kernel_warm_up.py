@@ -22,7 +22,7 @@ from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.kernels import paged_attention, paged_proximity
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 from vllm_flashtrace.kernels.triton_lse import row_offsets
-from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 from vllm_flashtrace.patches import kernel_warm_up
 from vllm_flashtrace.patches._check import PatchError
@@ -69,23 +69,23 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch computes in the place of our kernels, their launches are made as well."""
-    columns, proximity = paged_attention.torch_column_sums, paged_proximity.torch_proximity
+    columns, proximity = paged_attention.torch_column_sums, paged_proximity.torch_proximities
     row_sums = step.add_row_sums
 
     def add_columns(inputs: Any, layer: int, **arguments: Any) -> None:
         triton_column_sums(inputs, layer, row_offsets(inputs))
         columns(inputs, layer, **arguments)
 
-    def proximities(inputs: Any, fraction: float = 1.0) -> Tensor:
-        triton_proximity(inputs, fraction)
-        return proximity(inputs, fraction)
+    def proximities(layers: Any, traces: Any) -> None:
+        triton_proximities(layers, traces)
+        proximity(layers, traces)
 
     def add_rows(residual: Tensor, rows: Any, layer: int, to: Any) -> None:
         triton_row_sums(residual, rows, layer, to)
         row_sums(residual, rows, layer, to)
 
     monkeypatch.setattr(paged_attention, "torch_column_sums", add_columns)
-    monkeypatch.setattr(paged_proximity, "torch_proximity", proximities)
+    monkeypatch.setattr(paged_proximity, "torch_proximities", proximities)
     monkeypatch.setattr(step, "add_row_sums", add_rows)
 
 
