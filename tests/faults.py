@@ -69,7 +69,7 @@ PHASES = {
         "output_projection",
     ),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
-    "scores": (f"{CAPTURE}.finish", None, "token_shares"),
+    "scores": (f"{CAPTURE}.finish", None, "sum_shares"),
 }
 
 

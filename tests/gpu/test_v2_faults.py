@@ -43,7 +43,7 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "projection": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "output_projection"),
     "proximity": (f"{ADAPTER}.gpu_model", None, "replace_by_proximities"),
     "end of step": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "end_step"),
-    "scores": (f"{CAPTURE}.finish", None, "token_shares"),
+    "scores": (f"{CAPTURE}.finish", None, "sum_shares"),
 }
 LATE = ("end of step",)  # The trace is complete by then.
 

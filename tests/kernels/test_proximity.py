@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from tests.kernels.layers import FORMS, Form, Layer, make_layer, relative_error, trace_of
 from tests.kernels.paged import DEVICE, paged_cache
 from vllm_flashtrace.core.proximity import l1_proximity
-from vllm_flashtrace.kernels import replace_by_proximities, triton_proximity
+from vllm_flashtrace.kernels import replace_by_proximities, sum_shares, triton_proximity
 from vllm_flashtrace.kernels.paged_proximity import torch_proximities
-from vllm_flashtrace.kernels.triton_proximity import triton_proximities
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_screen import (
     LayerKind,
     Tables,
@@ -263,3 +264,26 @@ def test_nothing_to_do() -> None:
     layer = make_layer(tokens=3)
     replace_by_proximities([], [trace_of([layer])])
     replace_by_proximities([layer.layer()], [])
+
+
+# --- shares of all layers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("form", [sum_shares, triton_sum_shares])
+def test_shares_are_summed_over_layers(form: Callable[..., None], keep: bool) -> None:
+    """Against float64; a layer without proximity has no shares, tokens behind the last none."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(5, 3, 300, generator=generator)
+    drawn[2] = 0
+    own = drawn.to(DEVICE)
+    denominators = own[:, 0].double().sum(1) * 1.5
+    expected = own[:, 0].double() / denominators.where(denominators > 0, 1)[:, None]
+    scores = torch.full((310,), torch.nan, device=DEVICE)
+    form(own[:, 0], denominators, scores, keep=keep)
+    assert torch.allclose(scores[:300].double(), expected.sum(0), rtol=1e-6, atol=0)
+    assert (scores[300:] == 0).all() and torch.equal(own[:, 1:].cpu(), drawn[:, 1:])
+    if keep:
+        assert torch.allclose(own[:, 0].double(), expected, rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(own[:, 0].cpu(), drawn[:, 0])

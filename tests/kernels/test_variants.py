@@ -31,7 +31,7 @@ from vllm_flashtrace.kernels import (
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 from vllm_flashtrace.kernels.triton_lse import row_offsets
 from vllm_flashtrace.kernels.triton_operands import Compilation, as_compiled_for, compiling
-from vllm_flashtrace.kernels.triton_proximity import triton_proximities
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 from vllm_flashtrace.kernels.triton_variants import (
     LayerTensors,
@@ -59,6 +59,7 @@ KERNELS = {
     "_complete_kernel": 1,
     "_sum_heads_kernel": 1,
     "_totals_kernel": 1,
+    "_sum_shares_kernel": 1,
 }
 """Our kernels, and the most variants of each that a layer has without adapters."""
 
@@ -218,6 +219,10 @@ def launch_as_traces_do(
             ProximityLayer(index, layer.values, weight, 0.5 + where) for index in range(where + 1)
         ]
         triton_proximities(values, traces)
+    for segment, results in zip(segments, totals, strict=True):
+        proximities = segment.sums.column_sums[:, 0]
+        scores = torch.zeros(proximities.shape[1] + offset)
+        triton_sum_shares(proximities, results[0], scores, keep=where == 1)
 
 
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

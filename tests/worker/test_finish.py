@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.kernels import SumsTouchedError
+from vllm_flashtrace.kernels import SumsTouchedError, paged_proximity
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, decode_wire
 from vllm_flashtrace.worker import finish
@@ -141,7 +141,7 @@ def test_a_fault_after_sums_were_touched_fails_all_of_the_call() -> None:
 
 
 @pytest.mark.parametrize("layers", [False, True])
-@pytest.mark.parametrize("context", [3, finish._TOKENS_AT_ONCE + 5])
+@pytest.mark.parametrize("context", [3, paged_proximity._TOKENS_AT_ONCE + 5])
 def test_scores_are_exact(layers: bool, context: int) -> None:
     """Against float64; the proximities lie where the column sums were."""
     generator = torch.Generator().manual_seed(context)
@@ -172,7 +172,7 @@ def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> 
     assert kept == [(context,), (LAYERS,), (LAYERS,), (2,)]
     assert recorder.buffers.allocated_bytes <= result_bytes(context, LAYERS) + PAGE
     calls = model.calls
-    monkeypatch.setattr(finish, "token_shares", None)
+    monkeypatch.setattr(finish, "sum_shares", None)
     assert decode_wire(recorder.collect(nonce)).to_report().scores.shape == (context,)
     assert model.calls == calls == 1 and recorder.accumulator_bytes == 0
 

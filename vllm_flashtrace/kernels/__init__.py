@@ -14,6 +14,7 @@ from vllm_flashtrace.kernels.paged_proximity import (
     ProximityTrace,
     column_norms,
     replace_by_proximities,
+    sum_shares,
 )
 from vllm_flashtrace.kernels.target_rows import (
     Accumulators,
@@ -37,5 +38,6 @@ __all__ = [
     "paged_column_sums",
     "paged_lse",
     "replace_by_proximities",
+    "sum_shares",
     "touching_sums",
 ]

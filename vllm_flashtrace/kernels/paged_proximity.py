@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.core.proximity import l1_proximity, token_proximity
+from vllm_flashtrace.core.proximity import l1_proximity, token_proximity, token_shares
 from vllm_flashtrace.kernels.target_rows import Accumulators, touching_sums
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _VALUE_DTYPES = (*_WEIGHT_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
 _LARGEST_HEAD = 256
+_TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,6 +229,33 @@ def _token_proximities(
     column_sums = column_sums.masked_fill(~usable, 0)
     values = values.masked_fill(~usable[:, None, None], 0)
     return core(column_sums, values).masked_fill_(~usable, torch.nan)
+
+
+def sum_shares(
+    proximities: Tensor, denominators: Tensor, scores: Tensor, *, keep: bool = False
+) -> None:
+    """Computes each token's share of every layer's proximity, summed over layers.
+
+    Args:
+        proximities: float32 ``[L, N]``, rows contiguous; see `core.token_shares`.
+        denominators: float64 ``[L]``, likewise.
+        scores: float32 ``[>= N]``, contiguous: gets the sums, and zeros behind them.
+        keep: Whether the shares of every layer take the place of `proximities`.
+    """
+    if proximities.is_cuda:
+        from vllm_flashtrace.kernels.triton_proximity import triton_sum_shares
+
+        triton_sum_shares(proximities, denominators, scores, keep=keep)
+        return
+    tokens = proximities.shape[1]
+    scores[tokens:] = 0
+    for first in range(0, tokens, _TOKENS_AT_ONCE):
+        some = slice(first, first + _TOKENS_AT_ONCE)
+        block = proximities[:, some]
+        shares = token_shares(block.double(), denominators)
+        scores[:tokens][some] = shares.sum(0)
+        if keep:
+            block.copy_(shares)
 
 
 def column_norms(weight: Tensor, heads: int) -> Tensor:

@@ -56,7 +56,7 @@ All layers of a model are one chunk but for many traces that end in the same ste
 heads of 128 and 4,096 coordinates takes 0.5 MiB, and 26 KiB for each trace.
 """
 
-_PARTS, _COORDINATES = 256, 1024
+_PARTS, _COORDINATES, _SHARES = 256, 1024, 128
 
 
 class _Tile(NamedTuple):
@@ -92,6 +92,28 @@ def triton_proximities(layers: Sequence[ProximityLayer], traces: Sequence[Proxim
         with touching_sums():
             for table in tables:
                 _proximities(table, traces)
+
+
+def triton_sum_shares(
+    proximities: Tensor, denominators: Tensor, scores: Tensor, *, keep: bool
+) -> None:
+    """Triton form of `sum_shares`: one launch."""
+    layers, tokens = proximities.shape
+    with torch.cuda.device_of(proximities):
+        launch(
+            _sum_shares_kernel,
+            (triton.cdiv(len(scores), _SHARES),),
+            proximities,
+            denominators,
+            scores,
+            layers,
+            tokens,
+            len(scores),
+            proximities.stride(0),
+            int(keep),
+            TOKENS=_SHARES,
+            num_warps=4,
+        )
 
 
 def _proximities(tables: Tables, traces: Sequence[ProximityTrace]) -> None:
@@ -353,3 +375,34 @@ def _totals_kernel(
     totals, proximities = results_of(traces, trace)
     tl.store(totals + index, tl.sum(sums, axis=0))
     tl.store(proximities + index, tl.where(proximity < 0, 0.0, proximity))
+
+
+@triton.jit(
+    do_not_specialize=["num_layers", "num_tokens", "length", "stride_layer", "keep"],
+    do_not_specialize_on_alignment=["denominators"],
+)
+def _sum_shares_kernel(
+    proximities,
+    denominators,
+    scores,
+    num_layers,
+    num_tokens,
+    length,
+    stride_layer,
+    keep,
+    TOKENS: tl.constexpr,
+):
+    """A tile of tokens: layers added in order."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = tokens < num_tokens
+    sums = tl.zeros([TOKENS], tl.float64)
+    own = proximities + tokens
+    for layer in range(num_layers):
+        denominator = tl.load(denominators + layer)
+        factor = tl.where(denominator > 0, 1 / denominator, 0.0)
+        shares = tl.load(own, mask=inside, other=0.0).to(tl.float64) * factor
+        sums += shares
+        if keep != 0:
+            tl.store(own, shares.to(tl.float32), mask=inside)
+        own += stride_layer
+    tl.store(scores + tokens, sums.to(tl.float32), mask=tokens < length)

@@ -22,7 +22,7 @@ from vllm_flashtrace.kernels.paged_proximity import ProximityLayer, ProximityTra
 from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 from vllm_flashtrace.kernels.triton_lse import row_offsets
-from vllm_flashtrace.kernels.triton_proximity import triton_proximities
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
 # More rows and more keys than any tile or chunk holds.
@@ -80,6 +80,7 @@ def launch_every_variant(layer: LayerTensors, kinds: Sequence[PagedRows]) -> Non
     )
     for weight in layer.weights:
         triton_proximities([ProximityLayer(0, layer.values, weight)], [trace])
+    triton_sum_shares(trace.sums.column_sums[:, 0], totals, floats(1), keep=False)
 
 
 def _one_trace(layer: LayerTensors, positions: list[int]) -> PagedRows:

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
-from vllm_flashtrace.core.proximity import token_shares
-from vllm_flashtrace.kernels import ProximityTrace, SumsTouchedError
+from vllm_flashtrace.kernels import ProximityTrace, SumsTouchedError, sum_shares
 from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes
 from vllm_flashtrace.worker.step import Segment, Trace
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 HOST_BYTES = 1 << 30
 """Most memory that a worker's results may take on the host while they wait for pick-up."""
 
-_TOKENS_AT_ONCE = 4096
 _ALIGNMENT = 16
 _PAGE = 1 << 16
 
@@ -199,15 +197,9 @@ def score(
         raise ValueError("the weights of no step were noted")
     own = measured.totals + measured.residual
     denominators = own if totals is None else totals + measured.residual
-    scores = torch.zeros(trace.spec.length, device=tokens.device)
-    for first in range(0, tokens.shape[1], _TOKENS_AT_ONCE):
-        some = slice(first, first + _TOKENS_AT_ONCE)
-        block = tokens[:, some]
-        shares = token_shares(block.double(), denominators)
-        # Behind the last target, where nothing flows from, scores stay 0.
-        scores[: trace.context][some] = shares.sum(0)
-        if trace.spec.layers:
-            block.copy_(shares)
+    # Behind the last target, where nothing flows from, scores are 0.
+    scores = torch.empty(trace.spec.length, device=tokens.device)
+    sum_shares(tokens, denominators, scores, keep=trace.spec.layers)
     ended = trace.clock.mark()
     parts = [scores, own, denominators, weights]
     copied = buffers.copy([*parts, tokens] if trace.spec.layers else parts)
