@@ -27,7 +27,7 @@ from benchmarks.gpu_cases import (
     pair_proximities,
 )
 from benchmarks.gpu_timing import Forms, forms_on, triton_on
-from vllm_flashtrace.kernels import Accumulators, PagedRows, PagedValues, ProximityInputs
+from vllm_flashtrace.kernels import Accumulators, PagedRows, ProximityLayer, ProximityTrace
 
 EXACT_FRACTIONS = (1.0, 0.9)
 _TINY = 1e-30  # Nothing, where nothing is expected, is no error.
@@ -144,14 +144,22 @@ def _check_proximity(forms: Forms, inputs: Inputs, fraction: float) -> _Comparis
     column_sums = draw(case.heads, context + 5)[:, :context]
     column_sums.pow_(6).mul_(0.002).masked_fill_(draw(case.heads, context) < -0.84, 0)
     weight = (draw(case.hidden, width) * width**-0.5).to(inputs.residual.dtype)
-    norms = weight.double().unflatten(1, (case.heads, -1)).norm(dim=2).t().contiguous().float()
     stream = draw(case.hidden).masked_fill_(draw(case.hidden) < -2, 0)
-    values = PagedValues(inputs.value_cache, trace.block_table, case.value_scale)
-    layer = ProximityInputs(column_sums, values, weight, norms, stream)
-    first, second = (forms.proximity(layer, exact_fraction=fraction) for _ in range(2))
+    layer = ProximityLayer(LAYER, inputs.value_cache, weight, case.value_scale)
+
+    def proximities() -> tuple[Tensor, str]:
+        sums = inputs.accumulators()[0]
+        sums.stream[LAYER] = stream
+        sums.column_sums[LAYER, :, :context] = column_sums
+        own = sums._replace(column_sums=sums.column_sums[..., :context])
+        results = stream.new_empty(2, len(sums.stream), dtype=torch.float64)
+        forms.proximities([layer], [ProximityTrace(own, trace.block_table, *results, fraction)])
+        return own.column_sums[LAYER, 0], _untouched(sums, context)
+
+    (first, outside), (second, _) = proximities(), proximities()
     exact, bounds = pair_proximities(column_sums, trace.values, weight, stream, case.value_scale)
     name = "proximity" if fraction == 1 else f"proximity_{fraction}"
-    return name, proximity_error(first, exact, bounds, fraction), _repeats(first, second)
+    return name, proximity_error(first, exact, bounds, fraction), _repeats(first, second) or outside
 
 
 def proximity_error(ours: Tensor, exact: Tensor, bounds: Tensor, fraction: float) -> float:

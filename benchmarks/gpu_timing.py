@@ -3,9 +3,10 @@
 A call's time is between CUDA events, the median of several calls, each after a write of more than
 the L2 cache; on the CPU, which only a dry run uses, it is wall-clock time. Rows are prepared once,
 as for a step of many layers; what the first layer of a step pays for that is a row of its own. No
-kernel's time depends on the drawn keys and values but that of `proximity`, whose column sums are
-scaled so that a stated share of the pairs of a token and a head needs more than the eight nearest
-coordinates.
+kernel's time depends on the drawn keys and values but that of the proximities, whose column sums
+are scaled so that a stated share of the pairs of a token and a head needs more than the eight
+nearest coordinates. They are computed for `PROXIMITY_LAYERS` layers at once, as for a model, and
+their time includes that of putting the column sums back in place.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
     PagedRows,
-    PagedValues,
-    ProximityInputs,
+    ProximityLayer,
+    ProximityTrace,
     RowSegment,
 )
 
@@ -55,7 +56,7 @@ class Forms(NamedTuple):
         first_pass: What `second_pass` needs of every row and head.
         second_pass: As `column_sums`, with the result of `first_pass` as the last argument.
         row_sums: As `kernels.add_row_sums`.
-        proximity: As `kernels.proximity`.
+        proximities: As `kernels.replace_by_proximities`.
     """
 
     lse: Callable[..., Tensor]
@@ -63,7 +64,7 @@ class Forms(NamedTuple):
     first_pass: Callable[..., Tensor]
     second_pass: Callable[..., None]
     row_sums: Callable[..., None]
-    proximity: Callable[..., Tensor]
+    proximities: Callable[..., None]
 
 
 def triton_on(device: torch.device) -> AbstractContextManager[None]:
@@ -79,18 +80,18 @@ def forms_on(device: torch.device) -> Forms:
     """On a GPU the product's functions, elsewhere their Triton forms, for the interpreter."""
     from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
     from vllm_flashtrace.kernels.triton_lse import row_offsets, triton_lse
-    from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+    from vllm_flashtrace.kernels.triton_proximity import triton_proximities
     from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
     passes = (row_offsets, triton_column_sums)
     if device.type == "cuda":
-        sums = (kernels.add_row_sums, kernels.proximity)
+        sums = (kernels.add_row_sums, kernels.replace_by_proximities)
         return Forms(kernels.paged_lse, kernels.paged_column_sums, *passes, *sums)
 
     def both(inputs: AttentionInputs, layer: int) -> None:
         triton_column_sums(inputs, layer, row_offsets(inputs))
 
-    return Forms(triton_lse, both, *passes, triton_row_sums, triton_proximity)
+    return Forms(triton_lse, both, *passes, triton_row_sums, triton_proximities)
 
 
 class Peak(NamedTuple):
@@ -241,30 +242,55 @@ class Layer:
         return Cost(2 * self.attention_cost(1).flops, 2 * 2.0 * vectors * self.shape.head_dim)
 
 
-def draw_proximity(layer: Layer) -> tuple[ProximityInputs, float]:
-    """Inputs of `kernels.proximity` for a layer's values, and their share of far pairs.
+PROXIMITY_LAYERS = 4
+
+
+class Proximities:
+    """Inputs of `kernels.replace_by_proximities`: layers of the same values, and one trace.
 
     Weight and stream are normal; column sums log-normal over tokens (sigma 2), each head scaled so
     that the reach ``c |v|`` of `FAR_SHARE` of its tokens exceeds its ninth nearest coordinate.
+
+    Attributes:
+        far_share: Share of the pairs whose reach does.
     """
-    shape, device = layer.shape, layer.values.device
-    width = shape.heads * shape.head_dim
-    weight = (torch.randn(shape.hidden, width, device=device) * width**-0.5).bfloat16()
-    norms = weight.float().unflatten(1, (shape.heads, -1)).norm(dim=2).t().contiguous()
-    stream = torch.randn(shape.hidden, device=device)
-    lengths = layer.values.float().norm(dim=3)[layer.table.long()].transpose(0, 1).flatten(1)
-    lengths = lengths[:, : layer.context].repeat_interleave(shape.heads // shape.groups, 0)
-    sums = torch.randn(shape.heads, layer.context, device=device).mul_(2).exp_()
-    ninth = (stream.abs() / norms).kthvalue(_NEAREST + 1, dim=1).values[:, None]
-    reach = (sums * lengths).sort(dim=1, descending=True).values
-    sums *= ninth / reach[:, int(FAR_SHARE * layer.context), None]
-    far = float((sums * lengths > ninth).float().mean())
-    values = PagedValues(layer.values, layer.table)
-    return ProximityInputs(sums, values, weight, norms, stream), far
+
+    def __init__(self, layer: Layer) -> None:
+        shape, device = layer.shape, layer.values.device
+        width = shape.heads * shape.head_dim
+        weight = (torch.randn(shape.hidden, width, device=device) * width**-0.5).bfloat16()
+        stream = torch.randn(shape.hidden, device=device)
+        lengths = layer.values.float().norm(dim=3)[layer.table.long()].transpose(0, 1).flatten(1)
+        lengths = lengths[:, : layer.context].repeat_interleave(shape.heads // shape.groups, 0)
+        sums = torch.randn(shape.heads, layer.context, device=device).mul_(2).exp_()
+        distances = stream.abs() / kernels.column_norms(weight, shape.heads)
+        ninth = distances.kthvalue(_NEAREST + 1, dim=1).values[:, None]
+        reach = (sums * lengths).sort(dim=1, descending=True).values
+        sums *= ninth / reach[:, int(FAR_SHARE * layer.context), None]
+        self.far_share = float((sums * lengths > ninth).float().mean())
+        self._sums = sums
+        self._layers = [
+            ProximityLayer(index, layer.values, weight) for index in range(PROXIMITY_LAYERS)
+        ]
+        self._accumulators = Accumulators(
+            sums.expand(PROXIMITY_LAYERS, -1, -1).clone(),
+            torch.zeros(PROXIMITY_LAYERS, shape.hidden, device=device),
+            stream.expand(PROXIMITY_LAYERS, -1).clone(),
+        )
+        self._table = layer.table
+
+    def compute(self, forms: Forms, exact_fraction: float = 1.0) -> Tensor:
+        """Of every token in every layer, ``[L, N]``."""
+        column_sums = self._accumulators.column_sums
+        column_sums.copy_(self._sums)
+        results = column_sums.new_empty(2, PROXIMITY_LAYERS, dtype=torch.float64)
+        trace = ProximityTrace(self._accumulators, self._table, *results, exact_fraction)
+        forms.proximities(self._layers, [trace])
+        return column_sums[:, 0]
 
 
 def proximity_cost(layer: Layer, far_share: float) -> Cost:
-    """Eight coordinates and the total for every pair, all coordinates for those that need it.
+    """Of all layers: eight coordinates and the total for every pair, all where they are needed.
 
     An ``exact_fraction`` below 1 leaves some of these out; its floor is the same.
     """
@@ -272,7 +298,7 @@ def proximity_cost(layer: Layer, far_share: float) -> Cost:
     flops = 2.0 * shape.head_dim * pairs * (1 + _NEAREST + shape.hidden * far_share)
     numbers = pairs + layer.context + (shape.heads + 1) * shape.hidden
     halves = (layer.context * shape.groups + shape.hidden * shape.heads) * shape.head_dim
-    return Cost(flops, 2.0 * halves + 4.0 * numbers)
+    return Cost(PROXIMITY_LAYERS * flops, PROXIMITY_LAYERS * (2.0 * halves + 4.0 * numbers))
 
 
 class Bench:
@@ -328,11 +354,13 @@ class Bench:
 
     def proximity(self, layer: Layer) -> Iterator[Row]:
         """At each exact fraction; the rows do not matter."""
-        inputs, far = draw_proximity(layer)
+        inputs = Proximities(layer)
+        cost = proximity_cost(layer, inputs.far_share)
+        more = {"far_share": inputs.far_share, "layers": PROXIMITY_LAYERS}
         for fraction in FRACTIONS:
-            call = partial(self.forms.proximity, inputs, exact_fraction=fraction)
-            name, cost = f"proximity, exact fraction {fraction}", proximity_cost(layer, far)
-            yield {**self._row(name, layer, call, cost, far_share=far), "rows": None}
+            call = partial(inputs.compute, self.forms, fraction)
+            name = f"proximity, exact fraction {fraction}"
+            yield {**self._row(name, layer, call, cost, **more), "rows": None}
 
     def _row(
         self, name: str, layer: Layer, call: Callable[[], object], cost: Cost, **more: Any

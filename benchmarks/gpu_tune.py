@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import Forms, Layer, Shape, Stopwatch, draw_proximity, forms_on
+from benchmarks.gpu_timing import Forms, Layer, Proximities, Shape, Stopwatch, forms_on
 
 _TOLERANCE = 1e-3
 _GAIN = 0.99
@@ -59,8 +59,7 @@ _Kernel = tuple[ModuleType, Callable[[], Tensor]]
 
 def _kernels(forms: Forms, layer: Layer) -> list[_Kernel]:
     """Modules with tiles, and calls that take one of them."""
-    from vllm_flashtrace.kernels import triton_column_sums, triton_lse
-    from vllm_flashtrace.kernels import triton_proximity as triton_overshoot
+    from vllm_flashtrace.kernels import triton_column_sums, triton_lse, triton_proximity
 
     inputs = layer.inputs
     first = forms.first_pass(inputs)
@@ -71,11 +70,11 @@ def _kernels(forms: Forms, layer: Layer) -> list[_Kernel]:
         forms.second_pass(inputs, 0, first)
         return sums
 
-    proximity = partial(forms.proximity, draw_proximity(layer)[0])
+    proximities = partial(Proximities(layer).compute, forms)
     return [
         (triton_lse, lambda: forms.lse(inputs)),
         (triton_column_sums, second_pass),
-        (triton_overshoot, proximity),
+        (triton_proximity, proximities),
     ]
 
 

@@ -313,9 +313,11 @@ def gpu_kernels(result: Result) -> str:
     exact = [row for row in timings if row["operation"] == "proximity, exact fraction 1.0"]
     if exact:
         shares = sorted({f"{100 * row['far_share']:.0f}" for row in exact})
+        layers = " to ".join(sorted({f"{row.get('layers', 1)}" for row in exact}))
         note = (
-            f"Exact proximities of all tokens, where {' to '.join(shares)} % of the pairs of a "
-            "token and a head need more than eight coordinates:"
+            f"Exact proximities of all tokens of {layers} layers in one call, where "
+            f"{' to '.join(shares)} % of the pairs of a token and a head need more than eight "
+            "coordinates:"
         )
         columns = [
             *layer,

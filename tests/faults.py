@@ -62,14 +62,14 @@ PHASES = {
     "key read": ("vllm_flashtrace.worker.cpu_model", None, "read_keys"),
     "value read": ("vllm_flashtrace.worker.cpu_model", None, "read_values"),
     "residual": (f"{CAPTURE}.step", "StepRecorder", "record_update"),
-    "proximity": ("vllm_flashtrace.worker.traced_model", None, "proximity"),
+    "proximity": ("vllm_flashtrace.worker.cpu_model", None, "replace_by_proximities"),
     "output projection": (
         "vllm_flashtrace.worker.cpu_model",
         "CPUTracedModel",
         "output_projection",
     ),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
-    "scores": (f"{CAPTURE}.finish", None, "token_shares"),
+    "scores": (f"{CAPTURE}.finish", None, "sum_shares"),
 }
 
 

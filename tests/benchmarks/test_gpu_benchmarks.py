@@ -105,7 +105,7 @@ def torch_forms(**replaced: Any) -> Forms:
         kernels.paged_lse,
         kernels.paged_column_sums,
         kernels.add_row_sums,
-        kernels.proximity,
+        kernels.replace_by_proximities,
     )
     return forms._replace(**replaced)
 

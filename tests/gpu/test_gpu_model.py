@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from vllm.config import set_current_vllm_config
 from tests.gpu.standin import BACKENDS, CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.kernels import AttentionForm
+from vllm_flashtrace.kernels import AttentionForm, SumsTouchedError
+from vllm_flashtrace.worker import gpu_model, traced_model
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
 from vllm_flashtrace.worker.traced_model import HostClock
 
@@ -134,10 +136,8 @@ def test_nothing_derived_from_weights_outlives_them(
     monkeypatch.setattr(layer, "kv_cache_dtype", "fp8")
     monkeypatch.setattr(layer, "query_quant", object())
     model, weight = model_of(loaded), loaded.model.model.layers[1].self_attn.o_proj.weight
-    by_head = weight.detach().double().view(128, 4, 32).norm(dim=2).T
     before = model.output_projection(1)
-    assert torch.allclose(before.column_norms.double(), by_head, rtol=1e-6)
-    assert before.column_norms.is_contiguous() and before.weight.data_ptr() == weight.data_ptr()
+    assert before.weight.data_ptr() == weight.data_ptr() and before.column_norms is None
     assert model._reading(1).scales.value == 1
     set_scales(layer, monkeypatch, 0.5, 0.25, 0.125)
     assert model._reading(1).scales.value == 0.125
@@ -145,10 +145,39 @@ def test_nothing_derived_from_weights_outlives_them(
     weight.data = old * 2
     try:
         after = model.output_projection(1)
-        assert after.weight.data_ptr() == weight.data_ptr()
-        assert torch.equal(after.column_norms, 2 * before.column_norms)
+        assert after.weight.data_ptr() == weight.data_ptr() != before.weight.data_ptr()
     finally:
         weight.data = old
+
+
+def test_adapters_have_matrices_of_their_own(
+    loaded: V2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call for all layers without an adapter, else one for each while its matrix lasts."""
+    model, calls = model_of(loaded), []
+    monkeypatch.setattr(
+        gpu_model, "replace_by_proximities", lambda layers, traces: calls.append(layers)
+    )
+    model.replace_by_proximities([], None)
+    model.replace_by_proximities([], 3)  # No adapter can change a projection of this model.
+    model.layers = [dataclasses.replace(layer, adapters=layer.block) for layer in model.layers]
+    monkeypatch.setattr(
+        traced_model,
+        "added_weight",
+        lambda layer, adapter, _: torch.full((128, 128), 0.5) if layer.index == 2 else None,
+    )
+    model.replace_by_proximities([], 3)
+    assert [[one.index for one in layers] for layers in calls] == [
+        [0, 1, 2, 3], [0, 1, 2, 3], [0], [1], [2], [3],
+    ]  # fmt: skip
+    bases = [layer.out_proj.weight for layer in model.layers]
+    assert all(one.weight.data_ptr() == bases[one.index].data_ptr() for one in calls[0])
+    assert all(torch.equal(calls[2 + i][0].weight, bases[i]) for i in (0, 1, 3))
+    assert torch.equal(calls[4][0].weight, bases[2] + 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(traced_model, "added_weight", None)
+        with pytest.raises(SumsTouchedError, match="not callable"):
+            model.replace_by_proximities([], 3)
 
 
 def test_what_a_runner_asks(loaded: V2Engine) -> None:

@@ -19,14 +19,14 @@ from tests.gpu.test_fp8_cache import layers, quantize_queries
 from tests.gpu.v2_engine import V2Engine, apply_patches, traced, untraced, v2_engine
 from tests.kernels.compiler import Variants, variants_only
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.kernels import paged_attention, paged_proximity
+from vllm_flashtrace.kernels import paged_attention, paged_proximity, sum_shares
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 from vllm_flashtrace.kernels.triton_lse import row_offsets
-from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 from vllm_flashtrace.patches import kernel_warm_up
 from vllm_flashtrace.patches._check import PatchError
-from vllm_flashtrace.worker import step, warm_up
+from vllm_flashtrace.worker import finish, step, warm_up
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import worker_report
 
@@ -69,24 +69,29 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch computes in the place of our kernels, their launches are made as well."""
-    columns, proximity = paged_attention.torch_column_sums, paged_proximity.torch_proximity
+    columns, proximity = paged_attention.torch_column_sums, paged_proximity.torch_proximities
     row_sums = step.add_row_sums
 
     def add_columns(inputs: Any, layer: int, **arguments: Any) -> None:
         triton_column_sums(inputs, layer, row_offsets(inputs))
         columns(inputs, layer, **arguments)
 
-    def proximities(inputs: Any, fraction: float = 1.0) -> Tensor:
-        triton_proximity(inputs, fraction)
-        return proximity(inputs, fraction)
+    def proximities(layers: Any, traces: Any) -> None:
+        triton_proximities(layers, traces)
+        proximity(layers, traces)
+
+    def shares(proximities: Tensor, denominators: Tensor, scores: Tensor, keep: bool) -> None:
+        triton_sum_shares(proximities, denominators, scores, keep=keep)
+        sum_shares(proximities, denominators, scores, keep=keep)
 
     def add_rows(residual: Tensor, rows: Any, layer: int, to: Any) -> None:
         triton_row_sums(residual, rows, layer, to)
         row_sums(residual, rows, layer, to)
 
     monkeypatch.setattr(paged_attention, "torch_column_sums", add_columns)
-    monkeypatch.setattr(paged_proximity, "torch_proximity", proximities)
+    monkeypatch.setattr(paged_proximity, "torch_proximities", proximities)
     monkeypatch.setattr(step, "add_row_sums", add_rows)
+    monkeypatch.setattr(finish, "sum_shares", shares)
 
 
 def run_traces(engine: V2Engine) -> None:
@@ -124,7 +129,7 @@ def test_traces_launch_what_was_compiled(
 ) -> None:
     with v2_engine(tiny_llama, monkeypatch, backend, KVCacheLayout[layout]) as engine:
         found, report = warmed_and_run(engine, worker(engine), monkeypatch)
-    assert len({name for name, _ in found.launched}) == 11
+    assert len({name for name, _ in found.launched}) == 12
     assert not found.missing()
     assert report["compiled"] == len(found.warmed) and report["failures"] == []
     assert report["seconds"] >= 0
@@ -137,7 +142,7 @@ def test_over_an_fp8_cache(
     with v2_engine(tiny_llama, monkeypatch, "TRITON_ATTN", kv_cache_dtype="fp8") as engine:
         quantize_queries(engine, quantized)
         found, _ = warmed_and_run(engine, worker(engine), monkeypatch)
-    assert len({name for name, _ in found.launched}) == 11 and not found.missing()
+    assert len({name for name, _ in found.launched}) == 12 and not found.missing()
 
 
 def test_layers_of_different_kinds(

@@ -40,10 +40,10 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "cache views": (f"{ADAPTER}.gpu_model", None, "key_value_views"),
     "residual": (f"{CAPTURE}.step", "StepRecorder", "record_update"),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
-    "norms": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "_projection"),
-    "proximity": (f"{ADAPTER}.traced_model", None, "proximity"),
+    "projection": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "output_projection"),
+    "proximity": (f"{ADAPTER}.gpu_model", None, "replace_by_proximities"),
     "end of step": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "end_step"),
-    "scores": (f"{CAPTURE}.finish", None, "token_shares"),
+    "scores": (f"{CAPTURE}.finish", None, "sum_shares"),
 }
 LATE = ("end of step",)  # The trace is complete by then.
 

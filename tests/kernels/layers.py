@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.kernels.paged import DEVICE, paged_cache
-from vllm_flashtrace.kernels import PagedValues, ProximityInputs
+from vllm_flashtrace.kernels import Accumulators, ProximityLayer, ProximityTrace
+from vllm_flashtrace.kernels.paged_proximity import torch_proximities
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities
+
+Form = Callable[[Sequence[ProximityLayer], Sequence[ProximityTrace]], None]
+FORMS: list[Form] = [torch_proximities, triton_proximities]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The tensors of `ProximityInputs`, and the values in the cache, float64 ``[N, G, d]``."""
+    """One layer of one request, and the values in its cache, float64 ``[N, G, d]``."""
 
     column_sums: Tensor
     value_cache: Tensor
     block_table: Tensor
     weight: Tensor
-    column_norms: Tensor
     stream: Tensor
     value_scale: float
     values: Tensor
 
-    def tensors(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "values"}
+    def layer(self, index: int = 0) -> ProximityLayer:
+        return ProximityLayer(index, self.value_cache, self.weight, self.value_scale)
 
-    def inputs(self) -> ProximityInputs:
-        return inputs_of(**self.tensors())
+    def proximities(self, form: Form, exact_fraction: float = 1.0) -> Tensor:
+        """Of every token, float32 ``[N]``, by one of `FORMS`."""
+        trace = trace_of([self], exact_fraction)
+        form([self.layer()], [trace])
+        return trace.sums.column_sums[0, 0]
 
     def contributions(self) -> Tensor:
         """``c_h[j] v_j W_O^h``, float64 ``[H, N, D]``."""
@@ -50,10 +57,15 @@ class Layer:
         return (self.contributions() @ signs).clamp(min=0)
 
 
-def inputs_of(
-    *, value_cache: Tensor, block_table: Tensor, value_scale: float, **others: Tensor
-) -> ProximityInputs:
-    return ProximityInputs(values=PagedValues(value_cache, block_table, value_scale), **others)
+def trace_of(layers: Sequence[Layer], exact_fraction: float = 1.0) -> ProximityTrace:
+    """A request whose layers are these; their column sums are copied, the residual is random."""
+    streams = torch.stack([layer.stream for layer in layers])
+    generator = torch.Generator().manual_seed(0)
+    residual = torch.randn(streams.shape, generator=generator).to(streams.device)
+    column_sums = torch.stack([layer.column_sums for layer in layers])
+    totals, of_residual = streams.new_full((2, len(layers)), torch.nan, dtype=torch.float64)
+    sums = Accumulators(column_sums, residual, streams)
+    return ProximityTrace(sums, layers[0].block_table, totals, of_residual, exact_fraction)
 
 
 def make_layer(
@@ -88,13 +100,11 @@ def make_layer(
     vectors = (normal(tokens, groups, dim) / value_scale).to(values)
     matrix = (normal(hidden, heads * dim) / dim**0.5).to(weight).to(DEVICE)
     cache, block_table = paged_cache(vectors, block_size, layout=layout, seed=seed)
-    norms = matrix.float().unflatten(1, (heads, dim)).norm(dim=2).T.contiguous()
     layer = Layer(
         column_sums=column_sums.to(DEVICE),
         value_cache=cache,
         block_table=block_table,
         weight=matrix,
-        column_norms=norms,
         stream=torch.zeros(hidden, device=DEVICE),
         value_scale=value_scale,
         values=vectors.double().to(DEVICE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,20 +10,20 @@ import pytest
 import torch
 
 from tests.kernels.compiler import compiled_only
-from tests.kernels.layers import make_layer
-from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+from tests.kernels.layers import make_layer, trace_of
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 KERNELS = {
-    "_total_direction_kernel",
+    "_norms_kernel",
     "_nearest_kernel",
     "_screen_kernel",
-    "_select_kernel",
-    "_overshoot_kernel",
+    "_complete_kernel",
     "_sum_heads_kernel",
+    "_totals_kernel",
 }
-PRODUCTS = "_screen_kernel", "_overshoot_kernel"
+PRODUCTS = "_screen_kernel", "_complete_kernel"
 
 LEAST_SHARED_MEMORY = 99 * 1024
 """Bytes that a program may have on every GPU from compute capability 8.0 on."""
@@ -48,7 +49,7 @@ def test_every_kernel_compiles(
 ) -> None:
     layer = make_layer(values=values, weight=weight, dim=dim, shared=2, tokens=20)
     with compiled_only(capability) as kernels:
-        triton_proximity(layer.inputs(), exact_fraction=0.9)
+        layer.proximities(triton_proximities)
     assert kernels.keys() == KERNELS
     for name, (kernel,) in kernels.items():
         assert kernel.metadata.shared <= LEAST_SHARED_MEMORY, name
@@ -58,6 +59,27 @@ def test_every_kernel_compiles(
         assert "mma" in kernels[name][0].asm["ptx"], name
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_addresses_from_tables_are_read_from_in_wide_pieces(aligned: bool) -> None:
+    """Values and weights, sixteen bytes at a time, unless they do not lie so."""
+    layer = make_layer(
+        values=torch.bfloat16, weight=torch.bfloat16, dim=128, shared=2, tokens=20, hidden=256
+    )
+    for name in () if aligned else ("value_cache", "weight"):
+        tensor = getattr(layer, name)
+        whole = torch.zeros(len(tensor.untyped_storage()) // 2 + 1, dtype=tensor.dtype)
+        moved = whole[1:].as_strided(tensor.shape, tensor.stride())
+        layer = replace(layer, **{name: moved})
+    with compiled_only(90) as kernels:
+        layer.proximities(triton_proximities)
+    # Others load from scratch memory, which is aligned.
+    readers = ["_norms_kernel", "_nearest_kernel", "_screen_kernel", "_complete_kernel"]
+    for name in readers if aligned else ["_norms_kernel"]:
+        ptx = kernels[name][0].asm["ptx"]
+        wide = re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.\S+ \[[^]]*\], \[[^]]*\], 0x10", ptx)
+        assert bool(wide) == aligned, name
+
+
 def test_one_compilation_serves_every_request() -> None:
     layer = make_layer(values=torch.bfloat16, weight=torch.bfloat16, shared=2, tokens=400)
     with compiled_only(90) as kernels:
@@ -65,12 +87,13 @@ def test_one_compilation_serves_every_request() -> None:
             for first in range(3):  # rows of a block table are aligned anyhow
                 request = replace(
                     layer,
-                    column_sums=layer.column_sums[:, :tokens].contiguous(),
+                    column_sums=layer.column_sums[:, :tokens],
                     block_table=torch.zeros(40, dtype=torch.int32)[first:],
                     value_scale=1.0 + first,
                 )
-                triton_proximity(request.inputs())
+                traces = [trace_of([request, request], 0.5 * (first == 1))] * (1 + first)
+                triton_proximities([request.layer(index) for index in range(1 + first % 2)], traces)
     assert kernels.keys() == KERNELS
     for name, compiled in kernels.items():
-        assert len(compiled) == 15
+        assert len(compiled) >= 15
         assert len({kernel.hash for kernel in compiled}) == 1, name

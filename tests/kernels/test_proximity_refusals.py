@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.kernels.layers import inputs_of, make_layer
-from tests.kernels.paged import DEVICE, paged_cache
-from vllm_flashtrace.kernels import ProximityInputs, proximity
-from vllm_flashtrace.kernels.paged_proximity import torch_proximity
-from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+from tests.kernels.layers import FORMS, Form, Layer, make_layer, trace_of
+from tests.kernels.paged import paged_cache
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    ProximityLayer,
+    ProximityTrace,
+    SumsTouchedError,
+    replace_by_proximities,
+)
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities
 
-FORMS = pytest.mark.parametrize("form", [torch_proximity, triton_proximity])
+EACH_FORM = pytest.mark.parametrize("form", FORMS)
 
-Form = Callable[..., Tensor]
 NAN, INF = float("nan"), float("inf")
 
 
-@FORMS
+@EACH_FORM
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 @pytest.mark.parametrize(
     ("dtype", "bad"),
@@ -47,12 +50,12 @@ def test_a_value_that_is_no_number_spoils_its_token(
     spoilt = replace(layer, value_cache=cache, block_table=table)
     # Where nothing weighs the token either.
     spoilt.column_sums[:, 20] = 0
-    _only_token_20(form, spoilt.inputs(), layer.inputs(), fraction)
+    _only_token_20(form, spoilt, layer, fraction)
     spoilt.column_sums[:, 20] = 0.25
-    _only_token_20(form, spoilt.inputs(), layer.inputs(), fraction)
+    _only_token_20(form, spoilt, layer, fraction)
 
 
-@FORMS
+@EACH_FORM
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, -1e-3])
 def test_a_bad_column_sum_spoils_its_token(form: Form, fraction: float, bad: float) -> None:
@@ -62,34 +65,45 @@ def test_a_bad_column_sum_spoils_its_token(form: Form, fraction: float, bad: flo
     column_sums[:, 20] = 0
     column_sums[3, 20] = bad
     spoilt = replace(layer, column_sums=column_sums)
-    _only_token_20(form, spoilt.inputs(), layer.inputs(), fraction)
+    _only_token_20(form, spoilt, layer, fraction)
 
 
-def _only_token_20(
-    form: Form, spoilt: ProximityInputs, clean: ProximityInputs, fraction: float
-) -> None:
-    ours = form(spoilt, exact_fraction=fraction)
+def _only_token_20(form: Form, spoilt: Layer, clean: Layer, fraction: float) -> None:
+    ours = spoilt.proximities(form, fraction)
     assert ours.isnan().nonzero().flatten().tolist() == [20]
     if fraction == 1:
         others = torch.arange(len(ours), device=ours.device) != 20
-        torch.testing.assert_close(ours[others], form(clean)[others])
+        torch.testing.assert_close(ours[others], clean.proximities(form)[others])
 
 
-@FORMS
-@pytest.mark.parametrize("name", ["stream", "column_norms"])
+@EACH_FORM
+@pytest.mark.parametrize("name", ["stream", "weight"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_bad_stream_or_norm_spoils_every_token(form: Form, name: str, bad: float) -> None:
+def test_a_bad_stream_or_weight_spoils_every_token(form: Form, name: str, bad: float) -> None:
     layer = make_layer(groups=2, shared=2, tokens=40)
-    layer.tensors()[name].view(-1)[-5] = bad
+    getattr(layer, name).view(-1)[-5] = bad
     for fraction in (0.0, 0.5, 1.0):
-        assert form(layer.inputs(), exact_fraction=fraction).isnan().all()
+        trace = trace_of([layer], fraction)
+        form([layer.layer()], [trace])
+        assert trace.sums.column_sums[0, 0].isnan().all() and trace.totals.isnan().all()
 
 
-@FORMS
+@EACH_FORM
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_bad_residual_spoils_its_own_proximity(form: Form, bad: float) -> None:
+    layer = make_layer(tokens=5)
+    trace = trace_of([layer])
+    trace.sums.residual[0, 7] = bad
+    form([layer.layer()], [trace])
+    assert not trace.residual.isfinite().all() or trace.residual[0] == 0
+    assert trace.totals.isfinite().all()
+
+
+@EACH_FORM
 def test_a_negative_zero_is_no_negative_column_sum(form: Form) -> None:
     layer = make_layer(tokens=20)
     layer.column_sums[0, 3] = -0.0
-    assert form(layer.inputs())[3] == 0
+    assert layer.proximities(form)[3] == 0
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -98,80 +112,127 @@ def test_a_negative_zero_is_no_negative_column_sum(form: Form) -> None:
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, NAN])
 def test_fraction_out_of_range_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match="exact_fraction"):
-        proximity(make_layer(tokens=3).inputs(), exact_fraction=fraction)
+        trace_of([make_layer(tokens=3)], fraction)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, INF, NAN])
 def test_scale_that_is_not_positive_is_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match="value_scale"):
-        inputs_of(**{**make_layer(tokens=3).tensors(), "value_scale": scale})
+    with pytest.raises(ValueError, match="scale of values must be positive"):
+        replace(make_layer(tokens=3), value_scale=scale).layer()
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    "changed",
     [
-        ("column_sums", (40,)),
-        ("value_cache", (4, 16, 64)),
-        ("block_table", (1, 3)),
-        ("weight", (96, 2, 64)),
-        ("column_norms", (96,)),
-        ("stream", (1, 96)),
+        {"index": -1},
+        {"cache": _zeros(4, 16, 64)},
+        {"cache": _zeros(6, 0, 16, 64)},
+        {"cache": _zeros(6, 1, 0, 64)},
+        {"cache": _zeros(6, 1, 16, 0)},
+        {"cache": _zeros(6, 1, 16, 257), "weight": _zeros(8, 257)},
+        {"cache": _zeros(6, 3, 16, 64)},  # heads that the value heads do not divide
+        {"cache": _zeros(6, 1, 16, 64, dtype=torch.float64)},
+        {"cache": _zeros(6, 1, 16, 64, dtype=torch.uint8)},
+        {"weight": _zeros(96, 2, 64)},
+        {"weight": _zeros(0, 128)},
+        {"weight": _zeros(96, 127)},
+        {"weight": _zeros(96, 128, dtype=torch.float64)},
+        {"weight": _zeros(96, 128).to(torch.float8_e4m3fn)},
+        {"column_norms": _zeros(2, 95)},
+        {"column_norms": _zeros(1, 96)},
+        {"column_norms": _zeros(2, 96, dtype=torch.bfloat16)},
     ],
+    ids=str,
 )
-def test_wrong_dimensions_are_refused(name: str, shape: tuple[int, ...]) -> None:
-    arguments = make_layer(shared=2).tensors()
-    arguments[name] = arguments[name].new_zeros(shape)
-    with pytest.raises(ValueError, match=r"dimensions expected.*column_sums torch\.float32"):
-        inputs_of(**arguments)
+def test_layers_that_do_not_fit_together_are_refused(changed: dict[str, Any]) -> None:
+    layer: dict[str, Any] = {
+        "index": 0, "cache": _zeros(6, 1, 16, 64), "weight": _zeros(96, 128),
+    }  # fmt: skip
+    ProximityLayer(**layer)
+    with pytest.raises(ValueError, match=r"do not fit together: value_cache torch\.\w+ \("):
+        ProximityLayer(**{**layer, **changed})
+
+
+def _trace(**changed: Any) -> ProximityTrace:
+    sums = {
+        "column_sums": _zeros(2, 2, 40), "residual": _zeros(2, 96), "stream": _zeros(2, 96),
+    }  # fmt: skip
+    others = {
+        "block_table": _zeros(3, dtype=torch.int32),
+        "totals": _zeros(2, dtype=torch.float64),
+        "residual_proximity": _zeros(2, dtype=torch.float64),
+    }
+    sums, others = (
+        {**one, **{k: v for k, v in changed.items() if k in one}} for one in (sums, others)
+    )
+    own = others.pop("residual_proximity")
+    return ProximityTrace(Accumulators(**sums), residual=own, **others)
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    "changed",
     [
-        ("column_sums", (3, 40)),  # heads that the value heads do not divide, nor the weight holds
-        ("column_sums", (0, 40)),
-        ("column_sums", (2, 81)),  # more tokens than the block table names
-        ("value_cache", (6, 3, 16, 64)),
-        ("value_cache", (6, 0, 16, 64)),
-        ("value_cache", (6, 1, 0, 64)),
-        ("value_cache", (6, 1, 16, 0)),
-        ("value_cache", (6, 1, 16, 32)),
-        ("block_table", (2,)),
-        ("weight", (95, 128)),
-        ("weight", (96, 127)),
-        ("column_norms", (2, 95)),
-        ("column_norms", (1, 96)),
-        ("stream", (95,)),
-        ("stream", (0,)),
+        {"column_sums": _zeros(2, 40)},
+        {"column_sums": _zeros(2, 2, 0)},
+        {"column_sums": _zeros(3, 2, 40)},
+        {"column_sums": _zeros(2, 40, 2).transpose(1, 2)},
+        {"column_sums": _zeros(2, 2, 40, dtype=torch.float64)},
+        {"residual": _zeros(96)},
+        {"residual": _zeros(2, 95)},
+        {"stream": _zeros(2, 96, dtype=torch.float16)},
+        {"block_table": _zeros(1, 3, dtype=torch.int32)},
+        {"block_table": _zeros(3, dtype=torch.int64)},
+        {"totals": _zeros(3, dtype=torch.float64)},
+        {"totals": _zeros(2)},
+        {"totals": _zeros(4, dtype=torch.float64)[::2]},
+        {"residual_proximity": _zeros(1, dtype=torch.float64)},
     ],
+    ids=str,
 )
-def test_shapes_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) -> None:
-    arguments = make_layer(shared=2).tensors()
-    arguments[name] = arguments[name].new_zeros(shape)
-    with pytest.raises(ValueError, match="do not fit together"):
-        inputs_of(**arguments)
-
-
-def test_head_size_past_the_largest_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not fit together"):
-        make_layer(dim=257, tokens=3, hidden=8).inputs()
+def test_traces_that_do_not_fit_together_are_refused(changed: dict[str, Any]) -> None:
+    _trace()
+    with pytest.raises(ValueError, match=r"do not fit together: column_sums torch\.float"):
+        _trace(**changed)
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("column_sums", torch.float64),
-        ("column_norms", torch.bfloat16),
-        ("stream", torch.float16),
-        ("block_table", torch.int64),
-        ("weight", torch.float64),
-        ("weight", torch.float8_e4m3fn),
-        ("value_cache", torch.float64),
-        ("value_cache", torch.uint8),
-    ],
-)
-def test_types_that_do_not_fit_are_refused(name: str, dtype: torch.dtype) -> None:
-    arguments = make_layer(tokens=3).tensors()
-    arguments[name] = arguments[name].nan_to_num().to(dtype).to(DEVICE)
-    with pytest.raises(ValueError, match=f"do not fit together.*{name} {dtype}"):
-        inputs_of(**arguments)
+    ("indices", "heads", "hidden", "blocks"),
+    [((0, 2), 2, 96, 3), ((0, 0), 2, 96, 3), ((0, 1), 3, 96, 3), ((0, 1), 2, 95, 3),
+     ((0, 1), 2, 96, 2)],
+)  # fmt: skip
+def test_traces_that_do_not_fit_the_layers_are_refused(
+    indices: tuple[int, int], heads: int, hidden: int, blocks: int
+) -> None:
+    weight = _zeros(hidden, heads * 64)
+    layers = [ProximityLayer(index, _zeros(6, 1, 16, 64), weight) for index in indices]
+    trace = _trace(block_table=_zeros(blocks, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"do not fit the trace|given twice"):
+        replace_by_proximities(layers, [trace])
+
+
+def test_layers_of_different_sizes_are_refused() -> None:
+    layers = [ProximityLayer(index, _zeros(6, 1, 16, 64), _zeros(96, 64 * (1 + index)))
+              for index in range(2)]  # fmt: skip
+    with pytest.raises(ValueError, match="different sizes"):
+        replace_by_proximities(layers, [_trace()])
+
+
+def test_a_fault_after_sums_were_replaced_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repetition would take what is there for column sums."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("injected")
+
+    layer = make_layer(tokens=5)
+    monkeypatch.setattr("vllm_flashtrace.kernels.triton_proximity._sum_up", broken)
+    monkeypatch.setattr("vllm_flashtrace.kernels.paged_proximity.l1_proximity", broken)
+    for form in FORMS:
+        with pytest.raises(SumsTouchedError, match="injected"):
+            layer.proximities(form)
+    monkeypatch.setattr("vllm_flashtrace.kernels.triton_proximity.Tables.copy", broken)
+    with pytest.raises(RuntimeError, match="injected"):
+        layer.proximities(triton_proximities)

@@ -24,14 +24,14 @@ from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
     PagedRows,
-    PagedValues,
-    ProximityInputs,
+    ProximityLayer,
+    ProximityTrace,
     RowSegment,
 )
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 from vllm_flashtrace.kernels.triton_lse import row_offsets
 from vllm_flashtrace.kernels.triton_operands import Compilation, as_compiled_for, compiling
-from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 from vllm_flashtrace.kernels.triton_variants import (
     LayerTensors,
@@ -41,7 +41,7 @@ from vllm_flashtrace.kernels.triton_variants import (
 
 # Their functions bear the same names.
 triton_column_sums_module = importlib.import_module(triton_column_sums.__module__)
-triton_proximity_module = importlib.import_module(triton_proximity.__module__)
+triton_proximity_module = importlib.import_module(triton_proximities.__module__)
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -53,12 +53,13 @@ KERNELS = {
     "_column_sums_kernel": 3,
     "_add_parts_kernel": 2,
     "_row_sums_kernel": 1,
-    "_total_direction_kernel": 1,
+    "_norms_kernel": 1,
     "_nearest_kernel": 1,
     "_screen_kernel": 1,
-    "_select_kernel": 1,
-    "_overshoot_kernel": 1,
+    "_complete_kernel": 1,
     "_sum_heads_kernel": 1,
+    "_totals_kernel": 1,
+    "_sum_shares_kernel": 1,
 }
 """Our kernels, and the most variants of each that a layer has without adapters."""
 
@@ -189,7 +190,7 @@ def launch_as_traces_do(
     offset: int = 0,
     fraction: float = 1.0,
 ) -> None:
-    """What a step of several traces and the end of the first of them launch for one layer."""
+    """What a step of several traces, and their end, launch."""
     layer, tokens = model.tensors(), max(map(len, positions))
     wide = torch.zeros(tokens, model.heads + 2 * model.groups, model.dim).to(model.query_dtype)
     query = LAYOUTS[layout](wide[:, : model.heads])
@@ -208,18 +209,20 @@ def launch_as_traces_do(
     triton_column_sums(inputs, where, row_offsets(inputs))
     triton_row_sums(stream, rows, where, "residual")
     triton_row_sums(stream, rows, where, "stream")
-    sums = segments[0].sums
+    totals = torch.zeros(len(segments), 2, LAYERS, dtype=torch.float64)
+    traces = [
+        ProximityTrace(segment.sums, segment.block_table, *results, exact_fraction=fraction)
+        for segment, results in zip(segments, totals, strict=True)
+    ]
     for weight in layer.weights:
-        triton_proximity(
-            ProximityInputs(
-                sums.column_sums[where],
-                PagedValues(layer.values, segments[-1].block_table, 0.5 + where),
-                weight,
-                torch.zeros(model.hidden, model.heads).t(),
-                sums.stream[where],
-            ),
-            fraction,
-        )
+        values = [
+            ProximityLayer(index, layer.values, weight, 0.5 + where) for index in range(where + 1)
+        ]
+        triton_proximities(values, traces)
+    for segment, results in zip(segments, totals, strict=True):
+        proximities = segment.sums.column_sums[:, 0]
+        scores = torch.zeros(proximities.shape[1] + offset)
+        triton_sum_shares(proximities, results[0], scores, keep=where == 1)
 
 
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -295,7 +298,7 @@ def test_a_kernel_that_fails_is_named_once_and_the_others_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Failing:
-        __name__ = "_select_kernel"
+        __name__ = "_complete_kernel"
         tries = 0
 
         def warmup(self, *_: Any, **__: Any) -> None:
@@ -303,13 +306,13 @@ def test_a_kernel_that_fails_is_named_once_and_the_others_compiled(
             raise ValueError("in the code\n  of a kernel\nno such layout")
 
     model, failing = MODELS["8B"], Failing()
-    expected = {variant for variant in warmed_up(model) if variant[0] != "_select_kernel"}
-    monkeypatch.setattr(triton_proximity_module, "_select_kernel", failing)
+    expected = {variant for variant in warmed_up(model) if variant[0] != "_complete_kernel"}
+    monkeypatch.setattr(triton_proximity_module, "_complete_kernel", failing)
     layer = model.tensors()
     with variants_only() as found, compiling() as compilation:
         for _ in range(3):
             launch_every_variant(layer, target_rows_of_every_kind(layer))
-    assert compilation.failures == ["_select_kernel: ValueError: no such layout"]
+    assert compilation.failures == ["_complete_kernel: ValueError: no such layout"]
     assert failing.tries == 1 and found.warmed == expected == compilation.kernels
 
 

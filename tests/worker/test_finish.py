@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.kernels import SumsTouchedError, paged_proximity
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, decode_wire
 from vllm_flashtrace.worker import finish
@@ -34,9 +35,14 @@ class Model:
         self.proximities = proximities
         self.calls = 0
 
-    def token_proximity(self, layer: int, *_: Any) -> Tensor:
+    batched = True
+
+    def replace_by_proximities(self, traces: Any, adapter: int | None) -> None:
         self.calls += 1
-        return self.proximities[layer]
+        for trace in traces:
+            trace.sums.column_sums[:, 0] = self.proximities
+            trace.totals.copy_(self.proximities.sum(1, dtype=torch.float64))
+            trace.residual.copy_(trace.sums.residual.sum(1))
 
 
 def finished(
@@ -51,7 +57,7 @@ def finished(
     trace.sums.stream.fill_(1.0)
     trace.weights.note(torch.tensor(7))
     recorder._traces[name], recorder._nonces[name] = trace, spec.nonce
-    row: Any = types.SimpleNamespace(req_id=name, block_table=None)
+    row: Any = types.SimpleNamespace(req_id=name, block_table=torch.zeros(1, dtype=torch.int32))
     segment: Any = types.SimpleNamespace(trace=trace, batch_row=row)
     step: Any = types.SimpleNamespace(check_complete=lambda: None, segments=[segment], model=model)
     recorder.finish_step(step)
@@ -59,8 +65,83 @@ def finished(
     return spec.nonce
 
 
+class Segments:
+    """Traces that end in a step, and what becomes of them."""
+
+    def __init__(self, *adapters: int | None) -> None:
+        self.failed: dict[str, BaseException] = {}
+        self.calls: list[tuple[int, int | None]] = []
+        self.segments: list[Any] = []
+        for number, adapter in enumerate(adapters):
+            weights = TargetWeights.from_spans([(2, 3 + number)])
+            spec = TraceSpec.create(weights, 3 + number, exact_fraction=1.0)
+            trace = Trace(spec, weights, Model(torch.zeros(0)), adapter)  # type: ignore[arg-type]
+            trace.sums.residual.fill_(0.5)
+            trace.stream_lacks_residual = number != 1
+            table = torch.zeros(1, dtype=torch.int32)
+            row = types.SimpleNamespace(req_id=f"{number}", block_table=table)
+            self.segments.append(types.SimpleNamespace(trace=trace, batch_row=row))
+
+    def measure(self, model: Any) -> list[str]:
+        """The traces that do not fail."""
+        stock = model.replace_by_proximities
+
+        def replaced(traces: Any, adapter: int | None) -> None:
+            self.calls.append((len(traces), adapter))
+            stock(traces, adapter)
+
+        model.replace_by_proximities = replaced
+        return sorted(finish.measure(self.segments, model, self.failed.__setitem__))
+
+
+class Broken(Model):
+    """Fails for a trace of five tokens, or for more than one."""
+
+    def __init__(self, error: Exception, *, together: bool) -> None:
+        super().__init__(torch.zeros(0))
+        self.error, self.together = error, together
+
+    def replace_by_proximities(self, traces: Any, adapter: int | None) -> None:
+        if len(traces) > 1 if self.together else any(trace.tokens == 5 for trace in traces):
+            raise self.error
+
+
+def test_traces_of_one_projection_are_measured_together() -> None:
+    """In one call; ``x`` is completed before it, once."""
+    step = Segments(None, 7, None, 7)
+    assert step.measure(Broken(RuntimeError(), together=False)) == ["0", "1", "3"]
+    assert step.calls == [(2, None), (2, 7), (1, None), (1, None)]
+    streams = [segment.trace.sums.stream for segment in step.segments]
+    assert [float(stream.unique()) for stream in streams] == [0.5, 0.0, 0.5, 0.5]
+
+
+def test_a_model_that_is_not_batched_is_asked_for_one_trace_at_a_time() -> None:
+    step, model = Segments(None, None), Broken(RuntimeError(), together=True)
+    model.batched = False
+    assert step.measure(model) == ["0", "1"] and step.calls == [(1, None), (1, None)]
+
+
+def test_a_fault_before_sums_are_touched_fails_the_trace_it_is_of() -> None:
+    step = Segments(None, None, None)
+    assert step.measure(Broken(RuntimeError("injected"), together=False)) == ["0", "1"]
+    assert list(step.failed) == ["2"] and str(step.failed["2"]) == "injected"
+    step = Segments(None, None, None)
+    assert step.measure(Broken(RuntimeError("injected"), together=True)) == ["0", "1", "2"]
+    assert step.calls == [(3, None), (1, None), (1, None), (1, None)] and not step.failed
+
+
+def test_a_fault_after_sums_were_touched_fails_all_of_the_call() -> None:
+    """What is there is no column sums any more."""
+    fault = SumsTouchedError("of the call")
+    fault.__cause__ = ValueError("injected")
+    step = Segments(None, None, 7)
+    assert step.measure(Broken(fault, together=True)) == ["2"]
+    assert step.calls == [(2, None), (1, 7)]
+    assert step.failed == {"0": fault.__cause__, "1": fault.__cause__}
+
+
 @pytest.mark.parametrize("layers", [False, True])
-@pytest.mark.parametrize("context", [3, finish._TOKENS_AT_ONCE + 5])
+@pytest.mark.parametrize("context", [3, paged_proximity._TOKENS_AT_ONCE + 5])
 def test_scores_are_exact(layers: bool, context: int) -> None:
     """Against float64; the proximities lie where the column sums were."""
     generator = torch.Generator().manual_seed(context)
@@ -91,9 +172,9 @@ def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> 
     assert kept == [(context,), (LAYERS,), (LAYERS,), (2,)]
     assert recorder.buffers.allocated_bytes <= result_bytes(context, LAYERS) + PAGE
     calls = model.calls
-    monkeypatch.setattr(finish, "token_shares", None)
+    monkeypatch.setattr(finish, "sum_shares", None)
     assert decode_wire(recorder.collect(nonce)).to_report().scores.shape == (context,)
-    assert model.calls == calls == LAYERS and recorder.accumulator_bytes == 0
+    assert model.calls == calls == 1 and recorder.accumulator_bytes == 0
 
 
 def test_a_result_under_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

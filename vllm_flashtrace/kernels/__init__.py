@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from vllm_flashtrace.core.attention import AttentionForm
-from vllm_flashtrace.core.proximity import l1_proximity
 from vllm_flashtrace.kernels.paged_attention import (
     AttentionInputs,
     add_row_sums,
     paged_column_sums,
     paged_lse,
 )
-from vllm_flashtrace.kernels.paged_proximity import PagedValues, ProximityInputs, proximity
+from vllm_flashtrace.kernels.paged_proximity import (
+    ProximityLayer,
+    ProximityTrace,
+    column_norms,
+    replace_by_proximities,
+    sum_shares,
+)
 from vllm_flashtrace.kernels.target_rows import (
     Accumulators,
     PagedRows,
     RowSegment,
     SumsTouchedError,
+    touching_sums,
 )
 
 __all__ = [
@@ -23,13 +29,15 @@ __all__ = [
     "AttentionForm",
     "AttentionInputs",
     "PagedRows",
-    "PagedValues",
-    "ProximityInputs",
+    "ProximityLayer",
+    "ProximityTrace",
     "RowSegment",
     "SumsTouchedError",
     "add_row_sums",
-    "l1_proximity",
+    "column_norms",
     "paged_column_sums",
     "paged_lse",
-    "proximity",
+    "replace_by_proximities",
+    "sum_shares",
+    "touching_sums",
 ]

@@ -1,139 +1,210 @@
 """L1 proximity of every token to the residual stream, read from the paged V cache.
 
 The maths is that of `core.proximity`; here it meets the cache. CUDA tensors are read in place by
-Triton kernels (`triton_proximity`), others are gathered and computed by torch; both give the same
-numbers.
+Triton kernels (`triton_proximity`), all layers and traces at once; others are gathered and computed
+by torch. Both give the same numbers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.core.proximity import token_proximity
+from vllm_flashtrace.core.proximity import l1_proximity, token_proximity, token_shares
+from vllm_flashtrace.kernels.target_rows import Accumulators, touching_sums
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _VALUE_DTYPES = (*_WEIGHT_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
 _LARGEST_HEAD = 256
+_TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PagedValues:
-    """One request's value vectors of one layer: what is cached, times `scale`.
+class ProximityLayer:
+    """What the proximities of one layer need of the model.
 
     Attributes:
-        cache: ``[num_blocks, G, block_size, d]``, any strides, float32, float16, bfloat16 or
-            eight-bit floats (e4m3fn, e5m2); head ``h`` reads key/value head ``h // (H // G)``.
-        block_table: int32 ``[>= ceil(N / block_size)]``: token ``j`` lies in slot
-            ``j % block_size`` of block ``block_table[j // block_size]``.
-        scale: Positive factor.
-    """
-
-    cache: Tensor
-    block_table: Tensor
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ProximityInputs:
-    """What one layer's proximities are computed from, for one request of N tokens.
-
-    Attributes:
-        column_sums: float32 ``[H, N]``, ``c``, non-negative.
-        values: ``v``.
+        index: The layer's place in accumulators.
+        cache: Value vectors, ``[num_blocks, G, block_size, d]``, any strides, float32, float16,
+            bfloat16 or eight-bit floats (e4m3fn, e5m2); head ``h`` reads key/value head
+            ``h // (H // G)``.
         weight: ``W_O``, ``[D, H*d]`` as a linear layer keeps it, any strides, float32, float16 or
             bfloat16.
-        column_norms: float32 ``[H, D]``: Euclidean norms of ``weight[i, h*d:(h+1)*d]``.
-        stream: float32 ``[D]``, ``x``, in the weighting of `column_sums`.
+        scale: Positive factor on what is cached.
+        column_norms: float32 ``[H, D]``, Euclidean norms of ``weight[i, h*d:(h+1)*d]``, where the
+            caller keeps them; the Triton form reads the weight in any case.
 
     Raises:
-        ValueError: The shapes or types do not fit together, or the values' scale is not a positive
-            number.
+        ValueError: The shapes or types do not fit together, or the scale is not a positive number.
     """
 
-    column_sums: Tensor
-    values: PagedValues
+    index: int
+    cache: Tensor
     weight: Tensor
-    column_norms: Tensor
-    stream: Tensor
+    scale: float = 1.0
+    column_norms: Tensor | None = None
 
     def __post_init__(self) -> None:
-        cache, block_table = self.values.cache, self.values.block_table
-        tensors = {
-            "column_sums": self.column_sums,
-            "value_cache": cache,
-            "block_table": block_table,
-            "weight": self.weight,
-            "column_norms": self.column_norms,
-            "stream": self.stream,
-        }
-        listing = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items())
-        if [t.dim() for t in tensors.values()] != [2, 4, 1, 2, 2, 1]:
-            raise ValueError(f"the layer's tensors do not have the dimensions expected: {listing}")
-        (heads, tokens), (_, groups, block_size, dim) = self.column_sums.shape, cache.shape
-        hidden = len(self.stream)
+        cache, weight, norms = self.cache, self.weight, self.column_norms
         fitting = (
-            min(heads, groups, block_size, hidden) > 0
-            and heads % groups == 0
-            and 0 < dim <= _LARGEST_HEAD
-            and block_table.numel() * block_size >= tokens
-            and self.weight.shape == (hidden, heads * dim)
-            and self.column_norms.shape == (heads, hidden)
+            (cache.dim(), weight.dim()) == (4, 2)
+            and min(cache.shape[1:]) > 0
+            and cache.shape[3] <= _LARGEST_HEAD
+            and min(weight.shape) > 0
+            and weight.shape[1] % (cache.shape[1] * cache.shape[3]) == 0
+            and (norms is None or norms.shape == (self.heads, self.hidden))
         )
-        floats = (self.column_sums, self.column_norms, self.stream)
         typed = (
-            all(tensor.dtype == torch.float32 for tensor in floats)
-            and block_table.dtype == torch.int32
-            and self.weight.dtype in _WEIGHT_DTYPES
-            and cache.dtype in _VALUE_DTYPES
+            cache.dtype in _VALUE_DTYPES
+            and weight.dtype in _WEIGHT_DTYPES
+            and (norms is None or norms.dtype == torch.float32)
         )
-        if not fitting or not typed:
-            raise ValueError(f"the layer's tensors do not fit together: {listing}")
-        if not 0 < self.values.scale < math.inf:
-            raise ValueError(f"value_scale must be positive, got {self.values.scale}")
+        if not fitting or not typed or self.index < 0:
+            raise ValueError(
+                "the layer's tensors do not fit together: "
+                + _listing(value_cache=cache, weight=weight, column_norms=norms)
+            )
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"the scale of values must be positive, got {self.scale}")
+
+    @property
+    def heads(self) -> int:
+        """Query heads, H."""
+        return self.weight.shape[1] // self.cache.shape[3]
+
+    @property
+    def hidden(self) -> int:
+        """Size of the residual stream, D."""
+        return self.weight.shape[0]
 
 
-def proximity(inputs: ProximityInputs, *, exact_fraction: float = 1.0) -> Tensor:
-    """Computes each token's proximity to the residual stream, summed over heads.
+@dataclass(frozen=True, slots=True, eq=False)
+class ProximityTrace:
+    """One request's sums over all of its N tokens, and where their proximities go.
 
-    ``sum_h max(0, |x|_1 - |x - c_h[j] v_j W_O^h|_1)``, see `core.token_proximity`. Never waits for
-    a GPU.
-
-    Args:
-        inputs: The layer's tensors, all on one device.
-        exact_fraction: Below 1.0, only the pairs with the largest bounds, which together hold this
-            share of the bounds' total, are exact; the others come out between their proximity and
-            their bound.
-
-    Returns:
-        float32 ``[N]``. A token is NaN if one of its values or column sums is not finite or a
-        column sum is negative; every token is if the stream or a norm is not finite.
+    Attributes:
+        sums: Column sums ``c`` ``[L, H, N]``, non-negative, which the proximities replace;
+            residual ``r`` and stream ``x``, ``[L, D]``, in the same weighting. The last dimension
+            of each is contiguous.
+        block_table: int32 ``[>= ceil(N / block_size)]``: token ``j`` lies in slot
+            ``j % block_size`` of block ``block_table[j // block_size]``.
+        totals: float64 ``[L]``, contiguous: gets the proximity of all tokens.
+        residual: float64 ``[L]``, contiguous: gets the proximity of ``r``.
+        exact_fraction: Below 1.0, only the pairs of a token and a head with the largest bounds,
+            which together hold this share of the bounds' total, are exact; the others come out
+            between their proximity and their bound.
 
     Raises:
-        ValueError: `exact_fraction` is not within 0..1.
+        ValueError: The shapes or types do not fit together, or `exact_fraction` is not within 0..1.
     """
-    if not 0 <= exact_fraction <= 1:
-        raise ValueError(f"exact_fraction must be within 0..1, got {exact_fraction}")
-    if inputs.column_sums.is_cuda:
-        from vllm_flashtrace.kernels.triton_proximity import triton_proximity
 
-        return triton_proximity(inputs, exact_fraction)
-    return torch_proximity(inputs, exact_fraction)
+    sums: Accumulators
+    block_table: Tensor
+    totals: Tensor
+    residual: Tensor
+    exact_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        column_sums, residual, stream = self.sums
+        floats, results = (column_sums, residual, stream), (self.totals, self.residual)
+        fitting = (
+            column_sums.dim() == 3
+            and min(column_sums.shape) > 0
+            and residual.dim() == 2
+            and residual.shape == stream.shape
+            and residual.shape[1] > 0
+            and self.block_table.dim() == 1
+            and all(t.shape == (len(column_sums),) for t in (*results, residual[:, 0]))
+            and all(t.stride(-1) == 1 for t in (*floats, self.block_table))
+            and all(t.is_contiguous() for t in results)
+        )
+        typed = (
+            all(tensor.dtype == torch.float32 for tensor in floats)
+            and all(tensor.dtype == torch.float64 for tensor in results)
+            and self.block_table.dtype == torch.int32
+        )
+        if not fitting or not typed:
+            raise ValueError(
+                "the trace's tensors do not fit together: "
+                + _listing(
+                    column_sums=column_sums,
+                    residual=residual,
+                    stream=stream,
+                    block_table=self.block_table,
+                    totals=self.totals,
+                    residual_proximity=self.residual,
+                )
+            )
+        if not 0 <= self.exact_fraction <= 1:
+            raise ValueError(f"exact_fraction must be within 0..1, got {self.exact_fraction}")
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, N."""
+        return self.sums.column_sums.shape[2]
 
 
-def torch_proximity(inputs: ProximityInputs, exact_fraction: float = 1.0) -> Tensor:
-    """Torch form of `proximity`."""
-    column_sums, stream, norms = inputs.column_sums, inputs.stream, inputs.column_norms
+def replace_by_proximities(
+    layers: Sequence[ProximityLayer], traces: Sequence[ProximityTrace]
+) -> None:
+    """Computes each token's proximity to the residual stream, summed over heads.
+
+    ``sum_h max(0, |x|_1 - |x - c_h[j] v_j W_O^h|_1)``, see `core.token_proximity`. It takes the
+    place of the first head's column sums of every layer and trace; what is in those of other heads
+    is not defined afterwards. Never waits for a GPU.
+
+    A token is NaN if one of its values or column sums is not finite or a column sum is negative;
+    every token is if the stream or a weight is not finite.
+
+    Args:
+        layers: Layers, each at most once.
+        traces: Requests, no two of which share accumulators; all tensors on one device.
+
+    Raises:
+        ValueError: Layers and traces do not fit together; nothing was changed.
+        SumsTouchedError: Something failed when sums may have been replaced.
+    """
+    if not layers or not traces:
+        return
+    _check(layers, traces)
+    if traces[0].sums.column_sums.is_cuda:
+        from vllm_flashtrace.kernels.triton_proximity import triton_proximities
+
+        triton_proximities(layers, traces)
+    else:
+        torch_proximities(layers, traces)
+
+
+def torch_proximities(layers: Sequence[ProximityLayer], traces: Sequence[ProximityTrace]) -> None:
+    """Torch form of `replace_by_proximities`."""
+    with touching_sums():
+        for layer in layers:
+            for trace in traces:
+                column_sums, residual, stream = (sums[layer.index] for sums in trace.sums)
+                tokens = _token_proximities(layer, trace, column_sums, stream)
+                trace.totals[layer.index] = tokens.sum(dtype=torch.float64)
+                trace.residual[layer.index] = l1_proximity(residual, stream)
+                column_sums[0] = tokens
+
+
+def _token_proximities(
+    layer: ProximityLayer, trace: ProximityTrace, column_sums: Tensor, stream: Tensor
+) -> Tensor:
+    """One layer of one trace, float32 ``[N]``."""
+    norms = layer.column_norms
     heads, tokens = column_sums.shape
-    if tokens == 0 or not bool((stream.sum() + norms.sum()).isfinite()):
+    by_head = layer.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [H, d, D]
+    if norms is None:
+        norms = column_norms(layer.weight, heads)
+    if not bool((stream.sum() + norms.sum()).isfinite()):
         return column_sums.new_full((tokens,), torch.nan)
-    values = gather_tokens(inputs.values.cache, inputs.values.block_table, tokens)
-    by_head = inputs.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [H, d, D]
-    if inputs.values.scale != 1:
-        column_sums = column_sums * inputs.values.scale
+    values = gather_tokens(layer.cache, trace.block_table, tokens)
+    if layer.scale != 1:
+        column_sums = column_sums * layer.scale
 
     def core(column_sums: Tensor, values: Tensor) -> Tensor:
         return token_proximity(
@@ -141,7 +212,7 @@ def torch_proximity(inputs: ProximityInputs, exact_fraction: float = 1.0) -> Ten
             values,
             by_head,
             stream,
-            exact_fraction=exact_fraction,
+            exact_fraction=trace.exact_fraction,
             column_norms=norms,
         )
 
@@ -158,6 +229,39 @@ def torch_proximity(inputs: ProximityInputs, exact_fraction: float = 1.0) -> Ten
     column_sums = column_sums.masked_fill(~usable, 0)
     values = values.masked_fill(~usable[:, None, None], 0)
     return core(column_sums, values).masked_fill_(~usable, torch.nan)
+
+
+def sum_shares(
+    proximities: Tensor, denominators: Tensor, scores: Tensor, *, keep: bool = False
+) -> None:
+    """Computes each token's share of every layer's proximity, summed over layers.
+
+    Args:
+        proximities: float32 ``[L, N]``, rows contiguous; see `core.token_shares`.
+        denominators: float64 ``[L]``, likewise.
+        scores: float32 ``[>= N]``, contiguous: gets the sums, and zeros behind them.
+        keep: Whether the shares of every layer take the place of `proximities`.
+    """
+    if proximities.is_cuda:
+        from vllm_flashtrace.kernels.triton_proximity import triton_sum_shares
+
+        triton_sum_shares(proximities, denominators, scores, keep=keep)
+        return
+    tokens = proximities.shape[1]
+    scores[tokens:] = 0
+    for first in range(0, tokens, _TOKENS_AT_ONCE):
+        some = slice(first, first + _TOKENS_AT_ONCE)
+        block = proximities[:, some]
+        shares = token_shares(block.double(), denominators)
+        scores[:tokens][some] = shares.sum(0)
+        if keep:
+            block.copy_(shares)
+
+
+def column_norms(weight: Tensor, heads: int) -> Tensor:
+    """Euclidean norms of ``weight[i, h*d:(h+1)*d]``, float32 ``[H, D]``."""
+    by_head = weight.unflatten(1, (heads, -1))
+    return torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32).t().contiguous()
 
 
 def gather_tokens(cache: Tensor, block_table: Tensor, tokens: int) -> Tensor:
@@ -189,3 +293,33 @@ def _usable(column_sums: Tensor, values: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(values.float(), dim=2)
     fine = (column_sums >= 0) & (column_sums < torch.inf)
     return lengths.isfinite().all(dim=1) & fine.all(dim=0)
+
+
+def _check(layers: Sequence[ProximityLayer], traces: Sequence[ProximityTrace]) -> None:
+    heads, hidden = layers[0].heads, layers[0].hidden
+    last = max(layer.index for layer in layers)
+    smallest = min(layer.cache.shape[2] for layer in layers)
+    if len({layer.index for layer in layers}) < len(layers):
+        raise ValueError("a layer is given twice")
+    if any((layer.heads, layer.hidden) != (heads, hidden) for layer in layers):
+        raise ValueError("layers of different sizes do not fit together")
+    for trace in traces:
+        column_sums, residual, _ = trace.sums
+        if (
+            column_sums.shape[1] != heads
+            or residual.shape[1] != hidden
+            or len(column_sums) <= last
+            or trace.block_table.numel() * smallest < trace.tokens
+        ):
+            raise ValueError(
+                f"{heads} heads, {hidden} coordinates, layer {last} and blocks of {smallest} "
+                "tokens do not fit the trace: "
+                + _listing(
+                    column_sums=column_sums, residual=residual, block_table=trace.block_table
+                )
+            )
+
+
+def _listing(**tensors: Tensor | None) -> str:
+    named = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    return ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in named)

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 
 class SumsTouchedError(Exception):
-    """A call failed when it had begun to add: it must not be repeated. The fault is its cause."""
+    """A call failed when sums may have changed: it must not be repeated. The fault is its cause."""
 
 
 @contextmanager
 def touching_sums() -> Iterator[None]:
-    """What fails inside has begun to add to some sums; see `SumsTouchedError`."""
+    """What fails inside may have changed some sums; see `SumsTouchedError`."""
     try:
         yield
+    except SumsTouchedError:
+        raise
     except Exception as error:
         raise SumsTouchedError(f"{type(error).__name__}: {error}") from error
 

@@ -5,8 +5,8 @@ NaN included, never reaches a result. Values are widened, never rounded. Both ke
 form logits with the same functions, so that an attention weight exceeds one by no more than
 rounding.
 
-Triton has no structs, so arguments are lists inside kernels; `attention_arguments` and
-`value_arguments` keep their order in one place.
+Triton has no structs, so arguments are lists inside kernels; `attention_arguments` keeps their
+order in one place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from vllm_flashtrace.core.attention import AttentionForm
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs
-from vllm_flashtrace.kernels.paged_proximity import PagedValues
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -189,22 +188,21 @@ def attention_constants(inputs: AttentionInputs, operands: Operands) -> dict[str
         "WINDOW": window_of(form),
         "HAS_CAP": form.soft_cap > 0,
         "HAS_ALIBI": form.alibi_slopes is not None,
-        "EIGHT_BIT": eight_bit_format(inputs.key_cache),
-        "EIGHT_BIT_QUERY": eight_bit_format(inputs.query),
+        "EIGHT_BIT": eight_bit_format(inputs.key_cache.dtype),
+        "EIGHT_BIT_QUERY": eight_bit_format(inputs.query.dtype),
         "OPERANDS": operands.triton_type,
         "PRECISION": operands.precision,
     }
 
 
-def value_arguments(values: PagedValues) -> tuple[Any, ...]:
-    """What the kernels over values take first: ``cache, block_table, scale`` and four strides."""
-    cache = values.cache
-    return (_stored(cache), values.block_table, float(values.scale), *cache.stride())
+def eight_bit_format(dtype: torch.dtype) -> str:
+    """The format of a type of eight-bit floats, else empty; see `widen`."""
+    return _EIGHT_BIT_FORMATS.get(dtype, "")
 
 
-def eight_bit_format(stored: Tensor) -> str:
-    """The format where a tensor holds eight-bit floats, else empty; see `widen`."""
-    return _EIGHT_BIT_FORMATS.get(stored.dtype, "")
+def stored_type(dtype: torch.dtype) -> tl.dtype:
+    """What a kernel loads from an address at which tensors of a type lie; see `widen`."""
+    return tl.uint8 if dtype in _EIGHT_BIT_FORMATS else _TRITON_TYPES[dtype]
 
 
 def window_of(form: AttentionForm) -> int:

@@ -80,7 +80,7 @@ class DeviceRows:
         rows = torch.cat([s.rows for s in segments]).int()
         positions = torch.cat([s.positions for s in segments]).int()
         weights = torch.cat([s.weights for s in segments]).float()
-        table, rows, positions, weights, log_weights = _to_device(
+        table, rows, positions, weights, log_weights = to_device(
             [sums, rows, positions, weights, weights.log2()], source.device
         )
         tables = _stacked([s.block_table for s in segments])
@@ -103,7 +103,7 @@ class DeviceRows:
         work = self._work.get(key)
         if work is None:
             items, reductions, slots = cut(*sizes)
-            items, reductions = _to_device([items.int(), reductions.int()], self.source.device)
+            items, reductions = to_device([items.int(), reductions.int()], self.source.device)
             work = self._work[key] = Work(items, reductions, slots)
         return work
 
@@ -216,8 +216,8 @@ def _stacked(tables: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def _to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies in one piece; the host goes on at once.
+def to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies tables of the host in one piece; the host goes on at once.
 
     Each begins at a multiple of as many bytes as kernels are compiled for.
     """

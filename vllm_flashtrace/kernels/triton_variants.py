@@ -18,11 +18,11 @@ from torch import Tensor
 
 from vllm_flashtrace.core.attention import AttentionForm
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs
-from vllm_flashtrace.kernels.paged_proximity import PagedValues, ProximityInputs
+from vllm_flashtrace.kernels.paged_proximity import ProximityLayer, ProximityTrace
 from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 from vllm_flashtrace.kernels.triton_lse import row_offsets
-from vllm_flashtrace.kernels.triton_proximity import triton_proximity
+from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
 # More rows and more keys than any tile or chunk holds.
@@ -36,7 +36,7 @@ class LayerTensors:
     Attributes:
         query: ``[1, H, d]``, contiguous, of the type in which queries reach the kernels.
         keys: ``[num_blocks, G, block_size, d]``, see `AttentionInputs`.
-        values: The same, see `PagedValues`.
+        values: The same, see `ProximityLayer`.
         stream: ``[1, D]``, contiguous, of the residual stream's type.
         weights: ``W_O`` in every type that traces use, ``[D, H*d]`` each.
         form: How the layer makes logits.
@@ -71,17 +71,16 @@ def launch_every_variant(layer: LayerTensors, kinds: Sequence[PagedRows]) -> Non
         inputs = AttentionInputs(layer.query, layer.keys, rows, layer.form)
         triton_column_sums(inputs, 0, row_offsets(inputs))
         triton_row_sums(layer.stream, rows, 0, "stream")
-    table = torch.zeros(1, dtype=torch.int32, device=layer.stream.device)
+    totals, residual = floats(2, 1, dtype=torch.float64)
+    trace = ProximityTrace(
+        sums=Accumulators(floats(1, heads, 1), floats(1, hidden), floats(1, hidden)),
+        block_table=torch.zeros(1, dtype=torch.int32, device=layer.stream.device),
+        totals=totals,
+        residual=residual,
+    )
     for weight in layer.weights:
-        triton_proximity(
-            ProximityInputs(
-                column_sums=floats(heads, 1),
-                values=PagedValues(layer.values, table),
-                weight=weight,
-                column_norms=floats(heads, hidden),
-                stream=floats(hidden),
-            )
-        )
+        triton_proximities([ProximityLayer(0, layer.values, weight)], [trace])
+    triton_sum_shares(trace.sums.column_sums[:, 0], totals, floats(1), keep=False)
 
 
 def _one_trace(layer: LayerTensors, positions: list[int]) -> PagedRows:

@@ -15,9 +15,12 @@ from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
     PagedRows,
-    PagedValues,
+    ProximityLayer,
+    ProximityTrace,
     RowSegment,
     paged_column_sums,
+    replace_by_proximities,
+    touching_sums,
 )
 from vllm_flashtrace.worker.cpu_cache import (
     BlockOrders,
@@ -64,13 +67,19 @@ class CPUTracedModel(TracedModel):
         inputs = AttentionInputs(query, keys.transpose(1, 2)[None], group.rows, form)
         paged_column_sums(inputs, layer, overwrite_keys=True)
 
-    def paged_values(self, layer: int, block_table: Tensor, tokens: int) -> PagedValues:
-        """See `TracedModel`; valid until the next read."""
-        attention = self.layers[layer].attention
-        values = read_values(
-            attention.kv_cache, block_table.tolist(), tokens, _order(attention), self._scratch
-        )
-        return PagedValues(values.transpose(0, 1)[None], _ONE_BLOCK)
+    def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
+        """See `TracedModel`."""
+        [trace] = traces
+        blocks = trace.block_table.tolist()
+        own = dataclasses.replace(trace, block_table=_ONE_BLOCK)
+        with touching_sums():
+            for index, layer in enumerate(self.layers):
+                cache, order = layer.attention.kv_cache, _order(layer.attention)
+                values = read_values(cache, blocks, trace.tokens, order, self._scratch)
+                weight, norms = self.output_projection(index, adapter)
+                gathered = values.transpose(0, 1)[None]
+                one = ProximityLayer(index, gathered, weight, column_norms=norms)
+                replace_by_proximities([one], [own])
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
         """Target rows over the one block that the reads above make."""

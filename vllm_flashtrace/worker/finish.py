@@ -4,13 +4,15 @@ Everything that grows with layers times tokens is queued on the device in that s
 API server needs is copied to the host behind it, without waiting. Picking a result up later only
 reads the host's copy.
 
-    `measure`          the proximity pass; leaves each layer's proximities and their totals
+    `measure`          the proximity pass of all traces that end; leaves each layer's proximities
+                       and their totals
     `TotalsExchange`   adds up the totals of the ranks that share the heads
     `score`            shares of the totals, summed over layers, on their way to the host
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
-from vllm_flashtrace.core.proximity import l1_proximity, token_shares
+from vllm_flashtrace.kernels import ProximityTrace, SumsTouchedError, sum_shares
 from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes
 from vllm_flashtrace.worker.step import Segment, Trace
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 HOST_BYTES = 1 << 30
 """Most memory that a worker's results may take on the host while they wait for pick-up."""
 
-_TOKENS_AT_ONCE = 4096
 _ALIGNMENT = 16
 _PAGE = 1 << 16
 
@@ -54,30 +55,77 @@ class Measured:
     recorded: Any
 
 
-def measure(segment: Segment, model: TracedModel) -> Measured:
-    """Runs the proximity pass over all layers; must be called while the blocks are held.
+def measure(
+    segments: Sequence[Segment],
+    model: TracedModel,
+    on_failure: Callable[[str, BaseException], None],
+) -> dict[str, Measured]:
+    """Runs the proximity pass of all layers; must be called while the blocks are held.
 
     A layer's proximities take the place of its first head's column sums, which nobody needs then.
+    Traces whose output projection is the same are measured together where the model can do that; if
+    they fail before anything has changed, each is measured alone.
+
+    Args:
+        segments: Of traces whose last target row is recorded.
+        model: The model that ran the step.
+        on_failure: Called with the request id of a trace that failed, and why.
+
+    Returns:
+        By request id.
     """
-    trace = segment.trace
-    recorded = trace.clock.mark()
-    trace.complete_sums()
-    layers = model.shape.num_layers
-    totals = torch.zeros(layers, dtype=torch.float64, device=model.device)
-    residual = torch.zeros_like(totals)
-    for layer in range(layers):
-        sums = trace.layer_sums(layer)
-        tokens = model.token_proximity(
-            layer,
-            sums,
+    groups: dict[Any, list[Segment]] = defaultdict(list)
+    for segment in segments:
+        groups[segment.trace.adapter if model.batched else segment.batch_row.req_id].append(segment)
+    measured: dict[str, Measured] = {}
+    waiting = list(groups.values())
+    for group in waiting:
+        try:
+            measured.update(_measure_together(group, model))
+        except Exception as error:
+            if len(group) > 1 and not isinstance(error, SumsTouchedError):
+                log_unexpected("measuring traces together; each goes on alone", error)
+                waiting += [[segment] for segment in group]
+                continue
+            for segment in group:
+                touched = isinstance(error, SumsTouchedError)
+                on_failure(segment.batch_row.req_id, (touched and error.__cause__) or error)
+    return measured
+
+
+def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[str, Measured]:
+    traces = [segment.trace for segment in segments]
+    recorded = traces[0].clock.mark()
+    _complete_sums(traces)
+    size = (len(traces), 2, model.shape.num_layers)
+    results = torch.empty(size, dtype=torch.float64, device=model.device)
+    inputs = [
+        ProximityTrace(
+            segment.trace.sums,
             segment.batch_row.block_table,
-            trace.spec.exact_fraction,
-            trace.adapter,
+            totals,
+            residual,
+            segment.trace.spec.exact_fraction,
         )
-        totals[layer] = tokens.sum(dtype=torch.float64)
-        residual[layer] = l1_proximity(sums.residual, sums.stream)
-        sums.column_sums[0] = tokens
-    return Measured(trace, trace.sums.column_sums[:, 0], totals, residual, recorded)
+        for segment, (totals, residual) in zip(segments, results, strict=True)
+    ]
+    model.replace_by_proximities(inputs, traces[0].adapter)
+    return {
+        segment.batch_row.req_id: Measured(
+            segment.trace, one.sums.column_sums[:, 0], one.totals, one.residual, recorded
+        )
+        for segment, one in zip(segments, inputs, strict=True)
+    }
+
+
+def _complete_sums(traces: Sequence[Trace]) -> None:
+    """Makes ``x`` of all layers the sums of the stream behind the blocks."""
+    lacking = [trace for trace in traces if trace.stream_lacks_residual]
+    if lacking:
+        streams = [trace.sums.stream for trace in lacking]
+        torch._foreach_add_(streams, [trace.sums.residual for trace in lacking])
+    for trace in lacking:
+        trace.stream_lacks_residual = False
 
 
 class TotalsExchange:
@@ -149,15 +197,9 @@ def score(
         raise ValueError("the weights of no step were noted")
     own = measured.totals + measured.residual
     denominators = own if totals is None else totals + measured.residual
-    scores = torch.zeros(trace.spec.length, device=tokens.device)
-    for first in range(0, tokens.shape[1], _TOKENS_AT_ONCE):
-        some = slice(first, first + _TOKENS_AT_ONCE)
-        block = tokens[:, some]
-        shares = token_shares(block.double(), denominators)
-        # Behind the last target, where nothing flows from, scores stay 0.
-        scores[: trace.context][some] = shares.sum(0)
-        if trace.spec.layers:
-            block.copy_(shares)
+    # Behind the last target, where nothing flows from, scores are 0.
+    scores = torch.empty(trace.spec.length, device=tokens.device)
+    sum_shares(tokens, denominators, scores, keep=trace.spec.layers)
     ended = trace.clock.mark()
     parts = [scores, own, denominators, weights]
     copied = buffers.copy([*parts, tokens] if trace.spec.layers else parts)

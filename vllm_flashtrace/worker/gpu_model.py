@@ -7,6 +7,7 @@ them before a later step can write to them, because vLLM runs its steps on the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
-    PagedValues,
+    ProximityLayer,
+    ProximityTrace,
     paged_column_sums,
+    replace_by_proximities,
+    touching_sums,
 )
 from vllm_flashtrace.trace.budget import part_of_memory
 from vllm_flashtrace.worker.gpu_cache import (
@@ -68,10 +72,15 @@ class GPUTracedModel(TracedModel):
         form = gpu_attention_form(self.layers[layer])
         paged_column_sums(AttentionInputs(heads, keys, group.rows, form), layer)
 
-    def paged_values(self, layer: int, block_table: Tensor, tokens: int) -> PagedValues:
-        """See `TracedModel`."""
-        reading = self._reading(layer)
-        return PagedValues(self._views(layer, reading).values, block_table, reading.scales.value)
+    def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
+        """See `TracedModel`: in one call for all layers, or with an adapter one for each."""
+        if adapter is None or all(layer.adapters is None for layer in self.layers):
+            layers = [self._proximity_layer(layer, None) for layer in range(len(self.layers))]
+            replace_by_proximities(layers, traces)
+            return
+        with touching_sums():
+            for layer in range(len(self.layers)):  # Each has a matrix of its own while it lasts.
+                replace_by_proximities([self._proximity_layer(layer, adapter)], traces)
 
     def accumulator_limit_bytes(
         self, max_accumulator_mib: int | None, activation_bytes: int = 0
@@ -106,6 +115,12 @@ class GPUTracedModel(TracedModel):
 
     def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
         return key_value_views(self.layers[layer].attention, reading.dtype)
+
+    def _proximity_layer(self, layer: int, adapter: int | None) -> ProximityLayer:
+        reading = self._reading(layer)
+        values = self._views(layer, reading).values
+        weight, _ = self.output_projection(layer, adapter)
+        return ProximityLayer(layer, values, weight, reading.scales.value)
 
     def _check_projection(self, layer: TracedLayer) -> None:
         weight = layer.out_proj.weight
@@ -248,7 +263,8 @@ def device_memory_limit(device: torch.device, activation_bytes: int = 0) -> int:
 
     Must be asked when vLLM has taken its share: weights, KV cache and CUDA graphs. The memory that
     it found to need for activations it frees again, so it looks free between steps. The other half
-    is for the recorder's temporaries, and for activations that vLLM did not foresee.
+    is for the recorder's temporaries, of which the proximity pass takes 128 MiB at most (20 MiB for
+    one trace of an 8B model), and for activations that vLLM did not foresee.
 
     Args:
         device: Where accumulators live.

@@ -123,13 +123,12 @@ class Recorder:
         must follow.
         """
         step.check_complete()
-        for segment in step.segments:
-            req_id = segment.batch_row.req_id
-            if segment.trace.complete and req_id in self._traces:
-                try:
-                    self._measured[req_id] = measure(segment, step.model)
-                except Exception as error:
-                    self.fail(req_id, error)
+        finished = [
+            segment
+            for segment in step.segments
+            if segment.trace.complete and segment.batch_row.req_id in self._traces
+        ]
+        self._measured.update(measure(finished, step.model, self.fail))
 
     def totals(self, req_id: str) -> Tensor | None:
         """The proximity of all tokens, float64 ``[L]``, of a trace that `finish_step` measured."""

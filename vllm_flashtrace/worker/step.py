@@ -16,7 +16,6 @@ import torch
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
-from vllm_flashtrace.core.proximity import LayerSums
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import (
     Accumulators,
@@ -326,16 +325,6 @@ class Trace:
             block_table=row.block_table,
             sums=self.sums,
         )
-
-    def complete_sums(self) -> None:
-        """Makes ``x`` of all layers the sums of the stream behind the blocks; once, at the end."""
-        if self.stream_lacks_residual:
-            self.sums.stream.add_(self.sums.residual)
-            self.stream_lacks_residual = False
-
-    def layer_sums(self, layer: int) -> LayerSums:
-        """The three sums of one layer; see `complete_sums`."""
-        return LayerSums(*(accumulator[layer] for accumulator in self.sums))
 
     def _restart(self, start: int) -> None:
         self.restarts += self.next_position > 0

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.core.proximity import LayerSums
-from vllm_flashtrace.kernels import PagedRows, PagedValues, ProximityInputs, RowSegment, proximity
+from vllm_flashtrace.kernels import PagedRows, ProximityTrace, RowSegment, column_norms
 from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
 from vllm_flashtrace.worker.fingerprint import WeightsFingerprint
 from vllm_flashtrace.worker.layers import (
@@ -81,10 +80,15 @@ class CudaClock:
 
 
 class Projection(NamedTuple):
-    """``W_O`` of a layer, ``[D, H * d]``, and its rows' norms per head, float32 ``[H, D]``."""
+    """``W_O`` of a layer.
+
+    Attributes:
+        weight: ``[D, H * d]``.
+        column_norms: See `kernels.column_norms`; None where they are not kept.
+    """
 
     weight: Tensor
-    column_norms: Tensor
+    column_norms: Tensor | None = None
 
 
 class TracedModel(ABC):
@@ -144,39 +148,20 @@ class TracedModel(ABC):
         """
 
     @abstractmethod
-    def paged_values(self, layer: int, block_table: Tensor, tokens: int) -> PagedValues:
-        """The value vectors of a request's first tokens, from the blocks it holds.
+    def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
+        """Runs the proximity pass of all layers over this rank's heads.
+
+        Reads the values from the cache, so it must be called, or on a GPU queued, while the
+        requests still hold their blocks. Never waits for a GPU.
 
         Args:
-            layer: Layer index.
-            block_table: int32, ids of the blocks as the attention kernel counts them.
-            tokens: Number of tokens.
+            traces: See `kernels.replace_by_proximities`; one, unless the model is `batched`. Block
+                tables count blocks as the attention kernel does.
+            adapter: Id of the LoRA adapter that the requests are computed with.
+
+        Raises:
+            SumsTouchedError: Something failed when sums may have been replaced.
         """
-
-    def token_proximity(
-        self,
-        layer: int,
-        sums: LayerSums,
-        block_table: Tensor,
-        exact_fraction: float,
-        adapter: int | None = None,
-    ) -> Tensor:
-        """Each context token's proximity summed over this rank's heads, float32 ``[N]``.
-
-        Reads the values from the cache, so it must be called, or on a GPU queued, while the request
-        still holds its blocks. Never waits for a GPU.
-
-        Args:
-            layer: Layer index.
-            sums: The layer's sums over all target positions.
-            block_table: int32, ids of the request's blocks as the attention kernel counts them.
-            exact_fraction: See `kernels.proximity`.
-            adapter: Id of the LoRA adapter that the request is computed with.
-        """
-        values = self.paged_values(layer, block_table, sums.column_sums.shape[1])
-        weight, column_norms = self.output_projection(layer, adapter)
-        inputs = ProximityInputs(sums.column_sums, values, weight, column_norms, sums.stream)
-        return proximity(inputs, exact_fraction=exact_fraction)
 
     def output_projection(self, layer: int, adapter: int | None = None) -> Projection:
         """``W_O`` of a layer as it is now, in the model's dtype; with an adapter in float32."""
@@ -187,7 +172,7 @@ class TracedModel(ABC):
         if added is None:
             return base
         # In float32, since an adapter's small changes would be lost in sixteen bits.
-        return self._projection(added.add_(base.weight))
+        return Projection(added.add_(base.weight))
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
         """Readies target rows for recording; done once per step and used for every layer."""
@@ -228,13 +213,10 @@ class TracedModel(ABC):
             )
         kernel = packed_kernel(traced.out_proj)
         if kernel is None:
-            return self._projection(output_projection(traced))
+            return Projection(output_projection(traced))
         kept = self._unpacked.get(layer)
         if kept is None or kept[0] is not kernel:
-            kept = self._unpacked[layer] = kernel, self._projection(output_projection(traced))
+            weight = output_projection(traced)
+            unpacked = Projection(weight, column_norms(weight, self.shape.num_heads))
+            kept = self._unpacked[layer] = kernel, unpacked
         return kept[1]
-
-    def _projection(self, weight: Tensor) -> Projection:
-        by_head = weight.unflatten(1, (self.shape.num_heads, -1))
-        norms = torch.linalg.vector_norm(by_head, dim=2, dtype=torch.float32)
-        return Projection(weight, norms.t().contiguous())
