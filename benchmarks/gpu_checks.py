@@ -120,8 +120,7 @@ def _check_row_sums(forms: Forms, inputs: Inputs) -> Iterator[_Comparison]:
     first, second = inputs.accumulators(), inputs.accumulators()
     for sums in (first, second):
         rows = inputs.paged_rows(sums)
-        forms.row_sums(inputs.residual, rows, LAYER, "residual")
-        forms.row_sums(inputs.residual, rows, LAYER, "stream")
+        forms.row_sums(rows, LAYER, residual=inputs.residual, stream=inputs.residual)
     device = inputs.residual.device
     for trace, ours, again in zip(inputs.traces, first, second, strict=True):
         residual = inputs.residual[trace.rows.to(device)].double()

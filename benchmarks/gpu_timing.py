@@ -78,20 +78,28 @@ def triton_on(device: torch.device) -> AbstractContextManager[None]:
 
 def forms_on(device: torch.device) -> Forms:
     """On a GPU the product's functions, elsewhere their Triton forms, for the interpreter."""
-    from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
-    from vllm_flashtrace.kernels.triton_lse import row_offsets, triton_lse
+    from vllm_flashtrace.kernels.triton_column_sums import SecondPass, triton_column_sums
+    from vllm_flashtrace.kernels.triton_lse import FirstPass, triton_lse
+    from vllm_flashtrace.kernels.triton_operands import LayerBatch
     from vllm_flashtrace.kernels.triton_proximity import triton_proximities
     from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
-    passes = (row_offsets, triton_column_sums)
+    def first_pass(inputs: AttentionInputs) -> Tensor:
+        batch = LayerBatch.of_one(inputs, 0)
+        first = FirstPass.plan(batch)
+        return first.run(batch, first.buffer(batch))
+
+    def second_pass(inputs: AttentionInputs, layer: int, offsets: Tensor) -> None:
+        batch = LayerBatch.of_one(inputs, layer)
+        second = SecondPass.plan(batch)
+        second.run(batch, offsets, second.buffer(batch))
+
+    passes = (first_pass, second_pass)
     if device.type == "cuda":
         sums = (kernels.add_row_sums, kernels.replace_by_proximities)
         return Forms(kernels.paged_lse, kernels.paged_column_sums, *passes, *sums)
 
-    def both(inputs: AttentionInputs, layer: int) -> None:
-        triton_column_sums(inputs, layer, row_offsets(inputs))
-
-    return Forms(triton_lse, both, *passes, triton_row_sums, triton_proximities)
+    return Forms(triton_lse, triton_column_sums, *passes, triton_row_sums, triton_proximities)
 
 
 class Peak(NamedTuple):
@@ -348,8 +356,8 @@ class Bench:
             row = self._row(name, layer, call, layer.attention_cost(passes))
             yield {**row, "ratio_to_torch": theirs and row["ms"] / theirs}
         residual = torch.randn(layer.count, shape.hidden, device=layer.values.device).bfloat16()
-        numbers = 2.0 * layer.count * shape.hidden
-        call = partial(self.forms.row_sums, residual, rows, 0, "stream")
+        numbers = 4.0 * layer.count * shape.hidden
+        call = partial(self.forms.row_sums, rows, 0, residual=residual, stream=residual)
         yield self._row("add_row_sums", layer, call, Cost(numbers, numbers))
 
     def proximity(self, layer: Layer) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.kernels import AttentionForm, SumsTouchedError
 from vllm_flashtrace.worker import gpu_model, traced_model
+from vllm_flashtrace.worker.gpu_cache import cache_scales
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
 from vllm_flashtrace.worker.traced_model import HostClock
 
@@ -57,7 +58,11 @@ def model_of(loaded: V2Engine) -> GPUTracedModel:
 
 
 def form_of(loaded: V2Engine) -> AttentionForm:
-    return gpu_attention_form(model_of(loaded).layers[1])
+    return form_of_layer(model_of(loaded).layers[1])
+
+
+def form_of_layer(layer: Any) -> AttentionForm:
+    return gpu_attention_form(layer, cache_scales(layer.attention))
 
 
 def test_the_plain_form(loaded: V2Engine) -> None:
@@ -87,7 +92,7 @@ def test_sinks(loaded: V2Engine, layer: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_soft_cap_and_alibi(loaded: V2Engine, layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     set_impl(loaded, layer, monkeypatch, logits_soft_cap=30.0, alibi_slopes=SLOPES)
-    form = gpu_attention_form(model_layer(loaded, layer))
+    form = form_of_layer(model_layer(loaded, layer))
     assert form.soft_cap == 30.0 and form.scale == SCALE
     assert form.alibi_slopes is not None and form.alibi_slopes.tolist() == SLOPES
 
@@ -114,13 +119,12 @@ def test_scales_of_an_fp8_cache(
     monkeypatch.setattr(layer, "kv_cache_dtype", "fp8")
     set_scales(layer, monkeypatch, 0.5, 0.25, 0.125)
     monkeypatch.setattr(layer, "query_quant", None)
-    assert gpu_attention_form(model_layer(loaded, layer)).scale == SCALE * 0.25
+    assert form_of_layer(model_layer(loaded, layer)).scale == SCALE * 0.25
     monkeypatch.setattr(layer, "query_quant", object())
     model = model_of(loaded)
     reading = model._reading(1)
-    assert gpu_attention_form(model.layers[1]).scale == SCALE * 0.25 * 0.5
+    assert form_of_layer(model.layers[1]).scale == SCALE * 0.25 * 0.5
     assert (reading.scales.value, reading.dtype) == (0.125, torch.float8_e4m3fn)
-    assert reading.quantized_queries and not model._reading(0).quantized_queries
 
 
 def test_queries_of_another_type_than_expected(loaded: V2Engine) -> None:

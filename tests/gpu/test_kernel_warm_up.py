@@ -20,13 +20,15 @@ from tests.gpu.v2_engine import V2Engine, apply_patches, traced, untraced, v2_en
 from tests.kernels.compiler import Variants, variants_only
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.kernels import paged_attention, paged_proximity, sum_shares
-from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
-from vllm_flashtrace.kernels.triton_lse import row_offsets
+from vllm_flashtrace.kernels.triton_column_sums import (
+    triton_column_sums,
+    triton_kept_column_sums,
+)
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 from vllm_flashtrace.patches import kernel_warm_up
 from vllm_flashtrace.patches._check import PatchError
-from vllm_flashtrace.worker import finish, step, warm_up
+from vllm_flashtrace.worker import finish, gpu_model, step, warm_up
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import worker_report
 
@@ -70,11 +72,15 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch computes in the place of our kernels, their launches are made as well."""
     columns, proximity = paged_attention.torch_column_sums, paged_proximity.torch_proximities
-    row_sums = step.add_row_sums
+    row_sums, kept_columns = step.add_row_sums, gpu_model.add_kept_column_sums
 
     def add_columns(inputs: Any, layer: int, **arguments: Any) -> None:
-        triton_column_sums(inputs, layer, row_offsets(inputs))
+        triton_column_sums(inputs, layer)
         columns(inputs, layer, **arguments)
+
+    def add_kept_columns(kept: Any, layers: Any) -> None:
+        triton_kept_column_sums(kept, layers)
+        kept_columns(kept, layers)
 
     def proximities(layers: Any, traces: Any) -> None:
         triton_proximities(layers, traces)
@@ -84,14 +90,15 @@ def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_sum_shares(proximities, denominators, scores, keep=keep)
         sum_shares(proximities, denominators, scores, keep=keep)
 
-    def add_rows(residual: Tensor, rows: Any, layer: int, to: Any) -> None:
-        triton_row_sums(residual, rows, layer, to)
-        row_sums(residual, rows, layer, to)
+    def add_rows(rows: Any, layer: int, **streams: Tensor) -> None:
+        triton_row_sums(rows, layer, **streams)
+        row_sums(rows, layer, **streams)
 
     monkeypatch.setattr(paged_attention, "torch_column_sums", add_columns)
     monkeypatch.setattr(paged_proximity, "torch_proximities", proximities)
     monkeypatch.setattr(step, "add_row_sums", add_rows)
     monkeypatch.setattr(finish, "sum_shares", shares)
+    monkeypatch.setattr(gpu_model, "add_kept_column_sums", add_kept_columns)
 
 
 def run_traces(engine: V2Engine) -> None:

@@ -19,7 +19,7 @@ from tests.gpu.v2_engine import (
     v2_engine,
 )
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.kernels import RowSegment, SumsTouchedError
+from vllm_flashtrace.kernels import KeptQueries, RowSegment, SumsTouchedError
 from vllm_flashtrace.patches import model_runner_v2
 from vllm_flashtrace.trace.wire import decode_wire
 from vllm_flashtrace.worker import gpu_model, step
@@ -36,7 +36,8 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "row plan": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "plan_rows"),
     "observer": (f"{ADAPTER}.runner", None, "StepObserver"),
     "layer name": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "layer_index"),
-    "attention": (f"{ADAPTER}.gpu_model", None, "paged_column_sums"),
+    "queries": ("vllm_flashtrace.kernels.paged_attention", "KeptQueries", "keep"),
+    "attention": (f"{ADAPTER}.gpu_model", None, "add_kept_column_sums"),
     "cache views": (f"{ADAPTER}.gpu_model", None, "key_value_views"),
     "residual": (f"{CAPTURE}.step", "StepRecorder", "record_update"),
     "finish": (f"{CAPTURE}.recorder", "Recorder", "finish_step"),
@@ -126,20 +127,30 @@ def test_fault_in_one_trace_spares_the_other(
     assert_exact(engine, good, float64_llama)
 
 
+CALLS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "paged_column_sums": (gpu_model, lambda inputs, *_: inputs.rows),
+    "add_kept_column_sums": (gpu_model, lambda kept, *_: kept.rows),
+    "keep": (KeptQueries, lambda kept, *_: kept.rows),
+    "add_row_sums": (step, lambda rows, *_: rows),
+}
+"""What records the rows of a step, and how they are found among its arguments."""
+
+
 def break_for(
     name: str, broken: Callable[[Sequence[RowSegment]], Exception | None], patch: Any
 ) -> None:
     """Makes what records the rows of a step raise what ``broken`` gives for their segments."""
-    module = gpu_model if name == "paged_column_sums" else step
-    stock = getattr(module, name)
+    holder, rows_of = CALLS[name]
+    stock = getattr(holder, name)
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
-        rows = args[0].rows if name == "paged_column_sums" else args[1]
-        if (error := broken(rows.segments)) is not None:
+        if (error := broken(rows_of(*args).segments)) is not None:
             raise error
         return stock(*args, **kwargs)
 
-    patch.setattr(module, name, replaced)
+    patch.setattr(holder, name, replaced)
+    if name == "paged_column_sums":
+        patch.setattr(gpu_model, "KEPT_ROWS", 0)
 
 
 def step_of_two(engine: V2Engine) -> tuple[Any, Any]:
@@ -155,7 +166,7 @@ def of_the_bad_one(segments: Sequence[RowSegment]) -> Exception | None:
     return RuntimeError("injected") if 80 in widths else None
 
 
-@pytest.mark.parametrize("name", ["paged_column_sums", "add_row_sums"])
+@pytest.mark.parametrize("name", CALLS)
 def test_fault_in_the_rows_of_one_trace_spares_the_other(
     name: str, engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +194,7 @@ def test_rows_that_do_not_fit_together_spare_the_other(
     assert_exact(engine, good, float64_llama)
 
 
-@pytest.mark.parametrize("name", ["paged_column_sums", "add_row_sums"])
+@pytest.mark.parametrize("name", CALLS)
 def test_no_memory_for_all_rows_at_once_fails_no_trace(
     name: str, engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +206,7 @@ def test_no_memory_for_all_rows_at_once_fails_no_trace(
         assert_exact(engine, trace, float64_llama)
 
 
-@pytest.mark.parametrize("name", ["paged_column_sums", "add_row_sums"])
+@pytest.mark.parametrize("name", ["add_kept_column_sums", "add_row_sums"])
 def test_a_fault_after_the_sums_were_touched_fails_all(
     name: str, engine: V2Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +226,7 @@ def test_a_device_that_is_spoilt_fails_all_and_the_step_goes_on(
     fault = torch.AcceleratorError(
         "CUDA error: an illegal memory access was encountered (injected)"
     )
-    break_for("paged_column_sums", lambda _: fault, monkeypatch)
+    break_for("keep", lambda _: fault, monkeypatch)
     for trace in step_of_two(engine):
         with pytest.raises(TraceError, match="injected") as caught:
             engine.report(trace)

@@ -13,9 +13,15 @@ from tests.kernels.attention import LAYERS, Case, Shape, definition, make_case, 
 from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
+    KeptQueries,
+    LayerKeys,
     PagedRows,
+    SumsTouchedError,
+    add_kept_column_sums,
+    paged_attention,
     paged_column_sums,
     paged_lse,
+    triton_operands,
     triton_rows,
 )
 from vllm_flashtrace.kernels import triton_column_sums as column_kernels
@@ -56,7 +62,7 @@ def form_of(heads: int, **features: float) -> AttentionForm:
 def triton_forms(case: Case, form: AttentionForm, layer: int = LAYER) -> Tensor:
     inputs = case.inputs(form)
     lse = lse_kernels.triton_lse(inputs)
-    column_kernels.triton_column_sums(inputs, layer, lse_kernels.row_offsets(inputs))
+    column_kernels.triton_column_sums(inputs, layer)
     return lse
 
 
@@ -165,6 +171,129 @@ def test_the_same_bits_again_and_beside_other_traces(cutting) -> None:
     for sums in case.sums:
         assert torch.equal(sums[LAYER], sums[2])
     assert torch.equal(alone.sums[0][LAYER], case.sums[1][LAYER])
+
+
+class Step:
+    """Target rows over layers of two kinds, the last with a window and another scale."""
+
+    def __init__(self, shape: Shape, rows: int = 64) -> None:
+        case = make_case(shape, SEVERAL)
+        own = case.rows
+        self.rows = PagedRows.build(own.segments, shape.heads, shape.groups, own.device, rows)
+        self.cases = [
+            Case(
+                (case.query.float() * (1 + layer)).to(case.query.dtype),
+                (case.cache.float() / (1 + layer)).to(case.cache.dtype),
+                self.rows,
+            )
+            for layer in range(LAYERS)
+        ]
+        plain, window = form_of(shape.heads), form_of(shape.heads, sliding_window=13, scale=0.2)
+        self.forms = [plain] * (LAYERS - 1) + [window]
+
+    def at_once(self) -> list[Tensor]:
+        for layer, (case, form) in enumerate(zip(self.cases, self.forms, strict=True)):
+            paged_column_sums(case.inputs(form), layer)
+        return self.taken()
+
+    def kept(self, room: int = 1 << 20) -> KeptQueries:
+        shape = self.cases[0].query.shape[1:]
+        queries = 48 * shape.numel() * LAYERS * self.cases[0].query.itemsize  # 16 rows at a time
+        memory = torch.full((queries + max(room, queries),), 255, dtype=torch.uint8)
+        dtype = self.cases[0].query.dtype
+        kept = KeptQueries.within(memory, self.rows, LAYERS, shape[1], dtype)
+        assert kept is not None
+        kept.room = kept.room[: room // 4]
+        for layer, case in enumerate(self.cases):
+            assert kept.keep(layer, case.query)
+            assert not kept.keep(layer, case.query.double())
+        assert kept.layers == [*range(LAYERS)]
+        return kept
+
+    def keys(self) -> list[LayerKeys]:
+        pairs = zip(self.cases, self.forms, strict=True)
+        return [LayerKeys(i, case.cache, form) for i, (case, form) in enumerate(pairs)]
+
+    def taken(self) -> list[Tensor]:
+        sums = [segment.sums.column_sums for segment in self.rows.segments]
+        copies = [one.clone() for one in sums]
+        for one in sums:
+            one.zero_()
+        return copies
+
+
+def test_queries_that_are_kept_give_the_same_bits(cutting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that are added at once, in torch and in Triton, and wherever memory is short."""
+    step = Step(Shape(dim=64, dtype=E4M3, query_dtype=E4M3))
+    expected = step.at_once()
+    kept = step.kept()
+    add_kept_column_sums(kept, step.keys())
+    assert not kept.layers
+    assert all(map(torch.equal, step.taken(), expected))
+    monkeypatch.setattr(paged_attention, "by_triton", lambda tensor: True)
+    ours = step.at_once()
+    for one, other in zip(ours, expected, strict=True):
+        assert relative_error(one, other.double()) <= 1e-3
+    for room in (1 << 20, 20_000, 0):  # All layers at once, one after another, none.
+        add_kept_column_sums(step.kept(room), step.keys())
+        assert all(map(torch.equal, step.taken(), ours)), room
+
+
+def test_kept_queries_of_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are added without the others', from the same memory."""
+    monkeypatch.setattr(paged_attention, "by_triton", lambda tensor: True)
+    step = Step(Shape(dim=64))
+    kept = step.kept()
+    add_kept_column_sums(kept, step.keys())
+    expected = step.taken()
+    kept = step.kept()
+    segment = step.rows.segments[1]
+    heads, groups = step.rows.num_heads, step.rows.num_kv_heads
+    own = kept.of_segment(1, PagedRows.build([segment], heads, groups, step.rows.device, 64))
+    assert own.layers == kept.layers
+    assert own.queries.untyped_storage().data_ptr() == kept.queries.untyped_storage().data_ptr()
+    add_kept_column_sums(own, step.keys())
+    assert kept.layers and not own.layers
+    sums = step.taken()
+    assert torch.equal(sums[1], expected[1]) and not sums[0].any() and not sums[2].any()
+
+
+def test_too_many_rows_are_not_kept() -> None:
+    rows = make_case(Shape(dim=64), SEVERAL).rows
+    size = 48 * KeptQueries.row_bytes(LAYERS, rows.num_heads, 64, BFLOAT16)
+    for nbytes, fits in ((size, True), (size - 1, False), (0, False)):
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        kept = KeptQueries.within(memory, rows, LAYERS, 64, BFLOAT16)
+        assert (kept is not None) == fits
+
+
+@pytest.mark.parametrize(("which", "expected"), [(1, RuntimeError), (2, SumsTouchedError)])
+def test_a_launch_that_fails_behind_another_has_touched_the_sums(
+    which: int, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing was added yet, the call may be repeated."""
+    monkeypatch.setattr(paged_attention, "by_triton", lambda tensor: True)
+    step, kept = Step(Shape(dim=64)), Step(Shape(dim=64)).kept()
+    launched: list[str] = []
+
+    def launch(kernel, *_: object, **__: object) -> None:
+        launched.append(kernel.__name__)
+        if launched.count("_lse_kernel") == which:
+            raise RuntimeError("injected")
+
+    for module in (lse_kernels, column_kernels):
+        monkeypatch.setattr(module, "launch", launch)
+    with pytest.raises(expected, match="injected"):
+        add_kept_column_sums(kept, step.keys())
+    assert kept.layers == [*range(LAYERS)]
+
+
+def test_numbers_of_layers_are_copied_once() -> None:
+    step = Step(Shape(dim=64))
+    inputs = step.cases[0].inputs(step.forms[0])
+    tables = [triton_operands.LayerBatch.of_one(inputs, layer).table for layer in (1, 1, 2)]
+    assert tables[0] is tables[1] and tables[2][0, 0] == 2
+    assert tables[0][0, 1] == step.cases[0].cache.data_ptr()
 
 
 @pytest.mark.parametrize("compute", [torch_forms, triton_forms])

@@ -12,7 +12,6 @@ from tests.kernels.compiler import compiled_only
 from tests.kernels.test_compiled_proximity import LEAST_SHARED_MEMORY
 from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
-from vllm_flashtrace.kernels.triton_lse import row_offsets
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -35,9 +34,9 @@ def interpreter() -> Iterator[None]:
 
 def launch(case: Case, form: AttentionForm, layer: int = 0) -> None:
     inputs = case.inputs(form)
-    triton_column_sums(inputs, layer, row_offsets(inputs))
+    triton_column_sums(inputs, layer)
     stream = torch.zeros(len(case.query), HIDDEN, dtype=torch.bfloat16)
-    triton_row_sums(stream, case.rows, layer, "stream")
+    triton_row_sums(case.rows, layer, residual=stream, stream=stream)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

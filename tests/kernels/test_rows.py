@@ -107,27 +107,49 @@ def test_work_of_a_segment_does_not_depend_on_the_others(positions, enough) -> N
             assert cut(together, index) == cut(paged_rows([own]), 0)
 
 
-@pytest.mark.parametrize("to", ["residual", "stream"])
+@pytest.mark.parametrize("given", [("residual",), ("stream",), ("residual", "stream")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strided", [False, True])
-def test_row_sums(to, dtype: torch.dtype, strided: bool) -> None:
-    """More rows than a chunk holds, few rows, one row; some rows of the stream are NaN."""
-    case = make_case(SHAPE, [[*range(10, 300)], [3, 9], [7]])
-    tokens = len(case.query)
+def test_row_sums(given, dtype: torch.dtype, strided: bool) -> None:
+    """More rows than are added at a time, few rows, one row; some rows of the stream are NaN."""
+    case = make_case(SHAPE, [[*range(10, 200)], [3, 9], [7]])
     generator = torch.Generator().manual_seed(0)
-    stream = torch.full((tokens, 2 * HIDDEN), torch.nan)
-    for segment in case.rows.segments:
-        stream[segment.rows] = torch.randn(len(segment.rows), 2 * HIDDEN, generator=generator)
-    stream = stream.to(dtype)[:, ::2] if strided else stream.to(dtype)[:, :HIDDEN]
+    streams = {}
+    for to in given:
+        stream = torch.full((len(case.query), 2 * HIDDEN), torch.nan)
+        for segment in case.rows.segments:
+            rows = len(segment.rows)
+            stream[segment.rows] = torch.randn(rows, 2 * HIDDEN, generator=generator)
+        streams[to] = stream.to(dtype)[:, ::2] if strided else stream.to(dtype)[:, :HIDDEN]
     for layer, function in ((1, add_row_sums), (2, triton_row_sums), (2, triton_row_sums)):
-        function(stream, case.rows, layer, to)
+        function(case.rows, layer, **streams)
     for segment in case.rows.segments:
-        expected = segment.weights.double() @ stream[segment.rows].double()
-        sums = getattr(segment.sums, to)
-        torch.testing.assert_close(sums[1].double(), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(sums[2].double(), 2 * expected, rtol=1e-5, atol=1e-5)
-        other = segment.sums.stream if to == "residual" else segment.sums.residual
-        assert not other.any() and not sums[0].any()
+        for to in ("residual", "stream"):
+            sums = getattr(segment.sums, to)
+            assert not sums[0].any()
+            if to not in given:
+                assert not sums.any()
+                continue
+            expected = segment.weights.double() @ streams[to][segment.rows].double()
+            torch.testing.assert_close(sums[1].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(sums[2].double(), 2 * expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_lie_side_by_side_are_known() -> None:
+    segments = [
+        replace(one, rows=rows)
+        for one, rows in zip(
+            paged_rows([[2, 3], [5]]).segments,
+            (torch.tensor([4, 5]), torch.tensor([6])),
+            strict=True,
+        )
+    ]
+    assert PagedRows.build(segments, 2, 2, CPU).adjacent == slice(4, 7)
+    for rows in (torch.tensor([7]), torch.tensor([3])):
+        apart = [segments[0], replace(segments[1], rows=rows)]
+        assert PagedRows.build(apart, 2, 2, CPU).adjacent is None
+    gap = [replace(segments[0], rows=torch.tensor([4, 6])), replace(segments[1], rows=rows + 2)]
+    assert PagedRows.build(gap, 2, 2, CPU).adjacent is None
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
@@ -142,7 +164,8 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         },
         "ascend": {"positions": torch.tensor([4, 3, 9])},
         "not be negative": {"positions": torch.tensor([-1, 3, 9])},
-        "block table": {"block_table": segment.block_table.long()},
+        "must be int32": {"block_table": segment.block_table.long()},
+        "without gaps": {"block_table": segment.block_table.repeat(2)[::2]},
         "do not fit 2 heads": {"sums": sums._replace(column_sums=sums.column_sums[:, :1])},
         "9 columns|10 columns": {"sums": sums._replace(column_sums=sums.column_sums[..., :9])},
         "accumulators": {"sums": sums._replace(stream=sums.stream.double())},

@@ -23,13 +23,17 @@ from vllm_flashtrace.kernels import (
     Accumulators,
     AttentionForm,
     AttentionInputs,
+    KeptQueries,
+    LayerKeys,
     PagedRows,
     ProximityLayer,
     ProximityTrace,
     RowSegment,
 )
-from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
-from vllm_flashtrace.kernels.triton_lse import row_offsets
+from vllm_flashtrace.kernels.triton_column_sums import (
+    triton_column_sums,
+    triton_kept_column_sums,
+)
 from vllm_flashtrace.kernels.triton_operands import Compilation, as_compiled_for, compiling
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
@@ -51,8 +55,8 @@ KERNELS = {
     "_lse_kernel": 4,
     "_join_kernel": 1,
     "_column_sums_kernel": 3,
-    "_add_parts_kernel": 2,
-    "_row_sums_kernel": 1,
+    "_add_parts_kernel": 1,
+    "_row_sums_kernel": 2,
     "_norms_kernel": 1,
     "_nearest_kernel": 1,
     "_screen_kernel": 1,
@@ -204,11 +208,17 @@ def launch_as_traces_do(
         sums = Accumulators(*(torch.zeros(LAYERS, *shape) for shape in shapes))
         zeros, ones = torch.zeros(len(own), dtype=torch.int64), torch.ones(len(own))
         segments.append(RowSegment(zeros, torch.tensor(own), ones, table, sums))
-    rows = PagedRows.build(segments, model.heads, model.groups, CPU)
+    rows = PagedRows.build(segments, model.heads, model.groups, CPU, kept_rows=1024)
     inputs = AttentionInputs(query, layer.keys, rows, layer.form)
-    triton_column_sums(inputs, where, row_offsets(inputs))
-    triton_row_sums(stream, rows, where, "residual")
-    triton_row_sums(stream, rows, where, "stream")
+    triton_column_sums(inputs, where)
+    memory = torch.empty(len(rows) * LAYERS * model.heads * model.dim * 8, dtype=torch.uint8)
+    kept = KeptQueries.within(memory, rows, LAYERS, model.dim, model.query_dtype)
+    if kept is not None:
+        keys = [LayerKeys(index, layer.keys, layer.form) for index in range(where, LAYERS)]
+        triton_kept_column_sums(kept, keys)
+    triton_row_sums(rows, where, residual=stream)
+    triton_row_sums(rows, where, stream=stream)
+    triton_row_sums(rows, where, residual=stream, stream=stream)
     totals = torch.zeros(len(segments), 2, LAYERS, dtype=torch.float64)
     traces = [
         ProximityTrace(segment.sums, segment.block_table, *results, exact_fraction=fraction)

@@ -66,6 +66,34 @@ def test_the_option_only_lowers_it(memory: Any, monkeypatch: pytest.MonkeyPatch)
     ]
 
 
+def test_what_kept_queries_take(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,024 rows, of as many as fit 512 MiB and a quarter of the limit, or of none."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "empty", lambda size, **_: taken.append(size) or size)
+    layer = SimpleNamespace(attention=SimpleNamespace(head_size=128))
+    layers, heads = 36, 32
+    row = layers * heads * 128 * 2 * 9 // 8
+    model = SimpleNamespace(
+        device=GPU, layers=[layer], _query_dtype=torch.bfloat16, _scratch=None, _kept_rows=0,
+        shape=ModelShape(layers, heads, 8, 4096),
+    )  # fmt: skip
+    take: Any = GPUTracedModel.take_scratch
+    for free, rows in ((12, 1024), (2, 256 // 16 * 16 * (GIB // 4) // (row * 256)), (0, 0)):
+        memory.free = free * GIB
+        take(model, 0)
+        expected = min(1024, (min(512 << 20, free * GIB // 8)) // row // 16 * 16)
+        assert model._kept_rows == expected and taken[-1] == expected * row
+        assert rows >= expected
+    model._scratch, model._kept_rows = None, 0
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    take(model, 0)
+    assert model._scratch is None and model._kept_rows == 0
+
+
 @pytest.mark.parametrize(("estimates", "expected"), [("1", 3), ("0", 5)])
 def test_activations_by_vllms_word(
     estimates: str, expected: int, monkeypatch: pytest.MonkeyPatch
@@ -77,11 +105,17 @@ def test_activations_by_vllms_word(
 
 
 def test_the_budget_is_measured_when_first_asked_for() -> None:
-    """Not when the capture is made, which may be before CUDA graphs are captured."""
+    """Not when the capture is made, which may be before CUDA graphs are captured.
+
+    What is kept of queries is allocated before, so it is not among what is free.
+    """
     asked: list[tuple[int | None, int]] = []
 
     class Model:
         shape, device = ModelShape(2, 2, 2, 8), torch.device("cpu")
+
+        def take_scratch(self, activations: int) -> None:
+            assert not asked and activations == 77
 
         def accumulator_limit_bytes(self, option: int | None, activations: int) -> int:
             asked.append((option, activations))

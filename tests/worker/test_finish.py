@@ -59,7 +59,9 @@ def finished(
     recorder._traces[name], recorder._nonces[name] = trace, spec.nonce
     row: Any = types.SimpleNamespace(req_id=name, block_table=torch.zeros(1, dtype=torch.int32))
     segment: Any = types.SimpleNamespace(trace=trace, batch_row=row)
-    step: Any = types.SimpleNamespace(check_complete=lambda: None, segments=[segment], model=model)
+    step: Any = types.SimpleNamespace(
+        flush=lambda: None, check_complete=lambda: None, segments=[segment], model=model
+    )
     recorder.finish_step(step)
     recorder.score_finished()
     return spec.nonce

@@ -1,13 +1,13 @@
 """What the target rows of a step add to their traces: column sums of attention, sums of the stream.
 
-CUDA tensors are read in place by Triton kernels, others are gathered and computed by torch; both
-give the same numbers, and neither stores anything of size rows times context.
+CUDA tensors are read by Triton kernels, keys in place, others are gathered and computed by torch;
+both give the same numbers, and neither stores anything of size rows times context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ _DTYPES = (
     torch.float8_e5m2,
 )
 _LARGEST_HEAD = 256
+
+# Kernels are compiled for addresses that are multiples of so many bytes.
+_ALIGNMENT = 16
+
+# Of so many parts of kept queries one more is left for what else their column sums need.
+_PART_OF_ROOM = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +83,103 @@ class AttentionInputs:
                 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerKeys:
+    """What the column sums of a layer are made of, but its queries.
+
+    Attributes:
+        layer: Layer of the accumulators, and of `KeptQueries`.
+        key_cache: As in `AttentionInputs`.
+        form: As in `AttentionInputs`.
+    """
+
+    layer: int
+    key_cache: Tensor
+    form: AttentionForm
+
+
+class KeptQueries:
+    """The queries of a step's target rows, layer by layer, until the step ends.
+
+    Keys stay in the paged cache as long as the requests hold their blocks. So the column sums of
+    all layers can be added at once, which takes as many launches as those of one.
+
+    Attributes:
+        rows: The target rows.
+        queries: ``[L, R, H, d]``; what of them is not in `layers` is not initialised.
+        room: float32, scratch memory for `add_kept_column_sums`.
+        layers: Layers that were kept and are not yet in the sums.
+    """
+
+    def __init__(self, rows: PagedRows, queries: Tensor, room: Tensor) -> None:
+        """Starts without queries, in given memory."""
+        self.rows, self.queries, self.room = rows, queries, room
+        self.layers: list[int] = []
+        # Eight-bit floats cannot be indexed.
+        self._bytes = queries.view(torch.uint8) if queries.itemsize == 1 else queries
+
+    @staticmethod
+    def row_bytes(layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """What a row takes of the memory of `within`."""
+        queries = layers * heads * head_dim * dtype.itemsize
+        return queries + -(-queries // _PART_OF_ROOM)
+
+    @classmethod
+    def within(
+        cls, memory: Tensor, rows: PagedRows, layers: int, head_dim: int, dtype: torch.dtype
+    ) -> KeptQueries | None:
+        """Queries in memory that nothing else uses until the step ends.
+
+        Args:
+            memory: uint8, its address a multiple of 16.
+            rows: The target rows.
+            layers: Layers L of the model.
+            head_dim: Head size d.
+            dtype: Type of queries.
+
+        Returns:
+            None where the memory is too small.
+        """
+        padded = -(-len(rows) // _ALIGNMENT) * _ALIGNMENT
+        if padded * cls.row_bytes(layers, rows.num_heads, head_dim, dtype) > len(memory):
+            return None
+        # A layer's queries begin at a multiple of 16 numbers whatever the number of rows.
+        shape = (layers, padded, rows.num_heads, head_dim)
+        end = layers * padded * rows.num_heads * head_dim * dtype.itemsize
+        with torch.inference_mode(False):  # They are written to with and without.
+            queries = memory[:end].view(dtype).view(shape)[:, : len(rows)]
+            room = memory[end : len(memory) // _ALIGNMENT * _ALIGNMENT].view(torch.float32)
+            return cls(rows, queries, room)
+
+    def keep(self, layer: int, query: Tensor) -> bool:
+        """Copies a layer's queries; one launch.
+
+        Args:
+            layer: The layer.
+            query: ``[tokens, H, d]``, the step's queries, see `AttentionInputs`.
+
+        Returns:
+            Whether it did: it takes queries of one type and size.
+        """
+        if query.dtype != self.queries.dtype or query.shape[1:] != self.queries.shape[2:]:
+            return False
+        stored = query.view(torch.uint8) if query.itemsize == 1 else query
+        torch.index_select(stored, 0, self.rows.places, out=self._bytes[layer])
+        self.layers.append(layer)
+        return True
+
+    def of_segment(self, index: int, rows: PagedRows) -> KeptQueries:
+        """Those of one segment, which `rows` holds alone; both see the same memory."""
+        first = self.rows.first_row(index)
+        with torch.inference_mode(False):
+            queries = self.queries[:, first : first + len(rows)]
+            if queries.data_ptr() % _ALIGNMENT:
+                queries = queries.contiguous()
+            kept = KeptQueries(rows, queries, self.room)
+        kept.layers = list(self.layers)
+        return kept
+
+
 def paged_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bool = False) -> None:
     """Adds ``c_h[j] += sum_i w_i exp(logit_ij - lse_i)`` to each segment's column sums.
 
@@ -92,13 +195,35 @@ def paged_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bo
         SumsTouchedError: It failed when it had begun to add. After any other exception the sums are
             as they were.
     """
-    if inputs.query.is_cuda:
+    if by_triton(inputs.query):
         from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
-        from vllm_flashtrace.kernels.triton_lse import row_offsets
 
-        triton_column_sums(inputs, layer, row_offsets(inputs))
+        triton_column_sums(inputs, layer)
     else:
         torch_column_sums(inputs, layer, overwrite_keys=overwrite_keys)
+
+
+def add_kept_column_sums(kept: KeptQueries, layers: Sequence[LayerKeys]) -> None:
+    """As `paged_column_sums` for several layers at once; empties `KeptQueries.layers`.
+
+    Args:
+        kept: The queries.
+        layers: What is to be added: `KeptQueries.layers`.
+
+    Raises:
+        SumsTouchedError: See `paged_column_sums`.
+    """
+    if by_triton(kept.queries):
+        from vllm_flashtrace.kernels.triton_column_sums import triton_kept_column_sums
+
+        triton_kept_column_sums(kept, layers)
+    else:
+        rows = kept.rows.in_a_row
+        for keys in layers:
+            query = kept.queries[keys.layer]
+            inputs = AttentionInputs(query, keys.key_cache, rows, keys.form)
+            torch_column_sums(inputs, keys.layer)
+    kept.layers.clear()
 
 
 def paged_lse(inputs: AttentionInputs) -> Tensor:
@@ -107,7 +232,7 @@ def paged_lse(inputs: AttentionInputs) -> Tensor:
     Returns:
         float32 ``[R, H]``, the rows of all segments one after another.
     """
-    if inputs.query.is_cuda:
+    if by_triton(inputs.query):
         from vllm_flashtrace.kernels.triton_lse import triton_lse
 
         return triton_lse(inputs)
@@ -115,28 +240,35 @@ def paged_lse(inputs: AttentionInputs) -> Tensor:
 
 
 def add_row_sums(
-    residual: Tensor, rows: PagedRows, layer: int, to: Literal["residual", "stream"]
+    rows: PagedRows, layer: int, *, residual: Tensor | None = None, stream: Tensor | None = None
 ) -> None:
-    """Adds ``sum_i w_i x_i`` over each segment's rows to one of its accumulators.
+    """Adds ``sum_i w_i x_i`` over each segment's rows to its accumulators ``r`` and ``x``.
 
     Args:
-        residual: ``[tokens, D]``, any float dtype and strides.
         rows: The target rows.
         layer: Layer of the accumulators.
-        to: Which accumulator, ``r`` or ``x``.
+        residual: ``[tokens, D]``, any float dtype and strides, what is added to ``r``; or None.
+        stream: The same for ``x``; at least one of the two.
 
     Raises:
         SumsTouchedError: See `paged_column_sums`.
     """
-    if residual.is_cuda:
+    given = [(to, x) for to, x in (("residual", residual), ("stream", stream)) if x is not None]
+    if by_triton(given[0][1]):
         from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
-        triton_row_sums(residual, rows, layer, to)
+        triton_row_sums(rows, layer, residual=residual, stream=stream)
         return
     with touching_sums():
-        for segment in rows.segments:
-            sums = getattr(segment.sums, to)
-            sums[layer] += segment.weights @ residual[as_slice(segment.rows)].float()
+        for to, x in given:
+            for segment in rows.segments:
+                sums = getattr(segment.sums, to)
+                sums[layer] += segment.weights @ x[as_slice(segment.rows)].float()
+
+
+def by_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels compute on a tensor, and not torch."""
+    return tensor.is_cuda
 
 
 def torch_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bool = False) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class RowSegment:
     @property
     def columns(self) -> int:
         """Number of keys that the last row sees."""
-        return int(self.positions[-1]) + 1
+        return int(self.positions.numpy()[-1]) + 1
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,15 @@ class PagedRows:
         num_heads: Query heads H.
         num_kv_heads: Key/value heads G.
         device: Where queries, cache and accumulators are.
+        kept_rows: Work of a segment of up to so many rows is cut for launches over all layers, see
+            `KeptQueries`; that of a longer one for launches over one.
     """
 
     segments: tuple[RowSegment, ...]
     num_heads: int
     num_kv_heads: int
     device: torch.device
+    kept_rows: int
     _first: tuple[int, ...] = field(repr=False)
 
     @classmethod
@@ -100,6 +104,7 @@ class PagedRows:
         num_heads: int,
         num_kv_heads: int,
         device: torch.device,
+        kept_rows: int = 0,
     ) -> PagedRows:
         """Checks the segments and readies them for a step.
 
@@ -117,7 +122,7 @@ class PagedRows:
         for segment in segments:
             _check(segment, num_heads)
             first.append(first[-1] + len(segment.rows))
-        return cls(tuple(segments), num_heads, num_kv_heads, device, tuple(first))
+        return cls(tuple(segments), num_heads, num_kv_heads, device, kept_rows, tuple(first))
 
     def __len__(self) -> int:
         """Number of rows of all segments."""
@@ -130,6 +135,29 @@ class PagedRows:
     def first_row(self, index: int) -> int:
         """Where a segment's rows begin when those of all segments stand in a row."""
         return self._first[index]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The rows of all segments among the step's tokens, ``[R]``, integers on the device."""
+        if self.device.type == "cuda":
+            return self.on_device.rows
+        return torch.cat([segment.rows for segment in self.segments])
+
+    @cached_property
+    def adjacent(self) -> slice | None:
+        """The rows of all segments among the step's tokens, where none lies between them."""
+        rows = np.concatenate([segment.rows.numpy() for segment in self.segments])
+        adjacent = (rows[1:] - rows[:-1] == 1).all()
+        return slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else None
+
+    @cached_property
+    def in_a_row(self) -> PagedRows:
+        """The same rows over a tensor that holds nothing but their queries, in their order."""
+        segments = [
+            replace(segment, rows=torch.arange(first, first + len(segment.rows)))
+            for segment, first in zip(self.segments, self._first, strict=False)
+        ]
+        return replace(self, segments=tuple(segments))
 
     @cached_property
     def blocks(self) -> list[TargetRowBlocks]:
@@ -166,10 +194,14 @@ def _check(segment: RowSegment, num_heads: int) -> None:
             f"rows, positions and weights must be of one length, at least 1; got "
             f"{tuple(rows.shape)}, {tuple(positions.shape)} and {tuple(weights.shape)}"
         )
-    if int(positions[0]) < 0 or bool((positions.diff() < 0).any()):
+    ascending = positions.numpy()
+    if ascending[0] < 0 or (ascending[1:] < ascending[:-1]).any():
         raise ValueError("positions must ascend and not be negative")
-    if table.dim() != 1 or table.dtype != torch.int32:
-        raise ValueError(f"a block table must be int32 [blocks], got {table.dtype} {table.shape}")
+    if table.dim() != 1 or table.dtype != torch.int32 or table.stride(0) != 1:
+        raise ValueError(
+            f"a block table must be int32 [blocks] without gaps, got {table.dtype} "
+            f"{tuple(table.shape)} of strides {table.stride()}"
+        )
     layers, heads, columns = sums.column_sums.shape
     if (
         heads != num_heads

@@ -7,6 +7,8 @@ added in order. So the same input gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,21 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.kernels.paged_attention import AttentionInputs
+from vllm_flashtrace.kernels.paged_attention import AttentionInputs, KeptQueries, LayerKeys
 from vllm_flashtrace.kernels.target_rows import touching_sums
+from vllm_flashtrace.kernels.triton_lse import FirstPass
 from vllm_flashtrace.kernels.triton_operands import (
-    Operands,
-    attention_arguments,
-    attention_constants,
+    LAYER,
+    LayerBatch,
     launch,
     load_cached,
+    load_layer,
     load_queries,
     masked_logits,
     shaped_logits,
     unit_of,
-    window_of,
 )
-from vllm_flashtrace.kernels.triton_rows import REDUCTION, SUMS, WORK
+from vllm_flashtrace.kernels.triton_rows import REDUCTION, SEGMENT, WORK, Work
 
 
 class Tile(NamedTuple):
@@ -43,8 +45,8 @@ class Tile(NamedTuple):
 # By bytes of an operand and padded head size. Products of float32 come out of registers, of which
 # larger tiles would need more than there are.
 _TILES = {
-    (2, 64): Tile(128, 64, 4, 3),
-    (2, 128): Tile(128, 64, 4, 3),
+    (2, 64): Tile(128, 64, 4, 2),
+    (2, 128): Tile(128, 64, 4, 2),
     (2, 256): Tile(64, 64, 4, 2),
     (4, 64): Tile(64, 32, 8, 2),
     (4, 128): Tile(32, 32, 8, 2),
@@ -53,83 +55,138 @@ _TILES = {
 _FEWEST_ROWS = 16
 
 
-def triton_column_sums(inputs: AttentionInputs, layer: int, offsets: Tensor) -> None:
-    """Triton form of `paged_column_sums`.
+def triton_column_sums(inputs: AttentionInputs, layer: int) -> None:
+    """Triton form of `paged_column_sums`."""
+    with torch.cuda.device_of(inputs.query):
+        batch = LayerBatch.of_one(inputs, layer)
+        first, second = FirstPass.plan(batch), SecondPass.plan(batch)
+        offsets = first.run(batch, first.buffer(batch))
+        second.run(batch, offsets, second.buffer(batch))
 
-    Args:
-        inputs: The layer's tensors.
-        layer: Layer of the accumulators.
-        offsets: float32 ``[H, R]``, as `triton_lse.row_offsets` gives them.
+
+def triton_kept_column_sums(kept: KeptQueries, layers: Sequence[LayerKeys]) -> None:
+    """Triton form of `add_kept_column_sums`.
+
+    Takes no memory but the room beside the queries, unless that is too little for one layer; where
+    it is too little for all layers at once, they take turns.
     """
-    query, rows = inputs.query, inputs.rows
-    operands = Operands.of_attention(inputs)
-    tile = _TILES[operands.tile_key]
-    longest = max(len(segment.rows) for segment in rows.segments)
-    row_tile = max(_FEWEST_ROWS, min(tile.rows, triton.next_power_of_2(longest)))
-    with torch.cuda.device_of(query):
-        tables = rows.on_device
-        work = tables.key_tiles(tile.keys, row_tile, window_of(inputs.form))
-        parts = offsets.new_empty(max(1, work.slots), rows.num_heads, tile.keys)
+    rows, begun = kept.rows, False
+    with torch.cuda.device_of(kept.queries):
+        for batch in LayerBatch.of_kept(kept, layers):
+            first, second = FirstPass.plan(batch), SecondPass.plan(batch)
+            floats = first.floats(len(rows), rows.num_heads)
+            of_a_layer = floats + second.floats(rows.num_heads)
+            at_once, room = len(kept.room) // of_a_layer, kept.room
+            if not at_once:
+                at_once, room = 1, kept.room.new_empty(of_a_layer)
+            for start in range(0, len(batch.layers), at_once):
+                part = batch.part(start, start + at_once)
+                # What fails now has not touched the sums only if nothing has before.
+                with touching_sums() if begun else nullcontext():
+                    end = len(part.layers) * floats
+                    second.run(part, first.run(part, room[:end]), room[end:])
+                begun = True
+
+
+class SecondPass(NamedTuple):
+    """How the second pass over layers that are alike is cut.
+
+    Attributes:
+        rows: Rows of a step of a program.
+        tile: The other numbers of its tile.
+        work: What there is to do, for each layer.
+    """
+
+    rows: int
+    tile: Tile
+    work: Work
+
+    @classmethod
+    def plan(cls, batch: LayerBatch) -> SecondPass:
+        """By the target rows and what the layers have in common."""
+        rows, tile = batch.rows, _TILES[batch.operands.tile_key]
+        longest = max(len(segment.rows) for segment in rows.segments)
+        row_tile = max(_FEWEST_ROWS, min(tile.rows, triton.next_power_of_2(longest)))
+        work = rows.on_device.key_tiles(tile.keys, row_tile, batch.alike.window)
+        return cls(row_tile, tile, work)
+
+    def floats(self, heads: int) -> int:
+        """Numbers that a layer takes: those of each part."""
+        return self.work.slots * heads * self.tile.keys
+
+    def buffer(self, batch: LayerBatch) -> Tensor:
+        """Memory of its own for all layers."""
+        count = len(batch.layers) * self.floats(batch.rows.num_heads)
+        return batch.query.new_empty(max(1, count), dtype=torch.float32)
+
+    def run(self, batch: LayerBatch, offsets: Tensor, memory: Tensor) -> None:
+        """Launches it.
+
+        Args:
+            batch: The layers.
+            offsets: float32 ``[layers, H, R]``, as `FirstPass.run` gives them.
+            memory: float32, at least `floats` for each layer.
+
+        Raises:
+            SumsTouchedError: See `paged_column_sums`.
+        """
+        rows, tables, work = batch.rows, batch.rows.on_device, self.work
         launch(
             _column_sums_kernel,
-            (len(work.items), rows.num_kv_heads),
-            *attention_arguments(inputs),
+            (len(work.items), rows.num_kv_heads, len(batch.layers)),
+            *batch.arguments,
             offsets,
             work.items,
-            tables.sums,
-            parts,
-            layer,
+            memory,
             len(rows),
             rows.num_heads,
-            **attention_constants(inputs, operands),
-            KEYS=tile.keys,
-            ROWS=row_tile,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            work.slots,
+            **batch.constants,
+            KEYS=self.tile.keys,
+            ROWS=self.rows,
+            num_warps=self.tile.warps,
+            num_stages=self.tile.stages,
         )
         if work.slots:
             with touching_sums():
                 launch(
                     _add_parts_kernel,
-                    (len(work.reductions), rows.num_heads),
+                    (len(work.reductions), rows.num_heads, len(batch.layers)),
                     work.reductions,
-                    tables.sums,
-                    parts,
-                    layer,
-                    KEYS=tile.keys,
+                    tables.segments,
+                    batch.table,
+                    memory,
+                    work.slots,
+                    KEYS=self.tile.keys,
                     num_warps=4,
                 )
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows", "num_heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_slots"])
 def _column_sums_kernel(
     query,
-    stride_token,
+    stride_layer,
+    stride_row,
     stride_head,
-    stride_query_dim,
-    cache,
     stride_block,
     stride_group,
     stride_slot,
     stride_dim,
-    block_tables,
-    stride_table,
-    rows,
+    layers,
+    segments,
     positions,
-    slopes,
-    scale,
-    soft_cap,
     offsets,
     items,
-    sums,
     parts,
-    layer,
     num_rows,
     num_heads,
+    num_slots,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    CACHED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     EIGHT_BIT_QUERY: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -140,11 +197,14 @@ def _column_sums_kernel(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A tile of a segment's keys, all query heads of one key/value head, some rows."""
+    """A tile of a segment's keys in a layer, all query heads of one key/value head, some rows."""
     item = items + tl.program_id(0) * WORK
     group = tl.program_id(1)
     segment, first_row, last_row = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     first_key, last_key, slot = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+    layer, cache, _, slopes, scale, soft_cap = load_layer(layers, CACHED, ALIGNED)
+    query += layer * stride_layer
+    entry = segments + segment * SEGMENT
     # Rows from here on see all keys of the tile and need no mask.
     full_row = last_row
     if WINDOW == 0 and not HAS_ALIBI:
@@ -155,7 +215,7 @@ def _column_sums_kernel(
     in_tile = tokens < last_key
     k = load_cached(
         cache,
-        block_tables + segment.to(tl.int64) * stride_table,
+        tl.load(entry + 7).to(tl.pointer_type(tl.int32)),
         stride_block,
         stride_group,
         stride_slot,
@@ -172,7 +232,8 @@ def _column_sums_kernel(
     for shared in range(SHARED):
         head = group * SHARED + shared
         slope = tl.load(slopes + head) if HAS_ALIBI else 0.0
-        head_offsets = offsets + head.to(tl.int64) * num_rows
+        in_launch = tl.program_id(2).to(tl.int64) * num_heads + head
+        head_offsets = offsets + in_launch * num_rows
         # Summed over rows only at the end: the tile's sums stay where its products are.
         added = tl.zeros([KEYS, ROWS], tl.float32)
         for masked in tl.static_range(2):
@@ -183,10 +244,9 @@ def _column_sums_kernel(
                 valid = own_rows < last_row
                 q = load_queries(
                     query,
-                    stride_token,
+                    stride_row,
                     stride_head,
-                    stride_query_dim,
-                    tl.load(rows + own_rows, mask=valid, other=0),
+                    own_rows,
                     head,
                     valid,
                     HEAD_DIM,
@@ -206,15 +266,15 @@ def _column_sums_kernel(
                 added += tl.exp2(logits * unit - offset[None, :])
         column_sums = tl.sum(added, axis=1)
         if slot < 0:
-            _add_to_sums(sums, segment, layer, head, tokens, in_tile, column_sums)
+            _add_to_sums(entry, layer, head, tokens, in_tile, column_sums)
         else:
-            place = (slot.to(tl.int64) * num_heads + head) * KEYS
-            tl.store(parts + place + tl.arange(0, KEYS), column_sums)
+            place = in_launch * num_slots + slot
+            tl.store(parts + place * KEYS + tl.arange(0, KEYS), column_sums)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _add_parts_kernel(reductions, sums, parts, layer, KEYS: tl.constexpr):
-    """A key tile of one head: adds its parts, the one of the first rows first."""
+@triton.jit(do_not_specialize=["num_slots"])
+def _add_parts_kernel(reductions, segments, layers, parts, num_slots, KEYS: tl.constexpr):
+    """A key tile of one head and layer: adds its parts, the one of the first rows first."""
     reduction = reductions + tl.program_id(0) * REDUCTION
     head = tl.program_id(1)
     segment, first_key, last_key = (
@@ -223,21 +283,22 @@ def _add_parts_kernel(reductions, sums, parts, layer, KEYS: tl.constexpr):
         tl.load(reduction + 2),
     )
     first_slot, slots = tl.load(reduction + 3), tl.load(reduction + 4)
-    num_heads = tl.num_programs(1)
+    layer = tl.load(layers + tl.program_id(2) * LAYER)
+    in_launch = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head
     places = tl.arange(0, KEYS)
-    part = parts + (first_slot.to(tl.int64) * num_heads + head) * KEYS + places
+    part = parts + (in_launch * num_slots + first_slot) * KEYS + places
     column_sums = tl.zeros([KEYS], tl.float32)
     for _ in range(slots):
         column_sums += tl.load(part)
-        part += num_heads * KEYS
+        part += KEYS
     tokens = first_key + places
-    _add_to_sums(sums, segment, layer, head, tokens, tokens < last_key, column_sums)
+    entry = segments + segment * SEGMENT
+    _add_to_sums(entry, layer, head, tokens, tokens < last_key, column_sums)
 
 
 @triton.jit
-def _add_to_sums(sums, segment, layer, head, tokens, valid, column_sums):
+def _add_to_sums(entry, layer, head, tokens, valid, column_sums):
     """Adds to one head's column sums of a segment; no other program may write to them."""
-    entry = sums + segment * SUMS
     address = tl.load(entry).to(tl.pointer_type(tl.float32))
     address += layer * tl.load(entry + 1) + head * tl.load(entry + 2)
     before = tl.load(address + tokens, mask=valid, other=0.0)

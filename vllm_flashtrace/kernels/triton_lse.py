@@ -6,6 +6,7 @@ head. Few rows over many keys are cut along the keys, and the parts joined in or
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,18 +18,16 @@ from vllm_flashtrace.kernels.paged_attention import AttentionInputs
 from vllm_flashtrace.kernels.triton_operands import (
     LN2,
     LOG2E,
-    Operands,
-    attention_arguments,
-    attention_constants,
+    LayerBatch,
     launch,
     load_cached,
+    load_layer,
     load_queries,
     masked_logits,
     shaped_logits,
     unit_of,
-    window_of,
 )
-from vllm_flashtrace.kernels.triton_rows import WORK
+from vllm_flashtrace.kernels.triton_rows import SEGMENT, WORK, Work
 
 
 class Tile(NamedTuple):
@@ -56,68 +55,106 @@ _JOINED = 256
 
 def triton_lse(inputs: AttentionInputs) -> Tensor:
     """Triton form of `paged_lse`."""
-    return _launch(inputs, weighted=False).t()
+    with torch.cuda.device_of(inputs.query):
+        batch = LayerBatch.of_one(inputs, 0)
+        first = FirstPass.plan(batch)
+        return first.run(batch, first.buffer(batch), weighted=False)[0].t()
 
 
-def row_offsets(inputs: AttentionInputs) -> Tensor:
-    """What turns a logit into a weighted attention weight: ``lse / ln 2 - log2 w``.
+class FirstPass(NamedTuple):
+    """How the first pass over layers that are alike is cut.
 
-    Returns:
-        float32 ``[H, R]``, contiguous: ``w_i alpha_ij = 2 ** (logit_ij / ln 2 - offset_i)``.
+    Attributes:
+        queries: Queries of a program.
+        tile: The other numbers of its tile.
+        work: What there is to do, for each layer.
     """
-    return _launch(inputs, weighted=True)
 
+    queries: int
+    tile: Tile
+    work: Work
 
-def _launch(inputs: AttentionInputs, *, weighted: bool) -> Tensor:
-    """``[H, R]``: rows are adjacent, because they are read a tile at a time."""
-    query, rows, form = inputs.query, inputs.rows, inputs.form
-    operands = Operands.of_attention(inputs)
-    tile = _TILES[operands.tile_key]
-    shared = rows.num_heads // rows.num_kv_heads
-    longest = max(len(segment.rows) for segment in rows.segments)
-    queries = triton.next_power_of_2(min(longest * shared, tile.queries))
-    queries = max(queries, triton.next_power_of_2(shared), _FEWEST_QUERIES)
-    with torch.cuda.device_of(query):
-        tables = rows.on_device
-        work = tables.row_tiles(queries // shared, tile.keys, window_of(form))
-        result = query.new_empty(rows.num_heads, len(rows), dtype=torch.float32)
-        parts = result
-        if work.slots > 1:
-            parts = result.new_full((work.slots, *result.shape), float("-inf"))
+    @classmethod
+    def plan(cls, batch: LayerBatch) -> FirstPass:
+        """By the target rows and what the layers have in common."""
+        rows, tile = batch.rows, _TILES[batch.operands.tile_key]
+        shared = rows.num_heads // rows.num_kv_heads
+        longest = max(len(segment.rows) for segment in rows.segments)
+        queries = triton.next_power_of_2(min(longest * shared, tile.queries))
+        queries = max(queries, triton.next_power_of_2(shared), _FEWEST_QUERIES)
+        work = rows.on_device.row_tiles(queries // shared, tile.keys, batch.alike.window)
+        return cls(queries, tile, work)
+
+    def floats(self, rows: int, heads: int) -> int:
+        """Numbers that a layer takes at most: the result's, and those of each part."""
+        parts = self.work.slots if self.work.slots > 1 else 0
+        return _aligned(rows * heads) + _aligned(parts * rows * heads)
+
+    def buffer(self, batch: LayerBatch) -> Tensor:
+        """Memory of its own for all layers."""
+        rows = batch.rows
+        count = len(batch.layers) * self.floats(len(rows), rows.num_heads)
+        return batch.query.new_empty(count, dtype=torch.float32)
+
+    def run(self, batch: LayerBatch, memory: Tensor, *, weighted: bool = True) -> Tensor:
+        """Launches it.
+
+        Args:
+            batch: The layers.
+            memory: float32, at least `floats` for each layer.
+            weighted: Whether to give what turns a logit into a weighted attention weight:
+                ``w_i alpha_ij = 2 ** (logit_ij / ln 2 - offset_i)``, ``offset = lse / ln 2 -
+                log2 w``; else the log-sum-exp.
+
+        Returns:
+            float32 ``[layers, H, R]``, within `memory`: rows are adjacent, because they are read a
+            tile at a time.
+        """
+        rows, slots, tables = batch.rows, self.work.slots, batch.rows.on_device
+        shape = (len(batch.layers), rows.num_heads, len(rows))
+        count = math.prod(shape)
+        result = parts = memory[:count].view(shape)
+        if slots > 1:
+            first = _aligned(count)
+            parts = memory[first : first + slots * count].fill_(float("-inf"))
         launch(
             _lse_kernel,
-            (len(work.items), rows.num_kv_heads),
-            *attention_arguments(inputs),
-            tables.log_weights if form.sinks is None else form.sinks,
+            (len(self.work.items), rows.num_kv_heads, len(batch.layers)),
+            *batch.arguments,
             tables.log_weights,
-            work.items,
+            self.work.items,
             parts,
             len(rows),
             rows.num_heads,
-            int(work.slots > 1),
-            **attention_constants(inputs, operands),
-            HAS_SINKS=form.sinks is not None,
+            int(slots > 1),
+            **batch.constants,
+            HAS_SINKS=batch.alike.has_sinks,
             WEIGHTED=weighted,
-            QUERIES=queries,
-            KEYS=tile.keys,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            QUERIES=self.queries,
+            KEYS=self.tile.keys,
+            num_warps=self.tile.warps,
+            num_stages=self.tile.stages,
         )
-        if work.slots > 1:
+        if slots > 1:
             launch(
                 _join_kernel,
-                (triton.cdiv(result.numel(), _JOINED),),
+                (triton.cdiv(count, _JOINED),),
                 parts,
                 tables.log_weights,
                 result,
-                result.numel(),
+                count,
                 len(rows),
-                work.slots,
+                slots,
                 WEIGHTED=weighted,
                 COUNT=_JOINED,
                 num_warps=4,
             )
         return result
+
+
+def _aligned(floats: int) -> int:
+    """Behind so many numbers an address is again one that kernels are compiled for."""
+    return triton.cdiv(floats, 4) * 4
 
 
 @triton.jit
@@ -129,22 +166,16 @@ def _finished(lse, log_weight, WEIGHTED: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "is_part"])
 def _lse_kernel(
     query,
-    stride_token,
+    stride_layer,
+    stride_row,
     stride_head,
-    stride_query_dim,
-    cache,
     stride_block,
     stride_group,
     stride_slot,
     stride_dim,
-    block_tables,
-    stride_table,
-    rows,
+    layers,
+    segments,
     positions,
-    slopes,
-    scale,
-    soft_cap,
-    sinks,
     log_weights,
     items,
     parts,
@@ -155,6 +186,8 @@ def _lse_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    CACHED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     EIGHT_BIT_QUERY: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -167,11 +200,12 @@ def _lse_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Some rows of a segment, all query heads of one key/value head, a part of the keys."""
+    """Some rows of a segment, all query heads of one key/value head, a part of a layer's keys."""
     item = items + tl.program_id(0) * WORK
     group = tl.program_id(1)
     segment, first_row, last_row = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     first_key, last_key, split = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+    layer, cache, sinks, slopes, scale, soft_cap = load_layer(layers, CACHED, ALIGNED)
 
     places = tl.arange(0, QUERIES)
     own_rows = first_row + places // SHARED
@@ -179,11 +213,10 @@ def _lse_kernel(
     valid = own_rows < last_row
     own_positions = tl.load(positions + own_rows, mask=valid, other=-1)
     q = load_queries(
-        query,
-        stride_token,
+        query + layer * stride_layer,
+        stride_row,
         stride_head,
-        stride_query_dim,
-        tl.load(rows + own_rows, mask=valid, other=0),
+        own_rows,
         heads,
         valid,
         HEAD_DIM,
@@ -199,7 +232,7 @@ def _lse_kernel(
         if split == 0:
             largest = tl.load(sinks + heads) * LOG2E
             total += 1.0
-    table = block_tables + segment.to(tl.int64) * stride_table
+    table = tl.load(segments + segment * SEGMENT + 7).to(tl.pointer_type(tl.int32))
     # Whole tiles of keys that all rows see need no mask.
     masked_key = first_key
     if WINDOW == 0 and not HAS_ALIBI:
@@ -243,7 +276,8 @@ def _lse_kernel(
     if is_part == 0:
         log_weight = tl.load(log_weights + own_rows, mask=valid, other=0.0)
         lse = _finished(lse, log_weight, WEIGHTED)
-    offsets = (split.to(tl.int64) * num_heads + heads) * num_rows + own_rows
+    place = split.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    offsets = (place * num_heads + heads) * num_rows + own_rows
     tl.store(parts + offsets, lse, mask=valid)
 
 
@@ -258,7 +292,7 @@ def _join_kernel(
     WEIGHTED: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Joins the parts of some rows and heads, the one of the first keys first."""
+    """Joins the parts of some rows, heads and layers, the one of the first keys first."""
     places = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     valid = places < count
     part = parts + places

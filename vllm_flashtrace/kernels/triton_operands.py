@@ -5,28 +5,35 @@ NaN included, never reaches a result. Values are widened, never rounded. Both ke
 form logits with the same functions, so that an attention weight exceeds one by no more than
 rounding.
 
-Triton has no structs, so arguments are lists inside kernels; `attention_arguments` keeps their
+Triton has no structs, so arguments are lists inside kernels; `LayerBatch.arguments` keeps their
 order in one place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_flashtrace.core.attention import AttentionForm
-from vllm_flashtrace.kernels.paged_attention import AttentionInputs
+from vllm_flashtrace.kernels.paged_attention import AttentionInputs, KeptQueries, LayerKeys
+from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.triton_rows import to_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+LAYER = tl.constexpr(6)
+"""Numbers of a layer of a launch: its number, addresses of K cache, sinks and slopes, and the bits
+of two float32, the factor on dot products and the cap; see `load_layer`."""
 
 _ALIGNMENT = 16
 
@@ -35,6 +42,7 @@ _TRITON_TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
+    torch.uint8: tl.uint8,
 }
 
 
@@ -67,11 +75,10 @@ class Operands:
         return cls(torch.float32, "ieee" if cached == other else "tf32x3", padded_dim)
 
     @classmethod
-    def of_attention(cls, inputs: AttentionInputs) -> Operands:
+    def of_attention(cls, query: Tensor, key_cache: Tensor) -> Operands:
         """Of queries and keys; float16 holds eight-bit floats exactly."""
-        query = inputs.query
         dtype = torch.float16 if query.dtype in _EIGHT_BIT_FORMATS else query.dtype
-        return cls.choose(inputs.key_cache.dtype, dtype, query.shape[2])
+        return cls.choose(key_cache.dtype, dtype, query.shape[-1])
 
     @property
     def tile_key(self) -> tuple[int, int]:
@@ -157,42 +164,153 @@ def _specialised(number: int) -> tuple[bool, bool]:
     return number == 1, number % _ALIGNMENT == 0
 
 
-def attention_arguments(inputs: AttentionInputs) -> tuple[Any, ...]:
-    """What both kernels over attention take first, in the order of their parameters."""
-    query, key_cache, form = as_compiled_for(inputs.query), inputs.key_cache, inputs.form
-    tables = inputs.rows.on_device
-    nothing = tables.log_weights  # A pointer that is not followed.
+class _Alike(NamedTuple):
+    """What a kernel is compiled for, or takes once for all layers of a launch."""
+
+    dtype: torch.dtype
+    block_size: int
+    strides: tuple[int, ...]
+    aligned: bool
+    window: int
+    has_cap: bool
+    has_alibi: bool
+    has_sinks: bool
+
+    @classmethod
+    def of(cls, keys: LayerKeys) -> _Alike:
+        cache, form = keys.key_cache, keys.form
+        return cls(
+            cache.dtype,
+            cache.shape[2],
+            cache.stride(),
+            cache.data_ptr() % _ALIGNMENT == 0,
+            form.sliding_window or 0,
+            form.soft_cap > 0,
+            form.alibi_slopes is not None,
+            form.sinks is not None,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerBatch:
+    """Layers whose attention one launch computes.
+
+    Attributes:
+        query: ``[R, H, d]``, the target rows' queries of layer 0, rows of all segments one after
+            another; those of layer ``l`` lie ``l * stride`` numbers behind.
+        stride: A multiple of 16.
+        rows: The target rows.
+        layers: At least one.
+        alike: What they have in common.
+        operands: How queries and keys are multiplied.
+    """
+
+    query: Tensor
+    stride: int
+    rows: PagedRows
+    layers: Sequence[LayerKeys]
+    alike: _Alike
+    operands: Operands
+
+    @classmethod
+    def of_one(cls, inputs: AttentionInputs, layer: int) -> LayerBatch:
+        """One layer, its rows anywhere in the step."""
+        query, rows = inputs.query, inputs.rows
+        if rows.adjacent is not None:
+            query = as_compiled_for(query[rows.adjacent])
+        else:
+            # Eight-bit floats cannot be indexed.
+            picked = _stored(query).index_select(0, rows.places)
+            query = picked.view(query.dtype)
+        keys = LayerKeys(layer, inputs.key_cache, inputs.form)
+        return cls._of(query, 0, rows, [keys])
+
+    @classmethod
+    def of_kept(cls, kept: KeptQueries, layers: Sequence[LayerKeys]) -> list[LayerBatch]:
+        """Layers in as few batches as there are kinds of them."""
+        batches: dict[_Alike, list[LayerKeys]] = {}
+        for keys in layers:
+            batches.setdefault(_Alike.of(keys), []).append(keys)
+        query, stride = kept.queries[0], kept.queries.stride(0)
+        for first, *_ in batches.values():
+            AttentionInputs(query, first.key_cache, kept.rows, first.form)  # Refuses misfits.
+        return [cls._of(query, stride, kept.rows, keys) for keys in batches.values()]
+
+    @classmethod
+    def _of(
+        cls, query: Tensor, stride: int, rows: PagedRows, layers: Sequence[LayerKeys]
+    ) -> LayerBatch:
+        operands = Operands.of_attention(query, layers[0].key_cache)
+        return cls(query, stride, rows, layers, _Alike.of(layers[0]), operands)
+
+    def part(self, first: int, last: int) -> LayerBatch:
+        """Some of the layers."""
+        return replace(self, layers=self.layers[first:last])
+
+    @property
+    def table(self) -> Tensor:
+        """The layers' numbers on the device, int64 ``[layers, 6]``, see `LAYER`."""
+        return _layer_table(tuple(map(_numbers_of, self.layers)), self.query.device)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What both kernels over attention take first, in the order of their parameters."""
+        tables = self.rows.on_device
+        return (
+            _stored(self.query),
+            self.stride,
+            self.query.stride(0),
+            self.query.stride(1),
+            *self.alike.strides,
+            self.table,
+            tables.segments,
+            tables.positions,
+        )
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time numbers of both kernels over attention."""
+        rows, alike, operands = self.rows, self.alike, self.operands
+        return {
+            "SHARED": rows.num_heads // rows.num_kv_heads,
+            "HEAD_DIM": self.query.shape[2],
+            "PADDED_DIM": operands.padded_dim,
+            "BLOCK_SIZE": alike.block_size,
+            "CACHED": stored_type(alike.dtype),
+            "ALIGNED": alike.aligned,
+            "WINDOW": alike.window,
+            "HAS_CAP": alike.has_cap,
+            "HAS_ALIBI": alike.has_alibi,
+            "EIGHT_BIT": eight_bit_format(alike.dtype),
+            "EIGHT_BIT_QUERY": eight_bit_format(self.query.dtype),
+            "OPERANDS": operands.triton_type,
+            "PRECISION": operands.precision,
+        }
+
+
+def _numbers_of(keys: LayerKeys) -> tuple[int, int, int, int, float, float]:
+    """See `LAYER`; the factor makes logits to base 2, or, with a cap, what is capped."""
+    form = keys.form
     return (
-        _stored(query),
-        *query.stride(),
-        _stored(key_cache),
-        *key_cache.stride(),
-        tables.block_tables,
-        tables.block_tables.stride(0),
-        tables.rows,
-        tables.positions,
-        nothing if form.alibi_slopes is None else form.alibi_slopes,
+        keys.layer,
+        keys.key_cache.data_ptr(),
+        0 if form.sinks is None else form.sinks.data_ptr(),
+        0 if form.alibi_slopes is None else form.alibi_slopes.data_ptr(),
         form.scale * LOG2E.value / (form.soft_cap or 1.0),
         form.soft_cap,
     )
 
 
-def attention_constants(inputs: AttentionInputs, operands: Operands) -> dict[str, Any]:
-    """Compile-time numbers of both kernels over attention."""
-    form, rows = inputs.form, inputs.rows
-    return {
-        "SHARED": rows.num_heads // rows.num_kv_heads,
-        "HEAD_DIM": inputs.query.shape[2],
-        "PADDED_DIM": operands.padded_dim,
-        "BLOCK_SIZE": inputs.key_cache.shape[2],
-        "WINDOW": window_of(form),
-        "HAS_CAP": form.soft_cap > 0,
-        "HAS_ALIBI": form.alibi_slopes is not None,
-        "EIGHT_BIT": eight_bit_format(inputs.key_cache.dtype),
-        "EIGHT_BIT_QUERY": eight_bit_format(inputs.query.dtype),
-        "OPERANDS": operands.triton_type,
-        "PRECISION": operands.precision,
-    }
+@functools.lru_cache(maxsize=1024)
+def _layer_table(
+    layers: tuple[tuple[int, int, int, int, float, float], ...], device: torch.device
+) -> Tensor:
+    """int64 ``[L, 6]``, see `LAYER`; the same numbers are copied to the device once."""
+    table = np.array([numbers[:4] for numbers in layers], np.int64)
+    floats = np.array([numbers[4:] for numbers in layers], np.float32)
+    table = np.concatenate([table, floats.view(np.int32).astype(np.int64)], 1)
+    with torch.inference_mode(False):
+        return to_device([table], device)[0]
 
 
 def eight_bit_format(dtype: torch.dtype) -> str:
@@ -205,14 +323,24 @@ def stored_type(dtype: torch.dtype) -> tl.dtype:
     return tl.uint8 if dtype in _EIGHT_BIT_FORMATS else _TRITON_TYPES[dtype]
 
 
-def window_of(form: AttentionForm) -> int:
-    """The sliding window, 0 for none."""
-    return form.sliding_window or 0
-
-
 def _stored(tensor: Tensor) -> Tensor:
     """Eight-bit floats go as bytes: which of them a compiler knows depends on the GPU."""
     return tensor.view(torch.uint8) if tensor.dtype in _EIGHT_BIT_FORMATS else tensor
+
+
+@triton.jit
+def load_layer(layers, CACHED: tl.constexpr, ALIGNED: tl.constexpr):
+    """The layer of a program: its number, K cache, sinks, slopes, factor and cap; see `LAYER`."""
+    entry = layers + tl.program_id(2) * LAYER
+    cache = tl.load(entry + 1).to(tl.pointer_type(CACHED))
+    if ALIGNED:
+        # What is known of an address that is an argument; without it loads are narrow.
+        cache = tl.multiple_of(cache, 16)
+    sinks = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    slopes = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    scale = tl.load(entry + 4).to(tl.int32).to(tl.float32, bitcast=True)
+    soft_cap = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(entry), cache, sinks, slopes, scale, soft_cap
 
 
 @triton.jit
@@ -244,21 +372,20 @@ def load_cached(
 @triton.jit
 def load_queries(
     query,
-    stride_token,
+    stride_row,
     stride_head,
-    stride_dim,
-    places,
+    rows,
     heads,
     valid,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
 ):
-    """Query vectors of the step's tokens at `places`, zero where not `valid`."""
+    """Query vectors of target rows, zero where not `valid`."""
     dims = tl.arange(0, PADDED_DIM)
-    offsets = places.to(tl.int64) * stride_token + heads * stride_head
+    offsets = rows.to(tl.int64) * stride_row + heads * stride_head
     mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-    stored = tl.load(query + offsets[:, None] + dims[None, :] * stride_dim, mask=mask, other=0)
+    stored = tl.load(query + offsets[:, None] + dims[None, :], mask=mask, other=0)
     return widen(stored, EIGHT_BIT)
 
 
@@ -286,7 +413,7 @@ def unit_of(scale, HAS_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
 
 @triton.jit
 def shaped_logits(dots, scale, soft_cap, HAS_CAP: tl.constexpr):
-    """Dot products, capped if there is a cap; `scale` and cap as `attention_arguments` gives them.
+    """Dot products, capped if there is a cap; `scale` and cap as `load_layer` gives them.
 
     Without a cap the factor is left to the subtraction that follows, which then costs no more.
     """

@@ -1,21 +1,24 @@
 """Target rows as tables on the device, and their work cut into pieces for the kernels.
 
 Invariant: how a segment's work is cut depends on that segment and the tile alone, so a trace gets
-the same bits beside any other traces. Nothing here waits for the device.
+the same bits beside any other traces. Nothing here waits for the device, and the host's time does
+not grow with the number of segments by more than an array operation does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_flashtrace.kernels.target_rows import PagedRows
+from vllm_flashtrace.kernels.target_rows import PagedRows, RowSegment
 
 WORK = tl.constexpr(7)
 """Numbers of a piece of work: segment, first and last row, first and last key (last exclusive),
@@ -24,19 +27,25 @@ where its result goes, and the first row (of its own) that sees all of its keys.
 REDUCTION = tl.constexpr(5)
 """Numbers of a reduction: segment, first and last key, first slot, number of slots."""
 
-SUMS = tl.constexpr(7)
-"""Numbers of a segment's accumulators: address and layer stride of the column sums, their head
-stride, address and layer stride of the residual, address and layer stride of the stream."""
+SEGMENT = tl.constexpr(10)
+"""Numbers of a segment: address and layer stride of the column sums, their head stride, address and
+layer stride of the residual, address and layer stride of the stream, address of the block table,
+first and last row (exclusive)."""
 
 # Programs that keep any GPU in question busy; work of fewer programs is cut further.
 _ENOUGH_PROGRAMS = 512
 
-# Kernels are compiled for addresses and strides that are multiples of so many bytes and entries.
+# Kernels are compiled for addresses that are multiples of so many bytes.
 _ALIGNMENT = 16
+
+# Above every position; the rows of all segments then ascend.
+_FAR = 1 << 40
+
+_Ints = NDArray[np.int64]
 
 
 class Work(NamedTuple):
-    """Pieces of work, each for one program per key/value head.
+    """Pieces of work, each for one program per key/value head and layer.
 
     Attributes:
         items: int32 ``[pieces, 7]`` on the device, see `WORK`.
@@ -54,13 +63,12 @@ class DeviceRows:
     """The rows of all segments, one after another.
 
     Attributes:
-        source: Where they come from; keeps the accumulators alive.
+        source: Where they come from; keeps accumulators and block tables alive.
         rows: int32 ``[R]``.
         positions: int32 ``[R]``.
         weights: float32 ``[R]``.
         log_weights: float32 ``[R]``, their logarithms to base 2.
-        block_tables: int32 ``[S, blocks]``, filled up with zeros.
-        sums: int64 ``[S, 7]``, see `SUMS`; strides count floats.
+        segments: int64 ``[S, 10]``, see `SEGMENT`; strides count floats.
     """
 
     source: PagedRows
@@ -68,124 +76,139 @@ class DeviceRows:
     positions: Tensor
     weights: Tensor
     log_weights: Tensor
-    block_tables: Tensor
-    sums: Tensor
+    segments: Tensor
+    _host: _HostRows
     _work: dict[tuple[int, ...], Work] = field(default_factory=dict)
 
     @classmethod
     def copy(cls, source: PagedRows) -> DeviceRows:
         """Copies the tables to the device, in one piece and without waiting."""
-        segments = source.segments
-        sums = torch.tensor([_sums_of(s.sums) for s in segments], dtype=torch.int64)
-        rows = torch.cat([s.rows for s in segments]).int()
-        positions = torch.cat([s.positions for s in segments]).int()
-        weights = torch.cat([s.weights for s in segments]).float()
-        table, rows, positions, weights, log_weights = to_device(
-            [sums, rows, positions, weights, weights.log2()], source.device
+        host = _HostRows(source)
+        numbers = [
+            _numbers_of(segment, int(first), int(last))
+            for segment, first, last in zip(
+                source.segments, host.first, host.first + host.count, strict=True
+            )
+        ]
+        of_rows = np.concatenate([s.weights.numpy() for s in source.segments]).astype(np.float32)
+        rows = np.concatenate([s.rows.numpy() for s in source.segments])
+        segments, places, positions, weights, log_weights = to_device(
+            [
+                np.array(numbers, np.int64),
+                rows.astype(np.int32),
+                host.positions.astype(np.int32),
+                of_rows,
+                np.log2(of_rows),
+            ],
+            source.device,
         )
-        tables = _stacked([s.block_table for s in segments])
-        return cls(source, rows, positions, weights, log_weights, tables, table)
+        return cls(source, places, positions, weights, log_weights, segments, host)
 
     def row_tiles(self, rows_per_tile: int, keys_per_tile: int, window: int) -> Work:
         """Work that goes over the keys of a tile of rows; slots are splits of the keys."""
-        return self._cut(self._row_tiles, rows_per_tile, keys_per_tile, window)
+        key = (0, rows_per_tile, keys_per_tile, window)
+        if key not in self._work:
+            self._work[key] = self._copied(*self._host.row_tiles(*key[1:]))
+        return self._work[key]
 
     def key_tiles(self, keys_per_tile: int, rows_per_tile: int, window: int) -> Work:
         """Work that goes over the rows of a tile of keys; slot -1 adds to the sums itself."""
-        return self._cut(self._key_tiles, keys_per_tile, rows_per_tile, window)
+        key = (1, keys_per_tile, rows_per_tile, window)
+        if key not in self._work:
+            self._work[key] = self._copied(*self._host.key_tiles(*key[1:]))
+        return self._work[key]
 
-    def row_chunks(self, rows_per_chunk: int) -> Work:
-        """Work on up to so many rows; slot -1 where a segment has but one chunk."""
-        return self._cut(self._row_chunks, rows_per_chunk, 0, 0)
+    def _copied(self, items: _Ints, reductions: _Ints, slots: int) -> Work:
+        tables = [items.astype(np.int32), reductions.astype(np.int32)]
+        on_device = to_device(tables, self.source.device)
+        return Work(on_device[0], on_device[1], slots)
 
-    def _cut(self, cut: Callable[[int, int, int], tuple[Tensor, Tensor, int]], *sizes: int) -> Work:
-        key = (id(cut.__func__), *sizes)  # type: ignore[attr-defined]
-        work = self._work.get(key)
-        if work is None:
-            items, reductions, slots = cut(*sizes)
-            items, reductions = to_device([items.int(), reductions.int()], self.source.device)
-            work = self._work[key] = Work(items, reductions, slots)
-        return work
 
-    def _row_tiles(self, rows_per_tile: int, keys_per_tile: int, window: int) -> _Cut:
-        items, most = [], 1
-        for index, segment in enumerate(self.source.segments):
-            positions = segment.positions
-            first = torch.arange(0, len(positions), rows_per_tile)
-            last = (first + rows_per_tile).clamp(max=len(positions))
-            stop = positions[last - 1] + 1
-            start = (positions[first] - window + 1).clamp(min=0) if window else first * 0
+class _HostRows:
+    """What the work of all segments is cut by; numbers per segment are int64 ``[S]``.
+
+    Attributes:
+        positions: int64 ``[R]``, of all segments one after another.
+        first: Where a segment's rows begin among them.
+        count: Its number of rows.
+        columns: Number of keys that its last row sees.
+        programs: Programs of a launch for each of its tiles.
+    """
+
+    def __init__(self, rows: PagedRows) -> None:
+        positions = [segment.positions.numpy() for segment in rows.segments]
+        layers = np.array([len(segment.sums.column_sums) for segment in rows.segments])
+        self.positions: _Ints = np.concatenate(positions)
+        self.count = np.array([len(own) for own in positions])
+        self.first = self.count.cumsum() - self.count
+        self.columns = self.positions[self.first + self.count - 1] + 1
+        self.programs = rows.num_kv_heads * np.where(self.count <= rows.kept_rows, layers, 1)
+        self._segment = np.arange(len(positions)).repeat(self.count)
+        self._ascending = self.positions + self._segment * _FAR
+
+    def row_tiles(
+        self, rows_per_tile: int, keys_per_tile: int, window: int
+    ) -> tuple[_Ints, _Ints, int]:
+        """See `DeviceRows.row_tiles`."""
+        tiles = _cdiv(self.count, rows_per_tile)
+        segment, tile = _counted(tiles)
+        first = tile * rows_per_tile
+        last = np.minimum(first + rows_per_tile, self.count[segment])
+        row = self.first[segment]
+        stop = self.positions[row + last - 1] + 1
+        start = np.zeros_like(stop)
+        if window:
+            start = np.maximum(self.positions[row + first] - window + 1, 0)
             start = start // keys_per_tile * keys_per_tile
-            longest = int((stop - start).max())
-            splits = self._splits(len(first), triton.cdiv(longest, keys_per_tile))
-            most = max(most, splits)
-            size = triton.cdiv(triton.cdiv(longest, splits), keys_per_tile) * keys_per_tile
-            number = ((stop - start + size - 1) // size).flip(0)  # The longest tiles first.
-            tile = torch.arange(len(first)).flip(0).repeat_interleave(number)
-            split = _counted(number)
-            begin = start[tile] + split * size
-            end = torch.minimum(begin + size, stop[tile])
-            row = self.source.first_row(index)
-            columns = [first[tile] + row, last[tile] + row, begin, end, split, last[tile] + row]
-            items.append(_numbered(index, columns))
-        return torch.cat(items), torch.empty(0, REDUCTION.value), most
+        longest = np.maximum.reduceat(stop - start, tiles.cumsum() - tiles)
+        splits = self._splits(tiles, _cdiv(longest, keys_per_tile))
+        size = (_cdiv(_cdiv(longest, splits), keys_per_tile) * keys_per_tile)[segment]
+        # A segment's longest tiles first.
+        tile, split = _counted(_cdiv(stop - start, size)[::-1])
+        tile = len(segment) - 1 - tile
+        begin = start[tile] + split * size[tile]
+        end = np.minimum(begin + size[tile], stop[tile])
+        last = (last + row)[tile]
+        columns = [segment[tile], (first + row)[tile], last, begin, end, split, last]
+        return np.stack(columns, 1), np.empty((0, REDUCTION.value), np.int64), int(splits.max())
 
-    def _key_tiles(self, keys_per_tile: int, rows_per_tile: int, window: int) -> _Cut:
-        items, reductions, slots = [], [], 0
-        for index, segment in enumerate(self.source.segments):
-            positions, count = segment.positions, len(segment.positions)
-            start = torch.arange(0, segment.columns, keys_per_tile)
-            stop = (start + keys_per_tile).clamp(max=segment.columns)
-            first = torch.searchsorted(positions, start)
-            last = torch.full_like(first, count)
-            if window:
-                last = torch.searchsorted(positions, stop - 1 + window)
-            splits = self._splits(len(start), triton.cdiv(count, rows_per_tile))
-            size = triton.cdiv(triton.cdiv(count, splits), rows_per_tile) * rows_per_tile
-            number = (last - first + size - 1).clamp(min=0) // size
-            tile = torch.arange(len(start)).repeat_interleave(number)
-            split = _counted(number)
-            begin = first[tile] + split * size
-            end = torch.minimum(begin + size, last[tile])
-            several = number > 1
-            first_slot = slots + (number * several).cumsum(0) - number * several
-            slot = torch.where(several[tile], first_slot[tile] + split, -1)
-            slots += int((number * several).sum())
-            row = self.source.first_row(index)
-            full = torch.searchsorted(positions, stop - 1)[tile].clamp(begin, end)
-            if window:
-                full = end
-            columns = [begin + row, end + row, start[tile], stop[tile], slot, full + row]
-            items.append(_numbered(index, columns))
-            reductions.append(_numbered(index, [start, stop, first_slot, number])[several])
-        return torch.cat(items), torch.cat(reductions), slots
+    def key_tiles(
+        self, keys_per_tile: int, rows_per_tile: int, window: int
+    ) -> tuple[_Ints, _Ints, int]:
+        """See `DeviceRows.key_tiles`."""
+        tiles = _cdiv(self.columns, keys_per_tile)
+        segment, tile = _counted(tiles)
+        start = tile * keys_per_tile
+        stop = np.minimum(start + keys_per_tile, self.columns[segment])
+        first, last = self._seeing(segment, start), (self.first + self.count)[segment]
+        full = self._seeing(segment, stop - 1)
+        if window:
+            last = self._seeing(segment, stop - 1 + window)
+        splits = self._splits(tiles, _cdiv(self.count, rows_per_tile))
+        size = (_cdiv(_cdiv(self.count, splits), rows_per_tile) * rows_per_tile)[segment]
+        number = np.maximum(_cdiv(last - first, size), 0)
+        several = number > 1
+        parts = number * several
+        first_slot = parts.cumsum() - parts
+        reductions = np.stack([segment, start, stop, first_slot, number], 1)[several]
+        tile, split = _counted(number)
+        begin = first[tile] + split * size[tile]
+        end = np.minimum(begin + size[tile], last[tile])
+        slot = np.where(several[tile], first_slot[tile] + split, -1)
+        full = end if window else np.clip(full[tile], begin, end)
+        columns = [segment[tile], begin, end, start[tile], stop[tile], slot, full]
+        return np.stack(columns, 1), reductions, int(parts.sum())
 
-    def _row_chunks(self, rows_per_chunk: int, *_: int) -> _Cut:
-        items, reductions, slots = [], [], 0
-        for index, segment in enumerate(self.source.segments):
-            first = torch.arange(0, len(segment.rows), rows_per_chunk)
-            last = (first + rows_per_chunk).clamp(max=len(segment.rows))
-            slot = torch.full_like(first, -1)
-            if len(first) > 1:
-                slot = slots + torch.arange(len(first))
-                reductions.append(torch.tensor([[index, 0, 0, slots, len(first)]]))
-                slots += len(first)
-            row, zero = self.source.first_row(index), first * 0
-            columns = [first + row, last + row, zero, zero, slot, first + row]
-            items.append(_numbered(index, columns))
-        reductions = reductions or [torch.empty(0, REDUCTION.value)]
-        return torch.cat(items), torch.cat(reductions), slots
+    def _seeing(self, segment: _Ints, key: _Ints) -> _Ints:
+        """The first row of each segment at a key's position or behind it."""
+        return np.searchsorted(self._ascending, segment * _FAR + key)
 
-    def _splits(self, tiles: int, most: int) -> int:
-        programs = tiles * self.source.num_kv_heads
-        return max(1, min(triton.cdiv(_ENOUGH_PROGRAMS, programs), most))
+    def _splits(self, tiles: _Ints, most: _Ints) -> _Ints:
+        return np.maximum(1, np.minimum(_cdiv(_ENOUGH_PROGRAMS, tiles * self.programs), most))
 
 
-_Cut = tuple[Tensor, Tensor, int]
-
-
-def _sums_of(sums: Sequence[Tensor]) -> list[int]:
-    column_sums, residual, stream = sums
+def _numbers_of(segment: RowSegment, first: int, last: int) -> list[int]:
+    column_sums, residual, stream = segment.sums
     return [
         column_sums.data_ptr(),
         column_sums.stride(0),
@@ -194,42 +217,44 @@ def _sums_of(sums: Sequence[Tensor]) -> list[int]:
         residual.stride(0),
         stream.data_ptr(),
         stream.stride(0),
+        segment.block_table.data_ptr(),
+        first,
+        last,
     ]
 
 
-def _numbered(segment: int, columns: Sequence[Tensor]) -> Tensor:
-    """A table of columns behind one that names the segment."""
-    return torch.stack([torch.full_like(columns[0], segment), *columns], 1)
+def _cdiv(numbers: Any, by: Any) -> _Ints:
+    result: _Ints = -(-numbers // by)
+    return result
 
 
-def _counted(number: Tensor) -> Tensor:
-    """``0..n-1`` for every ``n``, one after another."""
-    ends = number.cumsum(0)
-    return torch.arange(int(ends[-1])) - (ends - number).repeat_interleave(number)
+def _counted(numbers: _Ints) -> tuple[_Ints, _Ints]:
+    """For every ``n`` its place, ``n`` times, and ``0..n-1``."""
+    places = np.arange(len(numbers)).repeat(numbers)
+    starts = numbers.cumsum() - numbers
+    return places, np.arange(len(places)) - starts[places]
 
 
-def _stacked(tables: Sequence[Tensor]) -> Tensor:
-    width = triton.cdiv(max(len(table) for table in tables), _ALIGNMENT) * _ALIGNMENT
-    stacked = tables[0].new_zeros(len(tables), width)
-    for row, table in zip(stacked, tables, strict=True):
-        row[: len(table)] = table
-    return stacked
+def to_device(tables: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Copies in one piece; the host goes on at once.
 
-
-def to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies tables of the host in one piece; the host goes on at once.
-
-    Each begins at a multiple of as many bytes as kernels are compiled for.
+    Each begins at a multiple of as many bytes as kernels are compiled for. PyTorch hands out again
+    page-locked memory that the device has read, so after some steps none is allocated here.
     """
     starts, end = [], 0
     for table in tables:
         starts.append(end)
         end += triton.cdiv(table.nbytes, _ALIGNMENT) * _ALIGNMENT
-    packed = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    packed = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    memory = packed.numpy()
     for table, start in zip(tables, starts, strict=True):
-        packed[start : start + table.nbytes] = table.contiguous().flatten().view(torch.uint8)
+        memory[start : start + table.nbytes] = (
+            np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+        )
     packed = packed.to(device, non_blocking=True)
     return [
-        packed[start : start + table.nbytes].view(table.dtype).view(table.shape)
+        packed[start : start + table.nbytes]
+        .view(getattr(torch, table.dtype.name))
+        .view(table.shape)
         for table, start in zip(tables, starts, strict=True)
     ]

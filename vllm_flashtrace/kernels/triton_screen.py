@@ -178,7 +178,9 @@ class Tables:
             windows,
         ]
         device = traces[0].sums.column_sums.device
-        return cls(kind, len(layers), spans, *to_device(tables, device))
+        return cls(
+            kind, len(layers), spans, *to_device([table.numpy() for table in tables], device)
+        )
 
     @property
     def num_traces(self) -> int:

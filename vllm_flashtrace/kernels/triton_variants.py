@@ -21,7 +21,6 @@ from vllm_flashtrace.kernels.paged_attention import AttentionInputs
 from vllm_flashtrace.kernels.paged_proximity import ProximityLayer, ProximityTrace
 from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
-from vllm_flashtrace.kernels.triton_lse import row_offsets
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
@@ -69,8 +68,9 @@ def launch_every_variant(layer: LayerTensors, kinds: Sequence[PagedRows]) -> Non
     floats = partial(torch.empty, dtype=torch.float32, device=layer.stream.device)
     for rows in kinds:
         inputs = AttentionInputs(layer.query, layer.keys, rows, layer.form)
-        triton_column_sums(inputs, 0, row_offsets(inputs))
-        triton_row_sums(layer.stream, rows, 0, "stream")
+        triton_column_sums(inputs, 0)
+    triton_row_sums(kinds[0], 0, residual=layer.stream)
+    triton_row_sums(kinds[0], 0, residual=layer.stream, stream=layer.stream)
     totals, residual = floats(2, 1, dtype=torch.float64)
     trace = ProximityTrace(
         sums=Accumulators(floats(1, heads, 1), floats(1, hidden), floats(1, hidden)),

@@ -21,8 +21,13 @@ from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
+    KeptQueries,
+    LayerKeys,
+    PagedRows,
     ProximityLayer,
     ProximityTrace,
+    RowSegment,
+    add_kept_column_sums,
     paged_column_sums,
     replace_by_proximities,
     touching_sums,
@@ -40,13 +45,23 @@ from vllm_flashtrace.worker.observer import RecordingAttention
 from vllm_flashtrace.worker.step import RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
+KEPT_ROWS = 1024
+"""Target rows of a step whose queries are kept until its end, where the memory below suffices."""
+
+KEPT_BYTES = 512 << 20
+"""Most memory for kept queries; at most a quarter of `device_memory_limit`."""
+
 _PART_OF_FREE_MEMORY = 2
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class GPUTracedModel(TracedModel):
-    """Reads keys, values and weights in place, for all traces of a step in one launch."""
+    """Reads keys, values and weights in place, for all traces of a step in one launch.
+
+    Queries of steps with few target rows are kept until the step ends; the column sums of all
+    layers then take as many launches as those of one layer.
+    """
 
     batched = True
 
@@ -56,21 +71,61 @@ class GPUTracedModel(TracedModel):
         check_gpu_config(config)
         self._flashinfer_quantizes = flashinfer_quantizes_queries(config)
         self._readings: dict[int, _Reading] = {}
+        self._scratch: Tensor | None = None
+        self._kept_rows = 0
+        self._query_dtype = config.model_config.dtype
         for index, layer in enumerate(self.layers):
             self._check_projection(layer)
             self._reading(index)
 
     def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
         """See `TracedModel`; queries ``[tokens, H * d]`` will do."""
-        reading = self._reading(layer)
-        if (query.dtype in _FP8) != reading.quantized_queries:
+        attention: Any = self.layers[layer].attention
+        if (query.dtype in _FP8) != (attention.query_quant is not None):
             raise TraceError(
                 "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
             )
-        keys = self._views(layer, reading).keys
-        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, keys.shape[3]))
-        form = gpu_attention_form(self.layers[layer])
-        paged_column_sums(AttentionInputs(heads, keys, group.rows, form), layer)
+        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, attention.head_size))
+        if group.kept is None or not group.kept.keep(layer, heads):
+            keys = self._keys(layer)
+            paged_column_sums(AttentionInputs(heads, keys.key_cache, group.rows, keys.form), layer)
+
+    def add_kept_column_sums(self, group: RowGroup) -> None:
+        """See `TracedModel`."""
+        if group.kept is not None and group.kept.layers:
+            add_kept_column_sums(group.kept, [self._keys(layer) for layer in group.kept.layers])
+
+    def keep_queries(self, rows: PagedRows) -> KeptQueries | None:
+        """See `TracedModel`; None where there are too many rows, or no memory could be had."""
+        if self._scratch is None:
+            return None
+        attention: Any = self.layers[0].attention
+        quantized = attention.query_quant is not None
+        dtype = current_platform.fp8_dtype() if quantized else self._query_dtype
+        layers, size = self.shape.num_layers, attention.head_size
+        return KeptQueries.within(self._scratch, rows, layers, size, dtype)
+
+    def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
+        """See `TracedModel`."""
+        heads, groups = self.shape.num_heads, self.shape.num_kv_heads
+        return PagedRows.build(segments, heads, groups, self.device, self._kept_rows)
+
+    def take_scratch(self, activation_bytes: int) -> None:
+        """See `TracedModel`; for `KEPT_ROWS` rows, or as many as there is memory for."""
+        row = KeptQueries.row_bytes(
+            self.shape.num_layers,
+            self.shape.num_heads,
+            self.layers[0].attention.head_size,
+            self._query_dtype,
+        )
+        most = min(KEPT_BYTES, device_memory_limit(self.device, activation_bytes) // 4)
+        rows = min(KEPT_ROWS, most // row // 16 * 16)
+        try:
+            with torch.inference_mode(False):  # It is written to with and without.
+                self._scratch = torch.empty(rows * row, dtype=torch.uint8, device=self.device)
+            self._kept_rows = rows
+        except torch.OutOfMemoryError as error:
+            logger.warning("Every layer of a trace is computed by itself: %s", error)
 
     def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
         """See `TracedModel`: in one call for all layers, or with an adapter one for each."""
@@ -106,12 +161,13 @@ class GPUTracedModel(TracedModel):
         reading = self._readings.get(layer)
         if reading is None or reading.scales != scales:
             check_gpu_layer(traced, self._flashinfer_quantizes)
-            reading = self._readings[layer] = _Reading(
-                scales=scales,
-                dtype=quantized_dtype(attention),
-                quantized_queries=attention.query_quant is not None,
-            )
+            reading = self._readings[layer] = _Reading(scales, quantized_dtype(attention))
         return reading
+
+    def _keys(self, layer: int) -> LayerKeys:
+        traced, reading = self.layers[layer], self._reading(layer)
+        form = gpu_attention_form(traced, reading.scales)
+        return LayerKeys(layer, self._views(layer, reading).keys, form)
 
     def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
         return key_value_views(self.layers[layer].attention, reading.dtype)
@@ -143,16 +199,14 @@ class _Reading:
     Attributes:
         scales: All scales of its cache.
         dtype: What a quantised cache's bytes are; None if it is not quantised.
-        quantized_queries: Whether queries reach the kernel in fp8.
     """
 
     scales: CacheScales
     dtype: torch.dtype | None
-    quantized_queries: bool
 
 
-def gpu_attention_form(layer: TracedLayer) -> AttentionForm:
-    """How a layer on a recorded CUDA backend forms its attention weights.
+def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm:
+    """How a layer on a recorded CUDA backend, with a cache of given scales, forms its weights.
 
     Whatever changes an attention weight is in the form, or `check_gpu_layer` refuses the layer. The
     scales that make numbers out of a quantised K cache and of quantised queries are part of the
@@ -160,7 +214,6 @@ def gpu_attention_form(layer: TracedLayer) -> AttentionForm:
     """
     attention: Any = layer.attention
     impl = attention.impl
-    scales = cache_scales(attention)
     query_scale = scales.query if attention.query_quant is not None else 1.0
     left, _ = impl.sliding_window
     device = layer.out_proj.weight.device

@@ -117,11 +117,12 @@ class Recorder:
         return step if step.groups else None
 
     def finish_step(self, step: StepRecorder) -> None:
-        """Runs the proximity pass of every trace whose last target row is recorded.
+        """Ends a step's recording, and runs the proximity pass of each trace that is complete.
 
         Must be called while the step's KV blocks are still held by their requests; `score_finished`
         must follow.
         """
+        step.flush()
         step.check_complete()
         finished = [
             segment

@@ -129,6 +129,7 @@ class RunnerCapture:
         """
         if self._model is None or self.recorder.budget is not None:
             return
+        self._model.take_scratch(activation_bytes)
         limit = self._model.accumulator_limit_bytes(
             self._config.max_accumulator_mib, activation_bytes
         )

@@ -19,6 +19,7 @@ from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import (
     Accumulators,
+    KeptQueries,
     PagedRows,
     RowSegment,
     SumsTouchedError,
@@ -70,6 +71,8 @@ class StepRecorder:
                 segments.append(segment)
         for members in [segments] if model.batched else [[segment] for segment in segments]:
             self._plan(members)
+        if len(self.groups) == 1:
+            self.groups[0].kept = model.keep_queries(self.groups[0].rows)
 
     @property
     def segments(self) -> list[Segment]:
@@ -77,9 +80,15 @@ class StepRecorder:
         return [segment for group in self.groups for segment in group.segments]
 
     def record_attention(self, layer: int, query: torch.Tensor) -> None:
-        """Adds one layer's column sums; arguments as `TracedModel.add_column_sums`."""
+        """Adds one layer's column sums, or readies them for `flush`.
+
+        Arguments as `TracedModel.add_column_sums`.
+        """
         self._attentions += 1
-        self._each(lambda group: self.model.add_column_sums(layer, query, group))
+        self._each(
+            lambda group: self.model.add_column_sums(layer, query, group),
+            timed=lambda group: group.kept is None,
+        )
 
     def record_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
         """Adds ``sum_i w_i x_prev_i`` to ``r`` of a layer, and what leads from ``r`` to ``x``.
@@ -91,14 +100,12 @@ class StepRecorder:
         layer = self._updates
         self._updates += 1
 
-        def add_update(group: RowGroup) -> None:
-            add_row_sums(update, group.rows, layer, "stream")
+        def add(group: RowGroup) -> None:
+            add_row_sums(group.rows, layer, residual=residual, stream=update)
             for segment in group.segments:
                 segment.trace.stream_lacks_residual = True
 
-        # One after the other: a call that failed is repeated as a whole.
-        self._each(lambda group: add_row_sums(residual, group.rows, layer, "residual"))
-        self._each(add_update)
+        self._each(add, timed=self._times_row_sums)
 
     def record_residual(self, residual: torch.Tensor) -> None:
         """Adds ``sum_i w_i x_prev_i`` to ``r`` or ``sum_i w_i x_mid_i`` to ``x`` of a layer.
@@ -111,11 +118,19 @@ class StepRecorder:
         """
         layer, after = divmod(self._residuals, 2)
         self._residuals += 1
-        self._each(
-            lambda group: add_row_sums(
-                residual, group.rows, layer, "stream" if after else "residual"
-            )
-        )
+
+        def add(group: RowGroup) -> None:
+            if after:
+                add_row_sums(group.rows, layer, stream=residual)
+            else:
+                add_row_sums(group.rows, layer, residual=residual)
+
+        self._each(add, timed=self._times_row_sums)
+
+    def flush(self) -> None:
+        """Adds the column sums that wait for the step's end; requests must hold their blocks."""
+        if any(group.kept is not None and group.kept.layers for group in self.groups):
+            self._each(self.model.add_kept_column_sums)
 
     def check_complete(self) -> None:
         """Fails the step's traces unless every layer was seen exactly once."""
@@ -154,10 +169,17 @@ class StepRecorder:
                 for segment in segments:
                     self._plan([segment])
 
-    def _each(self, add: Callable[[RowGroup], None]) -> None:
+    def _times_row_sums(self, _: RowGroup) -> bool:
+        return self.model.clock.costs_nothing
+
+    def _each(
+        self,
+        add: Callable[[RowGroup], None],
+        timed: Callable[[RowGroup], bool] = lambda _: True,
+    ) -> None:
         for group in list(self.groups):
             try:
-                group.time(add)
+                group.run(add, timed(group))
             except Exception as error:
                 self.groups.remove(group)
                 self._tell_apart(group, add, error)
@@ -177,15 +199,17 @@ class StepRecorder:
             self._fail(group.segments, error)
             return
         log_unexpected("recording traces together; each goes on alone", error)
-        before = len(self.groups)
-        for segment in group.segments:
+        for index, segment in enumerate(group.segments):
+            before = len(self.groups)
             self._plan([segment])
-        for alone in self.groups[before:]:
-            try:
-                alone.time(add)
-            except Exception as own:
-                self.groups.remove(alone)
-                self._tell_apart(alone, add, own)
+            for alone in self.groups[before:]:
+                try:
+                    if group.kept is not None:
+                        alone.kept = group.kept.of_segment(index, alone.rows)
+                    add(alone)
+                except Exception as own:
+                    self.groups.remove(alone)
+                    self._tell_apart(alone, add, own)
 
     def _fail(self, segments: Sequence[Segment], error: BaseException) -> None:
         for segment in segments:
@@ -247,7 +271,7 @@ class Trace:
         recomputed_tokens: Tokens prefilled.
         restarts: How often recording began again after a preemption.
         started: Mark before the first chunk, or None.
-        recording: Time spent on recording.
+        recording: Time spent on recording; on a GPU, on column sums.
         clock: Sets and reads those marks.
         sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
         stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r``.
@@ -314,14 +338,15 @@ class Trace:
         self.next_position = row.stop
         self.recomputed_tokens += row.stop - row.start
         positions = self.target.positions
-        inside = (positions >= row.start) & (positions < row.stop)
-        if not inside.any():
+        # NumPy, because this is done for every trace of every step.
+        first, last = positions.numpy().searchsorted((row.start, row.stop)).tolist()
+        if first == last:
             return None
-        positions = positions[inside]
+        positions = positions[first:last]
         return RowSegment(
-            rows=positions - row.start + row.first_row,
+            rows=positions - (row.start - row.first_row),
             positions=positions,
-            weights=self.target.weights[inside],
+            weights=self.target.weights[first:last],
             block_table=row.block_table,
             sums=self.sums,
         )
@@ -344,19 +369,29 @@ class Segment:
 
 
 class RowGroup:
-    """Segments that are recorded in one call."""
+    """Segments that are recorded in one call.
+
+    Attributes:
+        segments: The segments.
+        rows: Their target rows.
+        kept: Where their queries wait for the end of the step; None where they do not.
+    """
 
     def __init__(self, segments: list[Segment], rows: PagedRows, clock: Clock) -> None:
         """Begins to time their recording."""
         self.segments = segments
         self.rows = rows
+        self.kept: KeptQueries | None = None
         self._clock = clock
         self._pieces = Pieces(clock)
         for segment in segments:
             segment.trace.recording.include(self._pieces)
 
-    def time(self, add: Callable[[RowGroup], None]) -> None:
-        """Calls ``add`` with the group, and counts the time if it returns."""
+    def run(self, add: Callable[[RowGroup], None], timed: bool) -> None:
+        """Calls ``add`` with the group, and counts the time if it returns and is to be timed."""
+        if not timed:
+            add(self)
+            return
         began = self._clock.mark()
         add(self)
         self._pieces.add(began, self._clock.mark())

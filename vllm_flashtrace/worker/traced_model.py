@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.kernels import PagedRows, ProximityTrace, RowSegment, column_norms
+from vllm_flashtrace.kernels import (
+    KeptQueries,
+    PagedRows,
+    ProximityTrace,
+    RowSegment,
+    column_norms,
+)
 from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
 from vllm_flashtrace.worker.fingerprint import WeightsFingerprint
 from vllm_flashtrace.worker.layers import (
@@ -33,7 +39,14 @@ from vllm_flashtrace.worker.taps import has_taps
 
 
 class Clock(Protocol):
-    """Times a device's work by marks, which are set without waiting for it."""
+    """Times a device's work by marks, which are set without waiting for it.
+
+    Attributes:
+        costs_nothing: Whether a mark takes next to no time of the host. Where it does take time,
+            only what takes much more is timed.
+    """
+
+    costs_nothing: ClassVar[bool]
 
     def mark(self) -> Any:
         """A mark behind all work queued so far."""
@@ -47,6 +60,8 @@ class Clock(Protocol):
 
 class HostClock:
     """The clock of a device on which work is done when the call returns."""
+
+    costs_nothing: ClassVar[bool] = True
 
     def mark(self) -> float:
         """The time now."""
@@ -63,6 +78,8 @@ class HostClock:
 
 class CudaClock:
     """The clock of the current CUDA stream: the host runs ahead, so its marks are CUDA events."""
+
+    costs_nothing: ClassVar[bool] = False
 
     def mark(self) -> torch.cuda.Event:
         """An event on the current stream."""
@@ -141,11 +158,20 @@ class TracedModel(ABC):
     def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
         """Adds ``c_h[j] += sum_i w_i alpha^h_ij`` of one layer to the group's traces.
 
+        Where the group keeps queries, it may keep these for `add_kept_column_sums` instead.
+
         Args:
             layer: Layer index.
             query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
             group: The target rows.
         """
+
+    def keep_queries(self, rows: PagedRows) -> KeptQueries | None:
+        """Where a step's queries may wait until its end; None where each layer is added at once."""
+        return None
+
+    def add_kept_column_sums(self, group: RowGroup) -> None:  # noqa: B027 - most models keep none
+        """Adds what `add_column_sums` kept; the step's requests must hold their blocks."""
 
     @abstractmethod
     def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
@@ -194,6 +220,13 @@ class TracedModel(ABC):
         if max_accumulator_mib is not None:
             return max_accumulator_mib << 20
         return part_of_memory()
+
+    def take_scratch(self, activation_bytes: int) -> None:  # noqa: B027 - most models need none
+        """Takes the memory that `keep_queries` gives out, so that none is lacking later.
+
+        Args:
+            activation_bytes: See `accumulator_limit_bytes`, which must be asked after this.
+        """
 
     def end_step(self) -> None:  # noqa: B027 - most models keep nothing for a step
         """Returns memory that only a step with traces needs."""

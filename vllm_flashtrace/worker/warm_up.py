@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
-from vllm_flashtrace.worker.gpu_cache import key_value_views, quantized_dtype
+from vllm_flashtrace.worker.gpu_cache import cache_scales, key_value_views, quantized_dtype
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
 from vllm_flashtrace.worker.layers import TracedLayer, check_cache
 from vllm_flashtrace.worker.runner import KERNELS_ATTRIBUTE
@@ -90,7 +90,7 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
                 values=values,
                 stream=torch.empty(1, model.shape.hidden_size, dtype=dtype, device=model.device),
                 weights=_projections(layer),
-                form=gpu_attention_form(layer),
+                form=gpu_attention_form(layer, cache_scales(attention)),
             )
             kinds = kinds or target_rows_of_every_kind(tensors)
             launch_every_variant(tensors, kinds)
