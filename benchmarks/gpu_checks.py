@@ -27,7 +27,14 @@ from benchmarks.gpu_cases import (
     pair_proximities,
 )
 from benchmarks.gpu_timing import Forms, forms_on, triton_on
-from vllm_flashtrace.kernels import Accumulators, PagedRows, ProximityLayer, ProximityTrace
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    KeptQueries,
+    LayerKeys,
+    PagedRows,
+    ProximityLayer,
+    ProximityTrace,
+)
 
 EXACT_FRACTIONS = (1.0, 0.9)
 _TINY = 1e-30  # Nothing, where nothing is expected, is no error.
@@ -93,7 +100,17 @@ def _check_column_sums(
     def add(rows: PagedRows) -> None:
         forms.column_sums(inputs.attention(rows), LAYER)
 
-    whole, again, chunked = (inputs.accumulators() for _ in range(3))
+    def add_kept(rows: PagedRows) -> None:
+        heads, dim = inputs.query.shape[1:]
+        row = KeptQueries.row_bytes(LAYER + 1, heads, dim, inputs.query.dtype)
+        memory = torch.empty((len(rows) + 16) * row, dtype=torch.uint8, device=rows.device)
+        kept = KeptQueries.within(memory, rows, LAYER + 1, dim, inputs.query.dtype)
+        if kept is None or not kept.keep(LAYER, inputs.query):
+            raise AssertionError("queries were not kept")
+        forms.kept_column_sums(kept, [LayerKeys(LAYER, inputs.key_cache, inputs.form)])
+
+    whole, again, chunked, at_end = (inputs.accumulators() for _ in range(4))
+    add_kept(inputs.paged_rows(at_end))
     add(inputs.paged_rows(whole))
     add(inputs.paged_rows(again))
     add(inputs.paged_rows(chunked, half=0))
@@ -101,12 +118,13 @@ def _check_column_sums(
         add(inputs.paged_rows(chunked, half=1))
     for index, sums in enumerate(expected):
         columns = sums.shape[1]
-        ours, repeated, parts = (
-            a[index].column_sums[LAYER, :, :columns] for a in (whole, again, chunked)
+        ours, repeated, parts, kept = (
+            a[index].column_sums[LAYER, :, :columns] for a in (whole, again, chunked, at_end)
         )
         problem = _repeats(ours, repeated) or _untouched(whole[index], columns)
         yield "column_sums", relative_error(ours, sums), problem
         yield "column_sums_chunked", relative_error(parts, sums), ""
+        yield "column_sums_kept", relative_error(kept, sums), _untouched(at_end[index], columns)
 
 
 def _untouched(sums: Accumulators, columns: int) -> str:

@@ -156,7 +156,9 @@ class Measures:
         self._vocabulary = spec.vocabulary
         self._random = random.Random(0)
 
-        self._engine = Engine(Path(spec.folder), "a benchmark", **spec.arguments)
+        self._engine = Engine(
+            Path(spec.folder), "a benchmark", worker_process=True, **spec.arguments
+        )
 
     def close(self) -> None:
         """Ends the engine."""

@@ -53,6 +53,7 @@ class Forms(NamedTuple):
     Attributes:
         lse: As `kernels.paged_lse`.
         column_sums: As `kernels.paged_column_sums`: both passes.
+        kept_column_sums: As `kernels.add_kept_column_sums`.
         first_pass: What `second_pass` needs of every row and head.
         second_pass: As `column_sums`, with the result of `first_pass` as the last argument.
         row_sums: As `kernels.add_row_sums`.
@@ -61,6 +62,7 @@ class Forms(NamedTuple):
 
     lse: Callable[..., Tensor]
     column_sums: Callable[..., None]
+    kept_column_sums: Callable[..., None]
     first_pass: Callable[..., Tensor]
     second_pass: Callable[..., None]
     row_sums: Callable[..., None]
@@ -78,7 +80,11 @@ def triton_on(device: torch.device) -> AbstractContextManager[None]:
 
 def forms_on(device: torch.device) -> Forms:
     """On a GPU the product's functions, elsewhere their Triton forms, for the interpreter."""
-    from vllm_flashtrace.kernels.triton_column_sums import SecondPass, triton_column_sums
+    from vllm_flashtrace.kernels.triton_column_sums import (
+        SecondPass,
+        triton_column_sums,
+        triton_kept_column_sums,
+    )
     from vllm_flashtrace.kernels.triton_lse import FirstPass, triton_lse
     from vllm_flashtrace.kernels.triton_operands import LayerBatch
     from vllm_flashtrace.kernels.triton_proximity import triton_proximities
@@ -97,9 +103,11 @@ def forms_on(device: torch.device) -> Forms:
     passes = (first_pass, second_pass)
     if device.type == "cuda":
         sums = (kernels.add_row_sums, kernels.replace_by_proximities)
-        return Forms(kernels.paged_lse, kernels.paged_column_sums, *passes, *sums)
+        columns = (kernels.paged_column_sums, kernels.add_kept_column_sums)
+        return Forms(kernels.paged_lse, *columns, *passes, *sums)
 
-    return Forms(triton_lse, triton_column_sums, *passes, triton_row_sums, triton_proximities)
+    columns = (triton_column_sums, triton_kept_column_sums)
+    return Forms(triton_lse, *columns, *passes, triton_row_sums, triton_proximities)
 
 
 class Peak(NamedTuple):

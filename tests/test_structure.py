@@ -31,7 +31,7 @@ ROOMS = (
     "roof",
 )
 PURE_ROOMS = ("core", "kernels")
-PURE_IMPORTS = {"torch", "triton", "vllm_flashtrace"}
+PURE_IMPORTS = {"numpy", "torch", "triton", "vllm_flashtrace"}
 
 
 def modules() -> dict[str, Path]:

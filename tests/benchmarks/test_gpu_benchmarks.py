@@ -66,7 +66,8 @@ def test_dry_run_checks_and_times_every_kernel(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     checked = result["correctness"]
     assert (checked["cases"], checked["failed"], checked["not_run"]) == (3, 0, [])
-    compared = {"lse", "column_sums", "column_sums_chunked", "row_sums", "proximity"}
+    columns = {"column_sums", "column_sums_chunked", "column_sums_kept"}
+    compared = {"lse", *columns, "row_sums", "proximity"}
     assert set(checked["errors"]) == {"float32", "narrower"}
     assert all(set(e) == {*compared, "proximity_0.9"} for e in checked["errors"].values())
     assert result["complete"]
@@ -102,6 +103,7 @@ def torch_forms(**replaced: Any) -> Forms:
     forms = Forms(
         kernels.paged_lse,
         kernels.paged_column_sums,
+        kernels.add_kept_column_sums,
         kernels.paged_lse,
         kernels.paged_column_sums,
         kernels.add_row_sums,

@@ -176,19 +176,20 @@ class _Alike(NamedTuple):
     has_alibi: bool
     has_sinks: bool
 
-    @classmethod
-    def of(cls, keys: LayerKeys) -> _Alike:
-        cache, form = keys.key_cache, keys.form
-        return cls(
-            cache.dtype,
-            cache.shape[2],
-            cache.stride(),
-            cache.data_ptr() % _ALIGNMENT == 0,
-            form.sliding_window or 0,
-            form.soft_cap > 0,
-            form.alibi_slopes is not None,
-            form.sinks is not None,
-        )
+
+def _alike(keys: LayerKeys) -> tuple[Any, ...]:
+    """What `_Alike` is made of; a plain tuple, because every layer of a step is asked."""
+    cache, form = keys.key_cache, keys.form
+    return (
+        cache.dtype,
+        cache.shape[2],
+        cache.stride(),
+        cache.data_ptr() % _ALIGNMENT == 0,
+        form.sliding_window or 0,
+        form.soft_cap > 0,
+        form.alibi_slopes is not None,
+        form.sinks is not None,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,6 +204,7 @@ class LayerBatch:
         layers: At least one.
         alike: What they have in common.
         operands: How queries and keys are multiplied.
+        table: Their numbers on the device, int64 ``[layers, 6]``, see `LAYER`.
     """
 
     query: Tensor
@@ -211,6 +213,7 @@ class LayerBatch:
     layers: Sequence[LayerKeys]
     alike: _Alike
     operands: Operands
+    table: Tensor
 
     @classmethod
     def of_one(cls, inputs: AttentionInputs, layer: int) -> LayerBatch:
@@ -228,9 +231,9 @@ class LayerBatch:
     @classmethod
     def of_kept(cls, kept: KeptQueries, layers: Sequence[LayerKeys]) -> list[LayerBatch]:
         """Layers in as few batches as there are kinds of them."""
-        batches: dict[_Alike, list[LayerKeys]] = {}
+        batches: dict[tuple[Any, ...], list[LayerKeys]] = {}
         for keys in layers:
-            batches.setdefault(_Alike.of(keys), []).append(keys)
+            batches.setdefault(_alike(keys), []).append(keys)
         query, stride = kept.queries[0], kept.queries.stride(0)
         for first, *_ in batches.values():
             AttentionInputs(query, first.key_cache, kept.rows, first.form)  # Refuses misfits.
@@ -241,16 +244,13 @@ class LayerBatch:
         cls, query: Tensor, stride: int, rows: PagedRows, layers: Sequence[LayerKeys]
     ) -> LayerBatch:
         operands = Operands.of_attention(query, layers[0].key_cache)
-        return cls(query, stride, rows, layers, _Alike.of(layers[0]), operands)
+        table = _layer_table(tuple(map(_numbers_of, layers)), query.device)
+        return cls(query, stride, rows, layers, _Alike(*_alike(layers[0])), operands, table)
 
     def part(self, first: int, last: int) -> LayerBatch:
         """Some of the layers."""
-        return replace(self, layers=self.layers[first:last])
-
-    @property
-    def table(self) -> Tensor:
-        """The layers' numbers on the device, int64 ``[layers, 6]``, see `LAYER`."""
-        return _layer_table(tuple(map(_numbers_of, self.layers)), self.query.device)
+        layers, table = self.layers[first:last], self.table[first:last]
+        return replace(self, layers=layers, table=table)
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
@@ -37,6 +36,8 @@ _ENOUGH_PROGRAMS = 512
 
 # Kernels are compiled for addresses that are multiples of so many bytes.
 _ALIGNMENT = 16
+
+_TYPES = {np.dtype(name).char: getattr(torch, name) for name in ("int32", "int64", "float32")}
 
 # Above every position; the rows of all segments then ascend.
 _FAR = 1 << 40
@@ -244,17 +245,15 @@ def to_device(tables: Sequence[NDArray[Any]], device: torch.device) -> list[Tens
     starts, end = [], 0
     for table in tables:
         starts.append(end)
-        end += triton.cdiv(table.nbytes, _ALIGNMENT) * _ALIGNMENT
+        end += -(-table.nbytes // _ALIGNMENT) * _ALIGNMENT
     packed = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
     memory = packed.numpy()
     for table, start in zip(tables, starts, strict=True):
-        memory[start : start + table.nbytes] = (
-            np.ascontiguousarray(table).reshape(-1).view(np.uint8)
-        )
+        place = memory[start : start + table.nbytes].view(table.dtype)
+        place.reshape(table.shape)[...] = table
     packed = packed.to(device, non_blocking=True)
-    return [
-        packed[start : start + table.nbytes]
-        .view(getattr(torch, table.dtype.name))
-        .view(table.shape)
-        for table, start in zip(tables, starts, strict=True)
-    ]
+    parts = []
+    for table, start in zip(tables, starts, strict=True):
+        part = packed[start : start + table.nbytes].view(_TYPES[table.dtype.char])
+        parts.append(part if table.ndim == 1 else part.view(table.shape))
+    return parts

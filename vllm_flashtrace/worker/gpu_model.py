@@ -216,14 +216,18 @@ def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm
     impl = attention.impl
     query_scale = scales.query if attention.query_quant is not None else 1.0
     left, _ = impl.sliding_window
-    device = layer.out_proj.weight.device
-    slopes, sinks = impl.alibi_slopes, impl.sinks
+
+    def on_device(numbers: Tensor | None) -> Tensor | None:
+        if numbers is None:
+            return None
+        return numbers.detach().to(layer.out_proj.weight.device, torch.float32)
+
     return AttentionForm(
         scale=float(impl.scale) * scales.key * query_scale,
         sliding_window=left + 1 if left >= 0 else None,
         soft_cap=float(impl.logits_soft_cap or 0.0),
-        alibi_slopes=slopes.to(device, torch.float32) if slopes is not None else None,
-        sinks=sinks.detach().to(device, torch.float32) if sinks is not None else None,
+        alibi_slopes=on_device(impl.alibi_slopes),
+        sinks=on_device(impl.sinks),
     )
 
 
