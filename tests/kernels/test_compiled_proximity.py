@@ -11,6 +11,7 @@ import torch
 
 from tests.kernels.compiler import compiled_only
 from tests.kernels.layers import make_layer, trace_of
+from vllm_flashtrace.kernels.triton_checksum import WordChunks
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -97,3 +98,12 @@ def test_one_compilation_serves_every_request() -> None:
     for name, compiled in kernels.items():
         assert len(compiled) >= 15
         assert len({kernel.hash for kernel in compiled}) == 1, name
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_checksum_keeps_a_piece_in_registers(capability: int) -> None:
+    weights = torch.zeros(5000, dtype=torch.int64)
+    with compiled_only(capability) as kernels:
+        WordChunks([(weights.data_ptr(), len(weights))], weights.device).checksum()
+    [kernel] = kernels["_checksum_kernel"]
+    assert ".local" not in kernel.asm["ptx"]

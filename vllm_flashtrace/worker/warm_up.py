@@ -94,6 +94,7 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
             )
             kinds = kinds or target_rows_of_every_kind(tensors)
             launch_every_variant(tensors, kinds)
+        model.fingerprint.take()
     return len(compilation.kernels), compilation.failures
 
 
