@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from tests.kernels.attention import CPU
@@ -51,3 +52,16 @@ def test_its_value_and_that_every_change_is_seen() -> None:
         weights[3][:PIECE].clone(),
     )
     assert number_of(weights) != before
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(4, torch.int32), (2, torch.int16), (1, torch.int8)])
+def test_narrower_words(width: int, dtype: torch.dtype) -> None:
+    weights = torch.arange(PIECE + 3).to(dtype)
+    places = [(weights.data_ptr(), len(weights))]
+    before = int(WordChunks(places, CPU, width, first_piece=5).checksum())
+    assert before != int(WordChunks(places, CPU, width).checksum())
+    for place in (0, PIECE, PIECE + 2):
+        weights[place] ^= 1
+        assert int(WordChunks(places, CPU, width, first_piece=5).checksum()) != before
+        weights[place] ^= 1
+    assert int(WordChunks(places, CPU, width, first_piece=5).checksum()) == before

@@ -24,8 +24,7 @@ from vllm_flashtrace.worker.layers import packed_kernel
 if TYPE_CHECKING:
     from vllm_flashtrace.kernels.triton_checksum import WordChunks
 
-_WORD, _ALIGNMENT = 8, 16
-_PIECE = 2048
+_PIECE, _ALIGNMENT = 2048, 16
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _ODD = (-7046029254386353131, -4658895280553007687)
 
@@ -42,7 +41,7 @@ class WeightsFingerprint:
     A matrix that the CPU backend has packed for its kernels counts as the kernel that holds it.
 
     Reading is bound by memory: it takes about as long as a decode step with one token. On CUDA one
-    launch reads all tensors that begin at a multiple of 16 bytes and have no gaps.
+    launch reads all tensors whose words are of one width, if they have no gaps.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -58,7 +57,7 @@ class WeightsFingerprint:
         self._packings = 0
         self._factors = torch.empty(0, dtype=torch.int64, device=device)
         self._places: list[tuple[int, int]] = []
-        self._chunks: WordChunks | None = None
+        self._chunks: list[WordChunks] = []
 
     def take(self) -> Tensor:
         """The number now, int64 ``[]`` on the device; never waits for a GPU."""
@@ -68,32 +67,29 @@ class WeightsFingerprint:
             tensors = list(self._tensors(kernels))
             if self._device.type == "cuda":
                 tensors, together = self._read_together(tensors)
-                sums.append(together)
+                sums += together
             for tensor in tensors:
                 sums += [part.to(self._device) for part in _piece_sums(tensor)]
             packing = torch.full((1,), self._packing(kernels), device=self._device)
             pieces = torch.cat([*sums, packing])
             return (pieces * self._factors_of(len(pieces))).sum()
 
-    def _read_together(self, tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The number of the tensors that one launch can read, int64 ``[1]``, and the others."""
-        from vllm_flashtrace.kernels.triton_checksum import WordChunks
-
+    def _read_together(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors that launches cannot read together, and the numbers of those they can."""
         others, places = [], []
         for tensor in tensors:
-            address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            address = tensor.data_ptr()
             if (
                 tensor.device.type == self._device.type
                 and tensor.is_contiguous()
                 and address % _ALIGNMENT == 0
-                and size % _WORD == 0
             ):
-                places.append((address, size // _WORD))
+                places.append((address, tensor.numel() * tensor.element_size()))
             else:
                 others.append(tensor)
-        if self._chunks is None or places != self._places:
-            self._chunks, self._places = WordChunks(places, self._device), places
-        return others, self._chunks.checksum().view(1)
+        if places != self._places:
+            self._chunks, self._places = _chunks_of(places, self._device), places
+        return others, [chunks.checksum().view(1) for chunks in self._chunks]
 
     def _tensors(self, kernels: list[Callable[..., Any]]) -> Iterator[Tensor]:
         """Each parameter and buffer once; what packs a module's matrix goes to ``kernels``."""
@@ -124,6 +120,21 @@ class WeightsFingerprint:
             mixed = (mixed ^ (mixed >> 31)) * _ODD[1]
             self._factors = (mixed ^ (mixed >> 29)) | 1
         return self._factors
+
+
+def _chunks_of(places: list[tuple[int, int]], device: torch.device) -> list[WordChunks]:
+    """Tables of tensors by address and size in bytes, one for each width of words that occurs."""
+    from vllm_flashtrace.kernels.triton_checksum import WIDTHS, WordChunks
+
+    by_width: dict[int, list[tuple[int, int]]] = {}
+    for address, size in places:
+        width = next(width for width in WIDTHS if size % width == 0)
+        by_width.setdefault(width, []).append((address, size // width))
+    chunks: list[WordChunks] = []
+    for width, words in by_width.items():
+        pieces = sum(each.pieces for each in chunks)
+        chunks.append(WordChunks(words, device, width, pieces))
+    return chunks
 
 
 def _piece_sums(tensor: Tensor) -> list[Tensor]:
