@@ -35,6 +35,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "faithfulness_lengths": ("faithfulness.json", faithfulness.by_length),
     "faithfulness_perturbation": ("faithfulness.json", faithfulness.perturbation),
     "gpu_kernels": ("gpu_kernels.json", tables.gpu_kernels),
+    "gpu_engine": ("gpu_engine*.json", tables.gpu_engine),
 }
 """Of each table, which committed files hold its results, and what makes it of their JSON."""
 

@@ -329,6 +329,62 @@ def gpu_kernels(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_engine(*results: Result) -> str:
+    """What attributions cost on a GPU, the newest measurement first, and what the plugin costs."""
+    rows = [{"what": result["what"], **row} for result in results for row in result["latency"]]
+    batches = [
+        {"what": result["what"], **result["batch"]} for result in results if "batch" in result
+    ]
+    first = results[0]
+    caption = (
+        f"Seconds of a K = 1 attribution and of its floor, the same prefill without a trace, on "
+        f"{first['device']} ({first['date']}, {first['attention_backend']}, Qwen3-8B's shape, "
+        "`python -m benchmarks.gpu_engine`):"
+    )
+    parts = [
+        wrapped(caption),
+        markdown(
+            [
+                Column("recorded with", "what", str),
+                *CASE,
+                Column("seconds", "seconds", decimals(3)),
+                Column("floor", "floor_seconds", decimals(3)),
+                Column("ratio", "ratio_to_floor", decimals(2)),
+                Column("recording", "recording_seconds", decimals(3)),
+                Column("proximity", "proximity_seconds", decimals(3)),
+            ],
+            rows,
+        ),
+        "Requests per second of a batch in which every completion is attributed, and of one without:",
+        markdown(
+            [
+                Column("recorded with", "what", str),
+                Column("requests", "requests", count),
+                Column("prompt", "prompt", count),
+                Column("generated", "new_tokens", count),
+                Column("attributed", "traced_rps", decimals(1)),
+                Column("not", "untraced_rps", decimals(1)),
+                Column("ratio", "ratio", decimals(2)),
+            ],
+            batches,
+        ),
+    ]
+    if decoding := first.get("decoding"):
+        parts += [
+            "Generated tokens per second with the plugin, no trace anywhere, and of stock vLLM:",
+            markdown(
+                [
+                    Column("requests", "requests", count),
+                    Column("plugin", "plugin_tokens_per_second", count),
+                    Column("stock", "stock_tokens_per_second", count),
+                    Column("ratio", "ratio", decimals(3)),
+                ],
+                decoding,
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
 def wrapped(text: str) -> str:
     """Lines as long as those of the documentation."""
     return textwrap.fill(text, 140, break_on_hyphens=False)
