@@ -355,7 +355,7 @@ def gpu_engine(*results: Result) -> str:
             ],
             rows,
         ),
-        "Requests per second of a batch in which every completion is attributed, and of one without:",
+        "Requests per second of a batch whose completions are all attributed, and of one without:",
         markdown(
             [
                 Column("recorded with", "what", str),

@@ -173,7 +173,9 @@ class Engine:
             params.extra_args = extra_args
         request_id = self._id()
         self._nonces[request_id] = spec.nonce
-        self.llm.llm_engine.add_request(request_id, self._prompt(job.token_ids), params)
+        self.llm.llm_engine.add_request(
+            request_id, self._prompt(job.token_ids), params, lora_request=job.lora_request
+        )
         return request_id, spec.nonce
 
     def submit_completion(self, token_ids: Sequence[int], new_tokens: int) -> str:

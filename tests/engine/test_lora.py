@@ -76,6 +76,7 @@ def engine(base: Path) -> Iterator[Engine]:
         "LoRA",
         in_process=True,
         max_model_len=1024,
+        max_num_batched_tokens=160,
         enable_lora=True,
         max_loras=2,
         max_lora_rank=RANK,
@@ -154,6 +155,37 @@ def test_an_adapter_that_is_gone_fails_its_trace(engine: Engine, adapters: list[
     finally:
         engine.on_worker(remember)
     assert engine.trace(job).scores.sum() > 0
+
+
+def test_an_adapter_that_is_loaded_again_meanwhile(engine: Engine, adapters: list[Adapter]) -> None:
+    """A trace that it falls into fails by name; one without the adapter does not."""
+
+    def load_again(worker: Any, number: int, factor: float) -> None:
+        from vllm_flashtrace.worker.layers import adapter_slot
+
+        slot = adapter_slot(worker.model_runner, number)
+        module = worker.model_runner.get_model().model.layers[1].self_attn.qkv_proj
+        module.lora_b_stacked[0][slot].mul_(factor)
+
+    target = TargetWeights.from_spans([(130, 200)])  # Of both chunks.
+    jobs = [TraceJob(TOKENS, target, lora_request=adapters[0].request), TraceJob(TOKENS, target)]
+    before, plain = (engine.trace(job) for job in jobs)
+    assert engine.trace(jobs[0]).weights == before.weights != plain.weights
+    engine.llm.reset_prefix_cache()
+    nonces = [engine.submit(jobs[0])[1]]
+    engine.llm.llm_engine.step()
+    engine.on_worker(load_again, adapters[0].request.lora_int_id, 2.0)
+    engine.run()
+    with pytest.raises(TraceError) as caught:
+        engine.collect(nonces[0])
+    assert caught.value.code == "weights_changed"
+    engine.llm.reset_prefix_cache()
+    after, plain_after = (engine.trace(job) for job in jobs)
+    assert after.weights != before.weights  # Two hops with these would fail.
+    assert plain_after.weights == plain.weights
+    engine.on_worker(load_again, adapters[0].request.lora_int_id, 0.5)
+    engine.llm.reset_prefix_cache()
+    assert engine.trace(jobs[0]).weights == before.weights
 
 
 def test_fully_sharded_adapters_are_refused(engine: Engine) -> None:

@@ -65,7 +65,7 @@ class Rank:
             recomputed_tokens=4,
             cached_tokens=5,
             restarts=0,
-            weights=types.SimpleNamespace(numbers=torch.tensor([7, 0])),
+            weights_seen=torch.tensor([7, 0]),
         )
         trace.recording._seconds = 0.5
         totals = tokens.sum(1, dtype=torch.float64)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm_flashtrace.kernels.triton_checksum import WordChunks
 
 _PIECE, _ALIGNMENT = 2048, 16
+# Attributes of vLLM's modules that hold the matrices of all slots.
+_STACKS, _STACK_DIMS = ("lora_a_stacked", "lora_b_stacked"), 3
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _ODD = (-7046029254386353131, -4658895280553007687)
 
@@ -56,25 +58,48 @@ class WeightsFingerprint:
         self._kernels: list[Callable[..., Any]] = []
         self._packings = 0
         self._factors = torch.empty(0, dtype=torch.int64, device=device)
-        self._places: list[tuple[int, int]] = []
-        self._chunks: list[WordChunks] = []
+        self._tables: dict[int | None, tuple[list[tuple[int, int]], list[WordChunks]]] = {}
 
     def take(self) -> Tensor:
         """The number now, int64 ``[]`` on the device; never waits for a GPU."""
-        sums: list[Tensor] = []
         kernels: list[Callable[..., Any]] = []
+        tensors = list(self._tensors(kernels))
+        return self._number(tensors, None, self._packing(kernels))
+
+    def take_adapter(self, slot: int) -> Tensor:
+        """As `take`, of the LoRA adapter that a slot of the model's modules holds."""
+        return self._number(list(self._adapter(slot)), slot, 0)
+
+    def _number(self, tensors: list[Tensor], slot: int | None, packing: int) -> Tensor:
         with torch.no_grad():
-            tensors = list(self._tensors(kernels))
+            sums = [torch.full((1,), packing, device=self._device)]
             if self._device.type == "cuda":
-                tensors, together = self._read_together(tensors)
+                tensors, together = self._read_together(tensors, slot)
                 sums += together
             for tensor in tensors:
                 sums += [part.to(self._device) for part in _piece_sums(tensor)]
-            packing = torch.full((1,), self._packing(kernels), device=self._device)
-            pieces = torch.cat([*sums, packing])
+            pieces = torch.cat(sums)
             return (pieces * self._factors_of(len(pieces))).sum()
 
-    def _read_together(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _adapter(self, slot: int) -> Iterator[Tensor]:
+        """The matrices of a slot, each once."""
+        seen: set[tuple[int, int]] = set()
+        for module in self._model.modules():
+            for name, stacks in vars(module).items():
+                if not name.endswith(_STACKS):
+                    continue
+                for stack in [stacks] if isinstance(stacks, Tensor) else stacks:
+                    if stack.dim() < _STACK_DIMS:
+                        continue  # A view of a part of another.
+                    matrix = stack[slot]
+                    place = matrix.data_ptr(), matrix.numel()
+                    if place not in seen:
+                        seen.add(place)
+                        yield matrix
+
+    def _read_together(
+        self, tensors: list[Tensor], slot: int | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that launches cannot read together, and the numbers of those they can."""
         others, places = [], []
         for tensor in tensors:
@@ -87,9 +112,10 @@ class WeightsFingerprint:
                 places.append((address, tensor.numel() * tensor.element_size()))
             else:
                 others.append(tensor)
-        if places != self._places:
-            self._chunks, self._places = _chunks_of(places, self._device), places
-        return others, [chunks.checksum().view(1) for chunks in self._chunks]
+        known = self._tables.get(slot)
+        if known is None or known[0] != places:
+            known = self._tables[slot] = places, _chunks_of(places, self._device)
+        return others, [chunks.checksum().view(1) for chunks in known[1]]
 
     def _tensors(self, kernels: list[Callable[..., Any]]) -> Iterator[Tensor]:
         """Each parameter and buffer once; what packs a module's matrix goes to ``kernels``."""

@@ -192,7 +192,7 @@ def score(
         TraceError: ``overloaded``: there is no room for it on the host.
         ValueError: It was recorded in no step.
     """
-    trace, tokens, weights = measured.trace, measured.tokens, measured.trace.weights.numbers
+    trace, tokens, weights = measured.trace, measured.tokens, measured.trace.weights_seen
     if weights is None:
         raise ValueError("the weights of no step were noted")
     own = measured.totals + measured.residual

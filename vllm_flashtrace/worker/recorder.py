@@ -124,6 +124,7 @@ class Recorder:
         """
         step.flush()
         step.check_complete()
+        step.note_adapters()
         finished = [
             segment
             for segment in step.segments

@@ -132,6 +132,23 @@ class StepRecorder:
         if any(group.kept is not None and group.kept.layers for group in self.groups):
             self._each(self.model.add_kept_column_sums)
 
+    def note_adapters(self) -> None:
+        """Takes note of the adapters' weights; to be called behind the forward pass.
+
+        A runner may make a step's adapters active after it has shown the step's requests.
+        """
+        numbers: dict[int, torch.Tensor] = {}
+        for segment in self.segments:
+            adapter = segment.trace.adapter
+            if adapter is None:
+                continue
+            try:
+                if adapter not in numbers:
+                    numbers[adapter] = self.model.adapter_number(adapter)
+                segment.trace.adapter_weights.note(numbers[adapter])
+            except Exception as error:
+                self._fail([segment], error)
+
     def check_complete(self) -> None:
         """Fails the step's traces unless every layer was seen exactly once."""
         layers = self.model.shape.num_layers
@@ -276,6 +293,7 @@ class Trace:
         sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
         stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r``.
         weights: Whether the model's weights were the same in all chunks.
+        adapter_weights: Whether the adapter's were in all chunks with target rows.
     """
 
     def __init__(
@@ -295,6 +313,7 @@ class Trace:
         self.restarts = 0
         self.stream_lacks_residual = False
         self.weights = WeightsSeen()
+        self.adapter_weights = WeightsSeen()
         self.clock = model.clock
         self.started: Any = None
         self.recording = TimeSpent()
@@ -309,6 +328,16 @@ class Trace:
     def nbytes(self) -> int:
         """Size of the accumulators in bytes."""
         return sum(accumulator.nbytes for accumulator in self.sums)
+
+    @property
+    def weights_seen(self) -> torch.Tensor | None:
+        """As `WeightsSeen.numbers`, of the model and the adapter; None if one was not noted."""
+        model, adapter = self.weights.numbers, self.adapter_weights.numbers
+        if self.adapter is None or model is None:
+            return model
+        if adapter is None:
+            return None
+        return torch.stack([model[0] ^ adapter[0], model[1] | adapter[1]])
 
     @property
     def complete(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
-from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.kernels import (
     KeptQueries,
     PagedRows,
@@ -199,6 +199,16 @@ class TracedModel(ABC):
             return base
         # In float32, since an adapter's small changes would be lost in sixteen bits.
         return Projection(added.add_(base.weight))
+
+    def adapter_number(self, adapter: int) -> Tensor:
+        """A LoRA adapter's `WeightsFingerprint`, to be asked for while it is active.
+
+        Raises:
+            TraceError: ``recording_failed``: it is not active.
+        """
+        if self.slot_of is None:
+            raise TraceError("recording_failed", "the adapters of this worker are not known")
+        return self.fingerprint.take_adapter(self.slot_of(adapter))
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
         """Readies target rows for recording; done once per step and used for every layer."""
