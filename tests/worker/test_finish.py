@@ -15,7 +15,7 @@ from vllm_flashtrace.kernels import SumsTouchedError, paged_proximity
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, decode_wire
 from vllm_flashtrace.worker import finish
-from vllm_flashtrace.worker.finish import HostBuffers, TotalsExchange, result_bytes
+from vllm_flashtrace.worker.finish import HostBuffers, TotalsExchange, host_bytes
 from vllm_flashtrace.worker.recorder import Recorder
 from vllm_flashtrace.worker.step import Pieces, TimeSpent, Trace
 from vllm_flashtrace.worker.traced_model import HostClock
@@ -172,7 +172,7 @@ def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> 
     [stored] = recorder._results.values()
     kept = [tuple(one.shape) for one in stored.result.copied.tensors]  # type: ignore[union-attr]
     assert kept == [(context,), (LAYERS,), (LAYERS,), (2,)]
-    assert recorder.buffers.allocated_bytes <= result_bytes(context, LAYERS) + PAGE
+    assert recorder.buffers.allocated_bytes <= host_bytes(context, LAYERS) + PAGE
     calls = model.calls
     monkeypatch.setattr(finish, "sum_shares", None)
     assert decode_wire(recorder.collect(nonce)).to_report().scores.shape == (context,)
@@ -196,7 +196,7 @@ def test_a_result_under_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
 def test_buffers_are_allocated_once() -> None:
     model: Any = Model(torch.rand(LAYERS, 100))
     recorder = Recorder(model, 60.0)
-    recorder.buffers.reserve(2, result_bytes(100, LAYERS))
+    recorder.buffers.reserve(2, host_bytes(100, LAYERS))
     assert recorder.buffers.allocated_bytes == 2 * PAGE
     for _ in range(3):
         nonces = [finished(recorder, model, 100, name) for name in "ab"]

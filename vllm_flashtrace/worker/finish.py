@@ -325,7 +325,7 @@ class HostCopy:
     arrived: Callable[[], bool]
 
 
-def result_bytes(tokens: int, layers: int) -> int:
+def host_bytes(tokens: int, layers: int) -> int:
     """Host memory for the result of a trace of so many tokens, without scores per layer."""
     sizes = (4 * tokens, 8 * layers, 8 * layers, 16)
     return sum(_rounded(size, _ALIGNMENT) for size in sizes)

@@ -25,7 +25,7 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec, target_range
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
-from vllm_flashtrace.worker.finish import TotalsExchange, result_bytes
+from vllm_flashtrace.worker.finish import TotalsExchange, host_bytes
 from vllm_flashtrace.worker.layers import adapter_slot, check_cache
 from vllm_flashtrace.worker.recorder import HandOut, Recorder
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
@@ -137,7 +137,7 @@ class RunnerCapture:
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(
                 self._places,
-                result_bytes(self._longest, self._model.shape.num_layers),
+                host_bytes(self._longest, self._model.shape.num_layers),
             )
 
     def observe(self, scheduler_output: SchedulerOutput) -> None:
