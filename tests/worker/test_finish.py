@@ -60,7 +60,11 @@ def finished(
     row: Any = types.SimpleNamespace(req_id=name, block_table=torch.zeros(1, dtype=torch.int32))
     segment: Any = types.SimpleNamespace(trace=trace, batch_row=row)
     step: Any = types.SimpleNamespace(
-        flush=lambda: None, check_complete=lambda: None, segments=[segment], model=model
+        flush=lambda: None,
+        check_complete=lambda: None,
+        note_adapters=lambda: None,
+        segments=[segment],
+        model=model,
     )
     recorder.finish_step(step)
     recorder.score_finished()
