@@ -277,7 +277,8 @@ def test_a_fault_schedules_as_stock_and_is_logged_once(
             assert steps.step()[first] == BUDGET - 1
             second = steps.add(20, trace=True)
             steps.step()
-    assert sum("injected share" in record.message for record in caplog.records) == 1
+    # A record is seen twice where the handler is at two loggers, as other tests may leave it.
+    assert len({id(r) for r in caplog.records if "injected share" in r.message}) == 1
     assert second not in steps.scheduler.requests
     third = steps.add(200, trace=True)
     assert steps.step()[third] == SHARE
