@@ -23,6 +23,7 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
+from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import batch_rows_v1, existing_capture, observe_step
 
@@ -58,7 +59,6 @@ def apply() -> None:
     stock_execute = GPUModelRunner.execute_model
     stock_dispatch = GPUModelRunner._determine_batch_execution_and_padding
     stock_forward = GPUModelRunner._model_forward
-    stock_sample = GPUModelRunner.sample_tokens
 
     @functools.wraps(stock_execute)
     def execute_model(
@@ -91,13 +91,7 @@ def apply() -> None:
         capture.end_forward(observer)
         return output
 
-    @functools.wraps(stock_sample)
-    def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-        output = stock_sample(self, *args, **kwargs)
-        capture = existing_capture(self)
-        return output if capture is None else capture.with_results(output)
-
     GPUModelRunner.execute_model = execute_model
-    GPUModelRunner.sample_tokens = sample_tokens
+    GPUModelRunner.sample_tokens = with_results(GPUModelRunner.sample_tokens)
     GPUModelRunner._determine_batch_execution_and_padding = _determine_batch_execution_and_padding
     GPUModelRunner._model_forward = _model_forward

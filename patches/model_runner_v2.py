@@ -25,12 +25,12 @@ from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
+from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import (
     RunnerCapture,
     StepObserver,
     batch_rows_v2,
-    existing_capture,
     observe_step,
 )
 
@@ -76,7 +76,7 @@ def apply() -> None:
     """Wraps the methods and the function."""
     GPUModelRunner.execute_model = execute_wrapper(GPUModelRunner.execute_model)
     GPUModelRunner.prepare_attn = prepare_wrapper(GPUModelRunner.prepare_attn)
-    GPUModelRunner.sample_tokens = sample_wrapper(GPUModelRunner.sample_tokens)
+    GPUModelRunner.sample_tokens = with_results(GPUModelRunner.sample_tokens)
     setattr(model_runner, _DISPATCH, dispatch_wrapper(getattr(model_runner, _DISPATCH)))
 
 
@@ -121,18 +121,6 @@ def prepare_wrapper(stock: Any) -> Any:
         return prepared
 
     return prepare_attn
-
-
-def sample_wrapper(stock: Any) -> Any:
-    """``sample_tokens`` whose output carries the results of traces."""
-
-    @functools.wraps(stock)
-    def sample_tokens(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
-        output = stock(self, *args, **kwargs)
-        capture = existing_capture(self)
-        return output if capture is None else capture.with_results(output)
-
-    return sample_tokens
 
 
 def dispatch_wrapper(stock: Any) -> Any:

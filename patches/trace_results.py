@@ -1,9 +1,9 @@
 """Sends results of traces to the API server with the outputs of their requests.
 
 What it changes: ``Scheduler.update_from_output`` puts a result that came with the model runner's
-output (see ``RunnerCapture.with_results``) into ``kv_transfer_params`` of the trace request's own
-output, which vLLM carries to ``RequestOutput`` untouched. Steps without a result cost one
-comparison.
+output into ``kv_transfer_params`` of the trace request's own output, which vLLM carries to
+``RequestOutput`` untouched. Steps without a result cost one comparison. The patches of the runners
+add the results to their outputs by `with_results`.
 
 Why here: the way back by ``collective_rpc`` is a barrier. It waits until the engine is between two
 steps, and holds up the next one until the worker has answered.
@@ -22,9 +22,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
 
 from vllm_flashtrace.base.logs import log_unexpected
-from vllm_flashtrace.patches._check import PatchError, require_parameters
+from vllm_flashtrace.patches._check import PatchError, require_keyword, require_parameters
 from vllm_flashtrace.trace.pickup import CARRIED_KEY
-from vllm_flashtrace.worker.runner import RESULTS_ATTRIBUTE
+from vllm_flashtrace.worker.runner import RESULTS_ATTRIBUTE, existing_capture
 
 
 def check() -> None:
@@ -36,7 +36,7 @@ def check() -> None:
         raise PatchError("AsyncScheduler.update_from_output is not Scheduler's")
     if "kv_transfer_params" not in EngineCoreOutput.__struct_fields__:
         raise PatchError("EngineCoreOutput has no kv_transfer_params")
-    require_parameters(RequestOutput.__init__, "RequestOutput", "self", "request_id", "prompt")
+    require_keyword(RequestOutput, "RequestOutput", "kv_transfer_params")
 
 
 def apply() -> None:
@@ -57,6 +57,18 @@ def apply() -> None:
         return outputs
 
     Scheduler.update_from_output = update_from_output
+
+
+def with_results(stock: Any) -> Any:
+    """A model runner's ``sample_tokens`` whose output has the results of traces that have ended."""
+
+    @functools.wraps(stock)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        capture = existing_capture(self)
+        return output if capture is None else capture.with_results(output)
+
+    return sample_tokens
 
 
 def add_results(outputs: dict[int, Any], results: dict[str, bytes]) -> None:
