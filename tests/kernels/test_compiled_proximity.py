@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels.compiler import compiled_only
 from tests.kernels.layers import make_layer, trace_of
-from vllm_flashtrace.kernels.triton_checksum import WordChunks
+from vllm_flashtrace.kernels.triton_piece_sums import WordChunks
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -101,9 +101,9 @@ def test_one_compilation_serves_every_request() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_checksum_keeps_a_piece_in_registers(capability: int) -> None:
+def test_piece_sums_keep_a_piece_in_registers(capability: int) -> None:
     weights = torch.zeros(5000, dtype=torch.int64)
     with compiled_only(capability) as kernels:
-        WordChunks([(weights.data_ptr(), len(weights))], weights.device).checksum()
-    [kernel] = kernels["_checksum_kernel"]
+        WordChunks([(weights.data_ptr(), len(weights))], weights.device).piece_sums()
+    [kernel] = kernels["_piece_sums_kernel"]
     assert ".local" not in kernel.asm["ptx"]

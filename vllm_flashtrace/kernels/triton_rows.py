@@ -7,7 +7,7 @@ not grow with the number of segments by more than an array operation does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_flashtrace.kernels.target_rows import PagedRows, RowSegment
+from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows
 
 WORK = tl.constexpr(7)
 """Numbers of a piece of work: segment, first and last row, first and last key (last exclusive),
@@ -79,14 +79,14 @@ class DeviceRows:
     log_weights: Tensor
     segments: Tensor
     _host: _HostRows
-    _work: dict[tuple[int, ...], Work] = field(default_factory=dict)
+    _work: dict[tuple[str, tuple[int, ...]], Work] = field(default_factory=dict)
 
     @classmethod
     def copy(cls, source: PagedRows) -> DeviceRows:
         """Copies the tables to the device, in one piece and without waiting."""
         host = _HostRows(source)
         numbers = [
-            _numbers_of(segment, int(first), int(last))
+            [*numbers_of_sums(segment.sums), segment.block_table.data_ptr(), first, last]
             for segment, first, last in zip(
                 source.segments, host.first, host.first + host.count, strict=True
             )
@@ -107,22 +107,20 @@ class DeviceRows:
 
     def row_tiles(self, rows_per_tile: int, keys_per_tile: int, window: int) -> Work:
         """Work that goes over the keys of a tile of rows; slots are splits of the keys."""
-        key = (0, rows_per_tile, keys_per_tile, window)
-        if key not in self._work:
-            self._work[key] = self._copied(*self._host.row_tiles(*key[1:]))
-        return self._work[key]
+        return self._cut(self._host.row_tiles, rows_per_tile, keys_per_tile, window)
 
     def key_tiles(self, keys_per_tile: int, rows_per_tile: int, window: int) -> Work:
         """Work that goes over the rows of a tile of keys; slot -1 adds to the sums itself."""
-        key = (1, keys_per_tile, rows_per_tile, window)
-        if key not in self._work:
-            self._work[key] = self._copied(*self._host.key_tiles(*key[1:]))
-        return self._work[key]
+        return self._cut(self._host.key_tiles, keys_per_tile, rows_per_tile, window)
 
-    def _copied(self, items: _Ints, reductions: _Ints, slots: int) -> Work:
-        tables = [items.astype(np.int32), reductions.astype(np.int32)]
-        on_device = to_device(tables, self.source.device)
-        return Work(on_device[0], on_device[1], slots)
+    def _cut(self, cut: Callable[..., tuple[_Ints, _Ints, int]], *sizes: int) -> Work:
+        key = (cut.__name__, sizes)
+        if key not in self._work:
+            *tables, slots = cut(*sizes)
+            tables = [table.astype(np.int32) for table in tables]
+            items, reductions = to_device(tables, self.source.device)
+            self._work[key] = Work(items, reductions, slots)
+        return self._work[key]
 
 
 class _HostRows:
@@ -151,8 +149,8 @@ class _HostRows:
         self, rows_per_tile: int, keys_per_tile: int, window: int
     ) -> tuple[_Ints, _Ints, int]:
         """See `DeviceRows.row_tiles`."""
-        tiles = _cdiv(self.count, rows_per_tile)
-        segment, tile = _counted(tiles)
+        tiles = cdiv(self.count, rows_per_tile)
+        segment, tile = counted(tiles)
         first = tile * rows_per_tile
         last = np.minimum(first + rows_per_tile, self.count[segment])
         row = self.first[segment]
@@ -162,10 +160,10 @@ class _HostRows:
             start = np.maximum(self.positions[row + first] - window + 1, 0)
             start = start // keys_per_tile * keys_per_tile
         longest = np.maximum.reduceat(stop - start, tiles.cumsum() - tiles)
-        splits = self._splits(tiles, _cdiv(longest, keys_per_tile))
-        size = (_cdiv(_cdiv(longest, splits), keys_per_tile) * keys_per_tile)[segment]
+        splits = self._splits(tiles, cdiv(longest, keys_per_tile))
+        size = (cdiv(cdiv(longest, splits), keys_per_tile) * keys_per_tile)[segment]
         # A segment's longest tiles first.
-        tile, split = _counted(_cdiv(stop - start, size)[::-1])
+        tile, split = counted(cdiv(stop - start, size)[::-1])
         tile = len(segment) - 1 - tile
         begin = start[tile] + split * size[tile]
         end = np.minimum(begin + size[tile], stop[tile])
@@ -177,22 +175,22 @@ class _HostRows:
         self, keys_per_tile: int, rows_per_tile: int, window: int
     ) -> tuple[_Ints, _Ints, int]:
         """See `DeviceRows.key_tiles`."""
-        tiles = _cdiv(self.columns, keys_per_tile)
-        segment, tile = _counted(tiles)
+        tiles = cdiv(self.columns, keys_per_tile)
+        segment, tile = counted(tiles)
         start = tile * keys_per_tile
         stop = np.minimum(start + keys_per_tile, self.columns[segment])
         first, last = self._seeing(segment, start), (self.first + self.count)[segment]
         full = self._seeing(segment, stop - 1)
         if window:
             last = self._seeing(segment, stop - 1 + window)
-        splits = self._splits(tiles, _cdiv(self.count, rows_per_tile))
-        size = (_cdiv(_cdiv(self.count, splits), rows_per_tile) * rows_per_tile)[segment]
-        number = np.maximum(_cdiv(last - first, size), 0)
+        splits = self._splits(tiles, cdiv(self.count, rows_per_tile))
+        size = (cdiv(cdiv(self.count, splits), rows_per_tile) * rows_per_tile)[segment]
+        number = np.maximum(cdiv(last - first, size), 0)
         several = number > 1
         parts = number * several
         first_slot = parts.cumsum() - parts
         reductions = np.stack([segment, start, stop, first_slot, number], 1)[several]
-        tile, split = _counted(number)
+        tile, split = counted(number)
         begin = first[tile] + split * size[tile]
         end = np.minimum(begin + size[tile], last[tile])
         slot = np.where(several[tile], first_slot[tile] + split, -1)
@@ -205,11 +203,12 @@ class _HostRows:
         return np.searchsorted(self._ascending, segment * _FAR + key)
 
     def _splits(self, tiles: _Ints, most: _Ints) -> _Ints:
-        return np.maximum(1, np.minimum(_cdiv(_ENOUGH_PROGRAMS, tiles * self.programs), most))
+        return np.maximum(1, np.minimum(cdiv(_ENOUGH_PROGRAMS, tiles * self.programs), most))
 
 
-def _numbers_of(segment: RowSegment, first: int, last: int) -> list[int]:
-    column_sums, residual, stream = segment.sums
+def numbers_of_sums(sums: Accumulators) -> list[int]:
+    """The first seven numbers of `SEGMENT`."""
+    column_sums, residual, stream = sums
     return [
         column_sums.data_ptr(),
         column_sums.stride(0),
@@ -218,18 +217,16 @@ def _numbers_of(segment: RowSegment, first: int, last: int) -> list[int]:
         residual.stride(0),
         stream.data_ptr(),
         stream.stride(0),
-        segment.block_table.data_ptr(),
-        first,
-        last,
     ]
 
 
-def _cdiv(numbers: Any, by: Any) -> _Ints:
+def cdiv(numbers: Any, by: Any) -> _Ints:
+    """Quotients, rounded up."""
     result: _Ints = -(-numbers // by)
     return result
 
 
-def _counted(numbers: _Ints) -> tuple[_Ints, _Ints]:
+def counted(numbers: _Ints) -> tuple[_Ints, _Ints]:
     """For every ``n`` its place, ``n`` times, and ``0..n-1``."""
     places = np.arange(len(numbers)).repeat(numbers)
     starts = numbers.cumsum() - numbers

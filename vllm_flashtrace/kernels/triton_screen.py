@@ -29,7 +29,7 @@ from vllm_flashtrace.kernels.triton_operands import (
     load_cached,
     stored_type,
 )
-from vllm_flashtrace.kernels.triton_rows import to_device
+from vllm_flashtrace.kernels.triton_rows import numbers_of_sums, to_device
 
 PIECES, NEAREST = tl.constexpr(3), tl.constexpr(8)
 """Rows that together are the total direction; coordinates with an overshoot for every pair."""
@@ -199,15 +199,8 @@ def _items(traces: Sequence[ProximityTrace], size: int) -> tuple[Tensor, list[in
 
 
 def _numbers(trace: ProximityTrace, first_item: int) -> list[int]:
-    column_sums, residual, stream = trace.sums
     return [
-        column_sums.data_ptr(),
-        column_sums.stride(0),
-        column_sums.stride(1),
-        residual.data_ptr(),
-        residual.stride(0),
-        stream.data_ptr(),
-        stream.stride(0),
+        *numbers_of_sums(trace.sums),
         trace.totals.data_ptr(),
         trace.residual.data_ptr(),
         trace.block_table.data_ptr(),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vllm_flashtrace.worker.layers import packed_kernel
 
 if TYPE_CHECKING:
-    from vllm_flashtrace.kernels.triton_checksum import WordChunks
+    from vllm_flashtrace.kernels.triton_piece_sums import WordChunks
 
 _PIECE, _ALIGNMENT = 2048, 16
 # Attributes of vLLM's modules that hold the matrices of all slots.
@@ -100,7 +100,7 @@ class WeightsFingerprint:
     def _read_together(
         self, tensors: list[Tensor], slot: int | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors that launches cannot read together, and the numbers of those they can."""
+        """The tensors that launches cannot read together, and the piece sums of those they can."""
         others, places = [], []
         for tensor in tensors:
             address = tensor.data_ptr()
@@ -115,7 +115,7 @@ class WeightsFingerprint:
         known = self._tables.get(slot)
         if known is None or known[0] != places:
             known = self._tables[slot] = places, _chunks_of(places, self._device)
-        return others, [chunks.checksum().view(1) for chunks in known[1]]
+        return others, [chunks.piece_sums() for chunks in known[1]]
 
     def _tensors(self, kernels: list[Callable[..., Any]]) -> Iterator[Tensor]:
         """Each parameter and buffer once; what packs a module's matrix goes to ``kernels``."""
@@ -141,26 +141,22 @@ class WeightsFingerprint:
         return self._packings
 
     def _factors_of(self, count: int) -> Tensor:
-        if len(self._factors) != count:
+        if len(self._factors) < count:
             mixed = torch.arange(1, count + 1, device=self._device) * _ODD[0]
             mixed = (mixed ^ (mixed >> 31)) * _ODD[1]
             self._factors = (mixed ^ (mixed >> 29)) | 1
-        return self._factors
+        return self._factors[:count]
 
 
 def _chunks_of(places: list[tuple[int, int]], device: torch.device) -> list[WordChunks]:
     """Tables of tensors by address and size in bytes, one for each width of words that occurs."""
-    from vllm_flashtrace.kernels.triton_checksum import WIDTHS, WordChunks
+    from vllm_flashtrace.kernels.triton_piece_sums import WIDTHS, WordChunks
 
     by_width: dict[int, list[tuple[int, int]]] = {}
     for address, size in places:
         width = next(width for width in WIDTHS if size % width == 0)
         by_width.setdefault(width, []).append((address, size // width))
-    chunks: list[WordChunks] = []
-    for width, words in by_width.items():
-        pieces = sum(each.pieces for each in chunks)
-        chunks.append(WordChunks(words, device, width, pieces))
-    return chunks
+    return [WordChunks(words, device, width) for width, words in by_width.items()]
 
 
 def _piece_sums(tensor: Tensor) -> list[Tensor]:
