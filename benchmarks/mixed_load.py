@@ -201,17 +201,18 @@ class FailSome:
     """``--worker-extension-cls`` of the server under load."""
 
     def fail_some(self, share: float) -> None:
-        """Lets a share of all trace requests fail at the end of their prefill, chosen by nonce."""
-        from vllm_flashtrace.worker.recorder import Recorder
+        """Lets a share of all trace requests fail when they are scored, chosen by nonce."""
+        from vllm_flashtrace.worker import recorder
 
-        stock = Recorder._finish
+        stock = recorder.score
 
-        def finish(recorder: Recorder, segment: Any) -> Any:
-            if int(segment.trace.spec.nonce[:8], 16) < share * 2**32:
+        def score(measured: Any, *rest: Any) -> Any:
+            if int(measured.trace.spec.nonce[:8], 16) < share * 2**32:
                 raise RuntimeError("injected by the load test")
-            return stock(recorder, segment)
+            return stock(measured, *rest)
 
-        Recorder._finish = finish  # type: ignore[method-assign]
+        score.original = stock  # type: ignore[attr-defined]
+        recorder.score = score
 
 
 async def send_all(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.mixed_load import FailSome
 from tests.engine.conftest import text_tokens
 from tests.engine.harness import Engine, TraceJob
 from tests.faults import PHASES, break_function, mend_function
@@ -34,6 +35,20 @@ def test_fault_fails_the_trace_alone(tiny: Engine, tokens: list[int], phase: str
     assert text == tiny.generate(tokens, 8)
     assert tiny.trace(TraceJob(tokens, TARGET)).scores.sum() > 0
     _nothing_left(tiny)
+
+
+def test_the_load_tests_fault_fits(tiny: Engine, tokens: list[int]) -> None:
+    tiny.on_worker(fail_all)
+    try:
+        with pytest.raises(TraceError, match="injected by the load test"):
+            tiny.trace(TraceJob(tokens, TARGET))
+    finally:
+        tiny.on_worker(mend_function, "vllm_flashtrace.worker.recorder", None, "score")
+    assert tiny.trace(TraceJob(tokens, TARGET)).scores.sum() > 0
+
+
+def fail_all(worker: Any) -> None:
+    FailSome.fail_some(worker, 1.0)
 
 
 def test_non_finite_activations_are_refused(tiny: Engine, tokens: list[int]) -> None:
