@@ -105,6 +105,21 @@ def trace_latency(*results: Result) -> str:
     )
 
 
+def hops(result: Result) -> str:
+    """What further hops cost, with prefills of their own and without."""
+    return markdown(
+        [
+            *CASE,
+            Column("hops", "hops", count),
+            Column("prefills", "prefills", str),
+            Column("recomputed tokens", "recomputed_tokens", count),
+            Column("seconds", "seconds", decimals(2)),
+            Column("to one hop", "ratio", decimals(2)),
+        ],
+        result["rows"],
+    )
+
+
 def parity(result: Result) -> str:
     """Errors against a float64 evaluation."""
     return markdown(

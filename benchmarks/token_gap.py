@@ -9,7 +9,7 @@ in vLLM itself: what the plugin adds is `all` against `untraced`, and what its l
 
     python -m benchmarks.token_gap [--tokens 32768] [--rounds 3] [--json OUT]
 
-About 15 minutes on 2 free CPU cores. Exits 1 if an attribution is not completed.
+More than an hour on 2 free CPU cores. Exits 1 if an attribution is not completed.
 """
 
 from __future__ import annotations

@@ -60,18 +60,19 @@ class Case:
         """Number of prompt tokens."""
         return self.context - self.reasoning - self.output
 
-    def recursion(self) -> HopRecursion:
-        """One hop from the output through the reasoning."""
+    def recursion(self, hops: int = 1) -> HopRecursion:
+        """So many hops from the output through the reasoning."""
         mask = torch.zeros(self.context, dtype=torch.bool)
         mask[self.prompt : self.prompt + self.reasoning] = True
         target = TargetWeights.from_spans([(self.context - self.output, self.context)])
-        return HopRecursion(target, self.prompt, self.context, mask, hops=1)
+        return HopRecursion(target, self.prompt, self.context, mask, hops=hops)
 
-    def add(self, recursion: HopRecursion, scores: torch.Tensor) -> None:
-        """Adds the scores of a hop, which may end before the context does."""
-        whole = torch.zeros(self.context)
-        whole[: len(scores)] = scores
-        recursion.add(whole)
+    def add(self, recursion: HopRecursion, report: Any) -> None:
+        """Adds the scores of a request's hops, which may end before the context does."""
+        for scores in (report.scores, *report.later_scores):
+            whole = torch.zeros(self.context)
+            whole[: len(scores)] = scores
+            recursion.add(whole)
 
 
 def attribute_together(
@@ -79,7 +80,8 @@ def attribute_together(
 ) -> list[Any]:
     """Attributes several texts of a case in lockstep; returns the reports of all hops.
 
-    Every hop of all of them, or of ``at_once`` at a time, is submitted before the engine runs.
+    The next request of all of them, or of ``at_once`` at a time, is submitted before the engine
+    runs.
     """
     from tests.engine.harness import TraceJob
 
@@ -92,7 +94,7 @@ def attribute_together(
             jobs = [TraceJob(text[: w.last + 1], w, DEFAULT_EXACT_FRACTION) for text, _, w in part]
             found = engine.trace_many(jobs)
             for (_, recursion, _), report in zip(part, found, strict=True):
-                case.add(recursion, report.scores)
+                case.add(recursion, report)
             reports += found
         open_ones = [(text, recursion) for text, recursion, _ in hops]
     for recursion in recursions:
@@ -101,10 +103,16 @@ def attribute_together(
 
 
 class Bench:
-    """Runs one case on a shared engine."""
+    """Runs one case on a shared engine.
+
+    Attributes:
+        keeps: Whether all hops come from one prefill.
+        hops: Hops through the reasoning.
+    """
 
     def __init__(self, engine: Engine, case: Case, token_ids: list[int] | None = None) -> None:
         """Takes text of the engine's tokenizer unless tokens are given."""
+        self.keeps, self.hops = False, 1
         if token_ids is None:
             from tests.engine.conftest import text_tokens
 
@@ -117,27 +125,29 @@ class Bench:
 
         Returns:
             Its seconds, those that the caller spent beside the engine's steps, and the report of
-            each hop.
+            each request.
         """
         from tests.engine.harness import TraceJob
 
         reports, engine_seconds = [], 0.0
         began = time.perf_counter()
-        recursion = self.case.recursion()
+        recursion = self.case.recursion(self.hops)
         while (weights := recursion.next_weights()) is not None:
-            job = TraceJob(self.token_ids[: weights.last + 1], weights, DEFAULT_EXACT_FRACTION)
+            further = recursion.further_hops() if self.keeps else None
+            text = self.token_ids[: weights.last + 1]
+            job = TraceJob(text, weights, DEFAULT_EXACT_FRACTION, further=further)
             entered = time.perf_counter()
             _, nonce = self.engine.submit(job)
             self.engine.run()
             engine_seconds += time.perf_counter() - entered
             reports.append(self.engine.collect(nonce))
-            self.case.add(recursion, reports[-1].scores)
+            self.case.add(recursion, reports[-1])
         recursion.result()
         seconds = time.perf_counter() - began
         return seconds, seconds - engine_seconds, reports
 
     def floor(self, reports: list[Any]) -> float:
-        """Prefills what the hops prefilled, behind the same prefix, without a trace."""
+        """Prefills what the requests prefilled, behind the same prefix, without a trace."""
         began = time.perf_counter()
         for report in reports:
             self._variant += 1

@@ -198,6 +198,39 @@ def test_mass_is_conserved(case) -> None:
         )
 
 
+@settings(deadline=None)
+@given(recursions(), st.integers(0, 3))
+def test_further_hops_are_those_the_recursion_asks_for(case, begin) -> None:
+    recursion, generator, length = case
+    for _ in range(begin):  # As if the earlier ones had run alone.
+        if recursion.next_weights() is not None:
+            recursion.add(torch.rand(length, generator=generator) + 1e-3)
+    further, mass = recursion.further_hops(), 1.0
+    left = 0 if further is None else further.hops
+    while recursion.next_weights() is not None:
+        answer = torch.rand(length, generator=generator) ** 4 + 1e-6
+        recursion.add(answer)
+        asked = recursion.next_weights()
+        target = None
+        if further is not None and left > 0:
+            target, mass = further.after(answer, mass)
+            left -= 1
+        assert (target is None) == (asked is None)
+        if target is not None and asked is not None:
+            assert target.positions.equal(asked.positions)
+            assert target.weights.equal(asked.weights)
+
+
+def test_no_hop_follows_the_last_or_one_without_reasoning() -> None:
+    assert HopRecursion(TARGET, PROMPT, LENGTH, REASONING, hops=0).further_hops() is None
+    assert HopRecursion(TARGET, PROMPT, LENGTH, NOTHING, hops=3).further_hops() is None
+    behind = TargetWeights.from_spans([(4, 5)])
+    assert HopRecursion(behind, PROMPT, LENGTH, mask(6, 7), hops=3).further_hops() is None
+    recursion = HopRecursion(TARGET, PROMPT, LENGTH, REASONING, hops=1)
+    recursion.add(scores(input=1, reasoning=1))
+    assert recursion.next_weights() is not None and recursion.further_hops() is None
+
+
 @settings(deadline=None, max_examples=30)
 @given(recursions(), st.sampled_from([1e-20, 1e-3, 1e6]))
 def test_the_scale_of_scores_does_not_matter(case, factor) -> None:

@@ -18,7 +18,7 @@ from tests import engine_starts
 from tests.cores import BIND, worker_in_engine
 from tests.forked import processes_are_forked
 from vllm_flashtrace.base.records import TraceReport
-from vllm_flashtrace.core.hops import HopRecursion, HopResult
+from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, HopResult
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
@@ -33,13 +33,14 @@ SMALL = {
 
 @dataclass(frozen=True)
 class TraceJob:
-    """One trace request: the tokens, the target, how exactly to evaluate, and the LoRA adapter."""
+    """One trace request: tokens, target, how exactly to evaluate, LoRA adapter, hops behind it."""
 
     token_ids: Sequence[int]
     weights: TargetWeights
     exact_fraction: float = 1.0
     layers: bool = False
     lora_request: Any = None
+    further: FurtherHops | None = None
 
 
 class Engine:
@@ -188,7 +189,11 @@ class Engine:
 
     def _spec(self, job: TraceJob) -> TraceSpec:
         return TraceSpec.create(
-            job.weights, len(job.token_ids), exact_fraction=job.exact_fraction, layers=job.layers
+            job.weights,
+            len(job.token_ids),
+            exact_fraction=job.exact_fraction,
+            layers=job.layers,
+            further=job.further,
         )
 
     @staticmethod
@@ -233,13 +238,21 @@ def run_hops(
     reasoning: tuple[int, int],
     hops: int,
     exact_fraction: float = 1.0,
+    *,
+    at_once: bool = False,
 ) -> HopResult:
-    """The recursion output -> reasoning -> input through the engine."""
+    """The recursion output -> reasoning -> input through the engine.
+
+    Hop by hop, or ``at_once`` from one prefill.
+    """
     mask = torch.zeros(len(token_ids), dtype=torch.bool)
     mask[slice(*reasoning)] = True
     recursion = HopRecursion(
         TargetWeights.from_spans([output]), prompt_length, len(token_ids), mask, hops=hops
     )
     while (weights := recursion.next_weights()) is not None:
-        recursion.add(engine.trace(TraceJob(token_ids, weights, exact_fraction)).scores)
+        further = recursion.further_hops() if at_once else None
+        report = engine.trace(TraceJob(token_ids, weights, exact_fraction, further=further))
+        for scores in (report.scores, *report.later_scores):
+            recursion.add(scores)
     return recursion.result()

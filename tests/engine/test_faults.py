@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.mixed_load import FailSome
 from tests.engine.conftest import text_tokens
 from tests.engine.harness import Engine, TraceJob
 from tests.faults import PHASES, break_function, mend_function
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 
 TARGET = TargetWeights.from_spans([(300, 340)])
@@ -21,19 +23,41 @@ def tokens(tiny: Engine) -> list[int]:
     return text_tokens(tiny, 600)
 
 
+FURTHER = FurtherHops(torch.arange(100, 250), hops=2)
+FURTHER_PHASES = {
+    "queries": ("vllm_flashtrace.worker.step", "KeptGroup", "add_attention"),
+    "rows": ("vllm_flashtrace.worker.step", "KeptGroup", "add_rows"),
+    "weights": ("vllm_flashtrace.worker.step", "KeptRows", "weighed"),
+    "sums": ("vllm_flashtrace.worker.traced_model", "TracedModel", "weigh"),
+    "next target": ("vllm_flashtrace.core.hops", "FurtherHops", "after"),
+    "value read": PHASES["value read"],
+}
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_fault_fails_the_trace_alone(tiny: Engine, tokens: list[int], phase: str) -> None:
-    tiny.on_worker(break_function, *PHASES[phase])
+    check_fault(tiny, TraceJob(tokens, TARGET), PHASES[phase])
+
+
+@pytest.mark.parametrize("phase", FURTHER_PHASES)
+def test_fault_of_further_hops_fails_the_trace_alone(
+    tiny: Engine, tokens: list[int], phase: str
+) -> None:
+    check_fault(tiny, TraceJob(tokens, TARGET, further=FURTHER), FURTHER_PHASES[phase])
+
+
+def check_fault(tiny: Engine, job: TraceJob, fault: tuple[str, str | None, str]) -> None:
+    tiny.on_worker(break_function, *fault)
     try:
         with pytest.raises(TraceError) as caught:
-            tiny.trace(TraceJob(tokens, TARGET))
-        text = tiny.generate(tokens, 8)
+            tiny.trace(job)
+        text = tiny.generate(job.token_ids, 8)
     finally:
-        tiny.on_worker(mend_function, *PHASES[phase])
+        tiny.on_worker(mend_function, *fault)
     assert caught.value.code == "recording_failed"
     assert "injected" in caught.value.message
-    assert text == tiny.generate(tokens, 8)
-    assert tiny.trace(TraceJob(tokens, TARGET)).scores.sum() > 0
+    assert text == tiny.generate(job.token_ids, 8)
+    assert tiny.trace(job).scores.sum() > 0
     _nothing_left(tiny)
 
 

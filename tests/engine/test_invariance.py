@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import text_tokens
-from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
+from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 5e-4
@@ -77,6 +78,47 @@ def test_after_a_preemption(tiny: Engine, crowded: Engine) -> None:
     (report,) = crowded.trace_many([job], decoding, new_tokens=30)
     assert report.restarts >= 1
     assert agrees("after a preemption", report.scores, tiny.trace(job).scores)
+
+
+def test_further_hops_need_no_prefill_of_their_own(
+    tiny: Engine, crowded: Engine, tokens: list[int]
+) -> None:
+    """Hop by hop; from one prefill; and from one in chunks that are not of adjacent rows."""
+    arguments = (tokens, 200, (560, 590), (300, 420), 3)
+    one_by_one = run_hops(tiny, *arguments)
+    for engine in (tiny, crowded):
+        at_once = run_hops(engine, *arguments, at_once=True)
+        assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 4
+        for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
+            assert relative_l1(ours, alone) <= 1e-4
+        assert at_once.remaining_mass == pytest.approx(one_by_one.remaining_mass, rel=1e-4)
+        assert engine.status()["accumulator_bytes"] == 0
+
+
+def test_rows_for_further_hops_are_counted(tiny: Engine, tokens: list[int]) -> None:
+    further = FurtherHops(torch.arange(300, 420), 2)
+    target = TargetWeights.from_spans([(560, 590)])
+    report = tiny.trace(TraceJob(tokens, target, further=further))
+    assert len(report.later_scores) == 2
+    assert report.cached_tokens == 256  # Of 300, in whole blocks.
+    assert report.recomputed_tokens == 600 - 256
+    status = tiny.status()
+    shape = (4, 600, 4)  # Layers, tokens, heads.
+    assert status["accumulator_bytes_per_token"] == shape[0] * shape[2] * 4
+    assert status["accumulator_bytes_per_row"] > 0
+
+
+def test_further_hops_after_a_preemption(tiny: Engine, crowded: Engine) -> None:
+    tokens = text_tokens(tiny, 1000)
+    further = FurtherHops(torch.arange(300, 700), 2)
+    job = TraceJob(tokens, TargetWeights.from_spans([(900, 1000)]), further=further)
+    decoding = [text_tokens(crowded, 118, f"Decoding {i}. ") for i in range(8)]
+    (report,) = crowded.trace_many([job], decoding, new_tokens=30)
+    assert report.restarts >= 1
+    expected = tiny.trace(job)
+    assert agrees("after a preemption", report.scores, expected.scores)
+    for ours, alone in zip(report.later_scores, expected.later_scores, strict=True):
+        assert relative_l1(ours, alone) <= LIMIT
 
 
 def test_weights_scale_does_not_matter(

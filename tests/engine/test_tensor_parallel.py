@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.faults import PHASES
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-5
@@ -81,6 +83,14 @@ def test_heads_shared_by_two_ranks(
     two_ranks: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(two_ranks.trace_many(JOBS), one_rank(folder, monkeypatch))
+    check_nothing_left(two_ranks)
+
+
+def test_further_hops_need_the_scores_of_all_ranks(two_ranks: Engine) -> None:
+    assert two_ranks.status()["accumulator_bytes_per_row"] == 0
+    further = FurtherHops(torch.arange(10, 20), 1)
+    with pytest.raises(TraceError, match="each hop by itself"):
+        two_ranks.trace(dataclasses.replace(JOBS[0], further=further))
     check_nothing_left(two_ranks)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from vllm.v1.worker.gpu import model_runner
 
+from tests.engine.harness import relative_l1
 from tests.gpu.v2_engine import (
+    LIMIT,
     V2Engine,
     apply_patches,
     assert_exact,
@@ -19,6 +21,9 @@ from tests.gpu.v2_engine import (
     v2_engine,
 )
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.core.hops import FurtherHops
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker import taps
 from vllm_flashtrace.worker.observer import current
@@ -33,6 +38,29 @@ def test_chunks(engine: V2Engine, float64_llama: Any, chunks: tuple[int, ...]) -
         new = {}
     report = assert_exact(engine, trace, float64_llama)
     assert report.recomputed_tokens == 100 and report.cached_tokens == report.restarts == 0
+
+
+@pytest.mark.parametrize("spans", [((20, 61),), ((20, 40), (45, 61))], ids=["near", "apart"])
+def test_further_hops(engine: V2Engine, float64_llama: Any, spans: Any) -> None:
+    """Rows that lie side by side are summed for all layers at once, others layer by layer."""
+    followed = TargetWeights.from_spans(spans).positions
+    further = FurtherHops(followed, hops=2)
+    target = traced(100, (70, 80), (90, 100))
+    spec = TraceSpec.create(target.weights, 100, exact_fraction=1.0, further=further)
+    trace = dataclasses.replace(target, spec=spec)
+    engine.step({"trace": 50}, new={"trace": trace.new})
+    engine.step({"trace": 25, "other": 30}, new={"other": untraced(30, 1)})
+    engine.step({"trace": 25})
+    report = assert_exact(engine, trace, float64_llama)
+    assert len(report.later_scores) == 2
+    scores, mass = report.scores, 1.0
+    for later in report.later_scores:
+        weights, mass = further.after(scores, mass)
+        assert weights is not None
+        exact = dataclasses.replace(target, weights=weights).oracle(float64_llama)
+        assert relative_l1(later, exact) < LIMIT
+        scores = later
+    assert engine.capture.recorder.accumulator_bytes == 0
 
 
 def test_taps_beside_a_fused_all_reduce(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.core.hops import HopRecursion
+from vllm_flashtrace.core.hops import FurtherHops, HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
+from vllm_flashtrace.trace import hop
 from vllm_flashtrace.trace.budget import AccumulatorBudget, ModelShape, part_of_memory
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import (
@@ -26,7 +28,7 @@ from vllm_flashtrace.trace.wire import (
     unseal,
 )
 from vllm_flashtrace.worker.recorder import Recorder
-from vllm_flashtrace.worker.step import Trace
+from vllm_flashtrace.worker.step import KeptRows, Trace
 from vllm_flashtrace.worker.traced_model import HostClock
 
 SHAPE = ModelShape(num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=16)
@@ -43,6 +45,70 @@ def spec(context: int) -> TraceSpec:
 def test_the_price_is_what_a_trace_takes(context: int) -> None:
     trace = Trace(spec(context), spec(context).target_weights(), MODEL)
     assert BUDGET.cost(context) == trace.nbytes
+
+
+KEEPING = AccumulatorBudget.of_model(60_000, SHAPE, KeptRows.row_bytes(SHAPE, 8, torch.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+def test_the_price_of_rows_is_what_they_take(rows: int) -> None:
+    further = FurtherHops(torch.arange(20, 20 + rows), 2)
+    target = TargetWeights.from_spans([(95, 97)])
+    keeping = TraceSpec.create(target, 97, exact_fraction=1.0, further=further)
+    model: Any = types.SimpleNamespace(
+        **vars(MODEL), keep_rows=lambda p: KeptRows(p, SHAPE, 8, torch.float32, "cpu")
+    )
+    trace = Trace(keeping, target, model)
+    assert keeping.kept_rows == rows + 2
+    assert KEEPING.cost(97, rows + 2) == trace.nbytes
+
+
+def test_a_trace_keeps_rows_where_others_have_room_beside_it() -> None:
+    assert KEEPING.keeps(100, 10)
+    assert not KEEPING.keeps(100, 1000)
+    assert not BUDGET.keeps(100, 1)  # Its workers keep none.
+    assert AccumulatorBudget.from_status(KEEPING.to_status()) == KEEPING
+    half = dataclasses.replace(KEEPING, limit_bytes=30_000)
+    assert AccumulatorBudget.tightest([half, KEEPING]) == half
+
+
+def plan(hops: int, include: tuple[str, ...] = ()) -> Any:
+    one = job(100, hops).plan
+    assert one is not None
+    one.request.include = include  # type: ignore[misc]
+    return one
+
+
+def test_rows_are_kept_for_two_hops_and_more() -> None:
+    kept = hop.kept_rows(plan(2), KEEPING)
+    assert kept == 4  # Two of reasoning, two of the target.
+    assert hop.kept_rows(plan(1), KEEPING) == 0
+    assert hop.kept_rows(plan(2, ("layers",)), KEEPING) == 0
+    assert hop.kept_rows(plan(2), BUDGET) == hop.kept_rows(plan(2), None) == 0
+    assert hop.kept_rows(plan(2), dataclasses.replace(KEEPING, limit_bytes=30_000)) == 0
+
+
+def test_a_worker_that_keeps_no_rows_refuses_further_hops() -> None:
+    recorder = Recorder(MODEL, 60.0, BUDGET)
+    further = FurtherHops(torch.arange(20, 30), 2)
+    target = TargetWeights.from_spans([(95, 97)])
+    keeping = TraceSpec.create(target, 97, exact_fraction=1.0, further=further)
+    recorder.register("a", seal(keeping), 97)
+    with pytest.raises(TraceError, match="each hop by itself"):
+        decode_wire(recorder.collect(keeping.nonce)).to_report()
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[], [3, 3], [4, 2], [-1, 2], [98]],
+    ids=["none", "twice", "falling", "-1", "behind"],
+)
+def test_bad_further_hops_are_refused(positions: list[int]) -> None:
+    further = FurtherHops(torch.tensor(positions, dtype=torch.int64), 2)
+    target = TargetWeights.from_spans([(95, 97)])
+    keeping = TraceSpec.create(target, 97, exact_fraction=1.0, further=further)
+    with pytest.raises(ValueError, match="further hops do not fit"):
+        unseal(seal(keeping)).further_hops()
 
 
 def test_status_carries_the_budget() -> None:

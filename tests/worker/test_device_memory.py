@@ -70,11 +70,10 @@ def test_what_kept_queries_take(memory: Any, monkeypatch: pytest.MonkeyPatch) ->
     """Of 1,024 rows, of as many as fit 512 MiB and a quarter of the limit, or of none."""
     taken: list[int] = []
     monkeypatch.setattr(torch, "empty", lambda size, **_: taken.append(size) or size)
-    layer = SimpleNamespace(attention=SimpleNamespace(head_size=128))
     layers, heads = 36, 32
     row = layers * heads * 128 * 2 * 9 // 8
     model = SimpleNamespace(
-        device=GPU, layers=[layer], _query_dtype=torch.bfloat16, _scratch=None, _kept_rows=0,
+        device=GPU, _head_dim=128, _dtype=torch.bfloat16, _scratch=None, _kept_rows=0,
         shape=ModelShape(layers, heads, 8, 4096),
     )  # fmt: skip
     take: Any = GPUTracedModel.take_scratch
@@ -104,7 +103,8 @@ def test_activations_by_vllms_word(
     assert activation_bytes(SimpleNamespace()) == 0
 
 
-def test_the_budget_is_measured_when_first_asked_for() -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_budget_is_measured_when_first_asked_for(alone: bool) -> None:
     """Not when the capture is made, which may be before CUDA graphs are captured.
 
     What is kept of queries is allocated before, so it is not among what is free.
@@ -121,11 +121,17 @@ def test_the_budget_is_measured_when_first_asked_for() -> None:
             asked.append((option, activations))
             return 1000
 
+        def row_bytes(self) -> int:
+            return 30
+
     model: Any = Model()
     capture = object.__new__(RunnerCapture)
     capture._model, capture.recorder = model, Recorder(model, 60.0)
     capture._config = SimpleNamespace(max_accumulator_mib=5)  # type: ignore[assignment]
+    capture._alone = alone
     assert capture.recorder.budget is None
     capture.settle_budget(77)
     capture.settle_budget(99)
-    assert asked == [(5, 77)] and capture.recorder.budget.limit_bytes == 1000
+    budget = capture.recorder.budget
+    assert budget is not None and asked == [(5, 77)]
+    assert (budget.limit_bytes, budget.bytes_per_row) == (1000, 30 if alone else 0)

@@ -175,7 +175,7 @@ def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> 
     nonce = finished(recorder, model, context)
     [stored] = recorder._results.values()
     kept = [tuple(one.shape) for one in stored.result.copied.tensors]  # type: ignore[union-attr]
-    assert kept == [(context,), (LAYERS,), (LAYERS,), (2,)]
+    assert kept == [(1, context), (1, LAYERS), (1, LAYERS), (2,)]
     assert recorder.buffers.allocated_bytes <= host_bytes(context, LAYERS) + PAGE
     calls = model.calls
     monkeypatch.setattr(finish, "sum_shares", None)

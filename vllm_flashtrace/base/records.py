@@ -42,12 +42,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class TraceReport:
-    """What the engine measured for one trace request (one hop).
+    """What the engine measured for one trace request: one hop, or several from one prefill.
 
     Attributes:
-        scores: float32 ``[N]``, per-token scores summed over layers, unnormalised.
+        scores: float32 ``[N]``, per-token scores summed over layers, unnormalised; of the first
+            hop.
+        later_scores: The same of each hop that followed.
         layer_scores: float32 ``[layers, N]`` when asked for, else None.
-        recomputed_tokens: Tokens prefilled for this hop.
+        recomputed_tokens: Tokens prefilled.
         cached_tokens: Tokens whose KV came from the prefix cache.
         restarts: How often recording began again after a preemption.
         seconds: Seconds by phase (``queue``, ``prefill``, ``attribution``).
@@ -55,6 +57,7 @@ class TraceReport:
     """
 
     scores: torch.Tensor
+    later_scores: tuple[torch.Tensor, ...] = ()
     layer_scores: torch.Tensor | None = None
     recomputed_tokens: int = 0
     cached_tokens: int = 0
@@ -77,7 +80,7 @@ class TraceUsage:
     weights: str | None = None
 
     def add(self, report: TraceReport) -> None:
-        """Adds one hop's cost."""
+        """Adds the cost of one trace request."""
         self.weights = report.weights
         self.recomputed_tokens += report.recomputed_tokens
         self.cached_tokens += report.cached_tokens

@@ -106,6 +106,17 @@ class HopRecursion:
         """
         return self._next
 
+    def further_hops(self) -> FurtherHops | None:
+        """What may follow the hop that `next_weights` asks for; None if it is the last."""
+        left = self._last_hop - len(self._hops)
+        if self._next is None or left < 1:
+            return None
+        # What lies behind a hop's last target gets no score, so no later hop explains it.
+        positions = self._parts["reasoning_mass"][: self._next.last + 1].nonzero().squeeze(1)
+        if not len(positions):
+            return None
+        return FurtherHops(positions, left, self._threshold / self._remaining_mass())
+
     def add(self, scores: Tensor, layer_scores: Tensor | None = None) -> None:
         """Takes the outcome of the hop that `next_weights` asked for.
 
@@ -192,6 +203,46 @@ class HopRecursion:
         if difference > 1e-3:
             raise ValueError(f"layer_scores do not sum to scores: relative L1 {difference:.1e}")
         return checked
+
+
+@dataclass(frozen=True, eq=False)
+class FurtherHops:
+    """The hops that may follow a first one, for whoever runs several of them in a row.
+
+    It asks for what `HopRecursion` asks for, and the recursion still judges the scores. So where
+    rounding lets one of the two end a hop earlier, that hop is dropped or run by itself.
+
+    Attributes:
+        positions: int64 ``[F]``, ascending, on the CPU: tokens that may be explained.
+        hops: Most hops, at least 1.
+        threshold: Share of the first hop's mass left on reasoning below which they end.
+    """
+
+    positions: Tensor
+    hops: int
+    threshold: float = 0.0
+
+    def after(self, scores: Tensor, mass: float) -> tuple[TargetWeights | None, float]:
+        """The target of the hop after one that has run.
+
+        Args:
+            scores: ``[N]``, what the hop found, in any scale.
+            mass: Share of the first hop's mass that it redistributed.
+
+        Returns:
+            The target, None where the hops end; and the share of mass that it redistributes.
+        """
+        scores = scores.detach().to("cpu", torch.float64)
+        total = scores.sum()
+        if not total.isfinite() or total <= 0:
+            return None, mass
+        scores = scores / total
+        followed = torch.zeros(len(scores), dtype=torch.bool)
+        followed[self.positions[: int(torch.searchsorted(self.positions, len(scores)))]] = True
+        mass *= float(scores[followed].sum())
+        if mass < self.threshold:
+            return None, mass
+        return TargetWeights.from_scores(scores, followed), mass
 
 
 @dataclass(frozen=True, slots=True)

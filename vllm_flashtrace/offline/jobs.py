@@ -1,4 +1,4 @@
-"""Runs attributions on a ``vllm.LLM`` hop by hop, every hop of all of them as one batch.
+"""Runs attributions on a ``vllm.LLM``: the next trace request of all of them as one batch.
 
 One that fails keeps its error and drops out, and the others go on.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import Completion, TraceReport, TraceUsage
+from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.result import build_result, failed_result
 from vllm_flashtrace.trace import pickup
@@ -47,7 +48,7 @@ class TraceJob:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The next hop of a job."""
+    """The next trace request of a job: a hop, or all that are left."""
 
     job: TraceJob
     plan: TracePlan
@@ -70,11 +71,9 @@ def _advance(
     places: int,
     budget: AccumulatorBudget | None,
 ) -> bool:
-    """Runs the next hop of every unfinished job; False when all are done."""
-    from vllm_flashtrace.trace.hop import trace_call
-
+    """Runs the next trace request of every unfinished job; False when all are done."""
     calls = [
-        _Call(job, plan, trace_call(plan, weights, config, None))
+        _next_call(job, plan, weights, config, budget)
         for job, plan in _unfinished(jobs)
         if (weights := plan.recursion.next_weights()) is not None
     ]
@@ -92,6 +91,19 @@ def _advance(
     return bool(calls)
 
 
+def _next_call(
+    job: TraceJob,
+    plan: TracePlan,
+    weights: TargetWeights,
+    config: FlashTraceConfig,
+    budget: AccumulatorBudget | None,
+) -> _Call:
+    from vllm_flashtrace.trace.hop import kept_rows, trace_call
+
+    further = plan.recursion.further_hops() if kept_rows(plan, budget) else None
+    return _Call(job, plan, trace_call(plan, weights, config, None, further=further))
+
+
 def _batches(
     calls: Sequence[_Call], places: int, budget: AccumulatorBudget | None
 ) -> Iterator[list[_Call]]:
@@ -106,7 +118,7 @@ def _batches(
             except TraceError as error:
                 call.job.error = error
                 continue
-            cost = budget.cost(call.trace.spec.length)
+            cost = budget.cost(call.trace.spec.length, call.trace.spec.kept_rows)
         full = len(batch) == places or (budget is not None and held + cost > budget.limit_bytes)
         if batch and full:
             yield batch

@@ -15,6 +15,8 @@ from vllm_flashtrace.base.errors import TraceError
 
 _FLOAT_BYTES = 4
 _DEFAULT_PART_OF_MEMORY = 16
+# A trace that keeps rows takes at most this part of the limit.
+_MOST_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +37,23 @@ class AccumulatorBudget:
         limit_bytes: What all traces together may hold.
         bytes_per_token: Cost of each token of a trace's context.
         fixed_bytes: Cost of a trace beside its context.
+        bytes_per_row: Cost of each row that a trace keeps for further hops; 0 where workers keep
+            none.
     """
 
     limit_bytes: int
     bytes_per_token: int
     fixed_bytes: int
+    bytes_per_row: int = 0
 
     @classmethod
-    def of_model(cls, limit_bytes: int, shape: ModelShape) -> Self:
+    def of_model(cls, limit_bytes: int, shape: ModelShape, bytes_per_row: int = 0) -> Self:
         """The budget of a worker: column sums per head, ``r`` and ``x`` per layer, in float32."""
         return cls(
             limit_bytes,
             bytes_per_token=shape.num_layers * shape.num_heads * _FLOAT_BYTES,
             fixed_bytes=shape.num_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
+            bytes_per_row=bytes_per_row,
         )
 
     @classmethod
@@ -59,6 +65,7 @@ class AccumulatorBudget:
             limit_bytes=status["accumulator_budget_bytes"],
             bytes_per_token=status["accumulator_bytes_per_token"],
             fixed_bytes=status["accumulator_fixed_bytes"],
+            bytes_per_row=status.get("accumulator_bytes_per_row", 0),
         )
 
     @classmethod
@@ -73,6 +80,7 @@ class AccumulatorBudget:
             limit,
             bytes_per_token=max(b._scaled(b.bytes_per_token, limit) for b in budgets),
             fixed_bytes=max(b._scaled(b.fixed_bytes, limit) for b in budgets),
+            bytes_per_row=max(b._scaled(b.bytes_per_row, limit) for b in budgets),
         )
 
     def _scaled(self, price: int, limit: int) -> int:
@@ -84,23 +92,29 @@ class AccumulatorBudget:
             "accumulator_budget_bytes": self.limit_bytes,
             "accumulator_bytes_per_token": self.bytes_per_token,
             "accumulator_fixed_bytes": self.fixed_bytes,
+            "accumulator_bytes_per_row": self.bytes_per_row,
         }
 
     def shared_by(self, parts: int) -> Self:
         """The same prices with an equal part of the limit."""
         return dataclasses.replace(self, limit_bytes=self.limit_bytes // max(1, parts))
 
-    def cost(self, context: int) -> int:
-        """Bytes that a trace of ``context`` tokens takes."""
-        return self.fixed_bytes + self.bytes_per_token * context
+    def cost(self, context: int, kept_rows: int = 0) -> int:
+        """Bytes that a trace of ``context`` tokens takes, with so many rows for further hops."""
+        return self.fixed_bytes + self.bytes_per_token * context + self.bytes_per_row * kept_rows
 
-    def check(self, context: int, held_bytes: int = 0) -> None:
+    def keeps(self, context: int, rows: int) -> bool:
+        """Whether a trace may keep ``rows`` rows: not where that leaves too little for others."""
+        most = self.limit_bytes // _MOST_KEPT
+        return self.bytes_per_row > 0 and self.cost(context, rows) <= most
+
+    def check(self, context: int, held_bytes: int = 0, kept_rows: int = 0) -> None:
         """Refuses a trace of ``context`` tokens beside ``held_bytes`` of others if it has no room.
 
         Raises:
             TraceError: ``overloaded``.
         """
-        cost = self.cost(context)
+        cost = self.cost(context, kept_rows)
         if held_bytes + cost > self.limit_bytes:
             held = f", of which {held_bytes} bytes are taken" if held_bytes else ""
             raise TraceError(

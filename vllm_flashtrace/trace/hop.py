@@ -1,4 +1,6 @@
-"""One hop as an engine request: a prefill that ends at the last target position, and its report.
+"""Hops as engine requests: a prefill that ends at the last target position, and its report.
+
+A request runs one hop, or all of them where the worker keeps the rows that later hops weigh.
 
 `trace_call` and `take_report` serve the server and offline jobs alike; `run_hop` runs the request
 on vLLM's asynchronous engine.
@@ -13,13 +15,16 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport, TraceUsage
+from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines, noting_ranks
 from vllm_flashtrace.trace.pickup import carried_answer, pick_up
@@ -43,16 +48,45 @@ class TraceCall:
     params: SamplingParams
 
 
+def kept_rows(plan: TracePlan, budget: AccumulatorBudget | None) -> int:
+    """Rows that a worker is to keep for the hops after the first; 0 where each has its prefill.
+
+    With one hop behind the first, both ways prefill the same rows, and keeping them takes memory.
+    Scores per layer come from hops that have their own: a worker holds those of one hop at a time.
+    """
+    further, weights = plan.recursion.further_hops(), plan.recursion.next_weights()
+    if budget is None or further is None or weights is None or further.hops < 2:
+        return 0
+    if "layers" in plan.request.include:
+        return 0
+    rows = len(torch.cat([further.positions, weights.positions]).unique())
+    return rows if budget.keeps(len(plan.token_ids), rows) else 0
+
+
 def trace_call(
-    plan: TracePlan, weights: TargetWeights, config: FlashTraceConfig, cache_salt: str | None
+    plan: TracePlan,
+    weights: TargetWeights,
+    config: FlashTraceConfig,
+    cache_salt: str | None,
+    *,
+    further: FurtherHops | None = None,
 ) -> TraceCall:
-    """The engine request that records one hop: a prefill up to the last target position."""
+    """The engine request that records a hop: a prefill up to the last target position.
+
+    Args:
+        plan: The attribution.
+        weights: Target of the hop.
+        config: Options of the server.
+        cache_salt: The completion's.
+        further: Hops that the worker is to run after it.
+    """
     token_ids = plan.token_ids[: weights.last + 1]
     spec = TraceSpec.create(
         weights,
         len(token_ids),
         exact_fraction=config.exact_fraction,
         layers="layers" in plan.request.include,
+        further=further,
     )
     prompt = TokensPrompt(prompt_token_ids=token_ids)
     if cache_salt is not None:
@@ -182,7 +216,7 @@ async def while_alive(engines: Engines, work: Coroutine[Any, Any, T]) -> T:
 def take_report(
     plan: TracePlan, usage: TraceUsage, report: TraceReport, engine_seconds: float
 ) -> None:
-    """Adds a hop's scores to the recursion and its cost to the usage.
+    """Adds the scores of a request's hops to the recursion and its cost to the usage.
 
     Args:
         plan: The plan whose recursion awaits the hop.
@@ -197,7 +231,11 @@ def take_report(
     if usage.weights not in (None, report.weights):
         raise TraceError("weights_changed", "the model's weights changed between two hops")
     try:
-        plan.recursion.add(*padded_scores(report, len(plan.token_ids)))
+        length = len(plan.token_ids)
+        plan.recursion.add(*padded_scores(report, length))
+        for scores in report.later_scores:
+            if plan.recursion.next_weights() is not None:
+                plan.recursion.add(*padded_scores(TraceReport(scores), length))
     except ValueError as error:
         raise TraceError("bad_scores", str(error)) from error
     usage.add(with_phases(report, engine_seconds))

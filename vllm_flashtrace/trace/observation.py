@@ -93,7 +93,10 @@ class Observation:
 
     @contextmanager
     def hop(self, index: int, target_tokens: int) -> Iterator[Span]:
-        """Runs hop ``index``; the span's headers belong to its engine request."""
+        """Runs hop ``index`` and those behind it from the same prefill.
+
+        The span's headers belong to its engine request.
+        """
         self._hop = index
         attributes = {"flashtrace.hop": index, "flashtrace.target_tokens": target_tokens}
         with self._observer.telemetry.span(HOP_SPAN, self._span.headers, attributes) as span:
@@ -113,6 +116,7 @@ class Observation:
                 "flashtrace.recomputed_tokens": report.recomputed_tokens,
                 "flashtrace.cached_tokens": report.cached_tokens,
                 "flashtrace.restarts": report.restarts,
+                "flashtrace.hops": 1 + len(report.later_scores),
             }
         )
 

@@ -162,6 +162,7 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
     phases = {name for report in reports for name in report.seconds}
     return TraceReport(
         scores=_sum([report.scores for report in reports]),
+        later_scores=_later_scores(reports),
         layer_scores=_layer_scores(per_stage),
         recomputed_tokens=first.recomputed_tokens,
         cached_tokens=first.cached_tokens,
@@ -169,6 +170,15 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
         seconds={name: max(report.seconds.get(name, 0.0) for report in reports) for name in phases},
         weights=" ".join(report.weights for report in reports),
     )
+
+
+def _later_scores(reports: Sequence[TraceReport]) -> tuple[torch.Tensor, ...]:
+    """Of the only worker: several cannot go on to a next hop without the others' scores."""
+    if len(reports) == 1:
+        return reports[0].later_scores
+    if any(report.later_scores for report in reports):
+        raise misfit("one of several workers has run further hops")
+    return ()
 
 
 def _layer_scores(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:

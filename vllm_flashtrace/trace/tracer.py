@@ -25,7 +25,14 @@ from vllm_flashtrace.trace.admission import Admission
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines
-from vllm_flashtrace.trace.hop import EngineContext, run_hop, take_report, trace_call, while_alive
+from vllm_flashtrace.trace.hop import (
+    EngineContext,
+    kept_rows,
+    run_hop,
+    take_report,
+    trace_call,
+    while_alive,
+)
 from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution, result_bytes
 from vllm_flashtrace.trace.metrics import cache_lookup
 from vllm_flashtrace.trace.observation import Observation, Observer
@@ -317,18 +324,20 @@ class AsyncTracer:
         waited: float,
     ) -> TraceUsage:
         """Runs all hops in one place, so that later hops do not queue behind new attributions."""
-        cost = 0
+        cost = kept = 0
         if self._budget is not None:
-            # Hops run one after the other, and none is longer than the plan.
+            # Requests run one after the other; none is longer than the plan, or keeps more rows.
             self._budget.check(len(plan.token_ids))
-            cost = self._budget.cost(len(plan.token_ids))
+            kept = kept_rows(plan, self._budget)
+            cost = self._budget.cost(len(plan.token_ids), kept)
         async with self._admission.place(cost) as waited_here:
             usage = TraceUsage(seconds={"queue": waited + waited_here})
             hop = 0
             # A completion leaves its tokens in its engine's cache, and every hop does.
             computed_before = context.request_id is not None
             while (weights := plan.recursion.next_weights()) is not None:
-                call = trace_call(plan, weights, self.config, context.cache_salt)
+                further = plan.recursion.further_hops() if kept else None
+                call = trace_call(plan, weights, self.config, context.cache_salt, further=further)
                 began = time.monotonic()
                 with watch.hop(hop, len(weights.positions)) as span:
                     run = await run_hop(
@@ -349,7 +358,7 @@ class AsyncTracer:
                 # What the engine has computed for this hop serves the next one.
                 context = dataclasses.replace(context, data_parallel_rank=run.rank)
                 computed_before = True
-                hop += 1
+                hop += 1 + len(run.report.later_scores)
         return usage
 
 

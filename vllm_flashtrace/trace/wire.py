@@ -21,6 +21,7 @@ import torch
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 
 EXTRA_ARGS_KEY = "flashtrace"
@@ -38,6 +39,9 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         weights: float32 little-endian weights, one per position.
         exact_fraction: Share of the proximity bound's mass that is evaluated exactly.
         layers: Whether per-layer scores are wanted.
+        followed: int32 little-endian positions that further hops may explain, ascending.
+        hops: Most hops that the worker is to run after the first, from the same prefill.
+        threshold: See `FurtherHops`.
     """
 
     nonce: str
@@ -46,6 +50,9 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
     weights: bytes
     exact_fraction: float
     layers: bool
+    followed: bytes = b""
+    hops: int = 0
+    threshold: float = 0.0
 
     @classmethod
     def create(
@@ -55,21 +62,26 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         *,
         exact_fraction: float,
         layers: bool = False,
+        further: FurtherHops | None = None,
     ) -> TraceSpec:
         """Builds a spec with a fresh nonce."""
         return cls(
             nonce=secrets.token_hex(16),
             length=length,
-            positions=weights.positions.to(torch.int32).numpy().tobytes(),
+            positions=_position_bytes(weights.positions),
             weights=weights.weights.to(torch.float32).numpy().tobytes(),
             exact_fraction=exact_fraction,
             layers=layers,
+            followed=b"" if further is None else _position_bytes(further.positions),
+            hops=0 if further is None else further.hops,
+            threshold=0.0 if further is None else further.threshold,
         )
 
     @property
     def first_target(self) -> int:
-        """First target position: no token from here on may come from the prefix cache."""
-        return int.from_bytes(self.positions[:4], "little", signed=True)
+        """First target position of any hop: no token from here on may come from the cache."""
+        starts = [part[:4] for part in (self.positions, self.followed) if part]
+        return min(int.from_bytes(start, "little", signed=True) for start in starts)
 
     @property
     def last_target(self) -> int:
@@ -83,6 +95,24 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         if weights.last >= self.length:
             raise ValueError(f"target position {weights.last} lies beyond {self.length} tokens")
         return weights
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows that the worker keeps for further hops, the target's included."""
+        if not self.hops:
+            return 0
+        parts = [tensor_of(part, torch.int32) for part in (self.positions, self.followed)]
+        return len(torch.cat(parts).unique())
+
+    def further_hops(self) -> FurtherHops | None:
+        """What is to follow the first hop; raises ValueError when malformed."""
+        if not self.hops:
+            return None
+        positions = tensor_of(self.followed, torch.int32).to(torch.int64)
+        inside = bool(((positions >= 0) & (positions <= self.last_target)).all())
+        if self.hops < 1 or not len(positions) or not inside or (positions.diff() <= 0).any():
+            raise ValueError(f"{len(positions)} positions of {self.hops} further hops do not fit")
+        return FurtherHops(positions, self.hops, self.threshold)
 
 
 def ensure_secret() -> str:
@@ -170,7 +200,8 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         status: ``completed``, ``pending`` (not on the host yet), ``failed`` or ``missing`` (unknown
             nonce, or expired).
-        scores: float32 ``[length]``.
+        scores: float32 ``[hops, length]``, of each hop.
+        hops: How many hops were run.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
         part: What of the model the numbers are of; ``L`` are the layers in it.
         weights: What tells the worker's weights from others, the same in all of the trace's steps.
@@ -180,6 +211,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     code: str = ""
     message: str = ""
     scores: bytes = b""
+    hops: int = 1
     layer_scores: bytes = b""
     num_layers: int = 0
     recomputed_tokens: int = 0
@@ -200,8 +232,10 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         layers = None
         if self.num_layers:
             layers = tensor_of(self.layer_scores, torch.float32).view(self.num_layers, -1)
+        first, *later = tensor_of(self.scores, torch.float32).view(self.hops, -1)
         return TraceReport(
-            scores=tensor_of(self.scores, torch.float32),
+            scores=first,
+            later_scores=tuple(later),
             layer_scores=layers,
             recomputed_tokens=self.recomputed_tokens,
             cached_tokens=self.cached_tokens,
@@ -269,6 +303,10 @@ def misfit(detail: str = "") -> TraceError:
     """The error of results that are not of one trace, or not of one whole model."""
     message = "the workers' results do not belong together"
     return TraceError("result_missing", f"{message}: {detail}" if detail else message)
+
+
+def _position_bytes(positions: torch.Tensor) -> bytes:
+    return positions.to(torch.int32).numpy().tobytes()
 
 
 def tensor_bytes(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> bytes:

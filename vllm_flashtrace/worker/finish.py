@@ -1,13 +1,14 @@
 """From the sums of a recorded trace to its scores: what is done in the step that finishes it.
 
 Everything that grows with layers times tokens is queued on the device in that step, and what the
-API server needs is copied to the host behind it, without waiting. Picking a result up later only
-reads the host's copy.
+API server needs is copied to the host behind it, without waiting; only `run_hops` waits, for the
+scores that the next hop begins with. Picking a result up later only reads the host's copy.
 
     `measure`          the proximity pass of all traces that end; leaves each layer's proximities
                        and their totals
     `TotalsExchange`   adds up the totals of the ranks that share the heads
     `score`            shares of the totals, summed over layers, on their way to the host
+    `run_hops`         all of it, hop after hop, for a trace that has kept its rows
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
+from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import ProximityTrace, SumsTouchedError, sum_shares
 from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes
-from vllm_flashtrace.worker.step import Segment, Trace
+from vllm_flashtrace.worker.step import RowGroup, Segment, Trace
 
 if TYPE_CHECKING:
     from vllm_flashtrace.worker.traced_model import TracedModel
@@ -192,23 +194,73 @@ def score(
         TraceError: ``overloaded``: there is no room for it on the host.
         ValueError: It was recorded in no step.
     """
-    trace, tokens, weights = measured.trace, measured.tokens, measured.trace.weights_seen
-    if weights is None:
-        raise ValueError("the weights of no step were noted")
+    trace = measured.trace
+    scores = _scores(measured, totals)
+    copied = _copy([[part] for part in scores], trace, buffers, measured.tokens)
+    return FinishedTrace(TraceFacts.of(trace, part), copied, measured.recorded, trace.clock.mark())
+
+
+def run_hops(segment: Segment, model: TracedModel, buffers: HostBuffers) -> FinishedTrace:
+    """All hops of a trace whose rows are kept, from the first to the last that `FurtherHops` asks.
+
+    Must be called while the blocks are held, by a worker that has the whole model. Waits for each
+    hop's scores, which the next one's weights are made of.
+
+    Args:
+        segment: Of the trace, whose last row is there.
+        model: The model that ran the step.
+        buffers: Where the result goes.
+
+    Raises:
+        TraceError: ``overloaded``: there is no room for it on the host.
+    """
+    trace = segment.trace
+    kept, further = trace.rows, trace.further
+    if kept is None or further is None:
+        raise ValueError("the trace has kept no rows")
+    recorded = trace.clock.mark()
+    target: TargetWeights | None = trace.target
+    mass, hops = 1.0, []
+    lacking = trace.stream_lacks_residual
+    while target is not None:
+        for sums in trace.sums:
+            sums.zero_()
+        trace.stream_lacks_residual = lacking
+        rows = kept.weighed(target, segment.batch_row.block_table, trace.sums)
+        hop = Segment(trace, segment.batch_row, rows)
+        group = RowGroup([hop], model.plan_rows([rows]), model.clock)
+        group.run(lambda group: model.weigh(kept, group), timed=True)
+        hops.append(_scores(_measure_together([hop], model)[segment.batch_row.req_id], None))
+        if len(hops) > further.hops:
+            break
+        target, mass = further.after(hops[-1][0], mass)
+    parts: list[list[Tensor]] = [list(part) for part in zip(*hops, strict=True)]
+    copied = _copy(parts, trace, buffers)
+    ended = trace.clock.mark()
+    return FinishedTrace(TraceFacts.of(trace, model.part), copied, recorded, ended)
+
+
+def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores ``[length]``, this rank's proximities ``[L]`` and all ranks', see `score`."""
+    trace, tokens = measured.trace, measured.tokens
     own = measured.totals + measured.residual
     denominators = own if totals is None else totals + measured.residual
     # Behind the last target, where nothing flows from, scores are 0.
     scores = torch.empty(trace.spec.length, device=tokens.device)
     sum_shares(tokens, denominators, scores, keep=trace.spec.layers)
-    ended = trace.clock.mark()
-    parts = [scores, own, denominators, weights]
-    copied = buffers.copy([*parts, tokens] if trace.spec.layers else parts)
-    return FinishedTrace(
-        facts=TraceFacts.of(trace, part),
-        copied=copied,
-        recorded=measured.recorded,
-        ended=ended,
-    )
+    return scores, own, denominators
+
+
+def _copy(
+    parts: Sequence[list[Tensor]], trace: Trace, buffers: HostBuffers, tokens: Tensor | None = None
+) -> HostCopy:
+    """Queues the copy of a trace's numbers: of each part one tensor a hop, and scores per layer."""
+    weights = trace.weights_seen
+    if weights is None:
+        raise ValueError("the weights of no step were noted")
+    stacked = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
+    layers = [tokens] if tokens is not None and trace.spec.layers else []
+    return buffers.copy([*stacked, weights, *layers])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,10 +269,10 @@ class FinishedTrace:
 
     Attributes:
         facts: What is to be told of the trace beside its scores.
-        copied: float32 ``[length]``, the scores; float64 ``[L]``, the proximities of all tokens and
-            the residual over this rank's heads; float64 ``[L]``, over all ranks'; int64 ``[2]``,
-            see `WeightsSeen`; and, if the trace asked for them, the scores per layer, float32
-            ``[L, context]``.
+        copied: float32 ``[hops, length]``, the scores; float64 ``[hops, L]``, the proximities of
+            all tokens and the residual over this rank's heads; float64 ``[hops, L]``, over all
+            ranks'; int64 ``[2]``, see `WeightsSeen`; and, if the trace asked for them, the scores
+            per layer, float32 ``[L, context]``.
         recorded: Mark at the end of the last recording step.
         ended: Mark after the scores.
     """
@@ -250,6 +302,7 @@ class FinishedTrace:
         return WireReport(
             status="completed",
             scores=tensor_bytes(scores),
+            hops=len(scores),
             layer_scores=b"" if per_layer is None else self._padded(per_layer),
             num_layers=0 if per_layer is None else len(per_layer),
             recomputed_tokens=facts.recomputed_tokens,
@@ -269,7 +322,7 @@ class FinishedTrace:
     def _check(self, sums: Tensor, code: str, message: str) -> None:
         finite = sums.isfinite()
         if not bool(finite.all()):
-            layer = self.facts.part.first_layer + int((~finite).nonzero()[0])
+            layer = self.facts.part.first_layer + int((~finite).nonzero()[0, 1])
             raise TraceError(code, message.format(layer))
 
     def _seconds(self) -> dict[str, float]:

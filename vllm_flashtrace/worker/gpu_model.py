@@ -42,7 +42,7 @@ from vllm_flashtrace.worker.gpu_cache import (
 )
 from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.observer import RecordingAttention
-from vllm_flashtrace.worker.step import RowGroup
+from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 KEPT_ROWS = 1024
@@ -73,7 +73,6 @@ class GPUTracedModel(TracedModel):
         self._readings: dict[int, _Reading] = {}
         self._scratch: Tensor | None = None
         self._kept_rows = 0
-        self._query_dtype = config.model_config.dtype
         for index, layer in enumerate(self.layers):
             self._check_projection(layer)
             self._reading(index)
@@ -95,13 +94,36 @@ class GPUTracedModel(TracedModel):
         if group.kept is not None and group.kept.layers:
             add_kept_column_sums(group.kept, [self._keys(layer) for layer in group.kept.layers])
 
+    def row_bytes(self) -> int:
+        """See `TracedModel`; 0 where queries are eight-bit floats, which are not kept."""
+        attention: Any = self.layers[0].attention
+        return super().row_bytes() if attention.query_quant is None else 0
+
+    def weigh(self, kept: KeptRows, group: RowGroup) -> None:
+        """See `TracedModel`; in as many launches as column sums take for one layer, and one each.
+
+        Rows that do not lie side by side are done layer by layer.
+        """
+        rows, room = group.rows, self._scratch
+        near = rows.adjacent
+        if near is None or room is None or len(rows) > self._kept_rows:
+            super().weigh(kept, group)
+            return
+        with torch.inference_mode(False):
+            room = room[: len(room) // 16 * 16].view(torch.float32)
+            group.kept = KeptQueries(rows, kept.queries[:, near], room)
+        group.kept.layers = list(range(self.shape.num_layers))
+        self.add_kept_column_sums(group)
+        for layer in range(self.shape.num_layers):
+            group.add_rows(layer, residual=kept.residual[layer], stream=kept.stream[layer])
+
     def keep_queries(self, rows: PagedRows) -> KeptQueries | None:
         """See `TracedModel`; None where there are too many rows, or no memory could be had."""
         if self._scratch is None:
             return None
         attention: Any = self.layers[0].attention
         quantized = attention.query_quant is not None
-        dtype = current_platform.fp8_dtype() if quantized else self._query_dtype
+        dtype = current_platform.fp8_dtype() if quantized else self._dtype
         layers, size = self.shape.num_layers, attention.head_size
         return KeptQueries.within(self._scratch, rows, layers, size, dtype)
 
@@ -115,8 +137,8 @@ class GPUTracedModel(TracedModel):
         row = KeptQueries.row_bytes(
             self.shape.num_layers,
             self.shape.num_heads,
-            self.layers[0].attention.head_size,
-            self._query_dtype,
+            self._head_dim,
+            self._dtype,
         )
         most = min(KEPT_BYTES, device_memory_limit(self.device, activation_bytes) // 4)
         rows = min(KEPT_ROWS, most // row // 16 * 16)

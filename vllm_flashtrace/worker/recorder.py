@@ -17,10 +17,18 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError, UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
+from vllm_flashtrace.kernels import SumsTouchedError
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import WireReport, unseal
-from vllm_flashtrace.worker.finish import FinishedTrace, HostBuffers, Measured, measure, score
-from vllm_flashtrace.worker.step import BatchRow, StepRecorder, Trace
+from vllm_flashtrace.worker.finish import (
+    FinishedTrace,
+    HostBuffers,
+    Measured,
+    measure,
+    run_hops,
+    score,
+)
+from vllm_flashtrace.worker.step import BatchRow, Segment, StepRecorder, Trace
 
 if TYPE_CHECKING:
     from vllm_flashtrace.worker.traced_model import TracedModel
@@ -104,7 +112,10 @@ class Recorder:
                 raise ValueError(f"spec is for {spec.length} tokens, not {num_prompt_tokens}")
             weights = spec.target_weights()
             if self.budget is not None:
-                self.budget.check(weights.last + 1, self.accumulator_bytes)
+                rows = spec.kept_rows
+                if rows and not self.budget.bytes_per_row:
+                    raise TraceError("recording_failed", "this worker runs each hop by itself")
+                self.budget.check(weights.last + 1, self.accumulator_bytes, rows)
             self._traces[req_id] = Trace(spec, weights, self._model, adapter)
         except Exception as error:
             self.fail(req_id, error)
@@ -130,7 +141,21 @@ class Recorder:
             for segment in step.segments
             if segment.trace.complete and segment.batch_row.req_id in self._traces
         ]
-        self._measured.update(measure(finished, step.model, self.fail))
+        summed = [segment for segment in finished if segment.trace.rows is None]
+        self._measured.update(measure(summed, step.model, self.fail))
+        for segment in finished:
+            if segment.trace.rows is not None:
+                self._run_hops(segment, step.model)
+
+    def _run_hops(self, segment: Segment, model: TracedModel) -> None:
+        req_id = segment.batch_row.req_id
+        try:
+            finished = run_hops(segment, model, self.buffers)
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, SumsTouchedError) else None
+            self.fail(req_id, cause or error)
+        else:
+            self._store(req_id, finished)
 
     def totals(self, req_id: str) -> Tensor | None:
         """The proximity of all tokens, float64 ``[L]``, of a trace that `finish_step` measured."""

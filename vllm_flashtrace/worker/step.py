@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
@@ -25,6 +26,7 @@ from vllm_flashtrace.kernels import (
     SumsTouchedError,
     add_row_sums,
 )
+from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import TraceSpec
 
 if TYPE_CHECKING:
@@ -69,10 +71,14 @@ class StepRecorder:
         for row in rows:
             if segment := self._begin(traces[row.req_id], row):
                 segments.append(segment)
-        for members in [segments] if model.batched else [[segment] for segment in segments]:
+        summed = [segment for segment in segments if segment.trace.rows is None]
+        for members in [summed] if model.batched else [[segment] for segment in summed]:
             self._plan(members)
         if len(self.groups) == 1:
             self.groups[0].kept = model.keep_queries(self.groups[0].rows)
+        for segment in segments:
+            if segment.trace.rows is not None:
+                self._plan([segment])
 
     @property
     def segments(self) -> list[Segment]:
@@ -86,7 +92,7 @@ class StepRecorder:
         """
         self._attentions += 1
         self._each(
-            lambda group: self.model.add_column_sums(layer, query, group),
+            lambda group: group.add_attention(self.model, layer, query),
             timed=lambda group: group.kept is None,
         )
 
@@ -101,7 +107,7 @@ class StepRecorder:
         self._updates += 1
 
         def add(group: RowGroup) -> None:
-            add_row_sums(group.rows, layer, residual=residual, stream=update)
+            group.add_rows(layer, residual=residual, stream=update)
             for segment in group.segments:
                 segment.trace.stream_lacks_residual = True
 
@@ -121,9 +127,9 @@ class StepRecorder:
 
         def add(group: RowGroup) -> None:
             if after:
-                add_row_sums(group.rows, layer, stream=residual)
+                group.add_rows(layer, stream=residual)
             else:
-                add_row_sums(group.rows, layer, residual=residual)
+                group.add_rows(layer, residual=residual)
 
         self._each(add, timed=self._times_row_sums)
 
@@ -177,8 +183,7 @@ class StepRecorder:
         if not segments:
             return
         try:
-            rows = self.model.plan_rows([segment.row_segment for segment in segments])
-            self.groups.append(RowGroup(segments, rows, self.model.clock))
+            self.groups.append(row_group(segments, self.model))
         except Exception as error:
             if len(segments) == 1:
                 self._fail(segments, error)
@@ -281,7 +286,10 @@ class Trace:
     Attributes:
         spec: What was asked for.
         adapter: Id of the LoRA adapter that the request is computed with, or None.
-        target: Weights that sum to 1.
+        target: Weights of the first hop, that sum to 1.
+        further: What hops are to follow it, or None.
+        rows: Where its rows are kept for that, or None.
+        first: Lowest position to be recorded.
         context: Number of tokens up to the last target.
         next_position: Where the next chunk is expected to begin.
         cached_tokens: Tokens that came from the prefix cache.
@@ -307,6 +315,13 @@ class Trace:
         self.adapter = adapter
         self.target = weights.normalised()
         self.context = self.target.last + 1
+        self.further = spec.further_hops()
+        self.rows: KeptRows | None = None
+        self.first = self.target.first
+        if self.further is not None:
+            positions = torch.cat([self.target.positions, self.further.positions]).unique()
+            self.rows = model.keep_rows(positions)
+            self.first = int(positions[0])
         self.next_position = 0
         self.cached_tokens = 0
         self.recomputed_tokens = 0
@@ -326,8 +341,9 @@ class Trace:
 
     @property
     def nbytes(self) -> int:
-        """Size of the accumulators in bytes."""
-        return sum(accumulator.nbytes for accumulator in self.sums)
+        """Size of the accumulators in bytes, and of the rows that are kept."""
+        kept = 0 if self.rows is None else self.rows.nbytes
+        return kept + sum(accumulator.nbytes for accumulator in self.sums)
 
     @property
     def weights_seen(self) -> torch.Tensor | None:
@@ -357,7 +373,7 @@ class Trace:
             self.started = self.clock.mark()
         self.recording.fold()
         if row.start != self.next_position:
-            if row.start > self.target.first:
+            if row.start > self.first:
                 raise TraceError(
                     "recording_gap",
                     f"positions {self.next_position} to {row.start} were computed without "
@@ -366,7 +382,9 @@ class Trace:
             self._restart(row.start)
         self.next_position = row.stop
         self.recomputed_tokens += row.stop - row.start
-        positions = self.target.positions
+        positions, weights = self.target.positions, self.target.weights
+        if self.rows is not None:  # They are weighed when all of them are there.
+            positions, weights = self.rows.positions, self.rows.unweighed
         # NumPy, because this is done for every trace of every step.
         first, last = positions.numpy().searchsorted((row.start, row.stop)).tolist()
         if first == last:
@@ -375,7 +393,7 @@ class Trace:
         return RowSegment(
             rows=positions - (row.start - row.first_row),
             positions=positions,
-            weights=self.target.weights[first:last],
+            weights=weights[first:last],
             block_table=row.block_table,
             sums=self.sums,
         )
@@ -395,6 +413,16 @@ class Segment:
     trace: Trace
     batch_row: BatchRow
     row_segment: RowSegment
+
+
+def row_group(segments: list[Segment], model: TracedModel) -> RowGroup:
+    """Readies segments for recording: of traces that keep rows one, or any number of others."""
+    rows = model.plan_rows([segment.row_segment for segment in segments])
+    kept = segments[0].trace.rows
+    if kept is None:
+        return RowGroup(segments, rows, model.clock)
+    [segment] = segments
+    return KeptGroup(segment, rows, model.clock, kept)
 
 
 class RowGroup:
@@ -424,6 +452,94 @@ class RowGroup:
         began = self._clock.mark()
         add(self)
         self._pieces.add(began, self._clock.mark())
+
+    def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
+        """See `TracedModel.add_column_sums`."""
+        model.add_column_sums(layer, query, self)
+
+    def add_rows(
+        self, layer: int, *, residual: Tensor | None = None, stream: Tensor | None = None
+    ) -> None:
+        """See `kernels.add_row_sums`."""
+        add_row_sums(self.rows, layer, residual=residual, stream=stream)
+
+
+class KeptGroup(RowGroup):
+    """A segment whose rows are kept as they are, see `KeptRows`; nothing is added yet."""
+
+    def __init__(self, segment: Segment, rows: PagedRows, clock: Clock, kept: KeptRows) -> None:
+        """As `RowGroup`."""
+        super().__init__([segment], rows, clock)
+        self._kept = kept
+        self._place = kept.place_of(segment.row_segment.positions)
+
+    def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
+        """Keeps the queries."""
+        queries = self._kept.queries
+        self._keep(queries, layer, query.view(len(query), *queries.shape[2:]))
+
+    def add_rows(
+        self, layer: int, *, residual: Tensor | None = None, stream: Tensor | None = None
+    ) -> None:
+        """Keeps the rows of the stream."""
+        if residual is not None:
+            self._keep(self._kept.residual, layer, residual)
+        if stream is not None:
+            self._keep(self._kept.stream, layer, stream)
+
+    def _keep(self, kept: Tensor, layer: int, rows: Tensor) -> None:
+        where = self.rows.adjacent
+        kept[layer, self._place] = rows[self.rows.places if where is None else where]
+
+
+class KeptRows:
+    """What a trace's rows brought, so that any weights can be given to them when all are there.
+
+    Each hop over the reasoning weighs the same rows anew, by the scores of the hop before. With
+    these and the keys and values in the cache, no hop but the first needs a prefill.
+
+    Attributes:
+        positions: int64 ``[R]``, ascending, on the CPU.
+        unweighed: float32 ``[R]``, ones, on the CPU.
+        queries: ``[L, R, H, d]`` in the model's dtype, as the attention kernels saw them.
+        residual: ``[L, R, D]``, the stream in front of the attention blocks.
+        stream: ``[L, R, D]``, the stream behind them, or what they add to it.
+    """
+
+    def __init__(
+        self, positions: Tensor, shape: ModelShape, head_dim: int, dtype: torch.dtype, device: Any
+    ) -> None:
+        """Takes the memory."""
+        self.positions = positions
+        self.unweighed = torch.ones(len(positions))
+        layers, rows = shape.num_layers, len(positions)
+        empty = partial(torch.empty, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # They are written to with and without.
+            self.queries = empty(layers, rows, shape.num_heads, head_dim)
+            self.residual = empty(layers, rows, shape.hidden_size)
+            self.stream = empty(layers, rows, shape.hidden_size)
+
+    @staticmethod
+    def row_bytes(shape: ModelShape, head_dim: int, dtype: torch.dtype) -> int:
+        """What a row takes."""
+        width = shape.num_heads * head_dim + 2 * shape.hidden_size
+        return shape.num_layers * width * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """What all of them take."""
+        return self.queries.nbytes + self.residual.nbytes + self.stream.nbytes
+
+    def place_of(self, positions: Tensor) -> slice:
+        """Where consecutive ones of the positions are kept."""
+        first = int(torch.searchsorted(self.positions, positions[0]))
+        return slice(first, first + len(positions))
+
+    def weighed(self, target: TargetWeights, block_table: Tensor, sums: Accumulators) -> RowSegment:
+        """The rows of a target, as they lie here; their weights sum to 1."""
+        target = target.normalised()
+        rows = torch.searchsorted(self.positions, target.positions)
+        return RowSegment(rows, target.positions, target.weights, block_table, sums)
 
 
 class Pieces:

@@ -34,7 +34,7 @@ from vllm_flashtrace.worker.layers import (
     output_projection,
     packed_kernel,
 )
-from vllm_flashtrace.worker.step import RowGroup
+from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.taps import has_taps
 
 
@@ -150,6 +150,7 @@ class TracedModel(ABC):
         )
         self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
         self.fingerprint = WeightsFingerprint(model, device)
+        self._head_dim, self._dtype = attention.head_size, config.model_config.dtype
         self.slot_of: Callable[[int], int] | None = None
         self._indices = {layer.name: index for index, layer in enumerate(self.layers)}
         self._unpacked: dict[int, tuple[Callable[..., Any], Projection]] = {}
@@ -172,6 +173,25 @@ class TracedModel(ABC):
 
     def add_kept_column_sums(self, group: RowGroup) -> None:  # noqa: B027 - most models keep none
         """Adds what `add_column_sums` kept; the step's requests must hold their blocks."""
+
+    def row_bytes(self) -> int:
+        """What each row takes that a trace keeps for further hops; 0 where none may be kept."""
+        return KeptRows.row_bytes(self.shape, self._head_dim, self._dtype)
+
+    def keep_rows(self, positions: Tensor) -> KeptRows:
+        """Memory for the rows of one trace at given positions."""
+        return KeptRows(positions, self.shape, self._head_dim, self._dtype, self.device)
+
+    def weigh(self, kept: KeptRows, group: RowGroup) -> None:
+        """Adds kept rows to the sums of all layers; the step's requests must hold their blocks.
+
+        Args:
+            kept: The rows of one trace.
+            group: Which of them, with the weights of a hop, as they lie in ``kept``.
+        """
+        for layer in range(self.shape.num_layers):
+            self.add_column_sums(layer, kept.queries[layer], group)
+            group.add_rows(layer, residual=kept.residual[layer], stream=kept.stream[layer])
 
     @abstractmethod
     def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
