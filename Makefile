@@ -8,12 +8,13 @@ JOBS ?= 2
 PYTEST_PARALLEL := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 export VLLM_TARGET_DEVICE ?= cpu
 
-.PHONY: help demo test test-fast test-long coverage lint docs bench bench-faithfulness clean
+.PHONY: help demo test test-fast test-long check-vllm coverage lint docs bench bench-faithfulness clean
 
 help:
 	@echo "make demo   ask a small real model a question and see where its answer came from"
 	@echo "make test   lint, type-check, build the documentation and run all tests"
 	@echo "make test-long  fuzzing and mixed load at the scale of a release"
+	@echo "make check-vllm VERSION=0.33.0   does another vLLM have the interfaces that the patches rely on?"
 	@echo "make coverage   the tests with branch coverage, processes that they start included"
 	@echo "make docs   the documentation, in site/"
 	@echo "make bench  small benchmarks"
@@ -49,6 +50,9 @@ test: lint docs
 test-long: lint
 	FLASHTRACE_FUZZ_SCALE=6 $(BIN)/python -m pytest -q tests/server/test_fuzz.py --timeout 3600
 	$(BIN)/python -m benchmarks.mixed_load
+
+check-vllm: $(VENV)/.dev
+	$(BIN)/python -m tests.patches.signatures $(or $(VERSION),$(error give a version: make check-vllm VERSION=0.33.0))
 
 # Processes of the package that the tests start are measured too.
 coverage: $(VENV)/.dev

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from tests.patches import signatures
+from vllm_flashtrace.patches._check import PatchError
+
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """A fresh process, because patches are applied once per process."""
@@ -80,3 +83,17 @@ def test_every_patch_explains_itself(module: str) -> None:
     text = importlib.import_module(f"vllm_flashtrace.patches.{module}").__doc__ or ""
     for heading in ("What it changes:", "Why here:", "Tested on: vLLM 0.32.0"):
         assert heading in text
+
+
+def test_another_version_is_checked_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    def moved() -> None:
+        raise PatchError("Worker.execute_model does not exist in this vLLM")
+
+    assert signatures.run(iter([("patches.a", moved), ("b", lambda: None)])) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "patches.a: PatchError: Worker.execute_model does not exist in this vLLM",
+        "2 patches and modules checked, 1 do not fit",
+    ]
+    found = dict(signatures.checks())
+    assert {"patches.model_runner_v2", "vllm_flashtrace.server.openai"} <= found.keys()
+    found["patches.prefix_cache"]()
