@@ -12,8 +12,8 @@ export VLLM_TARGET_DEVICE ?= cpu
 
 help:
 	@echo "make demo   ask a small real model a question and see where its answer came from"
-	@echo "make test   lint, type-check, build the documentation and run all tests"
-	@echo "make test-long  fuzzing and mixed load at the scale of a release"
+	@echo "make test   lint, type-check, build the documentation and run the tests"
+	@echo "make test-long  what make test leaves to releases: tests marked long, fuzzing, mixed load"
 	@echo "make check-vllm VERSION=0.33.0   does another vLLM have the interfaces that the patches rely on?"
 	@echo "make coverage   the tests with branch coverage, processes that they start included"
 	@echo "make docs   the documentation, in site/"
@@ -46,9 +46,11 @@ test: lint docs
 	$(BIN)/vllm-flashtrace demo --model-path
 	$(BIN)/python -m pytest -q $(PYTEST_PARALLEL) --durations=10
 
-# The same tests at the scale of a release: more fuzzed requests, and a mixed load beside them.
+# What a release is tested with besides: the tests marked `long`, more fuzzed requests, a mixed load.
 test-long: lint
-	FLASHTRACE_FUZZ_SCALE=6 $(BIN)/python -m pytest -q tests/server/test_fuzz.py --timeout 3600
+	$(BIN)/vllm-flashtrace demo --model-path
+	$(BIN)/python -m pytest -q -m long $(PYTEST_PARALLEL) --durations=10
+	FLASHTRACE_FUZZ_SCALE=12 $(BIN)/python -m pytest -q tests/server/test_fuzz.py --timeout 3600
 	$(BIN)/python -m benchmarks.mixed_load
 
 check-vllm: $(VENV)/.dev

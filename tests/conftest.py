@@ -23,6 +23,10 @@ PARTS = ("server", "engine", "scale", "kernels", "gpu", "benchmarks")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault(BIND, str(own_core()))
 
+# Read when torch is imported. What computes in this process or is forked off it cannot be bound,
+# and threads that wait for a core that another process has take milliseconds per operation.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the parts, so that the longest are begun first."""

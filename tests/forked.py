@@ -82,6 +82,15 @@ def forked(command: Sequence[str], log: Path, environment: dict[str, str]) -> Fo
     return process
 
 
+def run_forked(command: Sequence[str], log: Path, timeout: float, **env: str) -> tuple[int, str]:
+    """The exit status and output of ``python *command`` with these variables besides ours."""
+    process = forked(command, log, {**os.environ, **env})
+    try:
+        return process.wait(timeout), log.read_text(errors="replace")
+    finally:
+        process.kill()
+
+
 @contextmanager
 def processes_are_forked() -> Iterator[None]:
     """Whatever vLLM spawns from within is forked off the fork server instead."""

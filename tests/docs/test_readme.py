@@ -6,14 +6,17 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from docs import readme_example
 from tests import engine_starts
-from tests.server.live_server import OURS, serve
+from tests.server.live_server import OURS, Server, serve
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -42,20 +45,40 @@ def test_answer_is_written_as_the_script_writes_it() -> None:
     assert readme_example.with_answer(TEXT, SHOWN) == TEXT
 
 
-@pytest.mark.timeout(600)
-def test_answer_is_the_servers(smollm2_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def server(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """As the README's command starts it: every process imports vLLM and the plugin itself."""
     options = readme_example.serve_options(TEXT)
     engine_starts.note("README: the server as its command starts it")
-    log = tmp_path / "server.log"
+    log = tmp_path_factory.mktemp("readme") / "server.log"
     with serve(
         OURS, str(smollm2_folder), log, *options, worker_process=True, by_command=True
-    ) as server:
-        answer = readme_example.answer(server.url, TEXT)
+    ) as running:
+        yield running
+
+
+@pytest.mark.timeout(600)
+def test_answer_is_the_servers(server: Server) -> None:
+    answer = readme_example.answer(server.url, TEXT)
     got, shown = _comparable(answer), _comparable(SHOWN)
     assert _structure(got) == _structure(shown)
     assert _numbers(got) == pytest.approx(_numbers(shown), abs=TOLERANCE)
     best = max(answer["flashtrace"]["sentences"], key=lambda sentence: sentence["mean"])
     assert best["text"] == "The access code for Lisbon is 7306."
+
+
+@pytest.mark.timeout(600)
+def test_every_process_of_the_server_has_the_patches_and_the_secret(server: Server) -> None:
+    report = httpx.get(f"{server.url}/v1/attributions/status", timeout=30).json()
+    assert report["status"] == "ready"
+    [worker] = report["engine"]["workers"]
+    processes = [*report["processes"], *worker["processes"]]
+    assert len({process["pid"] for process in processes}) >= 3
+    assert len({tuple(sorted(process["patches"])) for process in worker["processes"]}) == 1
+    environments = [child.environ() for child in psutil.Process(server.pid).children(True)]
+    [secret] = {e["FLASHTRACE_SECRET"] for e in environments if "VLLM_PLUGINS" in e}
+    assert len(secret) >= 32
+    assert secret not in server.log.read_text(errors="replace")
 
 
 @pytest.mark.timeout(600)

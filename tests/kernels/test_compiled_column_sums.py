@@ -39,18 +39,26 @@ def launch(case: Case, form: AttentionForm, layer: int = 0) -> None:
     triton_row_sums(case.rows, layer, residual=stream, stream=stream)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+CASES = [
+    (Shape(groups=1, shared=4, dim=128, dtype=torch.bfloat16), {}),
+    (Shape(groups=1, shared=7, dim=80, dtype=torch.float8_e4m3fn, query_dtype=torch.bfloat16),
+     {"sliding_window": 9, "soft_cap": 2.0}),
+    (Shape(groups=1, shared=1, dim=256, dtype=torch.float16), {"sinks": torch.zeros(1)}),
+    (Shape(groups=1, shared=2, dim=64, dtype=torch.float32), {"alibi_slopes": torch.zeros(2)}),
+]  # fmt: skip
+# For which they are compiled always; for the other one in the long runs.
+CAPABILITIES = [(80, 90), (90,), (80,), (80,)]
+
+
 @pytest.mark.parametrize(
-    ("shape", "features"),
+    ("shape", "features", "capability"),
     [
-        (Shape(groups=1, shared=4, dim=128, dtype=torch.bfloat16), {}),
-        (Shape(groups=1, shared=7, dim=80, dtype=torch.float8_e4m3fn, query_dtype=torch.bfloat16),
-         {"sliding_window": 9, "soft_cap": 2.0}),
-        (Shape(groups=1, shared=1, dim=256, dtype=torch.float16), {"sinks": torch.zeros(1)}),
-        (Shape(groups=1, shared=2, dim=64, dtype=torch.float32), {"alibi_slopes": torch.zeros(2)}),
+        pytest.param(*case, target, marks=[] if target in always else pytest.mark.long, id=None)
+        for case, always in zip(CASES, CAPABILITIES, strict=True)
+        for target in (80, 90)
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_kernel_compiles(capability: int, shape: Shape, features) -> None:
     case = make_case(shape, [[*range(200)], [3]])
     with compiled_only(capability) as kernels:

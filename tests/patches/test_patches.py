@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.forked import run_forked
 from tests.patches import signatures
 from vllm_flashtrace.patches._check import PatchError
 
-
-def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process, because patches are applied once per process."""
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "VLLM_TARGET_DEVICE": "cpu", **env},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+Run = Callable[..., tuple[int, str]]
 
 
-def test_applied_once() -> None:
-    done = run(
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs code in a process of its own, because patches are applied once per process."""
+
+    def run(code: str, **env: str) -> tuple[int, str]:
+        command = ["-c", f"import vllm_flashtrace.patches as p; assert not p.applied()\n{code}"]
+        return run_forked(command, tmp_path / "log", 240, VLLM_TARGET_DEVICE="cpu", **env)
+
+    return run
+
+
+def test_applied_once(run: Run) -> None:
+    status, output = run(
         "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
         "from vllm_flashtrace import patches, plugin\n"
         "from vllm.v1.core.kv_cache_manager import KVCacheManager as K\n"
@@ -35,12 +35,12 @@ def test_applied_once() -> None:
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as B\n"
         "print(B.CPU_ATTN.get_path())"
     )
-    assert done.returncode == 0, done.stderr
-    assert "vllm_flashtrace.patches.attention_backends.RecordingCPUAttentionBackend" in done.stdout
+    assert status == 0, output
+    assert "vllm_flashtrace.patches.attention_backends.RecordingCPUAttentionBackend" in output
 
 
-def test_moved_interface_leaves_vllm_untouched() -> None:
-    done = run(
+def test_moved_interface_leaves_vllm_untouched(run: Run) -> None:
+    status, output = run(
         "from vllm.v1.core.kv_cache_manager import KVCacheManager as K\n"
         "from vllm.v1.worker.gpu_model_runner import GPUModelRunner as R\n"
         "K.get_computed_blocks = lambda self, other_name: None\n"
@@ -50,18 +50,18 @@ def test_moved_interface_leaves_vllm_untouched() -> None:
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as B\n"
         "assert 'flashtrace' not in B.CPU_ATTN.get_path()\n"
     )
-    assert done.returncode == 0, done.stderr
-    assert "FlashTrace is off" in done.stderr
-    assert "KVCacheManager.get_computed_blocks takes" in done.stderr
+    assert status == 0, output
+    assert "FlashTrace is off" in output
+    assert "KVCacheManager.get_computed_blocks takes" in output
 
 
-def test_kill_switch() -> None:
-    done = run(
+def test_kill_switch(run: Run) -> None:
+    status, output = run(
         "from vllm_flashtrace import patches, plugin; plugin.register()\n"
         "assert not patches.applied()",
         VLLM_FLASHTRACE_DISABLE="1",
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0, output
 
 
 @pytest.mark.parametrize(

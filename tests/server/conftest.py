@@ -52,7 +52,7 @@ def app(module_app: App) -> App:
 def stock_surface(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM without the plugin answers, measures and describes."""
     log = tmp_path_factory.mktemp("stock") / "server.log"
-    with serve(STOCK, model_path, log, by_command=True, **STOCK_ENV) as stock:
+    with serve(STOCK, model_path, log, **STOCK_ENV) as stock:
         return {
             "answers": [ask(stock, path, body) for path, body in PLAIN_REQUESTS],
             "metrics": metric_names(stock),
@@ -75,7 +75,5 @@ def server(
     log = tmp_path_factory.mktemp("ours") / "server.log"
     faults = "--worker-extension-cls=tests.faults.WorkerFaults"
     env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    with serve(
-        OURS, model_path, log, faults, worker_process=True, by_command=True, **env
-    ) as running:
+    with serve(OURS, model_path, log, faults, worker_process=True, **env) as running:
         yield running

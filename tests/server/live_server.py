@@ -86,7 +86,7 @@ class Server:
 
 def ask(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str, str]:
     """Status, content type and body, with ids and times masked."""
-    response = httpx.post(f"{server.url}{path}", json=body, timeout=120)
+    response = httpx.post(f"{server.url}{path}", json=body, timeout=300)
     text = re.sub(r"(chatcmpl|cmpl|resp|msg|rs)[-_][0-9a-f]{8,}", r"\1-ID", response.text)
     text = re.sub(r'"(created|created_at|completed_at)":[0-9.]+', r'"\1":0', text)
     return response.status_code, response.headers["content-type"], text

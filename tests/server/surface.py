@@ -29,7 +29,7 @@ def masked(text: str) -> str:
 
 
 async def surface(model: str) -> dict[str, Any]:
-    app = await build(model)
+    app = await build(model, "--fail-on-environ-validation")
     answers = []
     for method, path, body in REQUESTS:
         content = None if body is None else {"model": "m", **body}

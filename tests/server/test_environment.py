@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.forked import run_forked
+from tests.server.live_server import OURS
 from vllm_flashtrace.base import process as environment
 from vllm_flashtrace.server import launcher
 from vllm_flashtrace.server.launcher import apply_cpu_defaults, refuse_other_front_ends
@@ -176,15 +178,9 @@ def test_help_shows_our_options_without_loading_vllm():
         assert other in shown
 
 
-def test_vllms_own_help_is_passed_through():
-    program = "import sys; from vllm_flashtrace.server.launcher import main; main(sys.argv[1:])"
-    shown = subprocess.run(
-        [sys.executable, "-c", program, "--help-vllm"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    ).stdout
+def test_vllms_own_help_is_passed_through(tmp_path):
+    status, shown = run_forked([*OURS, "--help-vllm"], tmp_path / "log", 300)
+    assert status == 0, shown
     assert "usage: vllm-flashtrace serve" in shown
     assert "ModelConfig" in shown
     assert "max_waiting_traces" not in shown

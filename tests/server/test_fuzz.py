@@ -1,4 +1,4 @@
-"""Thousands of generated requests: none is a server error, none hangs, none leaves anything behind.
+"""Generated requests: none is a server error, none hangs, none leaves anything behind.
 
 ``FLASHTRACE_FUZZ_SCALE`` multiplies their number, ``FLASHTRACE_FUZZ_SEED`` gives
 other ones.
@@ -40,9 +40,9 @@ CHECKS = [
 ONE = "/v1/attributions/{attribution_id}"
 OPERATIONS = [
     # Path, method, whether its parameters can be wrong, number of requests.
-    ("/v1/attributions", "POST", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], 100),
-    (ONE, "GET", [GenerationMode.POSITIVE], 60),
-    (ONE, "DELETE", [GenerationMode.POSITIVE], 60),
+    ("/v1/attributions", "POST", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], 50),
+    (ONE, "GET", [GenerationMode.POSITIVE], 30),
+    (ONE, "DELETE", [GenerationMode.POSITIVE], 30),
     ("/v1/attributions/status", "GET", [GenerationMode.POSITIVE], 1),
 ]
 METHODS = ["GET", "DELETE", "POST", "PUT", "PATCH", "HEAD", "OPTIONS"]
@@ -57,10 +57,10 @@ IDS = [
 ]
 # /v1/attributions has no streams.
 FORMS = [(route, s) for route in ROUTES for s in (False, True) if not (s and route == ATTRIBUTIONS)]
-PER_ROUTE = 200
-BROKEN = 240
-BESIDE = 40
-WRONG_PATHS = 150
+PER_ROUTE = 130
+BROKEN = 120
+BESIDE = 20
+WRONG_PATHS = 75
 PASSED_ON = ("params", "json", "data", "headers", "cookies")
 NOTHING_LEFT = {
     "unfinished": 0,
@@ -195,5 +195,5 @@ def test_there_were_enough_bodies(campaign):
     bodies = {name: campaign.bodies[name] for name in [*(f"{r} {s}" for r, s in FORMS), "broken"]}
     if 0 in bodies.values():
         pytest.skip("only a part of the campaign was run")
-    assert sum(bodies.values()) >= 2000 * SCALE
+    assert sum(bodies.values()) >= 800 * SCALE
     assert {"plain", "failed"} <= set(" ".join(campaign.tally).split()), campaign.tally

@@ -7,7 +7,6 @@ import time
 import anthropic
 import httpx
 import openai
-import psutil
 import pytest
 
 from tests.server.live_server import PLAIN_REQUESTS, Server, ask, without_pace
@@ -68,7 +67,9 @@ def test_the_answer_comes_from_where_it_stands(client):
 
 
 def attribute(client: openai.OpenAI, **body):
-    response = httpx.post(f"{client.base_url}attributions", json={"model": "m", **body}, timeout=60)
+    response = httpx.post(
+        f"{client.base_url}attributions", json={"model": "m", **body}, timeout=300
+    )
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -220,7 +221,9 @@ def test_client_that_leaves_does_not_disturb_the_server(server, client):
         "stream": True,
         "flashtrace": {"hops": 3},
     }
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as stream:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=body, timeout=300
+    ) as stream:
         next(stream.iter_lines())
     check_completed(chat(client).choices[0].flashtrace)
 
@@ -228,10 +231,3 @@ def test_client_that_leaves_does_not_disturb_the_server(server, client):
 def test_metrics_and_health_stay_up(server):
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert "vllm:" in httpx.get(f"{server.url}/metrics").text
-
-
-def test_secret_reaches_the_workers_and_not_the_log(server):
-    environments = [child.environ() for child in psutil.Process(server.pid).children(True)]
-    [secret] = {e["FLASHTRACE_SECRET"] for e in environments if "VLLM_PLUGINS" in e}
-    assert len(secret) >= 32
-    assert secret not in server.log.read_text(errors="replace")

@@ -23,7 +23,11 @@ from tests.server.test_metrics import parse, value
 pytestmark = pytest.mark.timeout(1200)
 
 TRACE_ID, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-ONE_PLACE = ("--additional-config", json.dumps({"flashtrace": {"max_concurrent_traces": 1}}))
+# One place for traces, and short steps: what is generated beside a long trace takes a step a token.
+ONE_PLACE = (
+    "--max-num-batched-tokens=256",
+    *("--additional-config", json.dumps({"flashtrace": {"max_concurrent_traces": 1}})),
+)
 # Hops that keep the engine busy for long enough to end the server meanwhile.
 LONG = {
     "prompt": "Hello",
@@ -39,31 +43,37 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def pair(
+def one(
     receiver: Receiver, model_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """Two API servers; each has one place for traces."""
+    """A server with one place for traces, which says what it does to the receiver."""
     env = {
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
     }
+    options = (f"--otlp-traces-endpoint={receiver.url}", *ONE_PLACE)
+    log = tmp_path_factory.mktemp("one") / "server.log"
+    with serve(OURS, model_path, log, *options, worker_process=True, **env) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pair(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two API servers; each has one place for traces."""
     options = (
         "--api-server-count=2",
         "--enable-prompt-tokens-details",
         "--shutdown-timeout=20",
-        f"--otlp-traces-endpoint={receiver.url}",
         *ONE_PLACE,
     )
     log = tmp_path_factory.mktemp("pair") / "server.log"
-    with serve(
-        OURS, model_path, log, *options, worker_process=True, by_command=True, **env
-    ) as running:
+    with serve(OURS, model_path, log, *options, worker_process=True, by_command=True) as running:
         yield running
 
 
 def complete(server: Server, number: int = 0, **headers: str) -> dict[str, Any]:
     body = {"model": "m", "prompt": f"Number {number} is", "max_tokens": 8, "flashtrace": True}
-    response = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=120)
+    response = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=300)
     assert response.status_code == 200, response.text
     choice: dict[str, Any] = response.json()["choices"][0]
     return choice
@@ -81,7 +91,7 @@ def generate_long(server: Server, begun: Event) -> str:
     """A stream without a trace that takes longer than the server lives."""
     body = {"model": "m", "prompt": "One", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     lines = []
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as response:
         for line in response.iter_lines():
             begun.set()
             lines.append(line)
@@ -114,6 +124,8 @@ def lost_lines(server: Server) -> list[str]:
     return [line for line in lines if "Trace ft-" in line]
 
 
+# `test_data_parallel.py` has two API servers that run always.
+@pytest.mark.long
 def test_metrics_of_two_api_servers_add_up(pair):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: complete(pair, i), range(8)))
@@ -130,9 +142,9 @@ def test_metrics_of_two_api_servers_add_up(pair):
     assert 0 <= workers[0]["accumulator_budget_bytes"] - budget <= 1
 
 
-def test_vllms_spans_nest_under_ours_under_the_requests(pair, receiver):
+def test_vllms_spans_nest_under_ours_under_the_requests(one, receiver):
     header = f"00-{TRACE_ID}-{PARENT}-01"
-    choice = complete(pair, 99, traceparent=header)
+    choice = complete(one, 99, traceparent=header)
     assert choice["flashtrace"]["status"] == "completed"
 
     def spans(name: str) -> list[Any]:
@@ -162,7 +174,7 @@ def submit(pool: ThreadPoolExecutor, server: Server, wait: int) -> list[Future[A
 
 def check_lost(server: Server, futures: list[Future[Any]]) -> None:
     """Every completion is there; every trace that is not says why, there and in one log line."""
-    long, *completions = (future.result(timeout=120) for future in futures)
+    long, *completions = (future.result(timeout=300) for future in futures)
     assert all(answer["text"] for answer in completions)
     traces = [long, *(answer["flashtrace"] for answer in completions)]
     lost = [trace for trace in traces if trace["status"] != "completed"]
@@ -183,21 +195,22 @@ def check_sigterm(server: Server, wait: int) -> None:
     until(lambda: ended(server))
 
 
+@pytest.mark.long
 def test_sigterm_of_two_servers_that_may_take_their_time(pair):
     """The last test on this pair. Without ``--shutdown-timeout`` vLLM kills both at once."""
     check_sigterm(pair, wait=1)
 
 
-def test_sigterm_while_traces_run_and_wait(model_path, tmp_path):
+def test_sigterm_while_traces_run_and_wait(one):
+    """The last test on this server."""
     begun = Event()
-    serving = serve(OURS, model_path, tmp_path / "server.log", *ONE_PLACE, worker_process=True)
-    with serving as server, ThreadPoolExecutor() as pool:
-        generation = pool.submit(generate_long, server, begun)
+    with ThreadPoolExecutor() as pool:
+        generation = pool.submit(generate_long, one, begun)
         assert begun.wait(120)
         # vLLM would end a completion that it still generates with an error.
-        check_sigterm(server, wait=4)
+        check_sigterm(one, wait=4)
         # Stock vLLM may leave it waiting, and then never ends itself.
-        assert "EngineCore encountered an issue" in generation.result(timeout=60)
+        assert "EngineCore encountered an issue" in generation.result(timeout=300)
 
 
 def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):

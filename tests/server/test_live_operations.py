@@ -36,7 +36,7 @@ def complete(server: Server, prompt: str = PROMPT) -> dict[str, Any]:
 
 
 def post(server: Server, path: str) -> Any:
-    response = httpx.post(f"{server.url}{path}", timeout=60)
+    response = httpx.post(f"{server.url}{path}", timeout=300)
     response.raise_for_status()
     return response
 
@@ -48,7 +48,7 @@ def scores(choice: dict[str, Any]) -> list[float]:
 
 
 def test_status_names_patches_in_every_process(server):
-    report = httpx.get(f"{server.url}/v1/attributions/status", timeout=30).json()
+    report = httpx.get(f"{server.url}/v1/attributions/status", timeout=300).json()
     assert report["status"] == "ready"
     [worker] = report["engine"]["workers"]
     assert worker["runner"] == "V1"
@@ -68,7 +68,7 @@ def test_a_trace_asked_for_while_the_engine_sleeps_is_made_when_it_wakes(server)
         assert httpx.get(f"{server.url}/is_sleeping").json() == {"is_sleeping": True}
         with ThreadPoolExecutor() as pool:
             later = [pool.submit(complete, server) for _ in range(2)]
-            report = httpx.get(f"{server.url}/v1/attributions/status", timeout=30).json()
+            report = httpx.get(f"{server.url}/v1/attributions/status", timeout=300).json()
             assert report["status"] == "ready"
             assert not any(future.done() for future in later)
             post(server, "/wake_up")
@@ -81,7 +81,7 @@ def test_a_trace_asked_for_while_the_engine_sleeps_is_made_when_it_wakes(server)
 
 
 def test_resets_of_the_prefix_cache_while_traces_run(server):
-    prompts = [f"Note {i}. {PROMPT}" for i in range(6)]
+    prompts = [f"Note {i}. {PROMPT}" for i in range(3)]
     calm = [complete(server, prompt) for prompt in prompts]
     resets, stop = 0, threading.Event()
 
@@ -90,7 +90,7 @@ def test_resets_of_the_prefix_cache_while_traces_run(server):
         while not stop.is_set():
             post(server, "/reset_prefix_cache?reset_running_requests=true")
             resets += 1
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     thread = threading.Thread(target=disturb)
     thread.start()

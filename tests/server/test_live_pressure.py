@@ -28,6 +28,7 @@ GROWING = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 async def test_preemptions_and_leaving_clients(tmp_path: Path) -> None:
     # What is tested is the scheduling, so a tiny model will do.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from tests.forked import run_forked
 from tests.server.live_server import OURS, STOCK
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
@@ -20,12 +20,9 @@ LINE = (
 BAD = {"flashtrace": {"hop_limit": 3}}
 
 
-def start(
-    program: list[str], model: str, *options: str, **env: str
-) -> subprocess.CompletedProcess[str]:
+def start(program: list[str], model: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *program, model, "--additional-config", json.dumps(BAD), *options],
-        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=120,
@@ -42,11 +39,12 @@ def test_our_command_ends_with_the_line_alone(model_path, layout):
     assert "EngineCore" not in done.stdout + done.stderr
 
 
-def test_vllms_own_command_stops_before_the_engine(model_path):
-    done = start(STOCK, model_path, VLLM_PLUGINS="flashtrace")
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith(f"ValueError: {LINE}")
-    assert "EngineCore" not in done.stdout + done.stderr
+def test_vllms_own_command_stops_before_the_engine(model_path, tmp_path):
+    command = [*STOCK, model_path, "--additional-config", json.dumps(BAD)]
+    status, output = run_forked(command, tmp_path / "log", 120, VLLM_PLUGINS="flashtrace")
+    assert status == 1
+    assert output.rstrip().endswith(f"ValueError: {LINE}")
+    assert "EngineCore" not in output
 
 
 @pytest.mark.parametrize("kind", [EngineArgs, AsyncEngineArgs])

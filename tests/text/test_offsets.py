@@ -108,10 +108,10 @@ def test_invalid_bytes_are_linear_and_do_not_hide_what_follows(byte_level):
     view = token_offsets(byte_level, bad * 20_000 + tail)
     assert view.text.endswith("😀 the cat")
     assert set(view.text.removesuffix("😀 the cat")) == {"\ufffd"}
-    begun = time.perf_counter()
+    begun = time.process_time()
     token_offsets(byte_level, bad * 20_000)
     # A quadratic decoder takes about a minute.
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 def test_incomplete_character_at_the_end_is_shown(byte_level):

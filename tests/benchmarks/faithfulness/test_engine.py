@@ -22,6 +22,7 @@ from benchmarks.faithfulness.example import (
 )
 from benchmarks.faithfulness.ours import VARIANTS, OursFamily
 from tests import engine_starts
+from tests.cores import own_core
 from tests.tiny_models import make_tiny_model
 
 LONGEST = 640
@@ -32,7 +33,7 @@ CHUNK = 256
 def one_core() -> Iterator[None]:
     """Threads that spin for each other make tiny models slow where other tests run too."""
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
+    os.sched_setaffinity(0, {own_core()})
     yield
     os.sched_setaffinity(0, cores)
 
