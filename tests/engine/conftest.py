@@ -32,7 +32,7 @@ def tiny(tiny_folder: Path) -> Iterator[Engine]:
     engine = Engine(
         tiny_folder,
         "a tiny model: faults and scheduling",
-        worker_process=True,
+        distributed_executor_backend="mp",
         max_model_len=1024,
     )
     yield engine

@@ -64,9 +64,9 @@ class Engine:
             reason: Why no other engine will do; see :mod:`tests.engine_starts`.
             in_process: Runs engine core and worker in this process, which starts in a quarter of
                 the time. There is one such engine at a time.
-            worker_process: Gives a single worker a process of its own too, and starts all of
-                them as vLLM does.
-            overrides: Arguments of ``vllm.LLM`` besides ``SMALL``.
+            worker_process: Starts all processes as vLLM does.
+            overrides: Arguments of ``vllm.LLM`` besides ``SMALL``. A single worker is in the
+                process of its engine unless they name a ``distributed_executor_backend``.
         """
         from vllm_flashtrace.base.process import prepare_environment
 
@@ -90,9 +90,11 @@ class Engine:
             if worker_process:
                 self.llm = LLM(model=str(model), **{**SMALL, **overrides})
                 return
-            several = {"tensor_parallel_size", "pipeline_parallel_size"} & overrides.keys()
-            with processes_are_forked(), nullcontext() if several else worker_in_engine():
-                if not several:
+            of_their_own = overrides.keys() & {
+                "tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend"
+            }  # fmt: skip
+            with processes_are_forked(), nullcontext() if of_their_own else worker_in_engine():
+                if not of_their_own:
                     overrides["distributed_executor_backend"] = "uni"
                 self.llm = LLM(model=str(model), **{**SMALL, **overrides})
 
@@ -147,7 +149,7 @@ class Engine:
 
     def step_until(self, condition: Callable[[], bool]) -> None:
         """The engine core steps by itself; this waits, draining its outputs."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not condition():
             if time.monotonic() > deadline or not self.llm.llm_engine.has_unfinished_requests():
                 raise AssertionError("the engine finished before the condition held")

@@ -82,10 +82,11 @@ def test_existing_text_gives_the_same_attribution(ft: FlashTrace, answer: Attrib
     assert ours == pytest.approx(theirs, abs=2e-4)
 
 
-def test_batch_of_prompts_chats_and_token_ids(ft: FlashTrace) -> None:
+def test_batch_of_prompts_chats_and_token_ids(tiny: Engine) -> None:
+    ft = FlashTrace(llm=tiny.llm)
     tokenizer = ft.llm.get_tokenizer()
     prompts = [
-        MESSAGES,
+        [{"role": "user", "content": "What is the capital of France?"}],
         "The capital of France is",
         tokenizer.encode("One, two, three,"),
         [{"role": "user", "content": "Say hello."}],
@@ -116,7 +117,8 @@ def test_a_failed_trace_keeps_its_completion(ft: FlashTrace) -> None:
     assert lost.text
 
 
-def test_trace_of_exactly_the_model_length(ft: FlashTrace) -> None:
+def test_trace_of_exactly_the_model_length(tiny: Engine) -> None:
+    ft = FlashTrace(llm=tiny.llm)
     limit = ft.llm.llm_engine.vllm_config.model_config.max_model_len
     prompt = (ft.llm.get_tokenizer().encode(CONTEXT) * 10)[: limit - 20]
     [full] = ft.generate(

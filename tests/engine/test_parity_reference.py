@@ -15,14 +15,16 @@ PROMPT, LENGTH = 420, 600
 REASONING, OUTPUT = (420, 560), (560, 600)
 
 
+@pytest.fixture(scope="module")
+def one_hop(hf_smollm2: torch.nn.Module, trace_tokens: list[int]) -> torch.Tensor:
+    return reference_scores(hf_smollm2, trace_tokens, OUTPUT).hops[0]
+
+
 @pytest.mark.parametrize("exact_fraction", [1.0, 0.9])
 def test_one_hop(
-    smollm2: Engine,
-    hf_smollm2: torch.nn.Module,
-    trace_tokens: list[int],
-    exact_fraction: float,
+    smollm2: Engine, one_hop: torch.Tensor, trace_tokens: list[int], exact_fraction: float
 ) -> None:
-    reference = reference_scores(hf_smollm2, trace_tokens, OUTPUT).hops[0]
+    reference = one_hop
     job = TraceJob(trace_tokens, TargetWeights.from_spans([OUTPUT]), exact_fraction)
     ours = smollm2.trace(job).scores
     error = relative_l1(ours, reference)
@@ -31,7 +33,7 @@ def test_one_hop(
     assert set(ours.topk(10).indices.tolist()) == set(reference.topk(10).indices.tolist())
 
 
-@pytest.mark.parametrize("hops", [1, 2])
+@pytest.mark.parametrize("hops", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_paper_hops(
     smollm2: Engine, hf_smollm2: torch.nn.Module, trace_tokens: list[int], hops: int
 ) -> None:
@@ -48,6 +50,7 @@ def test_paper_hops(
     assert ratios == pytest.approx(reference.thinking_ratios, abs=1e-3)
 
 
+@pytest.mark.long
 def test_twelve_hundred_tokens(smollm2: Engine, hf_smollm2: torch.nn.Module) -> None:
     token_ids = text_tokens(smollm2, 1200)
     reference = reference_scores(hf_smollm2, token_ids, (1160, 1200)).hops[0]

@@ -11,12 +11,12 @@ import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.worker_faults import (
+    FAULTS,
     check_failing_rank,
     check_lost_result,
     check_nothing_left,
     core_each,
 )
-from tests.faults import PHASES
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.records import TraceReport
@@ -100,6 +100,7 @@ def test_layers_of_two_stages(
         engine.close()
 
 
+@pytest.mark.long
 def test_compiled_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, which is how vLLM itself runs pipeline stages on CPUs, and of another family.
 
@@ -139,8 +140,7 @@ def test_what_each_stage_reports(two_stages: Engine) -> None:
     assert {worker["pipeline_parallel_size"] for worker in workers} == {2}
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "stage"), FAULTS)
 def test_a_stage_that_fails(two_stages: Engine, phase: str, stage: int) -> None:
     check_failing_rank(two_stages, stage, phase, JOBS[0], TOKENS)
 

@@ -13,12 +13,12 @@ import torch
 from benchmarks.rank_faults import Load, Outcome, lost, run_load, run_with_faults
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.worker_faults import (
+    FAULTS,
     check_failing_rank,
     check_lost_result,
     check_nothing_left,
     core_each,
 )
-from tests.faults import PHASES
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
@@ -108,15 +108,14 @@ def test_a_key_value_head_on_both_ranks(
     compare(several, one_rank(folder, monkeypatch))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "rank"), FAULTS)
 def test_a_rank_that_fails(two_ranks: Engine, phase: str, rank: int) -> None:
     check_failing_rank(two_ranks, rank, phase, JOBS[0], TOKENS)
 
 
 @pytest.fixture(scope="module")
 def load() -> Load:
-    return Load.make(completions=24, traces=12)
+    return Load.make(completions=12, traces=8)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,9 @@ def without_faults(two_ranks: Engine, load: Load) -> Outcome:
     return run_load(two_ranks, load)
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("attention", 0), ("scores", 1)])
+@pytest.mark.parametrize(
+    ("phase", "rank"), [("attention", 1), pytest.param("scores", 0, marks=pytest.mark.long)]
+)
 def test_what_runs_beside_a_rank_that_fails(
     two_ranks: Engine, load: Load, without_faults: Outcome, phase: str, rank: int
 ) -> None:

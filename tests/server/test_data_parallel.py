@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 
 LIMIT = 5e-4
 BLOCK = 32
-COMPLETIONS, CONCURRENCY, NEW_TOKENS = 24, 8, 16
+COMPLETIONS, CONCURRENCY, NEW_TOKENS = 12, 6, 16
 # Two hops: over the end of the answer, then over what led to it.
 FIELD = {"target": {"tokens": [[NEW_TOKENS - 8, NEW_TOKENS]]}, "hops": 1, "top_k": None}
 DEFERRED = {"mode": "deferred", "hops": 0}
@@ -87,7 +87,7 @@ def complete(server: Server, seed: int) -> list[dict[str, Any]]:
         "flashtrace": FIELD,
     }
     # One connection per request, so that every API server gets some.
-    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
     assert response.status_code == 200, response.text
     if not body["stream"]:
         return [choice["flashtrace"] for choice in response.json()["choices"]]
@@ -107,7 +107,7 @@ def attribute(
         "flashtrace": {**FIELD, "hops": hops},
     }
     headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
-    response = httpx.post(f"{server.url}/v1/attributions", json=body, headers=headers, timeout=120)
+    response = httpx.post(f"{server.url}/v1/attributions", json=body, headers=headers, timeout=300)
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     assert found["status"] == "completed", found
@@ -117,7 +117,7 @@ def attribute(
 def metrics(server: Server) -> dict[str, float]:
     """Samples by name and labels, over all API servers."""
     found = {}
-    for line in httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines():
+    for line in httpx.get(f"{server.url}/metrics", timeout=300).text.splitlines():
         if not line.startswith("#"):
             name, _, value = line.rpartition(" ")
             found[name] = float(value)
@@ -130,7 +130,7 @@ def total(samples: dict[str, float], name: str, label: str = "") -> float:
 
 def test_the_report_names_every_engine(two):
     for _ in range(4):
-        status = httpx.get(f"{two.url}/v1/attributions/status", timeout=60).json()
+        status = httpx.get(f"{two.url}/v1/attributions/status", timeout=300).json()
         assert status["status"] == "ready"
         workers = status["engine"]["workers"]
         assert [worker["data_parallel_rank"] for worker in workers] == [0, 1]
@@ -177,7 +177,7 @@ def test_existing_texts_stay_on_one_engine(two):
         return float(usage["cached_tokens"])
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        cached = sum(pool.map(one, range(16)))
+        cached = sum(pool.map(one, range(8)))
     after = metrics(two)
     for name, expected in (("hits", cached), ("misses", 0)):
         name = f"flashtrace_prefix_cache_{name}_total"
@@ -203,7 +203,7 @@ def test_both_engines_give_what_the_formulas_give(two, folder: Path):
             assert error <= LIMIT
 
 
-def wait(condition: Callable[[], Any], seconds: float = 120) -> None:
+def wait(condition: Callable[[], Any], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -212,13 +212,13 @@ def wait(condition: Callable[[], Any], seconds: float = 120) -> None:
 
 def submit(server: Server, body: dict[str, Any]) -> str:
     """One connection per request, so that both processes get some."""
-    response = httpx.post(f"{server.url}/v1/attributions", json=body, timeout=60)
+    response = httpx.post(f"{server.url}/v1/attributions", json=body, timeout=300)
     assert response.json()["status"] == "queued", response.text
     return str(response.json()["id"])
 
 
 def fetch(server: Server, attribution_id: str) -> dict[str, Any]:
-    response = httpx.get(f"{server.url}/v1/attributions/{attribution_id}", timeout=60)
+    response = httpx.get(f"{server.url}/v1/attributions/{attribution_id}", timeout=300)
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
@@ -249,7 +249,7 @@ def test_every_process_finds_what_the_other_one_stored(two):
 
 def test_a_completion_answers_before_its_attribution(two):
     body = {"model": "m", "prompt": "One, two,", "max_tokens": 4, "flashtrace": DEFERRED}
-    choice = httpx.post(f"{two.url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+    choice = httpx.post(f"{two.url}/v1/completions", json=body, timeout=300).json()["choices"][0]
     assert choice["flashtrace"]["status"] == "queued"
     wait(lambda: fetch(two, choice["flashtrace"]["id"])["status"] == "completed")
 
@@ -258,9 +258,9 @@ def test_deleting_through_any_process_stops_the_trace(two):
     for _ in range(4):
         one = submit(two, {**LONG, "flashtrace": {**DEFERRED, "target": "generated"}})
         url = f"{two.url}/v1/attributions/{one}"
-        assert httpx.delete(url, timeout=60).status_code == 200
+        assert httpx.delete(url, timeout=300).status_code == 200
         for _ in range(4):
-            assert httpx.get(url, timeout=60).status_code == 404
+            assert httpx.get(url, timeout=300).status_code == 404
     running = "vllm:num_requests_running"
     wait(lambda: total(metrics(two), running) == 0)
 
@@ -277,8 +277,8 @@ def test_shutdown_with_attributions_in_flight_leaves_nothing(two):
     for _ in range(6):
         submit(two, {**LONG, "flashtrace": {**DEFERRED, "hops": 3}})
     os.kill(two.pid, signal.SIGTERM)
-    psutil.wait_procs(children, timeout=60)
-    wait(lambda: not path.exists(), 60)
+    psutil.wait_procs(children, timeout=300)
+    wait(lambda: not path.exists())
     assert not [child for child in children if child.is_running()]
     # vLLM itself may log one when it kills an engine that its API servers still listen to.
     assert not re.search(r'File "[^"]*/vllm_flashtrace/', two.log.read_text(errors="replace"))
