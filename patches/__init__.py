@@ -10,7 +10,6 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``attention_backends``  | all      | attention backends, via vLLM's registry         |
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad plugin options stop the start               |
-| ``kernel_warm_up``      | CUDA     | kernels of traces are compiled at the start     |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | four methods of the V1 model runner             |
 | ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
@@ -19,6 +18,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``scheduler_share``     | all      | how much of a step trace prefills may take      |
 | ``trace_results``       | all      | results of traces go to the API server          |
 | ``worker_rpc``          | all      | methods added to the worker base class          |
+| ``worker_start``        | all      | kernels are compiled, the model is proven       |
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def _platform_modules() -> list[ModuleType]:
     """What only one platform needs; elsewhere traces are refused by the worker, by name."""
     from vllm.platforms import current_platform
 
-    from vllm_flashtrace.patches import attention_backends
+    from vllm_flashtrace.patches import attention_backends, worker_start
 
     if current_platform.is_cpu():
-        return [attention_backends]
+        return [attention_backends, worker_start]
     if current_platform.is_cuda():
-        from vllm_flashtrace.patches import kernel_warm_up, model_runner_v2
+        from vllm_flashtrace.patches import model_runner_v2
 
-        return [attention_backends, kernel_warm_up, model_runner_v2]
+        return [attention_backends, worker_start, model_runner_v2]
     return []

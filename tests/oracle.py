@@ -32,7 +32,8 @@ class LayerActivations:
     """Float64 activations of one decoder layer.
 
     x_prev and x_mid are [N, D]; query (after rotary) [N, H, d]; key [N, G, d]; value [N, G, d] with
-    its bias; alpha [H, N, N]; o_proj the weight [D, H*d]; scale the factor before the softmax.
+    its bias; alpha [H, N, N]; o_proj the weight [D, H*d], times the factor with which the block's
+    output is added; scale the factor before the softmax.
     """
 
     x_prev: Tensor
@@ -168,16 +169,21 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
         state["x_prev"] = hidden[0]
 
     def after_attention(module: Any, _: Any, output: Any) -> None:
-        x_prev = state["x_prev"]
+        state["block"] = output[0][0]
+        state["o_proj"] = module.o_proj.weight.detach()
+
+    def behind_attention(_: Any, args: Any, kwargs: Any) -> None:
+        x_mid = (args[0] if args else kwargs["hidden_states"])[0]
+        factor = _factor(x_mid - state["x_prev"], state["block"])
         consume(
             LayerActivations(
-                x_prev=x_prev,
-                x_mid=x_prev + output[0][0],
+                x_prev=state["x_prev"],
+                x_mid=x_mid,
                 query=state["query"].transpose(0, 1),
                 key=state["key"].transpose(0, 1),
                 value=state["value"].transpose(0, 1),
                 alpha=state["alpha"],
-                o_proj=module.o_proj.weight.detach(),
+                o_proj=state["o_proj"] * factor,
                 scale=float(state["scale"]),
             )
         )
@@ -187,12 +193,22 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
     for layer in model.model.layers:
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))
+        norm = layer.post_attention_layernorm  # of the stream behind the block
+        hooks.append(norm.register_forward_pre_hook(behind_attention, with_kwargs=True))
     with _attention_implementation(model, attention):
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _factor(added: Tensor, block: Tensor) -> float:
+    """With which factor a block's output was added to the stream."""
+    factor = float((added * block).sum() / block.square().sum())
+    if float((added - factor * block).norm()) > 1e-9 * float(added.norm()):
+        raise ValueError("the stream behind attention is not the one in front plus the block")
+    return factor
 
 
 def _attention(

@@ -11,8 +11,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
+Family = Literal[
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "mixtral", "gemma", "granite"
+]
+FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# Other architectures, which are traced because they are proven at the start.
+PROVEN_FAMILIES = tuple(family for family in get_args(Family) if family not in FAMILIES)
 VOCABULARY = 512
 MAX_POSITION = 2048
 
@@ -83,7 +87,24 @@ def _model(family: Family, num_kv_heads: int) -> Any:
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
         config = hf.Qwen3MoeConfig(**common, **experts, head_dim=32, norm_topk_prob=True)
         return hf.Qwen3MoeForCausalLM(config)
-    raise ValueError(f"unknown family {family!r}; one of {', '.join(FAMILIES)}")
+    if family == "mistral":
+        return hf.MistralForCausalLM(hf.MistralConfig(**common, head_dim=32, sliding_window=None))
+    if family == "phi3":
+        return hf.Phi3ForCausalLM(hf.Phi3Config(**common))
+    if family == "mixtral":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+        return hf.MixtralForCausalLM(hf.MixtralConfig(**common, **experts))
+    if family == "gemma":
+        return hf.GemmaForCausalLM(hf.GemmaConfig(**common, head_dim=32))
+    if family == "granite":
+        multipliers = {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 4.0,
+        }
+        return hf.GraniteForCausalLM(hf.GraniteConfig(**common, **multipliers, attention_bias=True))
+    raise ValueError(f"unknown family {family!r}; one of {', '.join(get_args(Family))}")
 
 
 def _randomise(model: Any, seed: int) -> None:

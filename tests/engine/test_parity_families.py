@@ -12,13 +12,13 @@ import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.oracle import oracle_scores
-from tests.tiny_models import FAMILIES, Family, make_tiny_model
+from tests.tiny_models import FAMILIES, PROVEN_FAMILIES, Family, make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *PROVEN_FAMILIES))
 def test_family(family: Family, tmp_path: Path) -> None:
     folder = make_tiny_model(family, tmp_path / family)
     _compare(folder, folder)

@@ -26,7 +26,7 @@ from vllm_flashtrace.kernels.triton_column_sums import (
 )
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
 from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
-from vllm_flashtrace.patches import kernel_warm_up
+from vllm_flashtrace.patches import worker_start
 from vllm_flashtrace.patches._check import PatchError
 from vllm_flashtrace.worker import finish, gpu_model, step, warm_up
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
@@ -171,10 +171,11 @@ def test_what_cannot_be_compiled_is_told_and_stops_nothing(
         raise MemoryError("no memory for a table")
 
     served = []
-    start = kernel_warm_up.warming_up(lambda self: served.append(self) or "times")
+    start = worker_start.starting(lambda self: served.append(self) or "times")
     with v2_engine(tiny_llama, monkeypatch) as engine:
         made = worker(engine)
         monkeypatch.setattr(warm_up, "compile_kernels", broken)
+        monkeypatch.setattr(worker_start, "prove", lambda worker: None)
         assert start(made) == "times" and served == [made]
     report = worker_report(made)["kernels"]
     assert report["compiled"] == 0 and report["failures"] == [
@@ -200,20 +201,22 @@ def test_nothing_is_compiled_for_what_is_not_traced(
     assert worker_report(on_cpu)["kernels"] is worker_report(unsupported)["kernels"] is None
 
 
-def test_kernels_are_compiled_before_the_monitor_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_is_readied_before_the_monitor_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The monitor starts within the method that is wrapped."""
     names = inspect.unwrap(Worker.compile_or_warm_up_model).__code__.co_names
     assert "_maybe_activate_jit_monitor" in names
     order: list[str] = []
-    monkeypatch.setattr(kernel_warm_up, "warm_up_kernels", lambda worker: order.append("kernels"))
+    monkeypatch.setattr(worker_start, "_worker_class", lambda: Worker)
+    for name in ("warm_up_kernels", "prove"):
+        monkeypatch.setattr(worker_start, name, lambda worker, name=name: order.append(name))
     monkeypatch.setattr(
         Worker, "compile_or_warm_up_model", lambda self: order.append("stock, then the monitor")
     )
-    kernel_warm_up.check()
-    kernel_warm_up.apply()
+    worker_start.check()
+    worker_start.apply()
     Worker.compile_or_warm_up_model(object())
-    assert order == ["kernels", "stock, then the monitor"]
+    assert order == ["warm_up_kernels", "prove", "stock, then the monitor"]
     monkeypatch.delattr(Worker, "compile_or_warm_up_model")
     monkeypatch.setattr(Worker.__mro__[1], "compile_or_warm_up_model", lambda worker: None)
     with pytest.raises(PatchError, match="compile_or_warm_up_model"):
-        kernel_warm_up.check()
+        worker_start.check()

@@ -37,7 +37,7 @@ class Observer:
     def __init__(self) -> None:
         self.seen: list[tuple[str, torch.Tensor]] = []
 
-    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
+    def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
         self.seen.append((layer_name, query))
 
     def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
@@ -195,8 +195,8 @@ def test_a_moved_kernel_interface_is_refused(
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ("cpu", {"attention_backends"}),
-        ("cuda", {"attention_backends", "kernel_warm_up", "model_runner_v2"}),
+        ("cpu", {"attention_backends", "worker_start"}),
+        ("cuda", {"attention_backends", "worker_start", "model_runner_v2"}),
         ("rocm", set()),
     ],
 )
@@ -204,7 +204,7 @@ def test_each_platform_has_its_patches(
     platform: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What they import asks the real platform.
-    for name in ("kernel_warm_up", "model_runner_v1", "model_runner_v2"):
+    for name in ("worker_start", "model_runner_v1", "model_runner_v2"):
         importlib.import_module(f"{patches.__name__}.{name}")
     stand_in = SimpleNamespace(is_cpu=lambda: platform == "cpu", is_cuda=lambda: platform == "cuda")
     monkeypatch.setattr("vllm.platforms._current_platform", stand_in)
@@ -271,7 +271,7 @@ def test_a_moved_v2_runner_leaves_everything_untouched() -> None:
     assert "GPUModelRunner.prepare_attn (V2) takes" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["attention_backends", "kernel_warm_up", "model_runner_v2"])
+@pytest.mark.parametrize("module", ["attention_backends", "worker_start", "model_runner_v2"])
 def test_every_patch_explains_itself(module: str) -> None:
     text = importlib.import_module(f"vllm_flashtrace.patches.{module}").__doc__ or ""
     for heading in ("What it changes:", "Why here:", "Tested on: vLLM 0.32.0"):

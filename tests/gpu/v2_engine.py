@@ -34,6 +34,7 @@ from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.patches import model_runner_v2
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_wire, seal
 from vllm_flashtrace.worker import runner as adapter
+from vllm_flashtrace.worker import start_proof
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import RunnerCapture
 from vllm_flashtrace.worker.taps import place_taps
@@ -208,9 +209,10 @@ def v2_engine(
         use_torch_kernels(recording.__base__.get_impl_cls(), monkeypatch)
         model, config = load_model(folder, backend, monkeypatch, **arguments)
         place_taps(model, config)
-        monkeypatch.setattr(
-            adapter, "_runner_model", lambda r: GPUTracedModel(r.get_model(), r.vllm_config, CPU)
-        )
+        for module in (adapter, start_proof):
+            monkeypatch.setattr(
+                module, "runner_model", lambda r: GPUTracedModel(r.get_model(), r.vllm_config, CPU)
+            )
         yield V2Engine(model, config, layout)
 
 

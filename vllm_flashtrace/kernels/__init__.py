@@ -16,6 +16,7 @@ from vllm_flashtrace.kernels.paged_proximity import (
     ProximityLayer,
     ProximityTrace,
     column_norms,
+    gather_tokens,
     replace_by_proximities,
     sum_shares,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "add_kept_column_sums",
     "add_row_sums",
     "column_norms",
+    "gather_tokens",
     "paged_column_sums",
     "paged_lse",
     "replace_by_proximities",

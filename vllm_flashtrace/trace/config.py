@@ -121,6 +121,20 @@ class FlashTraceConfig(BaseModel):
         gt=0.0,
         description="Seconds that a finished deferred attribution can be fetched.",
     )
+    probe: bool = Field(
+        default=True,
+        description="Whether each worker proves at the start, on a probe of up to 64 tokens, that "
+        "the model is traced exactly; if not, only architectures that tests compare with an oracle "
+        "are traced.",
+    )
+    probe_limit: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="Largest relative error of the probe with which a model is traced; `null` goes "
+        "by the model's type: 1e-4 in float32, 0.005 in float16, 0.03 in bfloat16, 0.1 with an fp8 "
+        "KV cache.",
+    )
     page: bool = Field(default=False, description="Whether `/flashtrace` serves the HTML page.")
 
     @classmethod

@@ -63,22 +63,30 @@ class CPUTracedModel(TracedModel):
             _order(attention),
             self._scratch,
         )
-        form = cpu_attention_form(self.layers[layer])
+        form = self.attention_form(layer)
         inputs = AttentionInputs(query, keys.transpose(1, 2)[None], group.rows, form)
         paged_column_sums(inputs, layer, overwrite_keys=True)
+
+    def attention_form(self, layer: int) -> AttentionForm:
+        """See `TracedModel`."""
+        return cpu_attention_form(self.layers[layer])
+
+    def read_values(self, layer: int, block_table: Tensor, tokens: int) -> Tensor:
+        """See `TracedModel`."""
+        attention: Any = self.layers[layer].attention
+        blocks = block_table.tolist()
+        return read_values(attention.kv_cache, blocks, tokens, _order(attention), self._scratch)
 
     def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
         """See `TracedModel`."""
         [trace] = traces
-        blocks = trace.block_table.tolist()
         own = dataclasses.replace(trace, block_table=_ONE_BLOCK)
         with touching_sums():
             for index, layer in enumerate(self.layers):
-                cache, order = layer.attention.kv_cache, _order(layer.attention)
-                values = read_values(cache, blocks, trace.tokens, order, self._scratch)
+                values = self.read_values(index, trace.block_table, trace.tokens)
                 weight, norms = self.output_projection(index, adapter)
                 gathered = values.transpose(0, 1)[None]
-                one = ProximityLayer(index, gathered, weight, column_norms=norms)
+                one = ProximityLayer(index, gathered, weight, layer.multiplier, norms)
                 replace_by_proximities([one], [own])
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:

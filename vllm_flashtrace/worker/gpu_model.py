@@ -28,6 +28,7 @@ from vllm_flashtrace.kernels import (
     ProximityTrace,
     RowSegment,
     add_kept_column_sums,
+    gather_tokens,
     paged_column_sums,
     replace_by_proximities,
     touching_sums,
@@ -117,6 +118,16 @@ class GPUTracedModel(TracedModel):
         for layer in range(self.shape.num_layers):
             group.add_rows(layer, residual=kept.residual[layer], stream=kept.stream[layer])
 
+    def attention_form(self, layer: int) -> AttentionForm:
+        """See `TracedModel`."""
+        return gpu_attention_form(self.layers[layer], self._reading(layer).scales)
+
+    def read_values(self, layer: int, block_table: Tensor, tokens: int) -> Tensor:
+        """See `TracedModel`; they are copied."""
+        reading = self._reading(layer)
+        values = gather_tokens(self._views(layer, reading).values, block_table, tokens)
+        return values.float() * reading.scales.value
+
     def keep_queries(self, rows: PagedRows) -> KeptQueries | None:
         """See `TracedModel`; None where there are too many rows, or no memory could be had."""
         if self._scratch is None:
@@ -187,9 +198,8 @@ class GPUTracedModel(TracedModel):
         return reading
 
     def _keys(self, layer: int) -> LayerKeys:
-        traced, reading = self.layers[layer], self._reading(layer)
-        form = gpu_attention_form(traced, reading.scales)
-        return LayerKeys(layer, self._views(layer, reading).keys, form)
+        keys = self._views(layer, self._reading(layer)).keys
+        return LayerKeys(layer, keys, self.attention_form(layer))
 
     def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
         return key_value_views(self.layers[layer].attention, reading.dtype)
@@ -198,7 +208,8 @@ class GPUTracedModel(TracedModel):
         reading = self._reading(layer)
         values = self._views(layer, reading).values
         weight, _ = self.output_projection(layer, adapter)
-        return ProximityLayer(layer, values, weight, reading.scales.value)
+        scale = reading.scales.value * self.layers[layer].multiplier
+        return ProximityLayer(layer, values, weight, scale)
 
     def _check_projection(self, layer: TracedLayer) -> None:
         weight = layer.out_proj.weight

@@ -1,13 +1,16 @@
 """Finds the attention layers of a loaded vLLM model, and refuses by name what cannot be traced.
 
-A model passes only if every feature on the way from ``v`` to the residual stream is one that the
-recorder reproduces. With pipeline parallelism the layers are those of this worker's stage. LoRA
-adapters matter on the output projection only: what they do to queries, keys, values and the stream
-is in what is recorded.
+What is read here is the structure: which modules a layer is made of, and which attributes change
+what lies between ``v`` and the residual stream. That nothing was overlooked is proven by numbers
+when the worker starts, see `start_proof`. With pipeline parallelism the layers are those of this
+worker's stage. LoRA adapters matter on the output projection only: what they do to queries, keys,
+values and the stream is in what is recorded.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +29,18 @@ from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
 
-# Architectures whose decoder layer is pre-norm, adds the attention block's output to the residual
-# stream unscaled, and is called as (positions, hidden_states, residual).
-SUPPORTED_ARCHITECTURES = (
+# Architectures that tests compare with an oracle; others are traced only when proven at the start.
+KNOWN_ARCHITECTURES = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
+
+# Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
+# attention block: where there are both, the second norms what the block adds.
+_NORMS_BEHIND = ("pre_feedforward_layernorm", "post_attention_layernorm")
+_NORM_IN_FRONT = "input_layernorm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,13 @@ class TracedLayer:
         decoder: The decoder layer; its input is the residual stream ``x_prev``.
         block: The attention block; its output is what is added to the residual stream.
         attention: vLLM's attention layer.
+        norm_behind: The norm behind the attention block.
+        projection: The output projection's name in the block.
         out_proj: The output projection ``W_O``, without adapters.
         adapters: What holds LoRA adapters of the output projection, or None.
+        norm_in_front: The norm in front of the attention block, where the layer does not carry the
+            residual stream beside what is to be added to it; else None.
+        multiplier: Factor on what the block adds to the stream.
     """
 
     index: int
@@ -55,17 +67,22 @@ class TracedLayer:
     decoder: nn.Module
     block: nn.Module
     attention: Attention
+    norm_behind: nn.Module
+    projection: str
     out_proj: RowParallelLinear
     adapters: nn.Module | None = None
+    norm_in_front: nn.Module | None = None
+    multiplier: float = 1.0
 
 
 def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
-    """The decoder layers of a supported model that are on this worker, in order.
+    """The decoder layers of a model that are on this worker, in order.
 
     With pipeline parallelism these are the layers of its stage.
 
     Raises:
-        UnsupportedModelError: A layer uses a feature that cannot be traced exactly.
+        UnsupportedModelError: A layer uses a feature that cannot be traced exactly, or its
+            structure cannot be read; the message says what was not found.
     """
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
@@ -77,23 +94,33 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
             )
         if not isinstance(attention, Attention):
             continue
-        name = names.get(id(attention))
-        if name is None or not name.endswith(".self_attn.attn"):
-            raise UnsupportedModelError(f"{context_name} is not inside a known decoder layer")
-        block_name = name.removesuffix(".attn")
-        decoder_name = block_name.removesuffix(".self_attn")
-        block = modules[block_name]
-        out_proj, adapters = base_projection(getattr(block, "o_proj", None))
+        parts = names.get(id(attention), "").split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if not numbers or len(parts) - numbers[-1] < 3:
+            raise UnsupportedModelError(
+                f"{context_name} is not inside the attention block of a numbered decoder layer"
+            )
+        block = modules[".".join(parts[:-1])]
+        decoder = modules[".".join(parts[: numbers[-1] + 1])]
+        projection = _projection_name(block)
+        out_proj, adapters = base_projection(getattr(block, projection, None))
         _check_attention(context_name, attention, block, out_proj)
+        carries = "residual" in inspect.signature(decoder.forward).parameters
         layers.append(
             TracedLayer(
-                index=int(decoder_name.rsplit(".", 1)[1]),
+                index=int(parts[numbers[-1]]),
                 name=context_name,
-                decoder=modules[decoder_name],
+                decoder=decoder,
                 block=block,
                 attention=attention,
+                norm_behind=_norm(context_name, decoder, _NORMS_BEHIND),
+                projection=projection,
                 out_proj=out_proj,
                 adapters=adapters,
+                norm_in_front=(
+                    None if carries else _norm(context_name, decoder, (_NORM_IN_FRONT,))
+                ),
+                multiplier=_multiplier(context_name, decoder),
             )
         )
     layers.sort(key=lambda layer: layer.index)
@@ -129,12 +156,47 @@ def check_config(config: VllmConfig) -> None:
         if present:
             raise UnsupportedModelError(f"traces are not supported with {feature}")
     check_data_parallel(parallel)
+
+
+def check_architecture(config: VllmConfig) -> None:
+    """Refuses, where nothing was proven at the start, architectures that no test compares.
+
+    Raises:
+        UnsupportedModelError: Naming the architecture.
+    """
     architecture = config.model_config.architecture
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    if architecture not in KNOWN_ARCHITECTURES:
         raise UnsupportedModelError(
-            f"traces are not supported for {architecture}; "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"traces are not supported for {architecture} without a proof at the start; without "
+            f"it: {', '.join(KNOWN_ARCHITECTURES)}"
         )
+
+
+def _projection_name(block: nn.Module) -> str:
+    """Name of an attention block's one row-parallel projection, else the usual name."""
+    kinds = (RowParallelLinear, RowParallelLinearWithLoRA)
+    found = [name for name, child in block.named_children() if isinstance(child, kinds)]
+    return found[0] if len(found) == 1 else "o_proj"
+
+
+def _norm(layer_name: str, decoder: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    for name in names:
+        norm = getattr(decoder, name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    raise UnsupportedModelError(
+        f"the decoder layer of {layer_name} has no {' or '.join(names)}: its norm "
+        f"{'in front of' if names == (_NORM_IN_FRONT,) else 'behind'} attention was not found"
+    )
+
+
+def _multiplier(layer_name: str, decoder: nn.Module) -> float:
+    multiplier = float(getattr(decoder, "residual_multiplier", 1.0))
+    if not 0 < multiplier < math.inf:
+        raise UnsupportedModelError(
+            f"traces are not supported with a residual multiplier of {multiplier} ({layer_name})"
+        )
+    return multiplier
 
 
 def _check_attention(

@@ -18,8 +18,14 @@ _current: ForwardObserver | None = None
 class ForwardObserver(Protocol):
     """Sees every layer of a forward pass; must never raise."""
 
-    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
-        """Called after an attention kernel with its queries ``[tokens, H, d]``."""
+    def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Called after an attention kernel.
+
+        Args:
+            layer_name: The attention layer's name in vLLM's forward context.
+            query: ``[tokens, H, d]``, its queries.
+            output: ``[tokens, H, d]`` or ``[tokens, H * d]``, what it returned.
+        """
 
     def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
         """Called once per decoder layer, before its attention block is added to the stream.
@@ -67,7 +73,7 @@ class RecordingAttention:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Runs the stock kernel, then shows the queries ``[tokens, H, d]`` to the observer.
+        """Runs the stock kernel, then shows its queries and its output to the observer.
 
         Without an observer the cost is reading one variable. There is no metadata in runs that only
         measure memory.
@@ -77,5 +83,5 @@ class RecordingAttention:
         )
         observer = current()
         if observer is not None and attn_metadata is not None:
-            observer.on_attention(layer.layer_name, query)
+            observer.on_attention(layer.layer_name, query, result)
         return result

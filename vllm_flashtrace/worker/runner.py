@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec, target_range
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.finish import TotalsExchange, host_bytes
-from vllm_flashtrace.worker.layers import adapter_slot, check_cache
+from vllm_flashtrace.worker.layers import adapter_slot, check_architecture, check_cache
 from vllm_flashtrace.worker.recorder import HandOut, Recorder
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
 from vllm_flashtrace.worker.traced_model import TracedModel
@@ -37,6 +38,9 @@ RESULTS_ATTRIBUTE = "flashtrace_results"
 
 KERNELS_ATTRIBUTE = "_flashtrace_kernels"
 """What `warm_up.warm_up_kernels` did, on the runner."""
+
+PROOF_ATTRIBUTE = "_flashtrace_proof"
+"""What `start_proof.prove` found, on the runner: what the status report shows of it."""
 
 
 def capture_of(runner: Any) -> RunnerCapture:
@@ -51,6 +55,22 @@ def capture_of(runner: Any) -> RunnerCapture:
 def existing_capture(runner: Any) -> RunnerCapture | None:
     """The runner's capture, if one was made."""
     return getattr(runner, _ATTRIBUTE, None)
+
+
+@contextmanager
+def capturing(runner: Any, capture: Any) -> Iterator[None]:
+    """Lets another capture watch the runner's steps within the block.
+
+    Args:
+        runner: A V1 or V2 model runner.
+        capture: Has what the patches of the runners use of a `RunnerCapture`.
+    """
+    before = existing_capture(runner)
+    setattr(runner, _ATTRIBUTE, capture)
+    try:
+        yield
+    finally:
+        setattr(runner, _ATTRIBUTE, before)
 
 
 def observe_step(runner: Any, scheduler_output: SchedulerOutput) -> RunnerCapture | None:
@@ -105,12 +125,14 @@ class RunnerCapture:
             self._longest = runner.vllm_config.model_config.max_model_len
             self._places = self._config.concurrent_traces(runner.vllm_config)
             check_cache(runner.kv_cache_config)
-            self._model = _runner_model(runner)
+            self._model = runner_model(runner)
             self._model.slot_of = functools.partial(adapter_slot, runner)
+            _check_proof(runner)
         except Exception as error:
             self._model = None
             self.refusal = error.message if isinstance(error, FlashTraceError) else repr(error)
-            logger.warning("FlashTrace: this model is served without attribution: %s", self.refusal)
+            if not isinstance(error, _NotProvenError):  # It was said when it was found.
+                log_refusal(self.refusal)
         ttl = self._config.result_ttl_seconds
         self.recorder = Recorder(self._model, ttl, refusal=self.refusal)
         self._exchange = _totals_exchange(runner)
@@ -321,7 +343,7 @@ class StepObserver:
         self.step = step
         self._fail = fail
 
-    def on_attention(self, layer_name: str, query: torch.Tensor) -> None:
+    def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
         """See `observer.ForwardObserver`."""
         try:
             layer = self.model.layer_index(layer_name)
@@ -358,7 +380,29 @@ def _totals_exchange(runner: Any) -> TotalsExchange | None:
     )
 
 
-def _runner_model(runner: Any) -> TracedModel:
+class _NotProvenError(UnsupportedModelError):
+    """The proof at the start has failed."""
+
+
+def _check_proof(runner: Any) -> None:
+    proof = getattr(runner, PROOF_ATTRIBUTE, None)
+    if proof is None:
+        check_architecture(runner.vllm_config)
+    elif proof["refusal"] is not None:
+        raise _NotProvenError(proof["refusal"])
+
+
+def log_refusal(reason: str) -> None:
+    """Says in one line that a model is not traced."""
+    logger.warning("FlashTrace: this model is served without attribution: %s", reason)
+
+
+def runner_model(runner: Any) -> TracedModel:
+    """The loaded model of a runner.
+
+    Raises:
+        UnsupportedModelError: It cannot be traced.
+    """
     if runner.device.type == "cpu":
         return CPUTracedModel(runner.get_model(), runner.vllm_config)
     if runner.device.type == "cuda":
@@ -460,7 +504,7 @@ def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torc
 
 
 def worker_report(worker: Any) -> dict[str, Any]:
-    """Process, device, runner, attention backends, kernels and place in the parallel layout.
+    """Process, device, runner, attention backends, kernels, proof and place in the parallel layout.
 
     What vLLM does not tell is None.
 
@@ -479,6 +523,7 @@ def worker_report(worker: Any) -> dict[str, Any]:
         "runner": _runner_version(runner),
         "attention_backends": _backends(runner),
         "kernels": getattr(runner, KERNELS_ATTRIBUTE, None),
+        "proof": getattr(runner, PROOF_ATTRIBUTE, None),
         "processes": lineage(),
     }
 

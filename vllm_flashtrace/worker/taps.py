@@ -13,6 +13,9 @@ the block (``x_prev``) and the next norm, that of the following layer or the mod
 (``x_mid``). A pipeline stage that is not the last has no next norm; there ``x_mid`` is the residual
 that its last layer returns.
 
+A model whose layers do not carry the stream beside what is to be added to it norms the stream
+itself, in front of the attention block (``x_prev``) and behind it (``x_mid``).
+
 Compiled code calls the operator like eager code does, so a step with a trace runs the same compiled
 forward as every other step. With no observer the operator returns at once; under CUDA graphs it
 launches nothing and is not part of the graph.
@@ -79,20 +82,24 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
     """
     check_config(config)
     layers, last = find_layers(model, config), is_last_stage(config)
-    fused = _fuses_all_reduce(config)
-    behind_blocks = [_norm(layer, layer.decoder, "post_attention_layernorm") for layer in layers]
+    carried = all(layer.norm_in_front is None for layer in layers)
+    fused = carried and _fuses_all_reduce(config)
     following = _following_norms(model, layers, last) if fused else []
     additional = config.additional_config or {}
     if not isinstance(additional, dict):
         raise UnsupportedModelError("additional_config is not a dictionary")
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
-    for norm in behind_blocks:
-        norm.register_forward_pre_hook(_tap_residual if fused else _tap_update)
+    for layer in layers:
+        if layer.norm_in_front is not None:
+            layer.norm_in_front.register_forward_pre_hook(_tap_stream)
+            layer.norm_behind.register_forward_pre_hook(_tap_stream)
+        else:
+            layer.norm_behind.register_forward_pre_hook(_tap_residual if fused else _tap_update)
     for norm in following:
         norm.register_forward_pre_hook(_tap_residual)
     if fused and not last:
         layers[-1].decoder.register_forward_hook(_tap_output)
-    setattr(model, _MARK, len(behind_blocks))
+    setattr(model, _MARK, len(layers))
 
 
 def has_taps(model: nn.Module) -> bool:
@@ -120,7 +127,7 @@ def _following_norms(
 def _norm(layer: TracedLayer, holder: Any, name: str) -> nn.Module:
     norm = getattr(holder, name, None)
     if not isinstance(norm, nn.Module) or isinstance(norm, PPMissingLayer):
-        raise UnsupportedModelError(f"{layer.name} has no norm behind its attention block")
+        raise UnsupportedModelError(f"no {name} was found behind {layer.name}")
     return norm
 
 
@@ -133,6 +140,12 @@ def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
 def _tap_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
     if len(args) > 1 and args[1] is not None:
         torch.ops.flashtrace.observe_residual(args[1])
+
+
+def _tap_stream(_: nn.Module, args: tuple[Any, ...]) -> None:
+    """Norms are called as ``norm(stream)`` where layers do not carry the stream."""
+    if args:
+        torch.ops.flashtrace.observe_residual(args[0])
 
 
 def _tap_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:

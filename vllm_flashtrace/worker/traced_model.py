@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.kernels import (
+    AttentionForm,
     KeptQueries,
     PagedRows,
     ProximityTrace,
@@ -167,6 +168,20 @@ class TracedModel(ABC):
             group: The target rows.
         """
 
+    @abstractmethod
+    def attention_form(self, layer: int) -> AttentionForm:
+        """How a layer forms its attention weights."""
+
+    @abstractmethod
+    def read_values(self, layer: int, block_table: Tensor, tokens: int) -> Tensor:
+        """A request's cached values, float32 ``[tokens, G, d]``, until the next are read.
+
+        Args:
+            layer: Layer index.
+            block_table: int32, ids of the request's KV blocks as the attention kernel counts them.
+            tokens: How many, from the first on.
+        """
+
     def keep_queries(self, rows: PagedRows) -> KeptQueries | None:
         """Where a step's queries may wait until its end; None where each layer is added at once."""
         return None
@@ -267,7 +282,7 @@ class TracedModel(ABC):
         Weights change by many ways, and a projection of old ones would be well-formed and wrong.
         """
         traced = self.layers[layer]
-        used, _ = base_projection(getattr(traced.block, "o_proj", None))
+        used, _ = base_projection(getattr(traced.block, traced.projection, None))
         replaced = used is not traced.out_proj
         if replaced:
             raise UnsupportedModelError(

@@ -1,0 +1,429 @@
+"""Proves, before a worker serves, that its model is traced exactly.
+
+A probe of up to 64 random tokens goes through the worker's own `execute_model` like a request, with
+KV blocks that nobody holds yet, and is recorded by the code that records traces. Then every layer
+is measured by `core.identity`: the recomputed attention weights against the layer's own attention
+output, and what the heads contribute, through ``M_h``, against what the block added to the stream.
+A model within the limit is traced whatever its name; else it is refused with layer and error.
+
+Nothing of the probe stays: its request is removed, and its KV blocks are as they were. It is greedy
+and draws no random number.
+
+Every worker of an engine runs the probe at the same time, since the forward pass has collectives,
+and only if the model can be read on all of them. Tensor-parallel ranks add up what their heads
+contribute; a pipeline stage proves its own layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.distributed.parallel_state import get_tp_group, get_world_group
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+from vllm_flashtrace.base.errors import FlashTraceError, in_one_line
+from vllm_flashtrace.base.logs import log_unexpected, logger
+from vllm_flashtrace.core.identity import attention_error, contribution, identity_error
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.wire import TraceSpec
+from vllm_flashtrace.worker.layers import check_cache
+from vllm_flashtrace.worker.runner import (
+    PROOF_ATTRIBUTE,
+    StepObserver,
+    capturing,
+    kernel_block_table,
+    log_refusal,
+    runner_model,
+)
+from vllm_flashtrace.worker.step import StepRecorder, Trace
+from vllm_flashtrace.worker.traced_model import TracedModel
+
+PROBE_TOKENS = 64
+"""Most tokens of a probe."""
+
+_ROWS = 8
+_SEED = 2602
+_REQUEST = "flashtrace-probe"
+
+_LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_FP8_CACHE_LIMIT = 0.1
+
+# What is measured, in the order of computation, and what a failure means.
+_MEASURES = {
+    "attention": "the recomputed attention weights do not give the layer's attention output",
+    "identity": "the heads' contributions do not add up to what the attention block adds",
+}
+
+
+def prove(worker: Any) -> None:
+    """Runs the proof and leaves its report on the runner; never raises.
+
+    Does nothing where the option ``probe`` is off, or the model is refused by its structure.
+
+    Args:
+        worker: vLLM's worker, its model loaded and its KV cache bound.
+    """
+    began = time.perf_counter()
+    runner = worker.model_runner
+    try:
+        config = FlashTraceConfig.from_additional_config(runner.vllm_config.additional_config)
+    except ValueError:
+        return  # Said where the first trace is refused.
+    if not config.probe:
+        return
+    proof = _prepared(runner, config.probe_limit)
+    if not _on_all_workers(proof is not None) or proof is None:
+        return
+    proof.run(worker)
+    report = proof.report()
+    report["seconds"] = round(time.perf_counter() - began, 3)
+    setattr(runner, PROOF_ATTRIBUTE, report)
+    if get_tp_group().rank_in_group > 0:  # The first rank says the same.
+        return
+    if report["refusal"] is not None:
+        log_refusal(report["refusal"])
+    else:
+        logger.info(
+            "FlashTrace: the layers %s were proven to be traced exactly in %.1f s: "
+            "largest error %.1e, limit %.1e",
+            "{} to {}".format(*report["found"]["layers"]),
+            report["seconds"],
+            report["largest_error"],
+            report["limit"],
+        )
+
+
+def _prepared(runner: Any, limit: float | None) -> Proof | None:
+    """None where the model cannot be read; the first trace is refused with the reason."""
+    try:
+        check_cache(runner.kv_cache_config)
+        model = runner_model(runner)
+        return Proof(model, limit or default_limit(model, runner.vllm_config), runner)
+    except FlashTraceError as error:
+        logger.debug("FlashTrace: there is nothing to prove: %s", error.message)
+    except Exception as error:
+        log_unexpected("preparing the proof at the start", error)
+    return None
+
+
+def default_limit(model: TracedModel, config: Any) -> float:
+    """The largest error with which a model is traced, by the coarsest numbers it computes with.
+
+    Five to fifty times what a model shows that is traced correctly: a kernel rounds each attention weight, the
+    attention output and the block's output to the model's type, which is half a unit in the last
+    place (2^-9 in bfloat16, 2^-12 in float16) each, and with an fp8 cache the weights to fp8.
+    """
+    if any(layer.attention.kv_cache_dtype.startswith("fp8") for layer in model.layers):
+        return _FP8_CACHE_LIMIT
+    return _LIMITS.get(config.model_config.dtype, _LIMITS[torch.bfloat16])
+
+
+class Proof:
+    """One run of the probe, and what it showed.
+
+    It stands in the place of the runner's `RunnerCapture` while the probe runs.
+
+    Attributes:
+        errors: Relative errors of the layers, float64 ``[L, 2]``, columns as `_MEASURES`.
+        records_step: See `RunnerCapture`.
+    """
+
+    records_step = True
+
+    def __init__(self, model: TracedModel, limit: float, runner: Any) -> None:
+        """Chooses tokens and target rows.
+
+        Args:
+            model: The runner's model.
+            limit: Largest error with which the model is traced.
+            runner: The runner; idle.
+        """
+        config, cache = runner.vllm_config, runner.kv_cache_config
+        self.errors = torch.full((model.shape.num_layers, 2), math.inf, dtype=torch.float64)
+        self._model, self._limit, self._runner = model, limit, runner
+        self._dtype = config.model_config.dtype
+        self._quantization = config.model_config.quantization
+        block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
+        length = min(
+            PROBE_TOKENS,
+            config.scheduler_config.max_num_batched_tokens,
+            config.model_config.max_model_len - 1,
+            (cache.num_blocks - 1) * block_size,
+        )
+        # Block 0 stays empty in vLLM.
+        self._blocks = list(range(1, 1 - (-length // block_size)))
+        ids = torch.Generator().manual_seed(_SEED)
+        vocabulary = config.model_config.get_vocab_size()
+        self._token_ids = torch.randint(vocabulary, (length,), generator=ids).tolist()
+        rows = min(_ROWS, length)
+        self._positions = [length * (row + 1) // rows - 1 for row in range(rows)]
+        self._failure: str | None = None
+        self._outputs: dict[int, Tensor] = {}
+        self._traces: dict[str, Trace] = {}
+        self._contributed = torch.full(
+            (model.shape.num_layers, rows, model.shape.hidden_size), math.nan, dtype=torch.float64
+        )
+        self._added = self._contributed.clone()
+        self._rounded: Tensor | None = None
+        self._table = torch.empty(0, dtype=torch.int32)
+
+    def run(self, worker: Any) -> None:
+        """Runs the probe; all workers must. Never raises."""
+        try:
+            with torch.inference_mode(), capturing(self._runner, self), self._blocks_kept():
+                _execute(worker, self._token_ids, self._blocks)
+            if not self._traces:
+                raise RuntimeError("the forward pass was not seen")
+        except Exception as error:
+            log_unexpected("the proof at the start", error)
+            self.fail(error)
+        self._compare()
+
+    def fail(self, error: BaseException) -> None:
+        """Notes why the probe failed; the first reason counts."""
+        self._failure = self._failure or in_one_line(error)
+
+    def report(self) -> dict[str, Any]:
+        """What the status report shows; ``refusal`` is None where the model is traced."""
+        measures = list(_MEASURES)
+        layer, measure = divmod(int(self.errors.argmax()), len(measures))
+        largest = float(self.errors[layer, measure])
+        return {
+            "refusal": self._refusal(),
+            "tokens": len(self._token_ids),
+            "rows": len(self._positions),
+            "limit": self._limit,
+            "largest_error": largest if math.isfinite(largest) else None,
+            "largest_error_in": f"{measures[measure]} of layer {self._model.layers[layer].index}",
+            "found": self._found(),
+        }
+
+    def _refusal(self) -> str | None:
+        if self._failure is not None:
+            return f"the proof at the start failed: {self._failure}"
+        wrong = (self.errors > self._limit).nonzero()
+        if not len(wrong):
+            return None
+        layer, measure = wrong[0].tolist()
+        traced = self._model.layers[layer]
+        return (
+            f"the proof at the start failed in layer {traced.index} ({traced.name}): "
+            f"{list(_MEASURES.values())[measure]}: "
+            f"relative error {float(self.errors[layer, measure]):.2g}, limit {self._limit:g}"
+        )
+
+    def _found(self) -> dict[str, Any]:
+        """What was read of the model's structure."""
+        layers = self._model.layers
+        forms = [self._model.attention_form(layer) for layer in range(len(layers))]
+        return {
+            "layers": [layers[0].index, layers[-1].index],
+            "norms": _distinct(type(layer.norm_behind).__name__ for layer in layers),
+            "query_key_norms": any(
+                hasattr(layer.block, name) for layer in layers for name in ("q_norm", "k_norm")
+            ),
+            "output_bias": any(layer.out_proj.bias is not None for layer in layers),
+            "residual_multipliers": _distinct(layer.multiplier for layer in layers),
+            "output_gates": any(getattr(layer.block, "attn_output_gate", 0) for layer in layers),
+            "windows": _distinct(form.sliding_window for form in forms),
+            "soft_caps": _distinct(form.soft_cap for form in forms if form.soft_cap),
+            "sinks": any(form.sinks is not None for form in forms),
+            "alibi": any(form.alibi_slopes is not None for form in forms),
+            "quantization": self._quantization,
+            "kv_cache": _distinct(layer.attention.kv_cache_dtype for layer in layers),
+        }
+
+    @contextmanager
+    def _blocks_kept(self) -> Iterator[None]:
+        """Leaves the probe's KV blocks as they were."""
+        ids = torch.tensor(self._blocks, dtype=torch.int32)
+        kernel_ids = kernel_block_table(ids, self._runner.attn_groups[0]).long()
+        caches = [layer.attention.kv_cache for layer in self._model.layers]
+        bits = [cache.view(torch.uint8) if cache.itemsize == 1 else cache for cache in caches]
+        kernel_ids = kernel_ids.to(bits[0].device)
+        kept = [cache[kernel_ids] for cache in bits]
+        try:
+            yield
+        finally:
+            for cache, before in zip(bits, kept, strict=True):
+                cache[kernel_ids] = before
+
+    # --- in the place of a `RunnerCapture` ---
+
+    @property
+    def scheduled(self) -> Mapping[str, int]:
+        """Tokens of each request in the step."""
+        return {_REQUEST: len(self._token_ids)}
+
+    def observe(self, _: SchedulerOutput) -> None:
+        """Nothing: the step is known."""
+
+    def forget_step(self) -> None:
+        """Nothing: there are no others."""
+
+    def begin_forward(self, batch: Any) -> StepObserver | None:
+        """Records every target row as a trace of its own; see `RunnerCapture`."""
+        try:
+            [row] = list(batch())
+            for position in self._positions:
+                weights = TargetWeights.from_mapping({position: 1.0})
+                spec = TraceSpec.create(weights, len(self._token_ids), exact_fraction=1.0)
+                self._traces[str(position)] = Trace(spec, weights, self._model)
+            rows = [dataclasses.replace(row, req_id=req_id) for req_id in self._traces]
+            step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
+            self._table = row.block_table
+            places = [row.first_row + position for position in self._positions]
+            return _ProbeObserver(self._model, step, self.fail, places, self._outputs)
+        except Exception as error:
+            log_unexpected("preparing the proof at the start", error)
+            self.fail(error)
+            return None
+
+    def end_forward(self, observer: StepObserver | None) -> None:
+        """Measures all layers while the blocks are held."""
+        if observer is None:
+            return
+        try:
+            observer.step.flush()
+            observer.step.check_complete()
+            if self._failure is None:
+                self._measure()
+        except Exception as error:
+            log_unexpected("measuring the probe", error)
+            self.fail(error)
+
+    def with_results(self, output: Any) -> Any:
+        """The output as it is."""
+        return output
+
+    def _fail_trace(self, _: str, error: BaseException) -> None:
+        self.fail(error)
+
+    def _measure(self) -> None:
+        """This rank's attention errors and contributions, and what the blocks have added."""
+        model, length = self._model, len(self._token_ids)
+        traces = list(self._traces.values())
+        seen_as_update = traces[0].stream_lacks_residual
+        residual, stream = (
+            torch.stack([getattr(trace.sums, name) for trace in traces], dim=1).cpu()
+            for name in ("residual", "stream")
+        )
+        # A block's output has the model's type, the difference of two rounded streams has not.
+        self._added = stream.to(self._dtype) if seen_as_update else stream - residual
+        self._rounded = None if seen_as_update else stream
+        for index, layer in enumerate(model.layers):
+            weights = torch.stack(
+                [_padded(trace.sums.column_sums[index], length) for trace in traces]
+            )
+            values = model.read_values(index, self._table, length)
+            output = self._outputs[index].unflatten(-1, (model.shape.num_heads, -1))
+            self.errors[index, 0] = attention_error(weights, values, output)
+            projection = model.output_projection(index).weight
+            contributed = contribution(weights, values, projection).cpu()
+            self._contributed[index] = contributed * layer.multiplier
+
+    # --- what all ranks have ---
+
+    def _compare(self) -> None:
+        """Compares what the heads of all ranks contribute with what the blocks have added."""
+        failed = torch.tensor([0.0 if self._failure is None else 1.0])
+        tp = get_tp_group()
+        if tp.world_size > 1:
+            torch.distributed.all_reduce(self._contributed, group=tp.cpu_group)
+        for index, layer in enumerate(self._model.layers):
+            contributed = self._contributed[index]
+            if layer.out_proj.bias is not None:
+                contributed = contributed + layer.out_proj.bias.double().cpu() * layer.multiplier
+            rounded = None if self._rounded is None else self._rounded[index]
+            self.errors[index, 1] = identity_error(contributed, self._added[index], rounded)
+        if tp.world_size > 1:
+            for of_all in (self.errors, failed):
+                torch.distributed.all_reduce(
+                    of_all, torch.distributed.ReduceOp.MAX, group=tp.cpu_group
+                )
+        if failed.item() and self._failure is None:
+            self._failure = "another rank could not record the probe"
+
+
+class _ProbeObserver(StepObserver):
+    """Also keeps the attention output of the target rows."""
+
+    def __init__(
+        self,
+        model: TracedModel,
+        step: StepRecorder,
+        fail: Any,
+        rows: Sequence[int],
+        outputs: dict[int, Tensor],
+    ) -> None:
+        super().__init__(model, step, fail)
+        self._rows = torch.tensor(rows, device=model.device)
+        self._outputs = outputs
+
+    def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        super().on_attention(layer_name, query, output)
+        try:
+            layer = self.model.layer_index(layer_name)
+            if layer is not None:
+                self._outputs[layer] = output[self._rows].flatten(1)
+        except Exception as error:
+            self._fail(error)
+
+
+def _execute(worker: Any, token_ids: list[int], blocks: list[int]) -> None:
+    """Runs one request through a worker, as vLLM's own warm-up does, and removes it."""
+    groups = len(worker.model_runner.kv_cache_config.kv_cache_groups)
+    step = SchedulerOutput.make_empty()
+    step.num_common_prefix_blocks = [0] * groups
+    step.scheduled_new_reqs = [
+        NewRequestData(
+            req_id=_REQUEST,
+            prompt_token_ids=token_ids,
+            mm_features=[],
+            sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
+            pooling_params=None,
+            block_ids=(blocks,) * groups,
+            num_computed_tokens=0,
+            lora_request=None,
+            prefill_token_ids=token_ids,
+        )
+    ]
+    step.num_scheduled_tokens = {_REQUEST: len(token_ids)}
+    step.total_num_scheduled_tokens = len(token_ids)
+    removal = SchedulerOutput.make_empty()
+    removal.num_common_prefix_blocks = [0] * groups
+    removal.finished_req_ids = {_REQUEST}
+    try:
+        if worker.execute_model(step) is None:
+            worker.sample_tokens(None)
+    finally:
+        worker.model_runner.execute_model_state = None
+        worker.execute_model(removal)
+
+
+def _on_all_workers(ready: bool) -> bool:
+    """Whether all workers of the engine are ready."""
+    world = get_world_group()
+    if world.world_size == 1:
+        return ready
+    flag = torch.tensor([int(ready)])
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=world.cpu_group)
+    return bool(flag)
+
+
+def _padded(sums: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(sums, (0, length - sums.shape[1]))
+
+
+def _distinct(values: Any) -> list[Any]:
+    return sorted(set(values), key=lambda value: (value is not None, value))
