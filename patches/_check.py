@@ -6,6 +6,7 @@ fits, one that moves or renames an interface does not.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,14 @@ def require_parameters(function: Callable[..., Any] | None, name: str, *paramete
     found = list(inspect.signature(inspect.unwrap(function)).parameters)
     if found[: len(parameters)] != list(parameters):
         raise PatchError(f"{name} takes {found}, expected it to begin with {list(parameters)}")
+
+
+def require_fields(kind: type, *fields: str) -> None:
+    """Raises PatchError unless a dataclass has the fields."""
+    found = [field.name for field in dataclasses.fields(kind)]
+    missing = [name for name in fields if name not in found]
+    if missing:
+        raise PatchError(f"{kind.__name__} has no {', '.join(missing)} in this vLLM")
 
 
 def require_keyword(function: Callable[..., Any] | None, name: str, keyword: str) -> None:

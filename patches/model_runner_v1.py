@@ -21,8 +21,9 @@ from contextlib import nullcontext
 from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_flashtrace.patches._check import require_keyword, require_parameters
+from vllm_flashtrace.patches._check import require_fields, require_keyword, require_parameters
 from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import batch_rows_v1, existing_capture, observe_step
@@ -52,6 +53,8 @@ def check() -> None:
     require_keyword(
         dispatch, "GPUModelRunner._determine_batch_execution_and_padding", "force_eager"
     )
+    # Block tables count kernel blocks, see `worker.runner.kernel_block_table`.
+    require_fields(AttentionGroup, "kernel_block_size", "kernel_block_stride", "kv_cache_spec")
 
 
 def apply() -> None:

@@ -325,7 +325,9 @@ def test_a_probe_that_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(module, name, broken)
             report = proven(engine)
-        assert report["refusal"] == "the proof at the start failed: no memory for the probe"
+        assert report["refusal"].startswith(
+            "the proof at the start could not be run: no memory for the probe (the option 'probe'"
+        )
         assert report["largest_error"] is None
         assert engine.generate(TOKENS, 4) == completion
 

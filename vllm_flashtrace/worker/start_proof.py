@@ -118,9 +118,10 @@ def _prepared(runner: Any, limit: float | None) -> Proof | None:
 def default_limit(model: TracedModel, config: Any) -> float:
     """The largest error with which a model is traced, by the coarsest numbers it computes with.
 
-    Five to fifty times what a model shows that is traced correctly: a kernel rounds each attention weight, the
-    attention output and the block's output to the model's type, which is half a unit in the last
-    place (2^-9 in bfloat16, 2^-12 in float16) each, and with an fp8 cache the weights to fp8.
+    Five to fifty times what a model shows that is traced correctly: a kernel rounds each attention
+    weight, the attention output and the block's output to the model's type, which is half a unit in
+    the last place (2^-9 in bfloat16, 2^-12 in float16) each, and with an fp8 cache the weights to
+    fp8.
     """
     if any(layer.attention.kv_cache_dtype.startswith("fp8") for layer in model.layers):
         return _FP8_CACHE_LIMIT
@@ -209,7 +210,10 @@ class Proof:
 
     def _refusal(self) -> str | None:
         if self._failure is not None:
-            return f"the proof at the start failed: {self._failure}"
+            return (
+                f"the proof at the start could not be run: {self._failure} (the option 'probe' set "
+                "to false starts without it)"
+            )
         wrong = (self.errors > self._limit).nonzero()
         if not len(wrong):
             return None
