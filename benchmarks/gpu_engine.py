@@ -8,6 +8,7 @@ file is written after every measurement, and one that fails leaves those before 
 
 - latency: seconds of a K = 1 attribution over those of prefilling as many tokens behind the same
   cached prefix without a trace;
+- hops: attributions of 0, 1 and 4 hops, each with a prefill of its own and all from one;
 - graphs: the CUDA graph mode of every step while requests decode, alone and beside a trace. Steps
   that hold target rows of a trace must be the only ones without a graph;
 - batch: requests per second of a batch that is attributed over one that is not;
@@ -99,6 +100,7 @@ class Sizes:
 
     Attributes:
         cases: Contexts, reasoning and output tokens of attributions.
+        hops: The case that is attributed with several hops.
         decoding: Requests at once, prompt tokens, new tokens.
         batch: The same, of the batch that is attributed or not.
         graphs: Requests that decode, context and target rows of the trace beside them.
@@ -106,6 +108,7 @@ class Sizes:
     """
 
     cases: tuple[str, ...]
+    hops: str
     decoding: tuple[tuple[int, int, int], ...]
     batch: tuple[int, int, int]
     graphs: tuple[int, int, int]
@@ -114,6 +117,7 @@ class Sizes:
 
 FULL = Sizes(
     cases=("2048,256,128", "8192,1024,256", "32768,1024,512", "32768,16384,512"),
+    hops="8192,1024,256",
     decoding=((1, 32, 256), (64, 32, 256)),
     batch=(64, 512, 256),
     graphs=(16, 8192, 512),
@@ -121,6 +125,7 @@ FULL = Sizes(
 )
 TINY = Sizes(
     cases=("300,60,20",),
+    hops="300,60,20",
     decoding=((2, 16, 16),),
     batch=(3, 64, 24),
     graphs=(2, 400, 40),
@@ -203,6 +208,8 @@ def _measure(
         for case in sizes.cases:
             result["latency"].append(ours.ask("latency", case, options.repeats))
             save()
+        result["hops"] = ours.ask("hops", sizes.hops, options.repeats)
+        save()
         result["graphs"] = ours.ask("graph_modes", *sizes.graphs)
         result["batch"] = _batch(ours, sizes, options.repeats)
         save()
@@ -285,6 +292,7 @@ def show(result: dict[str, Any]) -> None:
     single = [result["batch"]] if "batch" in result else []
     for title, rows in (
         ("K = 1 attribution to its floor", result.get("latency")),
+        ("Further hops, each with a prefill or all from one", result.get("hops")),
         ("Batch, attributed to not", single),
         ("Decoding without traces, plugin to stock", result.get("decoding")),
     ):

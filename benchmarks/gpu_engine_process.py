@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hops import measure as measure_hops
 from benchmarks.trace_latency import Bench, Case, attribute_together
 from tests.engine.harness import Engine, TraceJob
 from vllm_flashtrace.core.weights import TargetWeights
@@ -187,6 +188,16 @@ class Measures:
         row = Bench(self._engine, case, self._tokens(case.context)).row(repeats)
         kept = ("extra_mb", "prefill_seconds", "transport_seconds")
         return {name: value for name, value in row.items() if name not in kept}
+
+    def hops(self, text: str, repeats: int) -> list[dict[str, Any]]:
+        """What further hops cost, see `benchmarks.hops`.
+
+        Args:
+            text: A case of `benchmarks.trace_latency`.
+            repeats: Rounds.
+        """
+        case = Case.parse(text)
+        return measure_hops(Bench(self._engine, case, self._tokens(case.context)), repeats)
 
     def batch(self, requests: int, prompt: int, new_tokens: int, traced: bool) -> float:
         """Requests per second of a batch of completions, with or without attributions."""
