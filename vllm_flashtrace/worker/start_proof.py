@@ -118,9 +118,10 @@ def _prepared(runner: Any, limit: float | None) -> Proof | None:
 def default_limit(model: TracedModel, config: Any) -> float:
     """The largest error with which a model is traced, by the coarsest numbers it computes with.
 
-    Five to fifty times what a model shows that is traced correctly: a kernel rounds each attention weight, the
-    attention output and the block's output to the model's type, which is half a unit in the last
-    place (2^-9 in bfloat16, 2^-12 in float16) each, and with an fp8 cache the weights to fp8.
+    Five to fifty times what a model shows that is traced correctly. A kernel rounds each attention
+    weight, the attention output and the block's output to the model's type, by up to half a unit in
+    the last place (2^-9 in bfloat16, 2^-12 in float16); with an fp8 cache it may round the weights
+    to fp8.
     """
     if any(layer.attention.kv_cache_dtype.startswith("fp8") for layer in model.layers):
         return _FP8_CACHE_LIMIT
