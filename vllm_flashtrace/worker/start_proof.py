@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import SamplingParams
-from vllm.distributed.parallel_state import get_tp_group, get_world_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from vllm_flashtrace.base.errors import FlashTraceError, in_one_line
@@ -404,6 +404,12 @@ def _execute(worker: Any, token_ids: list[int], blocks: list[int]) -> None:
     removal = SchedulerOutput.make_empty()
     removal.num_common_prefix_blocks = [0] * groups
     removal.finished_req_ids = {_REQUEST}
+    runner = worker.model_runner
+    if not get_pp_group().is_first_rank and getattr(runner, "intermediate_tensors", 0) is None:
+        # A V1 runner makes it when it profiles, which vLLM's CPU worker in eager mode does not.
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
     try:
         if worker.execute_model(step) is None:
             worker.sample_tokens(None)
