@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import SamplingParams
-from vllm.distributed.parallel_state import get_tp_group, get_world_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from vllm_flashtrace.base.errors import FlashTraceError, in_one_line
@@ -118,10 +118,10 @@ def _prepared(runner: Any, limit: float | None) -> Proof | None:
 def default_limit(model: TracedModel, config: Any) -> float:
     """The largest error with which a model is traced, by the coarsest numbers it computes with.
 
-    Five to fifty times what a model shows that is traced correctly: a kernel rounds each attention
-    weight, the attention output and the block's output to the model's type, which is half a unit in
-    the last place (2^-9 in bfloat16, 2^-12 in float16) each, and with an fp8 cache the weights to
-    fp8.
+    Five to fifty times what a model shows that is traced correctly. A kernel rounds each attention
+    weight, the attention output and the block's output to the model's type, by up to half a unit in
+    the last place (2^-9 in bfloat16, 2^-12 in float16); with an fp8 cache it may round the weights
+    to fp8.
     """
     if any(layer.attention.kv_cache_dtype.startswith("fp8") for layer in model.layers):
         return _FP8_CACHE_LIMIT
@@ -407,6 +407,12 @@ def _execute(worker: Any, token_ids: list[int], blocks: list[int]) -> None:
     removal = SchedulerOutput.make_empty()
     removal.num_common_prefix_blocks = [0] * groups
     removal.finished_req_ids = {_REQUEST}
+    runner = worker.model_runner
+    if not get_pp_group().is_first_rank and getattr(runner, "intermediate_tensors", 0) is None:
+        # A V1 runner makes it when it profiles, which vLLM's CPU worker in eager mode does not.
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
     try:
         if worker.execute_model(step) is None:
             worker.sample_tokens(None)
