@@ -14,7 +14,7 @@ from tests.gpu.test_fp8_cache import SCALES, layers, quantize_queries
 from tests.gpu.v2_engine import V2Engine, apply_patches, v2_engine
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import worker_report
-from vllm_flashtrace.worker.start_proof import prove
+from vllm_flashtrace.worker.start_proof import default_limit, prove
 
 
 def worker(engine: V2Engine) -> Any:
@@ -75,3 +75,21 @@ def test_an_fp8_cache(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
             with monkeypatch.context() as patch:
                 patch.setattr(layers(engine)[1], f"{name}_float", 1.5 * SCALES[name])
                 assert "failed in layer 1" in proof(engine)["refusal"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "cache", "limit"),
+    [
+        ("cpu", torch.float32, "auto", 1e-4),
+        ("cuda", torch.float32, "auto", 1e-2),  # TF32.
+        ("cuda", torch.bfloat16, "auto", 3e-2),
+        ("cuda", torch.float32, "fp8_e5m2", 0.1),
+    ],
+)
+def test_the_limit_goes_by_the_coarsest_numbers(
+    device: str, dtype: torch.dtype, cache: str, limit: float
+) -> None:
+    layer = SimpleNamespace(attention=SimpleNamespace(kv_cache_dtype=cache))
+    model: Any = SimpleNamespace(device=torch.device(device), layers=[layer])
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
+    assert default_limit(model, config) == limit

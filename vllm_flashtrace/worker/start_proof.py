@@ -55,6 +55,7 @@ _SEED = 2602
 _REQUEST = "flashtrace-probe"
 
 _LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_TF32_LIMIT = 1e-2
 _FP8_CACHE_LIMIT = 0.1
 
 # What is measured, in the order of computation, and what a failure means.
@@ -121,10 +122,13 @@ def default_limit(model: TracedModel, config: Any) -> float:
     Five to fifty times what a model shows that is traced correctly. A kernel rounds each attention
     weight, the attention output and the block's output to the model's type, by up to half a unit in
     the last place (2^-9 in bfloat16, 2^-12 in float16); with an fp8 cache it may round the weights
-    to fp8.
+    to fp8. In float32 on a GPU, vLLM's Triton kernels round what they multiply to TF32, whose
+    fractions are those of float16.
     """
     if any(layer.attention.kv_cache_dtype.startswith("fp8") for layer in model.layers):
         return _FP8_CACHE_LIMIT
+    if config.model_config.dtype == torch.float32 and model.device.type == "cuda":
+        return _TF32_LIMIT
     return _LIMITS.get(config.model_config.dtype, _LIMITS[torch.bfloat16])
 
 
