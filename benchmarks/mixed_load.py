@@ -270,7 +270,9 @@ def tally(requests: Sequence[MixedRequest]) -> list[dict[str, Any]]:
     for request in requests:
         row = kinds.setdefault(request.kind, Counter())
         row.update({"requests": 1, "faults": int(bool(request.fault))})
-        if request.status is None and not request.fault:
+        if request.fault:
+            continue
+        if request.status is None:
             row["client left"] += 1
             continue
         for attribution in request.found.values():
@@ -327,7 +329,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kv-cache-memory-bytes=1G",
         "--worker-extension-cls=benchmarks.mixed_load.FailSome",
     ]
-    config = {"result_ttl_seconds": 5.0, "max_stored_attributions": 10_000}
+    # Deferred ones are fetched at the end, however slow the machine is.
+    config = {
+        "result_ttl_seconds": 5.0,
+        "stored_ttl_seconds": 86_400.0,
+        "max_stored_attributions": 10_000,
+    }
     env = {**DEV_MODE, "PYTHONPATH": str(Path(__file__).parents[1])}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
