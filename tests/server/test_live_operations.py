@@ -16,6 +16,7 @@ from tests.server.live_server import (
     PLAIN_REQUESTS,
     Server,
     ask,
+    assert_same,
     metric_names,
     openapi,
     serve,
@@ -116,8 +117,8 @@ def switched_off(
 
 
 def test_switched_off_the_server_is_stock_vllm(switched_off, stock_surface):
-    answers = [ask(switched_off, path, body) for path, body in PLAIN_REQUESTS]
-    assert answers == stock_surface["answers"]
+    for (path, body), stock in zip(PLAIN_REQUESTS, stock_surface["answers"], strict=True):
+        assert_same(ask(switched_off, path, body), stock)
     assert metric_names(switched_off) == stock_surface["metrics"]
     assert openapi(switched_off) == stock_surface["openapi"]
     assert httpx.get(f"{switched_off.url}/v1/attributions/status").status_code == 404
