@@ -222,6 +222,10 @@ class FurtherHops:
     hops: int
     threshold: float = 0.0
 
+    def rows(self, target: TargetWeights) -> Tensor:
+        """Positions that a first hop with this target or any later one weighs, ascending."""
+        return torch.cat([target.positions, self.positions]).unique()
+
     def after(self, scores: Tensor, mass: float) -> tuple[TargetWeights | None, float]:
         """The target of the hop after one that has run.
 

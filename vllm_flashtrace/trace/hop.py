@@ -15,7 +15,6 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
@@ -59,7 +58,7 @@ def kept_rows(plan: TracePlan, budget: AccumulatorBudget | None) -> int:
         return 0
     if "layers" in plan.request.include:
         return 0
-    rows = len(torch.cat([further.positions, weights.positions]).unique())
+    rows = len(further.rows(weights))
     return rows if budget.keeps(len(plan.token_ids), rows) else 0
 
 

@@ -99,10 +99,8 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
     @property
     def kept_rows(self) -> int:
         """Rows that the worker keeps for further hops, the target's included."""
-        if not self.hops:
-            return 0
-        parts = [tensor_of(part, torch.int32) for part in (self.positions, self.followed)]
-        return len(torch.cat(parts).unique())
+        further = self.further_hops()
+        return 0 if further is None else len(further.rows(self.target_weights()))
 
     def further_hops(self) -> FurtherHops | None:
         """What is to follow the first hop; raises ValueError when malformed."""

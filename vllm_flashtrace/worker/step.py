@@ -319,7 +319,7 @@ class Trace:
         self.rows: KeptRows | None = None
         self.first = self.target.first
         if self.further is not None:
-            positions = torch.cat([self.target.positions, self.further.positions]).unique()
+            positions = self.further.rows(self.target)
             self.rows = model.keep_rows(positions)
             self.first = int(positions[0])
         self.next_position = 0
