@@ -270,13 +270,12 @@ def tally(requests: Sequence[MixedRequest]) -> list[dict[str, Any]]:
     for request in requests:
         row = kinds.setdefault(request.kind, Counter())
         row.update({"requests": 1, "faults": int(bool(request.fault))})
-        if request.fault:
-            continue
-        if request.status is None:
+        if request.status is None and not request.fault:
             row["client left"] += 1
             continue
         for attribution in request.found.values():
-            row[attribution["status"]] += 1
+            # What a fault left here may be no attribution.
+            row[attribution.get("status", "no attribution")] += 1
             if (code := (attribution.get("error") or {}).get("code")) is not None:
                 row[code] += 1
     total = sum(kinds.values(), Counter())
