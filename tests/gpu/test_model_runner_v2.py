@@ -21,7 +21,7 @@ from tests.gpu.v2_engine import (
     v2_engine,
 )
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.core.hops import FurtherHops
+from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import runner as adapter
@@ -46,7 +46,7 @@ def test_further_hops(engine: V2Engine, float64_llama: Any, spans: Any) -> None:
     followed = TargetWeights.from_spans(spans).positions
     further = FurtherHops(followed, hops=2)
     target = traced(100, (70, 80), (90, 100))
-    spec = TraceSpec.create(target.weights, 100, exact_fraction=1.0, further=further)
+    spec = TraceSpec.create([TracedTarget(target.weights, further)], 100, exact_fraction=1.0)
     trace = dataclasses.replace(target, spec=spec)
     engine.step({"trace": 50}, new={"trace": trace.new})
     engine.step({"trace": 25, "other": 30}, new={"other": untraced(30, 1)})

@@ -285,7 +285,7 @@ class Proof:
             for position in self._positions:
                 weights = TargetWeights.from_mapping({position: 1.0})
                 spec = TraceSpec.create(weights, len(self._token_ids), exact_fraction=1.0)
-                self._traces[str(position)] = Trace(spec, weights, self._model)
+                self._traces[str(position)] = Trace(spec, self._model)
             rows = [dataclasses.replace(row, req_id=req_id) for req_id in self._traces]
             step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
             self._table = row.block_table
