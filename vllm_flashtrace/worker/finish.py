@@ -99,7 +99,7 @@ def measure(
 def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[str, Measured]:
     traces = [segment.trace for segment in segments]
     recorded = traces[0].clock.mark()
-    _complete_sums(traces)
+    _complete_sums(traces, model)
     size = (len(traces), 2, model.shape.num_layers)
     results = torch.empty(size, dtype=torch.float64, device=model.device)
     inputs = [
@@ -121,11 +121,13 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     }
 
 
-def _complete_sums(traces: Sequence[Trace]) -> None:
+def _complete_sums(traces: Sequence[Trace], model: TracedModel) -> None:
     """Makes ``x`` of all layers the sums of the stream behind the blocks."""
     lacking = [trace for trace in traces if trace.stream_lacks_residual]
     if lacking:
-        streams = [trace.sums.stream for trace in lacking]
+        streams, gains = [trace.sums.stream for trace in lacking], model.gains()
+        if gains is not None:
+            torch._foreach_mul_(streams, [gains] * len(streams))
         torch._foreach_add_(streams, [trace.sums.residual for trace in lacking])
     for trace in lacking:
         trace.stream_lacks_residual = False
