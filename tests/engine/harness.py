@@ -141,12 +141,15 @@ class Engine:
 
     def run(self) -> None:
         while self.llm.llm_engine.has_unfinished_requests():
-            self._step()
+            self.step()
 
-    def _step(self) -> None:
-        for output in self.llm.llm_engine.step():
+    def step(self) -> list[Any]:
+        """One step of the engine, in whose outputs those of traces are noted."""
+        outputs: list[Any] = self.llm.llm_engine.step()
+        for output in outputs:
             if nonce := self._nonces.pop(output.request_id, None):
                 self._outputs[nonce] = output
+        return outputs
 
     def step_until(self, condition: Callable[[], bool]) -> None:
         """The engine core steps by itself; this waits, draining its outputs."""

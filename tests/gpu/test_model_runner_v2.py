@@ -99,7 +99,7 @@ def test_normed_blocks(
     monkeypatch.setattr(gpu_model, "KEPT_ROWS", kept)
     further = FurtherHops(TargetWeights.from_spans(spans).positions, hops=1)
     other, target = traced(100, (58, 64), (90, 100), seed=1), traced(100, (70, 80), (90, 100))
-    spec = TraceSpec.create(target.weights, 100, exact_fraction=1.0, further=further)
+    spec = TraceSpec.create([TracedTarget(target.weights, further)], 100, exact_fraction=1.0)
     trace = dataclasses.replace(target, spec=spec)
     with v2_engine(folder, monkeypatch) as loaded:
         apply_patches(monkeypatch)

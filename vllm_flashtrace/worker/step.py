@@ -412,7 +412,8 @@ class Trace:
                 )
             self._restart(row.start)
         self.next_position = row.stop
-        self.recomputed_tokens += row.stop - row.start
+        # Behind the last token there may be places for drafts.
+        self.recomputed_tokens += min(row.stop, self.spec.length) - row.start
         if self.rows is not None:  # They are weighed when all of them are there.
             positions, weights = self.rows.positions, self.rows.unweighed
         else:
