@@ -202,8 +202,10 @@ class TracedModel(ABC):
 
     def gains(self) -> Tensor | None:
         """`gain` of all layers, float32 ``[L, D]``; None where blocks have no norms."""
+        if not self.normed:
+            return None
         gains = [self.gain(layer) for layer in range(len(self.layers))]
-        return torch.stack([gain for gain in gains if gain is not None]) if self.normed else None
+        return torch.stack([gain for gain in gains if gain is not None])
 
     @abstractmethod
     def attention_form(self, layer: int) -> AttentionForm:
