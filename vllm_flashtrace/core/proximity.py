@@ -8,8 +8,8 @@ residual entering the attention block and ``x`` the stream after it,
 
 The residual counts in the denominator only.
 
-Where the output ``u_i = sum_jh alpha^h_ij v_j^h W_O^h + b`` of the attention block passes an RMSNorm
-before it is added to the stream,
+Where the output ``u_i = sum_jh alpha^h_ij v_j^h W_O^h + b`` of the attention block passes an
+RMSNorm before it is added to the stream,
 
     x_mid_i - x_prev_i = gamma * u_i / rms_i,    rms_i = sqrt(mean(u_i^2) + epsilon)
 
