@@ -24,7 +24,7 @@ from tests.gpu.v2_engine import (
 from tests.oracle import as_float64
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
-from vllm_flashtrace.core.hops import FurtherHops
+from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import gpu_model, taps
@@ -49,7 +49,7 @@ def test_further_hops(engine: V2Engine, float64_llama: Any, spans: Any) -> None:
     followed = TargetWeights.from_spans(spans).positions
     further = FurtherHops(followed, hops=2)
     target = traced(100, (70, 80), (90, 100))
-    spec = TraceSpec.create(target.weights, 100, exact_fraction=1.0, further=further)
+    spec = TraceSpec.create([TracedTarget(target.weights, further)], 100, exact_fraction=1.0)
     trace = dataclasses.replace(target, spec=spec)
     engine.step({"trace": 50}, new={"trace": trace.new})
     engine.step({"trace": 25, "other": 30}, new={"other": untraced(30, 1)})
@@ -99,7 +99,7 @@ def test_normed_blocks(
     monkeypatch.setattr(gpu_model, "KEPT_ROWS", kept)
     further = FurtherHops(TargetWeights.from_spans(spans).positions, hops=1)
     other, target = traced(100, (58, 64), (90, 100), seed=1), traced(100, (70, 80), (90, 100))
-    spec = TraceSpec.create(target.weights, 100, exact_fraction=1.0, further=further)
+    spec = TraceSpec.create([TracedTarget(target.weights, further)], 100, exact_fraction=1.0)
     trace = dataclasses.replace(target, spec=spec)
     with v2_engine(folder, monkeypatch) as loaded:
         apply_patches(monkeypatch)

@@ -81,7 +81,7 @@ class Model:
 
 def segment_of(model: Model, tokens: int, number: int) -> Any:
     weights = TargetWeights.from_spans([(tokens - 2, tokens)])
-    trace = Trace(TraceSpec.create(weights, tokens, exact_fraction=1.0), weights, model)  # type: ignore[arg-type]
+    trace = Trace(TraceSpec.create(weights, tokens, exact_fraction=1.0), model)  # type: ignore[arg-type]
     trace.stream_lacks_residual = True
     table = torch.zeros(-(-tokens // 16), dtype=torch.int32, device=META)
     row = types.SimpleNamespace(req_id=str(number), block_table=table)

@@ -125,6 +125,8 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
 
     With pipeline parallelism these are the layers of its stage.
 
+    Layers of a model that drafts tokens for this one are none of them.
+
     Raises:
         UnsupportedModelError: A layer uses a feature that cannot be traced exactly, or its
             structure cannot be read; the message says what was not found.
@@ -133,6 +135,8 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     names = {id(module): name for name, module in modules.items()}
     layers = []
     for context_name, attention in config.compilation_config.static_forward_context.items():
+        if config.speculative_config is not None and id(attention) not in names:
+            continue
         if isinstance(attention, MLAAttention):
             raise UnsupportedModelError(
                 f"traces are not supported with multi-head latent attention (MLA) ({context_name})"
@@ -195,7 +199,10 @@ def check_config(config: VllmConfig) -> None:
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
-        "speculative decoding": config.speculative_config is not None,
+        # It moves rows of the batch on the device alone.
+        "adaptive verification of drafts": bool(
+            getattr(config.speculative_config, "enable_adaptive_verification", False)
+        ),
         "KV transfer": config.kv_transfer_config is not None,
         "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
         "a pooling model": config.model_config.runner_type != "generate",

@@ -164,10 +164,11 @@ class Proof:
             PROBE_TOKENS,
             config.scheduler_config.max_num_batched_tokens,
             config.model_config.max_model_len - 1,
-            (cache.num_blocks - 1) * block_size,
+            (cache.num_blocks - 1) * block_size - config.num_lookahead_tokens,
         )
-        # Block 0 stays empty in vLLM.
-        self._blocks = list(range(1, 1 - (-length // block_size)))
+        # Block 0 stays empty in vLLM; a model that drafts writes behind the last token.
+        written = length + config.num_lookahead_tokens
+        self._blocks = list(range(1, 1 - (-written // block_size)))
         ids = torch.Generator().manual_seed(_SEED)
         vocabulary = config.model_config.get_vocab_size()
         self._token_ids = torch.randint(vocabulary, (length,), generator=ids).tolist()
@@ -262,7 +263,10 @@ class Proof:
         """Leaves the probe's KV blocks as they were."""
         ids = torch.tensor(self._blocks, dtype=torch.int32)
         kernel_ids = kernel_block_table(ids, self._runner.attn_groups[0]).long()
-        caches = [layer.attention.kv_cache for layer in self._model.layers]
+        context = self._runner.vllm_config.compilation_config.static_forward_context
+        # A model that drafts has layers in the group as well.
+        [group] = self._runner.kv_cache_config.kv_cache_groups
+        caches = [context[name].kv_cache for name in group.layer_names]
         bits = [cache.view(torch.uint8) if cache.itemsize == 1 else cache for cache in caches]
         kernel_ids = kernel_ids.to(bits[0].device)
         kept = [cache[kernel_ids] for cache in bits]
@@ -292,7 +296,7 @@ class Proof:
             for position in self._positions:
                 weights = TargetWeights.from_mapping({position: 1.0})
                 spec = TraceSpec.create(weights, len(self._token_ids), exact_fraction=1.0)
-                self._traces[str(position)] = Trace(spec, weights, self._model)
+                self._traces[str(position)] = Trace(spec, self._model)
             rows = [dataclasses.replace(row, req_id=req_id) for req_id in self._traces]
             step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
             self._table = row.block_table
@@ -484,6 +488,7 @@ def _execute(worker: Any, token_ids: list[int], blocks: list[int]) -> None:
     groups = len(worker.model_runner.kv_cache_config.kv_cache_groups)
     step = SchedulerOutput.make_empty()
     step.num_common_prefix_blocks = [0] * groups
+    step.num_spec_tokens_to_schedule = worker.vllm_config.num_speculative_tokens
     step.scheduled_new_reqs = [
         NewRequestData(
             req_id=_REQUEST,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
+from vllm_flashtrace.core.hops import rows_of
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import (
     Accumulators,
@@ -314,9 +315,9 @@ class Trace:
     Attributes:
         spec: What was asked for.
         adapter: Id of the LoRA adapter that the request is computed with, or None.
-        target: Weights of the first hop, that sum to 1.
-        further: What hops are to follow it, or None.
-        rows: Where its rows are kept for that, or None.
+        targets: What is explained.
+        target: Weights of the only hop, that sum to 1; None where rows are kept.
+        rows: Where its rows are kept for several hops or targets, or None.
         first: Lowest position to be recorded.
         context: Number of tokens up to the last target.
         next_position: Where the next chunk is expected to begin.
@@ -336,21 +337,22 @@ class Trace:
     def __init__(
         self,
         spec: TraceSpec,
-        weights: TargetWeights,
         model: TracedModel,
         adapter: int | None = None,
     ) -> None:
         self.spec = spec
         self.adapter = adapter
-        self.target = weights.normalised()
-        self.context = self.target.last + 1
-        self.further = spec.further_hops()
+        self.targets = spec.traced_targets()
+        self.context = max(target.weights.last for target in self.targets) + 1
+        self.target: TargetWeights | None = None
         self.rows: KeptRows | None = None
-        self.first = self.target.first
-        if self.further is not None:
-            positions = self.further.rows(self.target)
+        if spec.keeps_rows:
+            positions = rows_of(self.targets)
             self.rows = model.keep_rows(positions)
             self.first = int(positions[0])
+        else:
+            self.target = self.targets[0].weights.normalised()
+            self.first = self.target.first
         self.next_position = 0
         self.cached_tokens = 0
         self.recomputed_tokens = 0
@@ -410,10 +412,13 @@ class Trace:
                 )
             self._restart(row.start)
         self.next_position = row.stop
-        self.recomputed_tokens += row.stop - row.start
-        positions, weights = self.target.positions, self.target.weights
+        # Behind the last token there may be places for drafts.
+        self.recomputed_tokens += min(row.stop, self.spec.length) - row.start
         if self.rows is not None:  # They are weighed when all of them are there.
             positions, weights = self.rows.positions, self.rows.unweighed
+        else:
+            assert self.target is not None
+            positions, weights = self.target.positions, self.target.weights
         # NumPy, because this is done for every trace of every step.
         first, last = positions.numpy().searchsorted((row.start, row.stop)).tolist()
         if first == last:
@@ -615,8 +620,8 @@ def _new_scales(layers: int, rows: int, device: torch.device) -> Tensor:
 class KeptRows:
     """What a trace's rows brought, so that any weights can be given to them when all are there.
 
-    Each hop over the reasoning weighs the same rows anew, by the scores of the hop before. With
-    these and the keys and values in the cache, no hop but the first needs a prefill.
+    Each hop over the reasoning weighs the same rows anew, by the scores of the hop before, and each
+    target rows of its own. With these and the keys and values in the cache, one prefill is enough.
 
     Attributes:
         positions: int64 ``[R]``, ascending, on the CPU.
