@@ -35,7 +35,7 @@ class Model:
         self.proximities = proximities
         self.calls = 0
 
-    batched = True
+    batched, normed = True, False
 
     def replace_by_proximities(self, traces: Any, adapter: int | None) -> None:
         self.calls += 1
