@@ -35,7 +35,7 @@ class Model:
         self.proximities = proximities
         self.calls = 0
 
-    batched = True
+    batched, normed = True, False
 
     def gains(self) -> None:
         """Its blocks have no norms."""

@@ -65,7 +65,7 @@ class Launches(TorchDispatchMode):
 class Model:
     """A GPU model as far as the end of traces goes."""
 
-    batched, device, clock = True, META, HostClock()
+    batched, normed, device, clock = True, False, META, HostClock()
 
     def __init__(self, shape: ModelShape, dim: int, dtype: torch.dtype) -> None:
         self.shape = shape

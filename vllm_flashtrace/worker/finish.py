@@ -125,9 +125,9 @@ def _complete_sums(traces: Sequence[Trace], model: TracedModel) -> None:
     """Makes ``x`` of all layers the sums of the stream behind the blocks."""
     lacking = [trace for trace in traces if trace.stream_lacks_residual]
     if lacking:
-        streams, gains = [trace.sums.stream for trace in lacking], model.gains()
-        if gains is not None:
-            torch._foreach_mul_(streams, [gains] * len(streams))
+        streams = [trace.sums.stream for trace in lacking]
+        if model.normed:
+            torch._foreach_mul_(streams, [model.gains()] * len(streams))
         torch._foreach_add_(streams, [trace.sums.residual for trace in lacking])
     for trace in lacking:
         trace.stream_lacks_residual = False

