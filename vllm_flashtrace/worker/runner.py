@@ -475,10 +475,11 @@ def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torc
 
     vLLM's KV cache manager and its runners count blocks of the cache's block size. A backend whose
     kernels need smaller blocks reads a cache that is viewed in such kernel blocks, through a table
-    that its ``AttentionGroup`` derives when metadata is built. This derives the same table.
+    that its ``AttentionGroup`` derives when metadata is built. This derives the same table. In vLLM
+    0.31 groups have no such size: the runners' tables count kernel blocks already.
 
     Args:
-        block_table: int32 ``[..., blocks]``, ids of the manager's blocks.
+        block_table: int32 ``[..., blocks]``, as the runner has it.
         groups: The ``AttentionGroup`` objects of the one KV cache group.
 
     Returns:
@@ -489,6 +490,8 @@ def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torc
         UnsupportedModelError: Layers differ in the size of their kernel blocks, or the blocks of
             other layers lie between those of one.
     """
+    if not any(hasattr(group, "kernel_block_size") for group in groups):
+        return block_table
     if len({group.kernel_block_size for group in groups}) != 1:
         raise UnsupportedModelError(
             "traces are not supported with layers whose kernels use blocks of different sizes"

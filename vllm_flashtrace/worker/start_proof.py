@@ -40,7 +40,6 @@ from vllm_flashtrace.worker.runner import (
     PROOF_ATTRIBUTE,
     StepObserver,
     capturing,
-    kernel_block_table,
     log_refusal,
     runner_model,
 )
@@ -254,20 +253,20 @@ class Proof:
     @contextmanager
     def _blocks_kept(self) -> Iterator[None]:
         """Leaves the probe's KV blocks as they were."""
-        ids = torch.tensor(self._blocks, dtype=torch.int32)
-        kernel_ids = kernel_block_table(ids, self._runner.attn_groups[0]).long()
         context = self._runner.vllm_config.compilation_config.static_forward_context
         # A model that drafts has layers in the group as well.
-        [group] = self._runner.kv_cache_config.kv_cache_groups
+        config = self._runner.kv_cache_config
+        [group] = config.kv_cache_groups
         caches = [context[name].kv_cache for name in group.layer_names]
         bits = [cache.view(torch.uint8) if cache.itemsize == 1 else cache for cache in caches]
-        kernel_ids = kernel_ids.to(bits[0].device)
-        kept = [cache[kernel_ids] for cache in bits]
+        # Kernels may see each block as several.
+        places = [_parts(self._blocks, len(cache) // config.num_blocks, cache.device) for cache in bits]
+        kept = [cache[where] for cache, where in zip(bits, places, strict=True)]
         try:
             yield
         finally:
-            for cache, before in zip(bits, kept, strict=True):
-                cache[kernel_ids] = before
+            for cache, where, before in zip(bits, places, kept, strict=True):
+                cache[where] = before
 
     # --- in the place of a `RunnerCapture` ---
 
@@ -438,6 +437,12 @@ def _on_all_workers(ready: bool) -> bool:
     flag = torch.tensor([int(ready)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=world.cpu_group)
     return bool(flag)
+
+
+def _parts(blocks: Sequence[int], parts: int, device: torch.device) -> Tensor:
+    """Ids of the equal parts of blocks, int64."""
+    ids = torch.tensor(blocks, device=device)[:, None] * parts
+    return (ids + torch.arange(parts, device=device)).flatten()
 
 
 def _padded(sums: Tensor, length: int) -> Tensor:
