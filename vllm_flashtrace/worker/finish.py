@@ -104,14 +104,15 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     inputs = [
         ProximityTrace(
             segment.trace.sums,
-            segment.batch_row.block_table,
+            segment.batch_row.block_tables[0],
             totals,
             residual,
             segment.trace.spec.exact_fraction,
         )
         for segment, (totals, residual) in zip(segments, results, strict=True)
     ]
-    model.replace_by_proximities(inputs, traces[0].adapter)
+    tables = [segment.batch_row.block_tables for segment in segments]
+    model.replace_by_proximities(inputs, tables, traces[0].adapter)
     return {
         segment.batch_row.req_id: Measured(
             segment.trace, one.sums.column_sums[:, 0], one.totals, one.residual, recorded
@@ -226,7 +227,7 @@ def run_hops(segment: Segment, model: TracedModel, buffers: HostBuffers) -> Fini
         for sums in trace.sums:
             sums.zero_()
         trace.stream_lacks_residual = lacking
-        rows = kept.weighed(target, segment.batch_row.block_table, trace.sums)
+        rows = kept.weighed(target, segment.batch_row.block_tables[0], trace.sums)
         hop = Segment(trace, segment.batch_row, rows)
         group = RowGroup([hop], model.plan_rows([rows]), model.clock)
         group.run(lambda group: model.weigh(kept, group), timed=True)
