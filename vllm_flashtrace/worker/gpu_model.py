@@ -79,18 +79,23 @@ class GPUTracedModel(TracedModel):
             self._check_projection(layer)
             self._reading(index)
 
-    def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
-        """See `TracedModel`; queries ``[tokens, H * d]`` will do."""
+    def add_column_sums(
+        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+    ) -> None:
+        """See `TracedModel`."""
+        keys = self._keys(layer)
+        rows = group.rows_in(self.cache_groups.places[layer], rows)
+        inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales)
+        paged_column_sums(inputs, layer)
+
+    def heads_of(self, layer: int, query: Tensor) -> Tensor:
+        """See `TracedModel`."""
         attention: Any = self.layers[layer].attention
         if (query.dtype in _FP8) != (attention.query_quant is not None):
             raise TraceError(
                 "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
             )
-        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, attention.head_size))
-        if group.kept is None or not group.kept.keep(layer, heads):
-            keys = self._keys(layer)
-            rows = group.rows_in(self.cache_groups.places[layer])
-            paged_column_sums(AttentionInputs(heads, keys.key_cache, rows, keys.form), layer)
+        return super().heads_of(layer, query)
 
     def add_kept_column_sums(self, group: RowGroup) -> None:
         """See `TracedModel`."""
@@ -102,7 +107,8 @@ class GPUTracedModel(TracedModel):
             return
         with touching_sums():
             for place in range(len(self.cache_groups.numbers)):
-                own = KeptQueries(group.rows_in(place), kept.queries, kept.room)
+                rows = group.rows_in(place, group.rows)
+                own = KeptQueries(rows, kept.queries, kept.room, kept.scales)
                 own.layers = [i for i in self.cache_groups.layers(place) if i in kept.layers]
                 if own.layers:
                     add_kept_column_sums(own, [self._keys(layer) for layer in own.layers])
@@ -125,11 +131,11 @@ class GPUTracedModel(TracedModel):
             return
         with torch.inference_mode(False):
             room = room[: len(room) // 16 * 16].view(torch.float32)
-            group.kept = KeptQueries(rows, kept.queries[:, near], room)
+            scales = None if kept.scales is None else kept.scales[:, near]
+            group.kept = KeptQueries(rows, kept.queries[:, near], room, scales)
         group.kept.layers = list(range(self.shape.num_layers))
         self.add_kept_column_sums(group)
-        for layer in range(self.shape.num_layers):
-            group.add_rows(layer, residual=kept.residual[layer], stream=kept.stream[layer])
+        self.add_kept_rows(kept, group)
 
     def attention_form(self, layer: int) -> AttentionForm:
         """See `TracedModel`."""
@@ -180,9 +186,10 @@ class GPUTracedModel(TracedModel):
         block_tables: Sequence[Sequence[Tensor]],
         adapter: int | None,
     ) -> None:
-        """See `TracedModel`: one call per KV cache group, or with an adapter one per layer."""
+        """See `TracedModel`: one call per KV cache group where kernels read ``W_O`` in place."""
         groups = self.cache_groups
-        each = adapter is not None and any(layer.adapters is not None for layer in self.layers)
+        adapted = adapter is not None and any(layer.adapters is not None for layer in self.layers)
+        each = adapted or self.normed
         if not each and len(groups.numbers) == 1:
             layers = [self._proximity_layer(layer, None) for layer in range(len(self.layers))]
             replace_by_proximities(layers, traces)
@@ -195,7 +202,7 @@ class GPUTracedModel(TracedModel):
                 ]
                 numbers = groups.layers(place)
                 for part in [[layer] for layer in numbers] if each else [numbers]:
-                    # With an adapter each has a matrix of its own while it lasts.
+                    # Else each has a matrix of its own while it lasts.
                     replace_by_proximities([self._proximity_layer(i, adapter) for i in part], own)
 
     def accumulator_limit_bytes(

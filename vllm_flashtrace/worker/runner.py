@@ -381,6 +381,13 @@ class StepObserver:
         except Exception as error:
             self._fail(error)
 
+    def on_block(self, output: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_block(output)
+        except Exception as error:
+            self._fail(error)
+
 
 def _totals_exchange(runner: Any) -> TotalsExchange | None:
     """None where no ranks share the heads; there is one also on a rank that cannot trace."""

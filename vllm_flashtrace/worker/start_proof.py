@@ -4,6 +4,8 @@ A probe of up to 64 random tokens goes through the worker's own `execute_model` 
 KV blocks that nobody holds yet, and is recorded by the code that records traces. Then every layer
 is measured by `core.identity`: the recomputed attention weights against the layer's own attention
 output, and what the heads contribute, through ``M_h``, against what the block added to the stream.
+Where a norm lies between the block and the stream, what was added is not in memory: the decoder
+layer's own code then runs again on the rows' stream and block outputs, up to the addition.
 A model within the limit is traced whatever its name; else it is refused with layer and error.
 
 Nothing of the probe stays: its request is removed, and its KV blocks are as they were. It is greedy
@@ -35,7 +37,7 @@ from vllm_flashtrace.core.identity import attention_error, contribution, identit
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker.layers import cache_groups
+from vllm_flashtrace.worker.layers import TracedLayer, cache_groups
 from vllm_flashtrace.worker.runner import (
     PROOF_ATTRIBUTE,
     StepObserver,
@@ -178,11 +180,13 @@ class Proof:
         self._positions = [length * (row + 1) // rows - 1 for row in range(rows)]
         self._failure: str | None = None
         self._outputs: dict[int, Tensor] = {}
+        self._block_outputs: list[Tensor] = []
         self._traces: dict[str, Trace] = {}
         self._contributed = torch.full(
             (model.shape.num_layers, rows, model.shape.hidden_size), math.nan, dtype=torch.float64
         )
         self._added = self._contributed.clone()
+        self._scales = torch.ones(model.shape.num_layers, rows)
         self._rounded: Tensor | None = None
         self._tables: Sequence[Tensor] = ()
 
@@ -241,6 +245,9 @@ class Proof:
         return {
             "layers": [layers[0].index, layers[-1].index],
             "norms": _distinct(type(layer.norm_behind).__name__ for layer in layers),
+            "block_norms": _distinct(
+                type(layer.block_norm.module).__name__ for layer in layers if layer.block_norm
+            ),
             "query_key_norms": any(
                 hasattr(layer.block, name) for layer in layers for name in ("q_norm", "k_norm")
             ),
@@ -295,12 +302,14 @@ class Proof:
             for position in self._positions:
                 weights = TargetWeights.from_mapping({position: 1.0})
                 spec = TraceSpec.create(weights, len(self._token_ids), exact_fraction=1.0)
-                self._traces[str(position)] = Trace(spec, weights, self._model)
+                self._traces[str(position)] = Trace(spec, self._model)
             rows = [dataclasses.replace(row, req_id=req_id) for req_id in self._traces]
             step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
             self._tables = row.block_tables
             places = [row.first_row + position for position in self._positions]
-            return _ProbeObserver(self._model, step, self.fail, places, self._outputs)
+            return _ProbeObserver(
+                self._model, step, self.fail, places, self._outputs, self._block_outputs
+            )
         except Exception as error:
             log_unexpected("preparing the proof at the start", error)
             self.fail(error)
@@ -314,7 +323,7 @@ class Proof:
             observer.step.flush()
             observer.step.check_complete()
             if self._failure is None:
-                self._measure()
+                self._measure(observer.step)
         except Exception as error:
             log_unexpected("measuring the probe", error)
             self.fail(error)
@@ -326,7 +335,7 @@ class Proof:
     def _fail_trace(self, _: str, error: BaseException) -> None:
         self.fail(error)
 
-    def _measure(self) -> None:
+    def _measure(self, step: StepRecorder) -> None:
         """This rank's attention errors and contributions, and what the blocks have added."""
         model, length = self._model, len(self._token_ids)
         traces = list(self._traces.values())
@@ -335,19 +344,46 @@ class Proof:
             torch.stack([getattr(trace.sums, name) for trace in traces], dim=1).cpu()
             for name in ("residual", "stream")
         )
-        # A block's output has the model's type, the difference of two rounded streams has not.
-        self._added = stream.to(self._dtype) if seen_as_update else stream - residual
-        self._rounded = None if seen_as_update else stream
+        if model.normed:
+            self._added = self._added_by_layers(residual)
+            self._scales = self._scales_of(step)
+        else:
+            # A block's output has the model's type, the difference of two rounded streams has not.
+            self._added = stream.to(self._dtype) if seen_as_update else stream - residual
+            self._rounded = None if seen_as_update else stream
         for index, layer in enumerate(model.layers):
             weights = torch.stack(
                 [_padded(trace.sums.column_sums[index], length) for trace in traces]
             )
             values = model.read_values(index, self._tables, length)
             output = self._outputs[index].unflatten(-1, (model.shape.num_heads, -1))
-            self.errors[index, 0] = attention_error(weights, values, output)
+            scales = self._scales[index].to(model.device)[:, None, None]
+            self.errors[index, 0] = attention_error(weights / scales, values, output)
             projection = model.output_projection(index).weight
             contributed = contribution(weights, values, projection).cpu()
             self._contributed[index] = contributed * layer.multiplier
+
+    def _added_by_layers(self, residual: Tensor) -> Tensor:
+        """What the layers add for the rows' stream and block outputs, ``[L, R, D]``."""
+        device = self._model.device
+        added = [
+            _added_by(layer, output, before.to(device, self._dtype))
+            for layer, output, before in zip(
+                self._model.layers, self._block_outputs, residual, strict=True
+            )
+        ]
+        return torch.stack(added).cpu()
+
+    def _scales_of(self, step: StepRecorder) -> Tensor:
+        """The factors with which the rows were recorded, ``[L, R]``."""
+        rows = list(self._traces)
+        scales = torch.full_like(self._scales, math.nan)
+        for group in step.groups:
+            for index, segment in enumerate(group.segments):
+                if group.scales is not None:
+                    row = rows.index(segment.batch_row.req_id)
+                    scales[:, row] = group.rows.of_segment(group.scales, index)[:, 0].cpu()
+        return scales
 
     # --- what all ranks have ---
 
@@ -360,7 +396,11 @@ class Proof:
         for index, layer in enumerate(self._model.layers):
             contributed = self._contributed[index]
             if layer.out_proj.bias is not None:
-                contributed = contributed + layer.out_proj.bias.double().cpu() * layer.multiplier
+                bias = layer.out_proj.bias.double() * layer.multiplier
+                gain = self._model.gain(index)
+                if gain is not None:
+                    bias = bias * gain
+                contributed = contributed + self._scales[index][:, None] * bias.cpu()
             rounded = None if self._rounded is None else self._rounded[index]
             self.errors[index, 1] = identity_error(contributed, self._added[index], rounded)
         if tp.world_size > 1:
@@ -373,7 +413,7 @@ class Proof:
 
 
 class _ProbeObserver(StepObserver):
-    """Also keeps the attention output of the target rows."""
+    """Also keeps the attention output of the target rows, and what goes to norms of blocks."""
 
     def __init__(
         self,
@@ -382,10 +422,12 @@ class _ProbeObserver(StepObserver):
         fail: Any,
         rows: Sequence[int],
         outputs: dict[int, Tensor],
+        block_outputs: list[Tensor],
     ) -> None:
         super().__init__(model, step, fail)
         self._rows = torch.tensor(rows, device=model.device)
         self._outputs = outputs
+        self._block_outputs = block_outputs
 
     def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
         """See `observer.ForwardObserver`."""
@@ -396,6 +438,55 @@ class _ProbeObserver(StepObserver):
                 self._outputs[layer] = output[self._rows].flatten(1)
         except Exception as error:
             self._fail(error)
+
+    def on_block(self, output: Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        super().on_block(output)
+        try:
+            self._block_outputs.append(output[self._rows])
+        except Exception as error:
+            self._fail(error)
+
+
+class _BlockAddedError(Exception):
+    """Ends a decoder layer's forward pass where its attention block has been added."""
+
+
+def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
+    """What a decoder layer's own code adds to the stream for an output of its attention block.
+
+    Args:
+        layer: The layer; its code runs up to the norm behind the block, and no further.
+        output: ``[R, D]``, the block's output.
+        residual: ``[R, D]``, the stream in front of the block.
+
+    Returns:
+        float64 ``[R, D]``.
+    """
+    seen: list[Tensor] = []
+
+    def end(_: Any, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].double() + args[1].double() - residual.double())
+        raise _BlockAddedError
+
+    block, stock = layer.block, vars(layer.block).get("forward")
+    hook = layer.norm_behind.register_forward_pre_hook(end, prepend=True)
+    block.forward = lambda *_, **__: output.clone()
+    try:
+        positions = torch.zeros(len(output), dtype=torch.int64, device=output.device)
+        layer.decoder(
+            positions=positions,
+            hidden_states=torch.zeros_like(residual),
+            residual=residual.clone(),
+        )
+    except _BlockAddedError:
+        return seen[0]
+    finally:
+        hook.remove()
+        del block.forward
+        if stock is not None:
+            block.forward = stock
+    raise RuntimeError(f"the norm behind the attention block of layer {layer.index} is not called")
 
 
 def _execute(worker: Any, token_ids: list[int], blocks: Sequence[list[int]]) -> None:
