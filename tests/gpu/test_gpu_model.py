@@ -130,7 +130,7 @@ def test_scales_of_an_fp8_cache(
 def test_queries_of_another_type_than_expected(loaded: V2Engine) -> None:
     query = torch.zeros(4, 4, 32).to(torch.float8_e4m3fn)
     with pytest.raises(TraceError, match=r"queries of layer 1 are torch\.float8_e4m3fn"):
-        model_of(loaded).add_column_sums(1, query, None)  # type: ignore[arg-type]
+        model_of(loaded).heads_of(1, query)
 
 
 def test_nothing_derived_from_weights_outlives_them(
