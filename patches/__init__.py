@@ -10,6 +10,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``attention_backends``  | all      | attention backends, via vLLM's registry         |
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad plugin options stop the start               |
+| ``kept_blocks``         | all      | a trace keeps blocks behind sliding windows     |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | four methods of the V1 model runner             |
 | ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
@@ -63,6 +64,7 @@ def _modules() -> list[ModuleType]:
     from vllm_flashtrace.patches import (
         data_parallel,
         engine_options,
+        kept_blocks,
         model_load,
         model_runner_v1,
         output_handler,
@@ -76,6 +78,7 @@ def _modules() -> list[ModuleType]:
         *_platform_modules(),
         data_parallel,
         engine_options,
+        kept_blocks,
         model_load,
         model_runner_v1,
         output_handler,

@@ -20,6 +20,7 @@ import functools
 from contextlib import nullcontext
 from typing import Any
 
+from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -53,8 +54,9 @@ def check() -> None:
     require_keyword(
         dispatch, "GPUModelRunner._determine_batch_execution_and_padding", "force_eager"
     )
-    # Block tables count kernel blocks, see `worker.runner.kernel_block_table`.
-    require_fields(AttentionGroup, "kernel_block_size", "kernel_block_stride", "kv_cache_spec")
+    # Blocks are counted in one of two ways, see `worker.runner.kernel_block_table`.
+    if getattr(BlockTable, "map_to_kernel_blocks", None) is None:
+        require_fields(AttentionGroup, "kernel_block_size", "kernel_block_stride", "kv_cache_spec")
 
 
 def apply() -> None:
@@ -88,7 +90,7 @@ def apply() -> None:
         capture = existing_capture(self)
         if capture is None:
             return stock_forward(self, *args, **kwargs)
-        observer = capture.begin_forward(lambda: batch_rows_v1(self))
+        observer = capture.begin_forward(lambda groups: batch_rows_v1(self, groups))
         with observing(observer) if observer is not None else nullcontext():
             output = stock_forward(self, *args, **kwargs)
         capture.end_forward(observer)

@@ -54,7 +54,7 @@ class _Step:
     def begin_forward(self, input_batch: Any, block_tables: Sequence[Any]) -> None:
         """Sets the observer if the step computes target rows."""
         self.observer = self.capture.begin_forward(
-            lambda: batch_rows_v2(self.runner, input_batch, block_tables)
+            lambda groups: batch_rows_v2(self.runner, input_batch, block_tables, groups)
         )
         if self.observer is not None:
             self.observed.enter_context(observing(self.observer))

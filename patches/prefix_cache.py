@@ -52,16 +52,16 @@ def apply() -> None:
         params = request.sampling_params
         if params is None or not params.extra_args:
             return stock(self, request)
-        first_target = _first_target(request)
-        if first_target is None:
+        target = first_target(request)
+        if target is None:
             return stock(self, request)
         # Stock code looks up at most ``num_tokens - 1`` tokens.
-        return stock(self, _CappedRequest(request, min(first_target + 1, request.num_tokens)))
+        return stock(self, _CappedRequest(request, min(target + 1, request.num_tokens)))
 
     KVCacheManager.get_computed_blocks = get_computed_blocks
 
 
-def _first_target(request: Any) -> int | None:
+def first_target(request: Any) -> int | None:
     """First target position of a request's trace; None where it has none.
 
     A request that waits is looked up at every attempt to schedule it, its spec verified once.

@@ -26,7 +26,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         "blocks whose output is normed",
         in_process=True,
         max_model_len=1024,
-        disable_hybrid_kv_cache_manager=True,
     )
     yield engine
     engine.close()

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    SlidingWindowSpec,
 )
 
 from tests.gpu.standin import CPU, stock_halves
@@ -23,7 +24,7 @@ from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.worker import runner as runner_v2
 from vllm_flashtrace.worker.gpu_cache import key_value_views
-from vllm_flashtrace.worker.layers import check_cache
+from vllm_flashtrace.worker.layers import CacheGroups, cache_groups, keeps_blocks
 from vllm_flashtrace.worker.runner import kernel_block_table
 
 
@@ -97,14 +98,23 @@ def test_caches_at_run_time(
         key_value_views(layer, torch.float8_e4m3fn)
 
 
-def test_caches_that_forget_or_mix() -> None:
+def test_groups_of_a_cache() -> None:
     sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
     full = KVCacheGroupSpec(["a"], FullAttentionSpec(**sizes))
+    draft = KVCacheGroupSpec(["draft"], FullAttentionSpec(**sizes))
+    windowed = KVCacheGroupSpec(["c"], SlidingWindowSpec(**sizes, sliding_window=64))
     chunked = KVCacheGroupSpec(["b"], ChunkedLocalAttentionSpec(**sizes, attention_chunk_size=16))
-    with pytest.raises(UnsupportedModelError, match="2 KV cache groups"):
-        check_cache(KVCacheConfig(4, [], [full, full]))
+    layers: Any = [SimpleNamespace(name=name) for name in ("a", "c")]
+    groups = cache_groups(KVCacheConfig(4, [], [draft, windowed, full]), layers)
+    assert (groups.numbers, groups.places) == ((1, 2), (1, 0))
+    assert (groups.layers(0), groups.layers(1)) == ([1], [0])
     with pytest.raises(UnsupportedModelError, match="causal attention only"):
-        check_cache(KVCacheConfig(4, [], [chunked]))
+        cache_groups(KVCacheConfig(4, [], [chunked]), [SimpleNamespace(name="b")])
+    with pytest.raises(UnsupportedModelError, match="does not hold c"):
+        cache_groups(KVCacheConfig(4, [], [full]), layers)
+    for blocks, fits in ((9, False), (10, False), (11, True)):  # Five each, and the empty one.
+        assert keeps_blocks(KVCacheConfig(blocks, [], [full, windowed]), 64) == fits
+    assert keeps_blocks(KVCacheConfig(2, [], [full]), 64)
 
 
 def test_block_tables_that_are_refused(loaded: V2Engine) -> None:
@@ -118,11 +128,10 @@ def test_block_tables_that_are_refused(loaded: V2Engine) -> None:
         kernel_block_table(table, [group, half])
     with pytest.raises(UnsupportedModelError, match="packed kernel blocks"):
         kernel_block_table(table, [packed])
-    with pytest.raises(UnsupportedModelError, match="2 KV cache groups"):
-        list(runner_v2.batch_rows_v2(loaded.runner, None, [table, table]))
+    groups = CacheGroups((0,), (0,), frozenset(group.layer_names))
     split = SimpleNamespace(pcp_manager=object(), attn_groups=loaded.runner.attn_groups)
     with pytest.raises(UnsupportedModelError, match="prefill context parallelism"):
-        list(runner_v2.batch_rows_v2(split, None, [table]))
+        list(runner_v2.batch_rows_v2(split, None, [table], groups))
 
 
 def test_a_v2_batch_that_contradicts_itself(loaded: V2Engine) -> None:
@@ -132,7 +141,10 @@ def test_a_v2_batch_that_contradicts_itself(loaded: V2Engine) -> None:
         num_computed_tokens_np=np.array([0, 10]),
         num_scheduled_tokens=np.array([5, 3]),
     )
-    rows = runner_v2.batch_rows_v2(loaded.runner, batch, [torch.zeros(2, 4, dtype=torch.int32)])
+    [group] = loaded.runner.attn_groups[0]
+    groups = CacheGroups((0,), (0,), frozenset(group.layer_names))
+    tables = [torch.zeros(2, 4, dtype=torch.int32)]
+    rows = runner_v2.batch_rows_v2(loaded.runner, batch, tables, groups)
     assert next(rows).stop == 5
     with pytest.raises(TraceError, match="request b has 4 rows for 3 tokens"):
         next(rows)

@@ -162,15 +162,15 @@ def test_adapters_have_matrices_of_their_own(
     monkeypatch.setattr(
         gpu_model, "replace_by_proximities", lambda layers, traces: calls.append(layers)
     )
-    model.replace_by_proximities([], None)
-    model.replace_by_proximities([], 3)  # No adapter can change a projection of this model.
+    model.replace_by_proximities([], [], None)
+    model.replace_by_proximities([], [], 3)  # No adapter can change a projection of this model.
     model.layers = [dataclasses.replace(layer, adapters=layer.block) for layer in model.layers]
     monkeypatch.setattr(
         traced_model,
         "added_weight",
         lambda layer, adapter, _: torch.full((128, 128), 0.5) if layer.index == 2 else None,
     )
-    model.replace_by_proximities([], 3)
+    model.replace_by_proximities([], [], 3)
     assert [[one.index for one in layers] for layers in calls] == [
         [0, 1, 2, 3], [0, 1, 2, 3], [0], [1], [2], [3],
     ]  # fmt: skip
@@ -181,7 +181,7 @@ def test_adapters_have_matrices_of_their_own(
     with monkeypatch.context() as patch:
         patch.setattr(traced_model, "added_weight", None)
         with pytest.raises(SumsTouchedError, match="not callable"):
-            model.replace_by_proximities([], 3)
+            model.replace_by_proximities([], [], 3)
 
 
 def test_what_a_runner_asks(loaded: V2Engine) -> None:

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.patches import model_runner_v1
+from vllm_flashtrace.worker.layers import CacheGroups
 from vllm_flashtrace.worker.runner import _ATTRIBUTE, batch_rows_v1
 
 
@@ -53,12 +54,13 @@ def test_the_batch_of_a_v1_runner(loaded: V2Engine) -> None:
     runner = SimpleNamespace(
         input_batch=batch, attn_groups=loaded.runner.attn_groups, query_start_loc=starts
     )
-    first, second = batch_rows_v1(runner)
+    groups = CacheGroups((0,), (0,), frozenset(group.layer_names))
+    first, second = batch_rows_v1(runner, groups)
     assert (first.req_id, first.first_row, first.start, first.stop) == ("a", 0, 0, 200)
     assert (second.req_id, second.first_row, second.start, second.stop) == ("b", 200, 130, 134)
-    assert first.block_table[:4].tolist() == [10, 11, 6, 7]
+    assert first.block_tables[0][:4].tolist() == [10, 11, 6, 7]
     stock = group.map_to_kernel_block_table(batch.block_table[0].get_device_tensor(2))
-    assert torch.equal(torch.stack([first.block_table, second.block_table]), stock)
+    assert torch.equal(torch.stack([first.block_tables[0], second.block_tables[0]]), stock)
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.v1.worker.gpu import model_runner
 
 from tests.engine.harness import relative_l1
@@ -29,6 +30,9 @@ from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import gpu_model, taps
 from vllm_flashtrace.worker import runner as adapter
+from vllm_flashtrace.worker.gpu_cache import KeyValueViews
+from vllm_flashtrace.worker.gpu_model import GPUTracedModel
+from vllm_flashtrace.worker.layers import CacheGroups
 from vllm_flashtrace.worker.observer import current
 
 
@@ -64,6 +68,41 @@ def test_further_hops(engine: V2Engine, float64_llama: Any, spans: Any) -> None:
         assert relative_l1(later, exact) < LIMIT
         scores = later
     assert engine.capture.recorder.accumulator_bytes == 0
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_layers_in_two_groups_of_the_cache(
+    engine: V2Engine, float64_llama: Any, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second layer is read through another block table, over blocks in another order."""
+    stock_groups, stock_tables = adapter.cache_groups, adapter._kernel_block_tables
+    stock_views = GPUTracedModel._views
+    blocks = len(engine.model.model.layers[0].self_attn.attn.kv_cache)
+
+    def groups(*args: Any) -> CacheGroups:
+        return dataclasses.replace(stock_groups(*args), numbers=(0, 0), places=(0, 1, 0, 1))
+
+    def tables(*args: Any) -> list[torch.Tensor]:
+        first, second = stock_tables(*args)
+        return [first, blocks - 1 - second]
+
+    def views(self: GPUTracedModel, layer: int, *args: Any) -> KeyValueViews:
+        found = stock_views(self, layer, *args)
+        return KeyValueViews(*(half.flip(0) for half in found)) if layer % 2 else found
+
+    monkeypatch.setattr(adapter, "cache_groups", groups)
+    monkeypatch.setattr(adapter, "_kernel_block_tables", tables)
+    monkeypatch.setattr(GPUTracedModel, "_views", views)
+    if not together:
+        monkeypatch.setattr(GPUTracedModel, "keep_queries", lambda *_: None)
+    one, hops = traced(100, (58, 64), (90, 100)), traced(80, (70, 80), seed=1)
+    further = FurtherHops(TargetWeights.from_spans([(20, 61)]).positions, hops=1)
+    spec = TraceSpec.create([TracedTarget(hops.weights, further)], 80, exact_fraction=1.0)
+    hops = dataclasses.replace(hops, spec=spec)
+    engine.step({"one": 60, "hops": 50}, new={"one": one.new, "hops": hops.new})
+    engine.step({"one": 40, "hops": 30})
+    assert_exact(engine, one, float64_llama)
+    assert_exact(engine, hops, float64_llama)
 
 
 def test_taps_beside_a_fused_all_reduce(

@@ -135,7 +135,7 @@ def test_v1(fault: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def broken_capture(engine: V2Engine, fault: str, monkeypatch: pytest.MonkeyPatch) -> RunnerCapture:
     if fault == "refused":
         monkeypatch.setattr(
-            worker_runner, "check_cache", lambda _: (_ for _ in ()).throw(ValueError("injected"))
+            worker_runner, "cache_groups", lambda *_: (_ for _ in ()).throw(ValueError("injected"))
         )
     capture = capture_of(engine.runner)
     assert (capture.refusal is not None) == (fault == "refused")

@@ -40,7 +40,7 @@ class Model:
     def gains(self) -> None:
         """Its blocks have no norms."""
 
-    def replace_by_proximities(self, traces: Any, adapter: int | None) -> None:
+    def replace_by_proximities(self, traces: Any, tables: Any, adapter: int | None) -> None:
         self.calls += 1
         for trace in traces:
             trace.sums.column_sums[:, 0] = self.proximities
@@ -60,7 +60,7 @@ def finished(
     trace.sums.stream.fill_(1.0)
     trace.weights.note(torch.tensor(7))
     recorder._traces[name], recorder._nonces[name] = trace, spec.nonce
-    row: Any = types.SimpleNamespace(req_id=name, block_table=torch.zeros(1, dtype=torch.int32))
+    row: Any = types.SimpleNamespace(req_id=name, block_tables=[torch.zeros(1, dtype=torch.int32)])
     segment: Any = types.SimpleNamespace(trace=trace, batch_row=row)
     step: Any = types.SimpleNamespace(
         flush=lambda: None,
@@ -88,16 +88,16 @@ class Segments:
             trace.sums.residual.fill_(0.5)
             trace.stream_lacks_residual = number != 1
             table = torch.zeros(1, dtype=torch.int32)
-            row = types.SimpleNamespace(req_id=f"{number}", block_table=table)
+            row = types.SimpleNamespace(req_id=f"{number}", block_tables=[table])
             self.segments.append(types.SimpleNamespace(trace=trace, batch_row=row))
 
     def measure(self, model: Any) -> list[str]:
         """The traces that do not fail."""
         stock = model.replace_by_proximities
 
-        def replaced(traces: Any, adapter: int | None) -> None:
+        def replaced(traces: Any, tables: Any, adapter: int | None) -> None:
             self.calls.append((len(traces), adapter))
-            stock(traces, adapter)
+            stock(traces, tables, adapter)
 
         model.replace_by_proximities = replaced
         return sorted(finish.measure(self.segments, model, self.failed.__setitem__))
@@ -110,7 +110,7 @@ class Broken(Model):
         super().__init__(torch.zeros(0))
         self.error, self.together = error, together
 
-    def replace_by_proximities(self, traces: Any, adapter: int | None) -> None:
+    def replace_by_proximities(self, traces: Any, tables: Any, adapter: int | None) -> None:
         if len(traces) > 1 if self.together else any(trace.tokens == 5 for trace in traces):
             raise self.error
 

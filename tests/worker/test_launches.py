@@ -78,7 +78,9 @@ class Model:
     def gains(self) -> None:
         """Its blocks have no norms."""
 
-    def replace_by_proximities(self, traces: list[ProximityTrace], adapter: None) -> None:
+    def replace_by_proximities(
+        self, traces: list[ProximityTrace], tables: Any, adapter: None
+    ) -> None:
         triton_proximities(self.layers, traces)
 
 
@@ -87,7 +89,7 @@ def segment_of(model: Model, tokens: int, number: int) -> Any:
     trace = Trace(TraceSpec.create(weights, tokens, exact_fraction=1.0), model)  # type: ignore[arg-type]
     trace.stream_lacks_residual = True
     table = torch.zeros(-(-tokens // 16), dtype=torch.int32, device=META)
-    row = types.SimpleNamespace(req_id=str(number), block_table=table)
+    row = types.SimpleNamespace(req_id=str(number), block_tables=[table])
     return types.SimpleNamespace(trace=trace, batch_row=row)
 
 

@@ -124,6 +124,16 @@ class PagedRows:
             first.append(first[-1] + len(segment.rows))
         return cls(tuple(segments), num_heads, num_kv_heads, device, kept_rows, tuple(first))
 
+    def with_block_tables(self, block_tables: Sequence[Tensor]) -> PagedRows:
+        """The same rows over another cache, with the block table of each segment there."""
+        segments = [
+            replace(segment, block_table=table)
+            for segment, table in zip(self.segments, block_tables, strict=True)
+        ]
+        for segment in segments:
+            _check(segment, self.num_heads)
+        return replace(self, segments=tuple(segments))
+
     def __len__(self) -> int:
         """Number of rows of all segments."""
         return self._first[-1]

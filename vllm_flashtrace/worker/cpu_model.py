@@ -60,7 +60,7 @@ class CPUTracedModel(TracedModel):
         attention = self.layers[layer].attention
         keys = read_keys(
             attention.kv_cache,
-            segment.batch_row.block_table.tolist(),
+            segment.batch_row.block_tables[self.cache_groups.places[layer]].tolist(),
             rows.columns(0),
             _order(attention),
             self._scratch,
@@ -73,19 +73,24 @@ class CPUTracedModel(TracedModel):
         """See `TracedModel`."""
         return cpu_attention_form(self.layers[layer])
 
-    def read_values(self, layer: int, block_table: Tensor, tokens: int) -> Tensor:
+    def read_values(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
         """See `TracedModel`."""
         attention: Any = self.layers[layer].attention
-        blocks = block_table.tolist()
+        blocks = block_tables[self.cache_groups.places[layer]].tolist()
         return read_values(attention.kv_cache, blocks, tokens, _order(attention), self._scratch)
 
-    def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
+    def replace_by_proximities(
+        self,
+        traces: Sequence[ProximityTrace],
+        block_tables: Sequence[Sequence[Tensor]],
+        adapter: int | None,
+    ) -> None:
         """See `TracedModel`."""
-        [trace] = traces
+        [trace], [tables] = traces, block_tables
         own = dataclasses.replace(trace, block_table=_ONE_BLOCK)
         with touching_sums():
             for index, layer in enumerate(self.layers):
-                values = self.read_values(index, trace.block_table, trace.tokens)
+                values = self.read_values(index, tables, trace.tokens)
                 weight, norms = self.output_projection(index, adapter)
                 gathered = values.transpose(0, 1)[None]
                 one = ProximityLayer(index, gathered, weight, layer.multiplier, norms)

@@ -105,14 +105,15 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     inputs = [
         ProximityTrace(
             segment.trace.sums,
-            segment.batch_row.block_table,
+            segment.batch_row.block_tables[0],
             totals,
             residual,
             segment.trace.spec.exact_fraction,
         )
         for segment, (totals, residual) in zip(segments, results, strict=True)
     ]
-    model.replace_by_proximities(inputs, traces[0].adapter)
+    tables = [segment.batch_row.block_tables for segment in segments]
+    model.replace_by_proximities(inputs, tables, traces[0].adapter)
     return {
         segment.batch_row.req_id: Measured(
             segment.trace, one.sums.column_sums[:, 0], one.totals, one.residual, recorded
@@ -250,7 +251,7 @@ def _weigh(
         raise ValueError("the trace has kept no rows")
     for sums in trace.sums:
         sums.zero_()
-    rows = kept.weighed(weights, segment.batch_row.block_table, trace.sums)
+    rows = kept.weighed(weights, segment.batch_row.block_tables[0], trace.sums)
     hop = Segment(trace, segment.batch_row, rows)
     group = RowGroup([hop], model.plan_rows([rows]), model.clock)
     group.run(lambda group: model.weigh(kept, group), timed=True)

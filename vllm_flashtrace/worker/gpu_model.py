@@ -7,6 +7,7 @@ them before a later step can write to them, because vLLM runs its steps on the s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ class GPUTracedModel(TracedModel):
     ) -> None:
         """See `TracedModel`."""
         keys = self._keys(layer)
+        rows = group.rows_in(self.cache_groups.places[layer], rows)
         inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales)
         paged_column_sums(inputs, layer)
 
@@ -97,8 +99,20 @@ class GPUTracedModel(TracedModel):
 
     def add_kept_column_sums(self, group: RowGroup) -> None:
         """See `TracedModel`."""
-        if group.kept is not None and group.kept.layers:
-            add_kept_column_sums(group.kept, [self._keys(layer) for layer in group.kept.layers])
+        kept = group.kept
+        if kept is None or not kept.layers:
+            return
+        if len(self.cache_groups.numbers) == 1:
+            add_kept_column_sums(kept, [self._keys(layer) for layer in kept.layers])
+            return
+        with touching_sums():
+            for place in range(len(self.cache_groups.numbers)):
+                rows = group.rows_in(place, group.rows)
+                own = KeptQueries(rows, kept.queries, kept.room, kept.scales)
+                own.layers = [i for i in self.cache_groups.layers(place) if i in kept.layers]
+                if own.layers:
+                    add_kept_column_sums(own, [self._keys(layer) for layer in own.layers])
+        kept.layers = []
 
     def row_bytes(self) -> int:
         """See `TracedModel`; 0 where queries are eight-bit floats, which are not kept."""
@@ -127,9 +141,10 @@ class GPUTracedModel(TracedModel):
         """See `TracedModel`."""
         return gpu_attention_form(self.layers[layer], self._reading(layer).scales)
 
-    def read_values(self, layer: int, block_table: Tensor, tokens: int) -> Tensor:
+    def read_values(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
         """See `TracedModel`; they are copied."""
         reading = self._reading(layer)
+        block_table = block_tables[self.cache_groups.places[layer]]
         values = gather_tokens(self._views(layer, reading).values, block_table, tokens)
         return values.float() * reading.scales.value
 
@@ -165,16 +180,30 @@ class GPUTracedModel(TracedModel):
         except torch.OutOfMemoryError as error:
             logger.warning("Every layer of a trace is computed by itself: %s", error)
 
-    def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
-        """See `TracedModel`: in one call for all layers where kernels read ``W_O`` in place."""
+    def replace_by_proximities(
+        self,
+        traces: Sequence[ProximityTrace],
+        block_tables: Sequence[Sequence[Tensor]],
+        adapter: int | None,
+    ) -> None:
+        """See `TracedModel`: one call per KV cache group where kernels read ``W_O`` in place."""
+        groups = self.cache_groups
         adapted = adapter is not None and any(layer.adapters is not None for layer in self.layers)
-        if not adapted and not self.normed:
+        each = adapted or self.normed
+        if not each and len(groups.numbers) == 1:
             layers = [self._proximity_layer(layer, None) for layer in range(len(self.layers))]
             replace_by_proximities(layers, traces)
             return
         with touching_sums():
-            for layer in range(len(self.layers)):  # Each has a matrix of its own while it lasts.
-                replace_by_proximities([self._proximity_layer(layer, adapter)], traces)
+            for place in range(len(groups.numbers)):
+                own = [
+                    dataclasses.replace(trace, block_table=tables[place])
+                    for trace, tables in zip(traces, block_tables, strict=True)
+                ]
+                numbers = groups.layers(place)
+                for part in [[layer] for layer in numbers] if each else [numbers]:
+                    # Else each has a matrix of its own while it lasts.
+                    replace_by_proximities([self._proximity_layer(i, adapter) for i in part], own)
 
     def accumulator_limit_bytes(
         self, max_accumulator_mib: int | None, activation_bytes: int = 0

@@ -27,7 +27,13 @@ from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import sealed_spec, target_range
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.finish import TotalsExchange, host_bytes
-from vllm_flashtrace.worker.layers import adapter_slot, check_architecture, check_cache
+from vllm_flashtrace.worker.layers import (
+    CacheGroups,
+    adapter_slot,
+    cache_groups,
+    check_architecture,
+    keeps_blocks,
+)
 from vllm_flashtrace.worker.recorder import HandOut, Recorder
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
 from vllm_flashtrace.worker.traced_model import TracedModel
@@ -119,13 +125,14 @@ class RunnerCapture:
         self._model: TracedModel | None = None
         self._config = FlashTraceConfig()
         self._longest = self._places = 0
+        self._cache = runner.kv_cache_config
         try:
             additional = runner.vllm_config.additional_config
             self._config = FlashTraceConfig.from_additional_config(additional)
             self._longest = runner.vllm_config.model_config.max_model_len
             self._places = self._config.concurrent_traces(runner.vllm_config)
-            check_cache(runner.kv_cache_config)
             self._model = runner_model(runner)
+            self._model.cache_groups = cache_groups(runner.kv_cache_config, self._model.layers)
             self._model.slot_of = functools.partial(adapter_slot, runner)
             _check_proof(runner)
         except Exception as error:
@@ -188,11 +195,17 @@ class RunnerCapture:
         if sealed is None:
             return
         self.settle_budget()
+        tokens = len(new.prompt_token_ids or ())
+        if not keeps_blocks(self._cache, tokens):
+            refused = f"the KV cache is too small to keep all blocks of {tokens} tokens"
+            self.recorder.register(new.req_id, sealed, tokens)
+            self.recorder.fail(new.req_id, TraceError("recording_failed", refused))
+            return
         lora = new.lora_request
         self.recorder.register(
             new.req_id,
             sealed,
-            len(new.prompt_token_ids or ()),
+            tokens,
             lora.lora_int_id if lora is not None else None,
         )
 
@@ -200,7 +213,9 @@ class RunnerCapture:
         """Ends the step: what runs until the next one is not recorded."""
         self.scheduled, self.records_step, self._finishing = {}, False, ()
 
-    def begin_forward(self, batch: Callable[[], Iterable[BatchRow]]) -> StepObserver | None:
+    def begin_forward(
+        self, batch: Callable[[CacheGroups], Iterable[BatchRow]]
+    ) -> StepObserver | None:
         """What watches the forward pass about to run, or None.
 
         Args:
@@ -209,7 +224,7 @@ class RunnerCapture:
         try:
             if self._model is None or self.recorder.active_requests.isdisjoint(self.scheduled):
                 return None
-            step = self.recorder.begin_step(list(batch()))
+            step = self.recorder.begin_step(list(batch(self._model.cache_groups)))
             if step is None:
                 return None
             return StepObserver(self._model, step, self._fail_scheduled)
@@ -419,29 +434,31 @@ def runner_model(runner: Any) -> TracedModel:
     raise UnsupportedModelError(f"traces are not supported on {runner.device.type}")
 
 
-def batch_rows_v1(runner: Any) -> Iterator[BatchRow]:
+def batch_rows_v1(runner: Any, groups: CacheGroups) -> Iterator[BatchRow]:
     """The requests of the step that a V1 runner has prepared, in the order of its tokens.
 
     The rows are the runner's own: it may compute fewer drafts of a request than were scheduled.
 
     Args:
         runner: A ``vllm.v1.worker.gpu_model_runner.GPUModelRunner``, or one derived from it.
+        groups: The groups of the KV cache that are read.
 
     Raises:
         UnsupportedModelError: The kernels' blocks cannot be told from the manager's.
     """
     batch = runner.input_batch
-    blocks = batch.block_table[0].get_device_tensor(len(batch.req_ids))
-    tables = kernel_block_table(blocks, runner.attn_groups[0])
+    managed = [batch.block_table[number] for number in groups.numbers]
+    blocks = [table.get_device_tensor(len(batch.req_ids)) for table in managed]
+    tables = _kernel_block_tables(runner, blocks, groups)
     rows = runner.query_start_loc.np[: len(batch.req_ids) + 1].tolist()
     for index, req_id in enumerate(batch.req_ids):
         start = int(batch.num_computed_tokens_cpu[index])
         stop = start + rows[index + 1] - rows[index]
-        yield BatchRow(req_id, rows[index], start, stop, tables[index])
+        yield BatchRow(req_id, rows[index], start, stop, [table[index] for table in tables])
 
 
 def batch_rows_v2(
-    runner: Any, input_batch: Any, block_tables: Sequence[torch.Tensor]
+    runner: Any, input_batch: Any, block_tables: Sequence[torch.Tensor], groups: CacheGroups
 ) -> Iterator[BatchRow]:
     """The requests of a V2 runner's step, in the order of its tokens, without padding.
 
@@ -451,18 +468,16 @@ def batch_rows_v2(
         block_tables: int32 ``[requests with padding, blocks]`` of each KV cache group, as
             ``prepare_attn`` gives them: the manager's blocks, on the runner's device, valid until
             the next step.
+        groups: The groups of the KV cache that are read.
 
     Raises:
-        UnsupportedModelError: There are several KV cache groups, or tokens are split over ranks.
+        UnsupportedModelError: Tokens are split over ranks.
         TraceError: The batch is not laid out as its own numbers say.
     """
-    if len(block_tables) != 1:
-        raise UnsupportedModelError(
-            f"traces are not supported with {len(block_tables)} KV cache groups"
-        )
     if runner.pcp_manager is not None:
         raise UnsupportedModelError("traces are not supported with prefill context parallelism")
-    tables = kernel_block_table(block_tables[0], runner.attn_groups[0])
+    blocks = [block_tables[number] for number in groups.numbers]
+    tables = _kernel_block_tables(runner, blocks, groups)
     rows = input_batch.query_start_loc_np.tolist()
     computed = input_batch.num_computed_tokens_np.tolist()
     scheduled = input_batch.num_scheduled_tokens.tolist()
@@ -474,7 +489,18 @@ def batch_rows_v2(
                 f"request {req_id} has {rows[index + 1] - first} rows for {count} tokens",
             )
         start = computed[index]
-        yield BatchRow(req_id, first, start, start + count, tables[index])
+        yield BatchRow(req_id, first, start, start + count, [table[index] for table in tables])
+
+
+def _kernel_block_tables(
+    runner: Any, blocks: Sequence[torch.Tensor], groups: CacheGroups
+) -> list[torch.Tensor]:
+    """The block tables of the groups; layers that are not traced may have other kernel blocks."""
+    traced = [
+        [group for group in runner.attn_groups[number] if groups.names & set(group.layer_names)]
+        for number in groups.numbers
+    ]
+    return [kernel_block_table(*each) for each in zip(blocks, traced, strict=True)]
 
 
 def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torch.Tensor:
@@ -482,11 +508,12 @@ def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torc
 
     vLLM's KV cache manager and its runners count blocks of the cache's block size. A backend whose
     kernels need smaller blocks reads a cache that is viewed in such kernel blocks, through a table
-    that its ``AttentionGroup`` derives when metadata is built. This derives the same table.
+    that its ``AttentionGroup`` derives when metadata is built. This derives the same table. In vLLM
+    0.31 groups have no such size: the runners' tables count kernel blocks already.
 
     Args:
-        block_table: int32 ``[..., blocks]``, ids of the manager's blocks.
-        groups: The ``AttentionGroup`` objects of the one KV cache group.
+        block_table: int32 ``[..., blocks]``, as the runner has it.
+        groups: The ``AttentionGroup`` objects of its KV cache group that hold traced layers.
 
     Returns:
         ``block_table`` itself where kernels use the manager's blocks, else int32
@@ -496,6 +523,8 @@ def kernel_block_table(block_table: torch.Tensor, groups: Sequence[Any]) -> torc
         UnsupportedModelError: Layers differ in the size of their kernel blocks, or the blocks of
             other layers lie between those of one.
     """
+    if not any(hasattr(group, "kernel_block_size") for group in groups):
+        return block_table
     if len({group.kernel_block_size for group in groups}) != 1:
         raise UnsupportedModelError(
             "traces are not supported with layers whose kernels use blocks of different sizes"

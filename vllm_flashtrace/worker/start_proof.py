@@ -37,12 +37,11 @@ from vllm_flashtrace.core.identity import attention_error, contribution, identit
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker.layers import TracedLayer, check_cache
+from vllm_flashtrace.worker.layers import TracedLayer, cache_groups
 from vllm_flashtrace.worker.runner import (
     PROOF_ATTRIBUTE,
     StepObserver,
     capturing,
-    kernel_block_table,
     log_refusal,
     runner_model,
 )
@@ -108,8 +107,8 @@ def prove(worker: Any) -> None:
 def _prepared(runner: Any, limit: float | None) -> Proof | None:
     """None where the model cannot be read; the first trace is refused with the reason."""
     try:
-        check_cache(runner.kv_cache_config)
         model = runner_model(runner)
+        model.cache_groups = cache_groups(runner.kv_cache_config, model.layers)
         return Proof(model, limit or default_limit(model, runner.vllm_config), runner)
     except FlashTraceError as error:
         logger.debug("FlashTrace: there is nothing to prove: %s", error.message)
@@ -159,16 +158,21 @@ class Proof:
         self._model, self._limit, self._runner = model, limit, runner
         self._dtype = config.model_config.dtype
         self._quantization = config.model_config.quantization
-        block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
+        sizes = [group.kv_cache_spec.block_size for group in cache.kv_cache_groups]
         length = min(
             PROBE_TOKENS,
             config.scheduler_config.max_num_batched_tokens,
             config.model_config.max_model_len - 1,
-            (cache.num_blocks - 1) * block_size - config.num_lookahead_tokens,
+            (cache.num_blocks - 1) // len(sizes) * min(sizes) - config.num_lookahead_tokens,
         )
-        # Block 0 stays empty in vLLM; a model that drafts writes behind the last token.
+        # Groups share the memory. Block 0 stays empty in vLLM; a model that drafts writes behind
+        # the last token.
         written = length + config.num_lookahead_tokens
-        self._blocks = list(range(1, 1 - (-written // block_size)))
+        self._blocks, first = [], 1
+        for size in sizes:
+            stop = first - (-written // size)
+            self._blocks.append(list(range(first, stop)))
+            first = stop
         ids = torch.Generator().manual_seed(_SEED)
         vocabulary = config.model_config.get_vocab_size()
         self._token_ids = torch.randint(vocabulary, (length,), generator=ids).tolist()
@@ -184,7 +188,7 @@ class Proof:
         self._added = self._contributed.clone()
         self._scales = torch.ones(model.shape.num_layers, rows)
         self._rounded: Tensor | None = None
-        self._table = torch.empty(0, dtype=torch.int32)
+        self._tables: Sequence[Tensor] = ()
 
     def run(self, worker: Any) -> None:
         """Runs the probe; all workers must. Never raises."""
@@ -261,20 +265,22 @@ class Proof:
     @contextmanager
     def _blocks_kept(self) -> Iterator[None]:
         """Leaves the probe's KV blocks as they were."""
-        ids = torch.tensor(self._blocks, dtype=torch.int32)
-        kernel_ids = kernel_block_table(ids, self._runner.attn_groups[0]).long()
         context = self._runner.vllm_config.compilation_config.static_forward_context
-        # A model that drafts has layers in the group as well.
-        [group] = self._runner.kv_cache_config.kv_cache_groups
-        caches = [context[name].kv_cache for name in group.layer_names]
-        bits = [cache.view(torch.uint8) if cache.itemsize == 1 else cache for cache in caches]
-        kernel_ids = kernel_ids.to(bits[0].device)
-        kept = [cache[kernel_ids] for cache in bits]
+        config = self._runner.kv_cache_config
+        bits, places = [], []
+        # A model that drafts has layers in the groups as well.
+        for group, blocks in zip(config.kv_cache_groups, self._blocks, strict=True):
+            for name in group.layer_names:
+                cache = context[name].kv_cache
+                bits.append(cache.view(torch.uint8) if cache.itemsize == 1 else cache)
+                # Kernels may see each block as several.
+                places.append(_parts(blocks, len(cache) // config.num_blocks, cache.device))
+        kept = [cache[where] for cache, where in zip(bits, places, strict=True)]
         try:
             yield
         finally:
-            for cache, before in zip(bits, kept, strict=True):
-                cache[kernel_ids] = before
+            for cache, where, before in zip(bits, places, kept, strict=True):
+                cache[where] = before
 
     # --- in the place of a `RunnerCapture` ---
 
@@ -292,14 +298,14 @@ class Proof:
     def begin_forward(self, batch: Any) -> StepObserver | None:
         """Records every target row as a trace of its own; see `RunnerCapture`."""
         try:
-            [row] = list(batch())
+            [row] = list(batch(self._model.cache_groups))
             for position in self._positions:
                 weights = TargetWeights.from_mapping({position: 1.0})
                 spec = TraceSpec.create(weights, len(self._token_ids), exact_fraction=1.0)
                 self._traces[str(position)] = Trace(spec, self._model)
             rows = [dataclasses.replace(row, req_id=req_id) for req_id in self._traces]
             step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
-            self._table = row.block_table
+            self._tables = row.block_tables
             places = [row.first_row + position for position in self._positions]
             return _ProbeObserver(
                 self._model, step, self.fail, places, self._outputs, self._block_outputs
@@ -349,7 +355,7 @@ class Proof:
             weights = torch.stack(
                 [_padded(trace.sums.column_sums[index], length) for trace in traces]
             )
-            values = model.read_values(index, self._table, length)
+            values = model.read_values(index, self._tables, length)
             output = self._outputs[index].unflatten(-1, (model.shape.num_heads, -1))
             scales = self._scales[index].to(model.device)[:, None, None]
             self.errors[index, 0] = attention_error(weights / scales, values, output)
@@ -483,9 +489,9 @@ def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
     raise RuntimeError(f"the norm behind the attention block of layer {layer.index} is not called")
 
 
-def _execute(worker: Any, token_ids: list[int], blocks: list[int]) -> None:
+def _execute(worker: Any, token_ids: list[int], blocks: Sequence[list[int]]) -> None:
     """Runs one request through a worker, as vLLM's own warm-up does, and removes it."""
-    groups = len(worker.model_runner.kv_cache_config.kv_cache_groups)
+    groups = len(blocks)
     step = SchedulerOutput.make_empty()
     step.num_common_prefix_blocks = [0] * groups
     step.num_spec_tokens_to_schedule = worker.vllm_config.num_speculative_tokens
@@ -496,7 +502,7 @@ def _execute(worker: Any, token_ids: list[int], blocks: list[int]) -> None:
             mm_features=[],
             sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
             pooling_params=None,
-            block_ids=(blocks,) * groups,
+            block_ids=tuple(blocks),
             num_computed_tokens=0,
             lora_request=None,
             prefill_token_ids=token_ids,
@@ -529,6 +535,12 @@ def _on_all_workers(ready: bool) -> bool:
     flag = torch.tensor([int(ready)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=world.cpu_group)
     return bool(flag)
+
+
+def _parts(blocks: Sequence[int], parts: int, device: torch.device) -> Tensor:
+    """Ids of the equal parts of blocks, int64."""
+    ids = torch.tensor(blocks, device=device)[:, None] * parts
+    return (ids + torch.arange(parts, device=device)).flatten()
 
 
 def _padded(sums: Tensor, length: int) -> Tensor:

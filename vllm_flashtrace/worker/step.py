@@ -276,15 +276,15 @@ class BatchRow:
         first_row: Its first row among the step's tokens.
         start: Absolute position of that row, i.e. tokens computed before this step.
         stop: Absolute position after its last row.
-        block_table: int32, ids of the request's KV blocks as the attention kernel counts them, on
-            the step's device.
+        block_tables: int32, ids of the request's KV blocks as the attention kernels count them, on
+            the step's device; one for each group of `layers.CacheGroups`.
     """
 
     req_id: str
     first_row: int
     start: int
     stop: int
-    block_table: torch.Tensor
+    block_tables: Sequence[torch.Tensor]
 
 
 class WeightsSeen:
@@ -428,7 +428,7 @@ class Trace:
             rows=positions - (row.start - row.first_row),
             positions=positions,
             weights=weights[first:last],
-            block_table=row.block_table,
+            block_table=row.block_tables[0],
             sums=self.sums,
         )
 
@@ -485,12 +485,28 @@ class RowGroup:
         self.segments = segments
         self.rows = rows
         self.kept: KeptQueries | None = None
+        self._rows_in: dict[tuple[int, int], PagedRows] = {}
         self.scales = scales
         self.waiting: Tensor | None = None
         self._clock = clock
         self._pieces = Pieces(clock)
         for segment in segments:
             segment.trace.recording.include(self._pieces)
+
+    def rows_in(self, place: int, rows: PagedRows) -> PagedRows:
+        """Its rows with the block tables of one group of the KV cache.
+
+        Args:
+            place: The group's place in `layers.CacheGroups`.
+            rows: `rows`, or the same in a row.
+        """
+        if place == 0:
+            return rows
+        key = place, id(rows)  # Both live as long as this does.
+        if key not in self._rows_in:
+            tables = [segment.batch_row.block_tables[place] for segment in self.segments]
+            self._rows_in[key] = rows.with_block_tables(tables)
+        return self._rows_in[key]
 
     def run(self, add: Callable[[RowGroup], None], timed: bool) -> None:
         """Calls ``add`` with the group, and counts the time if it returns and is to be timed."""

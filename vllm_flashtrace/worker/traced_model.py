@@ -28,6 +28,7 @@ from vllm_flashtrace.kernels import (
 from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
 from vllm_flashtrace.worker.fingerprint import WeightsFingerprint
 from vllm_flashtrace.worker.layers import (
+    CacheGroups,
     added_weight,
     base_projection,
     check_config,
@@ -126,6 +127,7 @@ class TracedModel(ABC):
         clock: Times the device's work.
         normed: Whether what attention blocks add to the stream is normed, see `BlockNorm`.
         fingerprint: Tells whether the model's weights have changed.
+        cache_groups: Where the KV cache keeps the layers; set by the runner where not in one group.
         slot_of: Tells where a LoRA adapter's weights are, by its id; set by the runner.
     """
 
@@ -156,6 +158,8 @@ class TracedModel(ABC):
         self.fingerprint = WeightsFingerprint(model, device)
         self._head_dim, self._dtype = attention.head_size, config.model_config.dtype
         self.slot_of: Callable[[int], int] | None = None
+        names = frozenset(layer.name for layer in self.layers)
+        self.cache_groups = CacheGroups((0,), (0,) * len(self.layers), names)
         self._indices = {layer.name: index for index, layer in enumerate(self.layers)}
         self._unpacked: dict[int, tuple[Callable[..., Any], Projection]] = {}
 
@@ -210,12 +214,12 @@ class TracedModel(ABC):
         """How a layer forms its attention weights."""
 
     @abstractmethod
-    def read_values(self, layer: int, block_table: Tensor, tokens: int) -> Tensor:
+    def read_values(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
         """A request's cached values, float32 ``[tokens, G, d]``, until the next are read.
 
         Args:
             layer: Layer index.
-            block_table: int32, ids of the request's KV blocks as the attention kernel counts them.
+            block_tables: See `step.BatchRow`.
             tokens: How many, from the first on.
         """
 
@@ -260,15 +264,20 @@ class TracedModel(ABC):
                 group.add_rows(layer, residual=residual, stream=stream)
 
     @abstractmethod
-    def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
+    def replace_by_proximities(
+        self,
+        traces: Sequence[ProximityTrace],
+        block_tables: Sequence[Sequence[Tensor]],
+        adapter: int | None,
+    ) -> None:
         """Runs the proximity pass of all layers over this rank's heads.
 
         Reads the values from the cache, so it must be called, or on a GPU queued, while the
         requests still hold their blocks. Never waits for a GPU.
 
         Args:
-            traces: See `kernels.replace_by_proximities`; one, unless the model is `batched`. Block
-                tables count blocks as the attention kernel does.
+            traces: See `kernels.replace_by_proximities`; one, unless the model is `batched`.
+            block_tables: Of each trace, see `step.BatchRow`.
             adapter: Id of the LoRA adapter that the requests are computed with.
 
         Raises:

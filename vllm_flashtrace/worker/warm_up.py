@@ -17,7 +17,7 @@ from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.worker.gpu_cache import cache_scales, key_value_views, quantized_dtype
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
-from vllm_flashtrace.worker.layers import TracedLayer, check_cache
+from vllm_flashtrace.worker.layers import TracedLayer, cache_groups
 from vllm_flashtrace.worker.runner import KERNELS_ATTRIBUTE
 
 
@@ -35,8 +35,8 @@ def warm_up_kernels(worker: Any) -> None:
         return
     began = time.perf_counter()
     try:
-        check_cache(runner.kv_cache_config)
         model = GPUTracedModel(runner.get_model(), runner.vllm_config, runner.device)
+        cache_groups(runner.kv_cache_config, model.layers)
         variants, failures = compile_kernels(model, runner.vllm_config.model_config.dtype)
     except UnsupportedModelError:
         return  # Said where the first trace is refused.

@@ -1,0 +1,82 @@
+"""Layers with sliding windows, in KV cache groups that free the blocks behind them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_start_proof import start_reports
+from tests.oracle import oracle_scores
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.core.hops import FurtherHops
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.patches import kept_blocks
+
+MIXED = ("full_attention", "sliding_attention")
+TOKENS = torch.randint(5, 500, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+LONG = TOKENS * 2
+
+
+@pytest.mark.parametrize("kinds", [MIXED, ("sliding_attention",) * 2], ids=["mixed", "windows"])
+def test_traces(kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of 16, with and without a prefix-cache hit, beside requests that take blocks."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model("llama", tmp_path / "windowed")
+    windows = {"sliding_window": 64, "layer_types": list(kinds) * 2}
+    # The same weights under the name by which transformers knows a Llama with windows.
+    reference = tmp_path / "reference"
+    shutil.copytree(folder, reference)
+    names = {"architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
+    for place, changes in ((folder, windows), (reference, windows | names)):
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | changes))
+    model = AutoModelForCausalLM.from_pretrained(
+        reference, attn_implementation="eager", dtype=torch.float32
+    )
+    engine = Engine(
+        folder,
+        "caches that forget",
+        in_process=True,
+        max_model_len=1536,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        block_size=32,
+        num_gpu_blocks_override=70 if kinds == MIXED else 40,
+    )
+
+    def errors(stop: int, start: int, rows: FurtherHops | None = None) -> float:
+        weights = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(start, stop)})
+        job = TraceJob(TOKENS[:stop], weights, further=rows)
+        decoding = [TOKENS[place : place + 150] for place in (100, 300, 500)]
+        [report] = engine.trace_many([job], decoding, new_tokens=50)
+        expected = oracle_scores(model, job.token_ids, weights.positions, weights.weights)
+        return relative_l1(report.scores, expected)
+
+    try:
+        [proof] = start_reports(engine)
+        assert proof["refusal"] is None and proof["largest_error"] < 1e-5
+        found = {
+            "chunks": errors(700, 250),
+            "again": errors(700, 250),
+            "hit": errors(500, 300),
+            "hops": errors(700, 650, FurtherHops(torch.arange(300, 420), 2)),
+        }
+        print(f"{kinds}: relative L1 {found}")
+        assert max(found.values()) <= 1e-4
+        last = TargetWeights.from_spans([(1350, 1400)])
+        with pytest.raises(TraceError, match="too small to keep all blocks of 1400 tokens"):
+            engine.trace(TraceJob(LONG, last))
+        assert len(engine.generate(LONG, 4)) == 4
+        assert not kept_blocks._traces
+        with monkeypatch.context() as patch:  # What it is there for.
+            patch.setattr(kept_blocks, "_note", lambda *_: None)
+            assert errors(700, 250) > 1e-2
+    finally:
+        engine.close()
