@@ -9,6 +9,7 @@ command.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import values
 
 PRELOADED = [
     "vllm.entrypoints.cli.serve",
@@ -47,6 +49,7 @@ class ForkedProcess(ForkServerProcess):
         os.environ.clear()
         os.environ.update(self._environment)
         multiprocessing.get_context = _fork_instead_of_spawn
+        os.register_at_fork(after_in_child=_choose_metrics)
         super().run()
 
     def poll(self) -> int | None:
@@ -117,6 +120,11 @@ def _fork_instead_of_spawn(method: str | None = None) -> Any:
     return _get_context("fork" if method == "spawn" else method)
 
 
+def _choose_metrics() -> None:
+    """Whether metrics are for several processes is otherwise decided when they are imported."""
+    values.ValueClass = values.get_value_class()
+
+
 def _run(command: list[str], log: str, environment: dict[str, str]) -> None:
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -126,7 +134,12 @@ def _run(command: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     option, program, *arguments = command
     sys.argv = [option, *arguments]
-    if option == "-c":
-        exec(program, {"__name__": "__main__"})
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    # A process of multiprocessing ends without what it has registered for its end.
+    atexit._clear()
+    try:
+        if option == "-c":
+            exec(program, {"__name__": "__main__"})
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()

@@ -37,9 +37,6 @@ class Model:
 
     batched, normed = True, False
 
-    def gains(self) -> None:
-        """Its blocks have no norms."""
-
     def replace_by_proximities(self, traces: Any, tables: Any, adapter: int | None) -> None:
         self.calls += 1
         for trace in traces:

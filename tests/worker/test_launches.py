@@ -75,9 +75,6 @@ class Model:
             ProximityLayer(index, cache[..., dim:], weight) for index in range(shape.num_layers)
         ]
 
-    def gains(self) -> None:
-        """Its blocks have no norms."""
-
     def replace_by_proximities(
         self, traces: list[ProximityTrace], tables: Any, adapter: None
     ) -> None:

@@ -58,10 +58,9 @@ def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         "--kv-cache-memory-bytes=128M",
         "--enable-prompt-tokens-details",
     ]
-    # An empty store is an unset one: the server chooses its own folder. Whether metrics are for
-    # several processes is decided when they are imported, so none is forked here.
+    # An empty store is an unset one: the server chooses its own folder.
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "FLASHTRACE_STORE": ""}
-    with serve(OURS, str(folder), log, *options, by_command=True, **env) as running:
+    with serve(OURS, str(folder), log, *options, **env) as running:
         yield running
 
 
@@ -224,14 +223,19 @@ def fetch(server: Server, attribution_id: str) -> dict[str, Any]:
     return found
 
 
+STORE = "attributions.sqlite3"
+
+
 def store_folder(server: Server) -> Path:
-    children = psutil.Process(server.pid).children(recursive=True)
-    [path] = {child.environ().get("FLASHTRACE_STORE") for child in children} - {None, ""}
-    return Path(str(path))
+    """Where all processes that have a store open have the same one."""
+    processes = psutil.Process(server.pid).children(recursive=True)
+    files = {Path(file.path) for each in processes for file in each.open_files()}
+    [path] = [file for file in files if file.name == STORE]
+    return path.parent
 
 
 def owners(server: Server) -> int:
-    with sqlite3.connect(store_folder(server) / "attributions.sqlite3") as db:
+    with sqlite3.connect(store_folder(server) / STORE) as db:
         (count,) = db.execute("SELECT COUNT(DISTINCT owner) FROM attributions").fetchone()
     return int(count)
 
