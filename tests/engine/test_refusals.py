@@ -65,7 +65,6 @@ def test_full_and_windowed_layers_in_two_caches(tmp_path: Path) -> None:
     ("family", "engine_args", "reason"),
     [
         ("qwen3_moe", {"data_parallel_size": 2}, "mixture-of-experts"),
-        ("llama", {"quantization": "fp8"}, "quantized"),
         ("llama", {"runner": "pooling"}, "pooling"),
     ],
 )

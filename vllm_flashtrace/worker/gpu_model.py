@@ -8,6 +8,7 @@ them before a later step can write to them, because vLLM runs its steps on the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +145,8 @@ class GPUTracedModel(TracedModel):
         return PagedRows.build(segments, heads, groups, self.device, self._kept_rows)
 
     def take_scratch(self, activation_bytes: int) -> None:
-        """See `TracedModel`; for `KEPT_ROWS` rows, or as many as there is memory for."""
+        """See `TracedModel`; queries of `KEPT_ROWS` rows, or as many as there is memory for."""
+        super().take_scratch(activation_bytes)
         row = KeptQueries.row_bytes(
             self.shape.num_layers,
             self.shape.num_heads,
@@ -161,14 +163,23 @@ class GPUTracedModel(TracedModel):
             logger.warning("Every layer of a trace is computed by itself: %s", error)
 
     def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
-        """See `TracedModel`: in one call for all layers, or with an adapter one for each."""
-        if adapter is None or all(layer.adapters is None for layer in self.layers):
-            layers = [self._proximity_layer(layer, None) for layer in range(len(self.layers))]
-            replace_by_proximities(layers, traces)
-            return
-        with touching_sums():
-            for layer in range(len(self.layers)):  # Each has a matrix of its own while it lasts.
-                replace_by_proximities([self._proximity_layer(layer, adapter)], traces)
+        """See `TracedModel`: in one call for all layers whose ``W_O`` is read where it lies.
+
+        Those whose matrix has to be made, because of quantised weights or of an adapter, have a
+        call each.
+        """
+        alone = [
+            layer.quantization is not None or (adapter is not None and layer.adapters is not None)
+            for layer in self.layers
+        ]
+        together = [index for index, made in enumerate(alone) if not made]
+        with touching_sums() if any(alone) else nullcontext():
+            if together:
+                layers = [self._proximity_layer(index, adapter) for index in together]
+                replace_by_proximities(layers, traces)
+            for index, made in enumerate(alone):
+                if made:
+                    replace_by_proximities([self._proximity_layer(index, adapter)], traces)
 
     def accumulator_limit_bytes(
         self, max_accumulator_mib: int | None, activation_bytes: int = 0
@@ -212,8 +223,17 @@ class GPUTracedModel(TracedModel):
         return ProximityLayer(layer, values, weight, scale)
 
     def _check_projection(self, layer: TracedLayer) -> None:
-        weight = layer.out_proj.weight
         width = self.shape.num_heads * layer.attention.head_size
+        if layer.quantization is not None:
+            projection = layer.out_proj
+            sizes = projection.output_size_per_partition, projection.input_size_per_partition
+            if sizes != (self.shape.hidden_size, width):
+                raise UnsupportedModelError(
+                    f"traces are not supported with a quantized output projection of {sizes} "
+                    f"({layer.name})"
+                )
+            return
+        weight = layer.out_proj.weight
         if (
             tuple(weight.shape) != (self.shape.hidden_size, width)
             or weight.dtype not in _FLOATS
@@ -253,7 +273,7 @@ def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm
     def on_device(numbers: Tensor | None) -> Tensor | None:
         if numbers is None:
             return None
-        return numbers.detach().to(layer.out_proj.weight.device, torch.float32)
+        return numbers.detach().to(attention.kv_cache.device, torch.float32)
 
     return AttentionForm(
         scale=float(impl.scale) * scales.key * query_scale,

@@ -35,6 +35,7 @@ from vllm_flashtrace.worker.layers import (
     output_projection,
     packed_kernel,
 )
+from vllm_flashtrace.worker.quantized import dequantize
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.taps import has_taps
 
@@ -154,6 +155,7 @@ class TracedModel(ABC):
         self._head_dim, self._dtype = attention.head_size, config.model_config.dtype
         self.slot_of: Callable[[int], int] | None = None
         self._indices = {layer.name: index for index, layer in enumerate(self.layers)}
+        self._dequantized: Tensor | None = None
         self._unpacked: dict[int, tuple[Callable[..., Any], Projection]] = {}
 
     @abstractmethod
@@ -225,7 +227,10 @@ class TracedModel(ABC):
         """
 
     def output_projection(self, layer: int, adapter: int | None = None) -> Projection:
-        """``W_O`` of a layer as it is now, in the model's dtype; with an adapter in float32."""
+        """``W_O`` of a layer as it is now, in the model's dtype; with an adapter in float32.
+
+        One that is quantised is good until the next is asked for: all are made in one matrix.
+        """
         base = self._base_projection(layer)
         if adapter is None:
             return base
@@ -266,12 +271,17 @@ class TracedModel(ABC):
             return max_accumulator_mib << 20
         return part_of_memory()
 
-    def take_scratch(self, activation_bytes: int) -> None:  # noqa: B027 - most models need none
-        """Takes the memory that `keep_queries` gives out, so that none is lacking later.
+    def take_scratch(self, activation_bytes: int) -> None:
+        """Takes the memory that traces need besides accumulators, so that none is lacking later.
+
+        That is the matrix of `output_projection`, if any is quantised, and what `keep_queries`
+        gives out.
 
         Args:
             activation_bytes: See `accumulator_limit_bytes`, which must be asked after this.
         """
+        if any(layer.quantization is not None for layer in self.layers):
+            self._matrix()
 
     def end_step(self) -> None:  # noqa: B027 - most models keep nothing for a step
         """Returns memory that only a step with traces needs."""
@@ -289,6 +299,11 @@ class TracedModel(ABC):
                 f"traces are not supported with an output projection that was replaced as a module "
                 f"({traced.name})"
             )
+        if traced.quantization is not None:
+            weight = self._matrix()
+            with torch.inference_mode():
+                dequantize(traced.out_proj, traced.quantization, weight)
+            return Projection(weight)
         kernel = packed_kernel(traced.out_proj)
         if kernel is None:
             return Projection(output_projection(traced))
@@ -298,3 +313,16 @@ class TracedModel(ABC):
             unpacked = Projection(weight, column_norms(weight, self.shape.num_heads))
             kept = self._unpacked[layer] = kernel, unpacked
         return kept[1]
+
+    def _matrix(self) -> Tensor:
+        """Where quantised ``W_O`` are made, one after the other, ``[D, H * d]``.
+
+        Whoever asks for one reads it before the next is made: on a GPU all of it is queued on one
+        stream.
+        """
+        if self._dequantized is None:
+            width = self.shape.num_heads * self._head_dim
+            size = self.shape.hidden_size, width
+            with torch.inference_mode(False):  # It is written to with and without.
+                self._dequantized = torch.empty(size, dtype=self._dtype, device=self.device)
+        return self._dequantized
