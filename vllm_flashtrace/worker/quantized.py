@@ -21,22 +21,15 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
 
-_FP8_METHODS = (
-    "Fp8LinearMethod",
-    "Fp8PerTensorOnlineLinearMethod",
-    "Fp8PtpcOnlineLinearMethod",
-    "Fp8PerBlockOnlineLinearMethod",
-)
 # vLLM's methods and compressed-tensors' schemes: weights alone, or activations of eight bits too.
 _WEIGHT_ONLY = {
     "AutoAWQMarlinLinearMethod": "AWQ",
     "AutoAWQLinearMethod": "AWQ",
     "AutoGPTQLinearMethod": "GPTQ",
     "CompressedTensorsWNA16": "compressed-tensors WNA16",
-    "CompressedTensorsW8A16Fp8": "compressed-tensors FP8 W8A16",
 }
 _EIGHT_BITS = {
-    **dict.fromkeys(_FP8_METHODS, "FP8"),
+    "Fp8LinearMethod": "FP8",
     "CompressedTensorsW8A8Int8": "compressed-tensors int8 W8A8",
     "CompressedTensorsW8A8Fp8": "compressed-tensors FP8 W8A8",
 }
@@ -87,12 +80,13 @@ def quantization_of(projection: nn.Module) -> Quantization | None:
     if type(scheme).__module__.startswith("vllm."):
         if kind in _WEIGHT_ONLY and not _rounds_to_eight_bits(layer, scheme):
             return Quantization(_WEIGHT_ONLY[kind], rounds_inputs=False)
-        if kind in _EIGHT_BITS:
+        if kind in _EIGHT_BITS and getattr(layer, "weight_block_size", None) is None:
             kernel = type(getattr(scheme, "fp8_linear", None)).__name__
             return Quantization(_EIGHT_BITS[kind], kernel not in _WEIGHT_ONLY_KERNELS)
     raise UnsupportedModelError(
         f"traces are not supported with an output projection quantized by {kind}"
         + (" with quantized activations" if kind in _WEIGHT_ONLY else "")
+        + (" in blocks" if kind in _EIGHT_BITS else "")
     )
 
 
