@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Processes of the test suite; each keeps engines of its own, together about 8 GiB.
-JOBS ?= 2
+# Processes of the test suite, one more than cores since servers and Ray are often waited for; each
+# keeps engines of its own, together about 12 GiB.
+JOBS ?= 3
 PYTEST_PARALLEL := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 export VLLM_TARGET_DEVICE ?= cpu
 

@@ -25,6 +25,7 @@ PAGES = (_HERE.parent / "docs" / "performance.md", _HERE.parent / "docs" / "fait
 TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "trace_latency": ("trace_latency*.json", tables.trace_latency),
     "hops": ("hops.json", tables.hops),
+    "targets": ("targets.json", tables.targets),
     "parity": ("parity.json", tables.parity),
     "vs_reference": ("vs_reference.json", tables.vs_reference),
     "per_token": ("vs_reference.json", tables.per_token),

@@ -120,6 +120,22 @@ def hops(result: Result) -> str:
     )
 
 
+def targets(result: Result) -> str:
+    """What several targets of one answer cost."""
+    return markdown(
+        [
+            *CASE,
+            Column("parts", "parts", count),
+            Column("hops", "hops", count),
+            Column("explained", "way", str),
+            Column("recomputed tokens", "recomputed_tokens", count),
+            Column("seconds", "seconds", decimals(2)),
+            Column("to one target", "ratio", decimals(2)),
+        ],
+        result["rows"],
+    )
+
+
 def parity(result: Result) -> str:
     """Errors against a float64 evaluation."""
     return markdown(

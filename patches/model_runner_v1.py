@@ -88,7 +88,7 @@ def apply() -> None:
         capture = existing_capture(self)
         if capture is None:
             return stock_forward(self, *args, **kwargs)
-        observer = capture.begin_forward(lambda: batch_rows_v1(self, capture.scheduled))
+        observer = capture.begin_forward(lambda: batch_rows_v1(self))
         with observing(observer) if observer is not None else nullcontext():
             output = stock_forward(self, *args, **kwargs)
         capture.end_forward(observer)

@@ -88,7 +88,9 @@ def apply() -> None:
         allowed: int = stock_reserve(self, request, num_computed_tokens, num_new_tokens)
         if (traces := self._flashtrace_traces) is not None:
             try:
-                if request.request_id in traces.ids:
+                # A last token with places for drafts is scheduled whole, or vLLM ends the engine.
+                drafts = num_computed_tokens + allowed > request.num_tokens
+                if request.request_id in traces.ids and not drafts:
                     return traces.share.grant(allowed)
             except Exception as error:
                 _give_up(self, error)

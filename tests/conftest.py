@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import engine_starts
-from tests.cores import BIND, own_core
+from tests.cores import BIND
 
 # Read when Ray is imported: what a test leaves to the garbage collector must start no Ray.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
-# A part has servers and engines that its tests share, so it stays in one process of the suite. The
-# longest come first, so that none is waited for at the end.
-PARTS = ("server", "engine", "scale", "kernels", "gpu", "benchmarks")
+# A folder has servers and engines that its tests share, so it stays in one process of the suite.
+# The longest come first, so that none is waited for at the end.
+PARTS = ("engine", "server/live", "scale/deploy", "server", "kernels", "scale/batch", "server/page")
 
+# Engines compute with one thread each, on whichever core is free; by themselves all of a small
+# machine's would be bound to the same core.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault(BIND, str(own_core()))
+    os.environ.setdefault(BIND, "nobind")
 
 # Read when torch is imported. What computes in this process or is forked off it cannot be bound,
 # and threads that wait for a core that another process has take milliseconds per operation.
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives a part to one process of the suite, as a whole."""
+    """Gives a folder to one process of the suite, as a whole."""
     from xdist.scheduler import LoadScopeScheduling
 
     class PartScheduling(LoadScopeScheduling):
@@ -47,8 +48,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _part(nodeid: str) -> str:
-    """The folder of ``tests`` that a test is in."""
-    return nodeid.split("/")[1].partition("::")[0]
+    """The folder of ``tests`` that a test is in, as ``server/live``."""
+    return nodeid.partition("::")[0].removeprefix("tests/").rpartition("/")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,14 +72,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section(f"{len(engine_starts.STARTED)} engine starts")
     for reason, count in collections.Counter(engine_starts.STARTED).most_common():
         terminalreporter.line(f"{count:3} {reason}")
-
-
-@pytest.fixture(scope="module")
-def all_cores() -> Iterator[None]:
-    """Engines are bound as they would be for a user who has bound nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(BIND, raising=False)
-        yield
 
 
 @pytest.fixture(scope="session")

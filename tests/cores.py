@@ -1,4 +1,4 @@
-"""Which core the tests of this process compute on, and how their engines spare each other's."""
+"""Which cores the tests of this process compute on, and in which processes their engines run."""
 
 from __future__ import annotations
 

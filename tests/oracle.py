@@ -8,9 +8,11 @@ and the head's slice W_h of the output projection,
     f_jh    = c_h[j] v_j^h W_h               prox(z) = max(0, |x|_1 - |x - z|_1)
     e_j     = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))
 
-and a token's score is the sum of e_j over layers. The activations come from a Hugging Face model in
-float64 whose attention is computed here; norms, rotary angles and MoE routing keep the float32
-that transformers hard-codes for them (so do the engines this is compared with).
+and a token's score is the sum of e_j over layers. Where the block's output u passes an RMSNorm
+before it is added, w_i alpha^h_ij is divided by rms(u_i) and W_h multiplied by the norm's gain. The
+activations come from a Hugging Face model in float64 whose attention is computed here; norms,
+rotary angles and MoE routing keep the float32 that transformers hard-codes for them (so do the
+engines this is compared with).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class LayerActivations:
 
     x_prev and x_mid are [N, D]; query (after rotary) [N, H, d]; key [N, G, d]; value [N, G, d] with
     its bias; alpha [H, N, N]; o_proj the weight [D, H*d], times the factor with which the block's
-    output is added; scale the factor before the softmax.
+    output is added, or the gain of its norm; scale the factor before the softmax; row_scale [N]
+    what the norm multiplies each row by.
     """
 
     x_prev: Tensor
@@ -44,6 +47,7 @@ class LayerActivations:
     alpha: Tensor
     o_proj: Tensor
     scale: float
+    row_scale: Tensor
 
 
 # --- the formulas -------------------------------------------------------------------------------
@@ -54,16 +58,23 @@ def proximity(z: Tensor, x: Tensor) -> Tensor:
 
 
 def layer_oracle(
-    alpha: Tensor, x_prev: Tensor, x_mid: Tensor, v: Tensor, o_proj: Tensor, w: Tensor
+    alpha: Tensor,
+    x_prev: Tensor,
+    x_mid: Tensor,
+    v: Tensor,
+    o_proj: Tensor,
+    w: Tensor,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """e_j of one layer, [N], for dense target weights w [N]."""
+    row_scale = torch.ones_like(w) if row_scale is None else row_scale
     heads, context = alpha.shape[0], alpha.shape[1]
     groups, dim = v.shape[1], v.shape[2]
     r = (w[:, None] * x_prev).sum(0)
     x = (w[:, None] * x_mid).sum(0)
     token_proximity = torch.zeros(context, dtype=torch.float64)
     for h in range(heads):
-        c = (w[:, None] * alpha[h]).sum(0)
+        c = ((w * row_scale)[:, None] * alpha[h]).sum(0)
         w_h = o_proj[:, h * dim : (h + 1) * dim].T
         f = c[:, None] * (v[:, h // (heads // groups)] @ w_h)
         token_proximity += proximity(f, x)
@@ -117,7 +128,9 @@ def oracle_hops(
 
 
 def _scores_of(layer: LayerActivations, w: Tensor) -> Tensor:
-    return layer_oracle(layer.alpha, layer.x_prev, layer.x_mid, layer.value, layer.o_proj, w)
+    return layer_oracle(
+        layer.alpha, layer.x_prev, layer.x_mid, layer.value, layer.o_proj, w, layer.row_scale
+    )
 
 
 # --- activations from a Hugging Face model --------------------------------------------------------
@@ -157,9 +170,16 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
     state: dict[str, Any] = {}
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
+        softcap: float | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
-        alpha, output = _attention(query[0], key[0], value[0], mask, scaling)
+        alpha, output = _attention(query[0], key[0], value[0], mask, scaling, softcap)
         state.update(query=query[0], key=key[0], value=value[0], alpha=alpha, scale=scaling)
         return output.transpose(0, 1).unsqueeze(0), None
 
@@ -171,10 +191,17 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
     def after_attention(module: Any, _: Any, output: Any) -> None:
         state["block"] = output[0][0]
         state["o_proj"] = module.o_proj.weight.detach()
+        state["norm"] = norms[module]
 
     def behind_attention(_: Any, args: Any, kwargs: Any) -> None:
         x_mid = (args[0] if args else kwargs["hidden_states"])[0]
-        factor = _factor(x_mid - state["x_prev"], state["block"])
+        added, block = x_mid - state["x_prev"], state["block"]
+        norm = state["norm"]
+        if norm is None:
+            row_scale = torch.ones(len(block), dtype=torch.float64)
+            factor = torch.full((block.shape[1],), _factor(added, block), dtype=torch.float64)
+        else:
+            row_scale, factor = _norm_factors(added, block, norm)
         consume(
             LayerActivations(
                 x_prev=state["x_prev"],
@@ -183,24 +210,46 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
                 key=state["key"].transpose(0, 1),
                 value=state["value"].transpose(0, 1),
                 alpha=state["alpha"],
-                o_proj=state["o_proj"] * factor,
+                o_proj=state["o_proj"] * factor[:, None],
                 scale=float(state["scale"]),
+                row_scale=row_scale,
             )
         )
         state.clear()
 
-    hooks = []
+    hooks, norms = [], {}
     for layer in model.model.layers:
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))
-        norm = layer.post_attention_layernorm  # of the stream behind the block
-        hooks.append(norm.register_forward_pre_hook(behind_attention, with_kwargs=True))
+        norm_behind, block_norm = _norms(layer)
+        norms[layer.self_attn] = block_norm
+        hooks.append(norm_behind.register_forward_pre_hook(behind_attention, with_kwargs=True))
     with _attention_implementation(model, attention):
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _norms(layer: Any) -> tuple[Any, Any]:
+    """The norm of the stream behind the attention block, and that of the block's output or None."""
+    if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 2 and 3
+        return layer.pre_feedforward_layernorm, layer.post_attention_layernorm
+    return layer.post_attention_layernorm, getattr(layer, "post_self_attn_layernorm", None)
+
+
+def _norm_factors(added: Tensor, block: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """What a norm multiplies the rows and the coordinates of a block's output by."""
+    epsilon = getattr(norm, "eps", None) or norm.variance_epsilon
+    ones = torch.ones(1, block.shape[1], dtype=torch.float64)
+    gain = norm(ones)[0].double() * (1 + epsilon) ** 0.5
+    row_scale = (block.square().mean(-1) + epsilon).rsqrt()
+    if float((added - row_scale[:, None] * block * gain).norm()) > 1e-6 * float(added.norm()):
+        raise ValueError(
+            "the stream behind attention is not the one in front plus the normed block"
+        )
+    return row_scale, gain
 
 
 def _factor(added: Tensor, block: Tensor) -> float:
@@ -212,7 +261,12 @@ def _factor(added: Tensor, block: Tensor) -> float:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Float64 attention weights [H, N, N] and output [H, N, d], one head at a time."""
     heads, length, _ = query.shape
@@ -222,6 +276,8 @@ def _attention(
     output = torch.empty_like(query)
     for h in range(heads):
         logits = (query[h] * scaling) @ key[h // shared].T
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
             logits = logits + mask[0, 0, :, :length]
         logits = logits.masked_fill_(causal, float("-inf"))

@@ -138,6 +138,7 @@ ERROR_CODES = {
     "target_not_found",
     "timeout",
     "too_many_layer_scores",
+    "too_many_targets",
     "tool_call_not_found",
     "unsupported_input",
     "unsupported_model",

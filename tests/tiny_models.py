@@ -12,7 +12,18 @@ from typing import Any, Literal, get_args
 import torch
 
 Family = Literal[
-    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "mixtral", "gemma", "granite"
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mistral",
+    "phi3",
+    "mixtral",
+    "gemma",
+    "granite",
+    "gemma2",
+    "gemma3",
+    "glm4",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
@@ -104,6 +115,20 @@ def _model(family: Family, num_kv_heads: int) -> Any:
             "logits_scaling": 4.0,
         }
         return hf.GraniteForCausalLM(hf.GraniteConfig(**common, **multipliers, attention_bias=True))
+    windows = {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    if family == "gemma2":
+        common["tie_word_embeddings"] = True  # In vLLM's Gemma 2 they always are.
+        caps = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 30.0}
+        return hf.Gemma2ForCausalLM(hf.Gemma2Config(**common, **windows, **caps))
+    if family == "gemma3":
+        return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**common, **windows))
+    if family == "glm4":
+        return hf.Glm4ForCausalLM(hf.Glm4Config(**common, head_dim=32, attention_bias=True))
     raise ValueError(f"unknown family {family!r}; one of {', '.join(get_args(Family))}")
 
 

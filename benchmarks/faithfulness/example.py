@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_flashtrace.text.plan import skip_mask
-from vllm_flashtrace.text.result import sentence_spans
+from vllm_flashtrace.text.sentences import sentence_spans
 
 Span = tuple[int, int]
 Values = npt.NDArray[np.float64]

@@ -48,6 +48,7 @@ def test_nothing_is_asked_for(value):
 def test_defaults(value):
     assert parse(value).model_dump() == {
         "target": "output",
+        "targets": None,
         "hops": 1,
         "reasoning": "auto",
         "recurse_over": "reasoning",

@@ -18,7 +18,7 @@ from tests import engine_starts
 from tests.cores import BIND, worker_in_engine
 from tests.forked import processes_are_forked
 from vllm_flashtrace.base.records import TraceReport
-from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, HopResult
+from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, HopResult, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
@@ -33,7 +33,7 @@ SMALL = {
 
 @dataclass(frozen=True)
 class TraceJob:
-    """One trace request: tokens, target, how exactly to evaluate, LoRA adapter, hops behind it."""
+    """One trace request: tokens, targets, how exactly to evaluate, LoRA adapter, further hops."""
 
     token_ids: Sequence[int]
     weights: TargetWeights
@@ -41,6 +41,7 @@ class TraceJob:
     layers: bool = False
     lora_request: Any = None
     further: FurtherHops | None = None
+    others: Sequence[TracedTarget] = ()
 
 
 class Engine:
@@ -140,12 +141,15 @@ class Engine:
 
     def run(self) -> None:
         while self.llm.llm_engine.has_unfinished_requests():
-            self._step()
+            self.step()
 
-    def _step(self) -> None:
-        for output in self.llm.llm_engine.step():
+    def step(self) -> list[Any]:
+        """One step of the engine, in whose outputs those of traces are noted."""
+        outputs: list[Any] = self.llm.llm_engine.step()
+        for output in outputs:
             if nonce := self._nonces.pop(output.request_id, None):
                 self._outputs[nonce] = output
+        return outputs
 
     def step_until(self, condition: Callable[[], bool]) -> None:
         """The engine core steps by itself; this waits, draining its outputs."""
@@ -191,11 +195,10 @@ class Engine:
 
     def _spec(self, job: TraceJob) -> TraceSpec:
         return TraceSpec.create(
-            job.weights,
+            [TracedTarget(job.weights, job.further), *job.others],
             len(job.token_ids),
             exact_fraction=job.exact_fraction,
             layers=job.layers,
-            further=job.further,
         )
 
     @staticmethod

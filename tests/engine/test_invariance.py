@@ -7,7 +7,7 @@ import torch
 
 from tests.engine.conftest import text_tokens
 from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
-from vllm_flashtrace.core.hops import FurtherHops
+from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 5e-4
@@ -119,6 +119,32 @@ def test_further_hops_after_a_preemption(tiny: Engine, crowded: Engine) -> None:
     assert agrees("after a preemption", report.scores, expected.scores)
     for ours, alone in zip(report.later_scores, expected.later_scores, strict=True):
         assert relative_l1(ours, alone) <= LIMIT
+
+
+def test_targets_together_are_what_each_is_alone(
+    tiny: Engine, crowded: Engine, tokens: list[int]
+) -> None:
+    """Some with hops behind them; the last is weighed, and they share rows."""
+    followed = FurtherHops(torch.arange(300, 360), 2)
+    targets = [
+        TracedTarget(TargetWeights.from_spans([(400, 420)]), followed),
+        TracedTarget(TargetWeights.from_spans([(590, 600), (410, 412)])),
+        TracedTarget(TargetWeights.from_mapping({580: 0.5, 591: 2.0}), followed),
+    ]
+    alone = [
+        tiny.trace(TraceJob(tokens, each.weights, further=each.further)).targets[0]
+        for each in targets
+    ]
+    first, *others = targets
+    job = TraceJob(tokens, first.weights, further=first.further, others=others)
+    for engine in (tiny, crowded):
+        report = engine.trace(job)
+        assert report.recomputed_tokens == 600 - (256 if engine is tiny else 0)
+        for ours, expected in zip(report.targets, alone, strict=True):
+            assert len(ours) == len(expected)
+            for hop, one in zip(ours, expected, strict=True):
+                assert relative_l1(hop, one) <= 1e-5
+        assert engine.status()["accumulator_bytes"] == 0
 
 
 def test_weights_scale_does_not_matter(

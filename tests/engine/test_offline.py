@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -52,6 +53,27 @@ def test_answer_comes_from_the_fact(answer: Attribution) -> None:
     share = sum(token["score"] for token in fact) / data["input_mass"]
     print(f"fact share of input mass: {share:.1%}")
     assert share >= 0.30
+
+
+def test_sentences_of_an_answer_are_what_each_is_alone(ft: FlashTrace) -> None:
+    """The hop goes through what was said before, so it differs from sentence to sentence."""
+    sentences = ["The access code is 7306.", "It was asked for.", "Nothing else is known."]
+    field = {"hops": 1, "top_k": None}
+    text = " ".join(sentences)
+    together = ft.attribute(MESSAGES, text, flashtrace={**field, "targets": "sentences"})
+    assert [part.target["text"] for part in together.targets] == sentences
+    assert len({tuple(part.target["tokens"][0]) for part in together.targets}) == 3
+    for part in together.targets:
+        [span] = part.target["tokens"]
+        alone = ft.attribute(MESSAGES, text, flashtrace={**field, "target": {"tokens": [span]}})
+        assert alone.targets == [alone]
+        ours, expected = ([score.score for score in one.scores] for one in (part, alone))
+        assert math.fsum(abs(a - b) for a, b in zip(ours, expected, strict=True)) <= 1e-5
+        assert part.remaining_mass == pytest.approx(alone.remaining_mass, abs=1e-5)
+    page, shown = together.to_html(), str(together)
+    assert all(sentence in page for sentence in sentences) and "3 targets" in shown
+    with pytest.raises(ValueError, match=r"has 3 targets; read each of \.targets"):
+        together.scores  # noqa: B018
 
 
 def test_locations_point_at_the_users_own_text(answer: Attribution) -> None:

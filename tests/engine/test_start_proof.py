@@ -232,6 +232,7 @@ def test_the_report(engine: Engine) -> None:
     assert report["found"] == {
         "layers": [0, 3],
         "norms": ["RMSNorm"],
+        "block_norms": [],
         "query_key_norms": False,
         "output_bias": False,
         "residual_multipliers": [1.0],

@@ -82,7 +82,11 @@ CONFIGS: dict[str, tuple[str, str, Any]] = {
     "R-SWA attention": ("model_config.model_arch_config", "rswa_window", 128),
     "prompt embeddings": ("model_config", "enable_prompt_embeds", True),
     "weights offloaded to the host": ("offload_config.uva", "cpu_offload_gb", 1),
-    "speculative decoding": ("", "speculative_config", object()),
+    "adaptive verification of drafts": (
+        "",
+        "speculative_config",
+        SimpleNamespace(enable_adaptive_verification=True),
+    ),
     "KV transfer": ("", "kv_transfer_config", object()),
 }
 

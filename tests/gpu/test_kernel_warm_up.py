@@ -18,6 +18,7 @@ from tests.gpu.standin import BACKENDS, CPU
 from tests.gpu.test_fp8_cache import layers, quantize_queries
 from tests.gpu.v2_engine import V2Engine, apply_patches, traced, untraced, v2_engine
 from tests.kernels.compiler import Variants, variants_only
+from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.kernels import paged_attention, paged_proximity, sum_shares
 from vllm_flashtrace.kernels.triton_column_sums import (
@@ -25,10 +26,10 @@ from vllm_flashtrace.kernels.triton_column_sums import (
     triton_kept_column_sums,
 )
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
-from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+from vllm_flashtrace.kernels.triton_row_sums import triton_inverse_rms, triton_row_sums
 from vllm_flashtrace.patches import worker_start
 from vllm_flashtrace.patches._check import PatchError
-from vllm_flashtrace.worker import finish, gpu_model, step, warm_up
+from vllm_flashtrace.worker import finish, gpu_model, runner, step, traced_model, warm_up
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import worker_report
 
@@ -73,6 +74,7 @@ def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch computes in the place of our kernels, their launches are made as well."""
     columns, proximity = paged_attention.torch_column_sums, paged_proximity.torch_proximities
     row_sums, kept_columns = step.add_row_sums, gpu_model.add_kept_column_sums
+    sizes = traced_model.inverse_rms
 
     def add_columns(inputs: Any, layer: int, **arguments: Any) -> None:
         triton_column_sums(inputs, layer)
@@ -94,6 +96,11 @@ def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_row_sums(rows, layer, **streams)
         row_sums(rows, layer, **streams)
 
+    def inverse_rms(*arguments: Any) -> None:
+        triton_inverse_rms(*arguments)
+        sizes(*arguments)
+
+    monkeypatch.setattr(traced_model, "inverse_rms", inverse_rms)
     monkeypatch.setattr(paged_attention, "torch_column_sums", add_columns)
     monkeypatch.setattr(paged_proximity, "torch_proximities", proximities)
     monkeypatch.setattr(step, "add_row_sums", add_rows)
@@ -140,6 +147,15 @@ def test_traces_launch_what_was_compiled(
     assert not found.missing()
     assert report["compiled"] == len(found.warmed) and report["failures"] == []
     assert report["seconds"] >= 0
+
+
+def test_normed_blocks(tmp_path: Path, worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_tiny_model("glm4", tmp_path / "glm4")
+    with v2_engine(folder, monkeypatch, "TRITON_ATTN") as engine:
+        monkeypatch.setattr(runner, "check_architecture", lambda _: None)
+        found, _ = warmed_and_run(engine, worker(engine), monkeypatch)
+    assert len({name for name, _ in found.launched}) == 13
+    assert not found.missing()
 
 
 @pytest.mark.parametrize("quantized", [False, True])

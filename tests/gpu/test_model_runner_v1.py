@@ -43,11 +43,17 @@ def v1_batch(requests: dict[str, tuple[int, list[int]]]) -> InputBatch:
 
 
 def test_the_batch_of_a_v1_runner(loaded: V2Engine) -> None:
-    """Its block table holds the manager's blocks; kernels get theirs when metadata is built."""
+    """Its block table holds the manager's blocks; kernels get theirs when metadata is built.
+
+    Rows are those that it computes, which are fewer than scheduled where drafts were trimmed.
+    """
     batch = v1_batch({"a": (0, [5, 3]), "b": (130, [9, 2])})
     [group] = loaded.runner.attn_groups[0]
-    runner = SimpleNamespace(input_batch=batch, attn_groups=loaded.runner.attn_groups)
-    first, second = batch_rows_v1(runner, {"a": 200, "b": 4})
+    starts = SimpleNamespace(np=np.array([0, 200, 204, 204]))
+    runner = SimpleNamespace(
+        input_batch=batch, attn_groups=loaded.runner.attn_groups, query_start_loc=starts
+    )
+    first, second = batch_rows_v1(runner)
     assert (first.req_id, first.first_row, first.start, first.stop) == ("a", 0, 0, 200)
     assert (second.req_id, second.first_row, second.start, second.stop) == ("b", 200, 130, 134)
     assert first.block_table[:4].tolist() == [10, 11, 6, 7]

@@ -11,6 +11,7 @@ import pytest
 from vllm.v1.worker.gpu import model_runner
 
 from tests.engine.harness import relative_l1
+from tests.gpu.test_start_proof import proof
 from tests.gpu.v2_engine import (
     LIMIT,
     V2Engine,
@@ -20,12 +21,14 @@ from tests.gpu.v2_engine import (
     untraced,
     v2_engine,
 )
-from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.core.hops import FurtherHops
+from tests.oracle import as_float64
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import TraceSpec
+from vllm_flashtrace.worker import gpu_model, taps
 from vllm_flashtrace.worker import runner as adapter
-from vllm_flashtrace.worker import taps
 from vllm_flashtrace.worker.observer import current
 
 
@@ -46,7 +49,7 @@ def test_further_hops(engine: V2Engine, float64_llama: Any, spans: Any) -> None:
     followed = TargetWeights.from_spans(spans).positions
     further = FurtherHops(followed, hops=2)
     target = traced(100, (70, 80), (90, 100))
-    spec = TraceSpec.create(target.weights, 100, exact_fraction=1.0, further=further)
+    spec = TraceSpec.create([TracedTarget(target.weights, further)], 100, exact_fraction=1.0)
     trace = dataclasses.replace(target, spec=spec)
     engine.step({"trace": 50}, new={"trace": trace.new})
     engine.step({"trace": 25, "other": 30}, new={"other": untraced(30, 1)})
@@ -75,6 +78,54 @@ def test_taps_beside_a_fused_all_reduce(
         engine.step({"trace": 70}, new={"trace": trace.new})
         engine.step({"trace": 30})
         assert_exact(engine, trace, float64_llama)
+
+
+@pytest.fixture(scope="module")
+def normed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A model in which a norm lies between each attention block and the stream."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model("glm4", tmp_path_factory.mktemp("glm4"))
+    return folder, as_float64(AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("kept", [1024, 0], ids=["kept", "layer by layer"])
+@pytest.mark.parametrize("spans", [((20, 61),), ((20, 40), (45, 61))], ids=["near", "apart"])
+def test_normed_blocks(
+    normed: tuple[Path, Any], kept: int, spans: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two traces in chunks, one with further hops, whose rows are kept or not."""
+    folder, float64 = normed
+    monkeypatch.setattr(gpu_model, "KEPT_ROWS", kept)
+    further = FurtherHops(TargetWeights.from_spans(spans).positions, hops=1)
+    other, target = traced(100, (58, 64), (90, 100), seed=1), traced(100, (70, 80), (90, 100))
+    spec = TraceSpec.create([TracedTarget(target.weights, further)], 100, exact_fraction=1.0)
+    trace = dataclasses.replace(target, spec=spec)
+    with v2_engine(folder, monkeypatch) as loaded:
+        apply_patches(monkeypatch)
+        engine = V2Engine(loaded.model, loaded.config, loaded.layout)
+        assert proof(engine)["refusal"] is None
+        engine.step({"other": 62, "trace": 50}, new={"other": other.new, "trace": trace.new})
+        engine.step({"other": 38, "trace": 25})
+        engine.step({"trace": 25})
+        assert_exact(engine, other, float64)
+        report = assert_exact(engine, trace, float64)
+    weights, _ = further.after(report.scores, 1.0)
+    assert weights is not None
+    exact = dataclasses.replace(target, weights=weights).oracle(float64)
+    assert relative_l1(report.later_scores[0], exact) < LIMIT
+
+
+def test_normed_blocks_beside_a_fused_all_reduce(
+    normed: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tap would undo the fusion, so there is none and the model is refused."""
+    monkeypatch.setattr(taps, "_fuses_all_reduce", lambda _: True)
+    with (
+        pytest.raises(UnsupportedModelError, match="fuse_allreduce_rms false"),
+        v2_engine(normed[0], monkeypatch),
+    ):
+        pass
 
 
 def test_place_in_the_batch_is_not_the_index(engine: V2Engine, float64_llama: Any) -> None:

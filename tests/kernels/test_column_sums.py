@@ -277,6 +277,48 @@ def test_kept_queries_of_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(sums[1], expected[1]) and not sums[0].any() and not sums[2].any()
 
 
+def test_layers_may_have_factors_on_the_weights_of_rows(
+    cutting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others in each layer, in torch and in Triton, at once and kept."""
+    step = Step(TWO_HEADS)
+    generator = torch.Generator().manual_seed(5)
+    count = len(step.rows)
+    scales = torch.rand(LAYERS, -(-count // 4) * 4, generator=generator)[:, :count] * 1e3 + 1e-3
+    expected = []
+    for case, form, own in zip(step.cases, step.forms, scales, strict=True):
+        segments = [
+            replace(segment, weights=segment.weights.double() * step.rows.of_segment(own, index))
+            for index, segment in enumerate(step.rows.segments)
+        ]
+        expected.append(definition(replace(case, rows=replace(step.rows, segments=segments)), form))
+
+    def check(sums: list[Tensor]) -> None:
+        for layer, (_, of_layer) in enumerate(expected):
+            for ours, theirs in zip(sums, of_layer, strict=True):
+                assert relative_error(ours[layer, :, : theirs.shape[1]], theirs) <= 1e-5
+
+    def at_once(compute) -> None:
+        for layer, (case, form) in enumerate(zip(step.cases, step.forms, strict=True)):
+            compute(replace(case.inputs(form), scales=scales[layer]), layer)
+
+    at_once(paged_column_sums)
+    check(step.taken())
+    kept = step.kept()
+    kept.scales = scales
+    add_kept_column_sums(kept, step.keys())
+    check(step.taken())
+    at_once(column_kernels.triton_column_sums)
+    by_layer = step.taken()
+    check(by_layer)
+    monkeypatch.setattr(paged_attention, "by_triton", lambda tensor: True)
+    for room in (1 << 20, 3_000):
+        kept = step.kept(room)
+        kept.scales = scales
+        add_kept_column_sums(kept, step.keys())
+        assert all(map(torch.equal, step.taken(), by_layer)), room
+
+
 def test_too_many_rows_are_not_kept() -> None:
     rows = make_case(Shape(dim=64), SEVERAL).rows
     size = 48 * KeptQueries.row_bytes(LAYERS, rows.num_heads, 64, BFLOAT16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.kernels.compiler import compiled_only
 from tests.kernels.test_compiled_proximity import LEAST_SHARED_MEMORY
 from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
-from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+from vllm_flashtrace.kernels.triton_row_sums import triton_inverse_rms, triton_row_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -22,6 +23,7 @@ KERNELS = {
     "_column_sums_kernel",
     "_add_parts_kernel",
     "_row_sums_kernel",
+    "_inverse_rms_kernel",
 }
 PRODUCTS = "_lse_kernel", "_column_sums_kernel"
 
@@ -34,9 +36,12 @@ def interpreter() -> Iterator[None]:
 
 def launch(case: Case, form: AttentionForm, layer: int = 0) -> None:
     inputs = case.inputs(form)
-    triton_column_sums(inputs, layer)
+    scales = torch.ones(-(-len(case.rows) // 4) * 4)[: len(case.rows)]
+    triton_column_sums(replace(inputs, scales=scales), layer)
     stream = torch.zeros(len(case.query), HIDDEN, dtype=torch.bfloat16)
     triton_row_sums(case.rows, layer, residual=stream, stream=stream)
+    triton_inverse_rms(case.rows, stream, 1e-6, scales)
+    triton_row_sums(case.rows, layer, stream=stream, scales=scales)
 
 
 CASES = [

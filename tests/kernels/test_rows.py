@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.attention import CPU, HIDDEN, Shape, make_case
-from vllm_flashtrace.kernels import Accumulators, PagedRows, RowSegment, add_row_sums, triton_rows
-from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    PagedRows,
+    RowSegment,
+    add_row_sums,
+    inverse_rms,
+    triton_rows,
+)
+from vllm_flashtrace.kernels.triton_row_sums import triton_inverse_rms, triton_row_sums
 
 SHAPE = Shape(groups=2, shared=1, dim=64)
 
@@ -133,6 +140,31 @@ def test_row_sums(given, dtype: torch.dtype, strided: bool) -> None:
             expected = segment.weights.double() @ streams[to][segment.rows].double()
             torch.testing.assert_close(sums[1].double(), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(sums[2].double(), 2 * expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_scaled_by_their_size(dtype: torch.dtype) -> None:
+    case = make_case(SHAPE, [[*range(10, 80)], [3, 9], [7]])
+    hidden, epsilon = 1031, 1e-3  # More than are squared at a time.
+    size = torch.rand(len(case.query), 1, generator=torch.Generator().manual_seed(1))
+    vectors = size * torch.randn(len(case.query), hidden, generator=torch.Generator())
+    vectors = vectors.to(dtype)
+    expected = (vectors.double().square().mean(1) + epsilon).rsqrt()
+    places = torch.cat([segment.rows for segment in case.rows.segments])
+    for form in (inverse_rms, triton_inverse_rms):
+        scales = torch.empty(len(case.rows))
+        form(case.rows, vectors, epsilon, scales)
+        torch.testing.assert_close(scales.double(), expected[places], rtol=1e-6, atol=0)
+    stream = vectors[:, :HIDDEN]
+    for layer, function in ((1, add_row_sums), (2, triton_row_sums)):
+        function(case.rows, layer, stream=stream, scales=scales)
+    for segment in case.rows.segments:
+        weights = segment.weights.double() * expected[segment.rows]
+        theirs = weights @ stream[segment.rows].double()
+        assert not segment.sums.residual.any()
+        for layer in (1, 2):
+            ours = segment.sums.stream[layer].double()
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_lie_side_by_side_are_known() -> None:

@@ -36,7 +36,7 @@ from vllm_flashtrace.kernels.triton_column_sums import (
 )
 from vllm_flashtrace.kernels.triton_operands import Compilation, as_compiled_for, compiling
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
-from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+from vllm_flashtrace.kernels.triton_row_sums import triton_inverse_rms, triton_row_sums
 from vllm_flashtrace.kernels.triton_variants import (
     LayerTensors,
     launch_every_variant,
@@ -65,6 +65,7 @@ KERNELS = {
     "_totals_kernel": 1,
     "_sum_shares_kernel": 1,
 }
+SCALED = {"_inverse_rms_kernel": 1}
 """Our kernels, and the most variants of each that a layer has without adapters."""
 
 
@@ -92,6 +93,7 @@ class Model:
     soft_cap: float = 0.0
     alibi: bool = False
     sinks: bool = False
+    scaled: bool = False
 
     @property
     def heads(self) -> int:
@@ -111,7 +113,7 @@ class Model:
             keys=cache[..., : self.dim],
             values=cache[..., self.dim :],
             stream=torch.zeros(1, self.hidden, dtype=self.dtype),
-            weights=[weight, meta] if self.adapters else [weight],
+            weights=[weight, meta] if self.adapters else [meta if self.scaled else weight],
             form=AttentionForm(
                 0.1,
                 sliding_window=self.window,
@@ -119,6 +121,7 @@ class Model:
                 alibi_slopes=per_head if self.alibi else None,
                 sinks=per_head if self.sinks else None,
             ),
+            scaled=self.scaled,
         )
 
 
@@ -157,6 +160,7 @@ MODELS = {
     "cap and alibi": Model(soft_cap=30.0, alibi=True, shared=5),
     "many heads without groups": Model(groups=64, shared=1, hidden=4096),
     "adapters": Model(adapters=True, dim=80, shared=7),
+    "normed blocks": Model(scaled=True, dim=256, groups=1, shared=4, hidden=1152, soft_cap=50.0),
 }  # fmt: skip
 
 
@@ -209,16 +213,26 @@ def launch_as_traces_do(
         zeros, ones = torch.zeros(len(own), dtype=torch.int64), torch.ones(len(own))
         segments.append(RowSegment(zeros, torch.tensor(own), ones, table, sums))
     rows = PagedRows.build(segments, model.heads, model.groups, CPU, kept_rows=1024)
-    inputs = AttentionInputs(query, layer.keys, rows, layer.form)
+    scales = None
+    if model.scaled:
+        padded = -(-len(rows) // 4) * 4
+        scales = torch.ones(LAYERS, padded)[:, : len(rows)]
+    by_layer = None if scales is None else scales[where]
+    inputs = AttentionInputs(query, layer.keys, rows, layer.form, by_layer)
     triton_column_sums(inputs, where)
     memory = torch.empty(len(rows) * LAYERS * model.heads * model.dim * 8, dtype=torch.uint8)
     kept = KeptQueries.within(memory, rows, LAYERS, model.dim, model.query_dtype)
     if kept is not None:
+        kept.scales = scales
         keys = [LayerKeys(index, layer.keys, layer.form) for index in range(where, LAYERS)]
         triton_kept_column_sums(kept, keys)
     triton_row_sums(rows, where, residual=stream)
-    triton_row_sums(rows, where, stream=stream)
-    triton_row_sums(rows, where, residual=stream, stream=stream)
+    if by_layer is None:
+        triton_row_sums(rows, where, stream=stream)
+        triton_row_sums(rows, where, residual=stream, stream=stream)
+    else:
+        triton_inverse_rms(rows, stream, 1e-6, by_layer)
+        triton_row_sums(rows, where, stream=stream, scales=by_layer)
     totals = torch.zeros(len(segments), 2, LAYERS, dtype=torch.float64)
     traces = [
         ProximityTrace(segment.sums, segment.block_table, *results, exact_fraction=fraction)
@@ -267,8 +281,9 @@ def test_nothing_else_is_compiled(model: Model) -> None:
     warmed = warmed_up(model)
     assert found.launched == warmed
     counts = collections.Counter(name for name, _ in warmed)
-    assert counts.keys() == KERNELS.keys()
-    most = {name: count * (1 + model.adapters) for name, count in KERNELS.items()}
+    kernels = KERNELS | SCALED if model.scaled else KERNELS
+    assert counts.keys() == kernels.keys()
+    most = {name: count * (1 + model.adapters) for name, count in kernels.items()}
     assert all(count <= most[name] for name, count in counts.items()), counts
 
 

@@ -248,6 +248,16 @@ def test_a_share_of_one_token_still_makes_progress(make: Callable[..., Steps]) -
     assert counts == [1] * 40
 
 
+def test_a_last_token_with_places_for_drafts_is_not_cut(make: Callable[..., Steps]) -> None:
+    """vLLM adds them beside requests that decode, and ends the engine if they are missing."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    steps = make(share=0.001, speculative_config=ngram)
+    decoding = steps.add(5, 50)
+    steps.step()
+    trace = steps.add(1, trace=True)
+    assert steps.step() == {decoding: 1, trace: 4}
+
+
 def test_without_traces_nothing_is_counted(make: Callable[..., Steps]) -> None:
     steps = make()
     prompt = steps.add(300, 2)

@@ -127,7 +127,8 @@ class FakeEngine:
         scores = self.trace_scores(spec.length)
         self._reports[spec.nonce] = WireReport(
             status="completed",
-            scores=tensor_bytes(scores),
+            scores=tensor_bytes(scores.expand(len(spec.targets), -1)),
+            hops=(1,) * len(spec.targets),
             layer_scores=tensor_bytes(scores.expand(self.layers, -1) / self.layers)
             if spec.layers
             else b"",

@@ -77,6 +77,7 @@ async def test_the_attribution_is_a_child_of_the_requests_span(traced, exporter)
         "flashtrace.route": "/v1/chat/completions",
         "flashtrace.status": "completed",
         "flashtrace.hops": 2,
+        "flashtrace.targets": 1,
         "flashtrace.target_tokens": sum(b - a for a, b in result["target"]["tokens"]),
         "flashtrace.recomputed_tokens": result["usage"]["recomputed_tokens"],
         "flashtrace.cached_tokens": result["usage"]["cached_tokens"],

@@ -30,7 +30,8 @@ def resolve(byte_level):
         generated = decode_generated(byte_level, completion)
         reasoning = find_reasoning("auto", generated)
         parts = take_apart(generated, completion, None)
-        found = resolve_target(request, generated, reasoning, PROMPT, parts.tool_call).weights
+        call = parts.tool_call
+        found = resolve_target(request.target, generated, reasoning, PROMPT, call).weights
         positions = [int(p) - PROMPT for p in found.positions]
         weights = dict(zip(positions, found.weights.tolist(), strict=True))
         return weights, "".join(generated.full.token(i) for i in positions)

@@ -63,7 +63,7 @@ def trace(byte_level):
         while (weights := plan.recursion.next_weights()) is not None:
             hops.append(weights.positions.tolist())
             plan.recursion.add(torch.rand(len(plan.token_ids), generator=generator))
-        data = build_result(plan, plan.recursion.result(), TraceUsage(), "ft-" + "0" * 32)
+        data = build_result([plan], TraceUsage(), "ft-" + "0" * 32)
         check_described(data)
         return plan, hops, data
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +20,8 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion, TraceUsage
 from vllm_flashtrace.text.plan import plan_trace
 from vllm_flashtrace.text.prompt_map import LocatedToken, PromptMap
-from vllm_flashtrace.text.result import (
-    build_result,
-    containing,
-    failed_result,
-    segments,
-    sentence_spans,
-    sentences,
-)
+from vllm_flashtrace.text.result import build_result, failed_result, segments
+from vllm_flashtrace.text.sentences import containing, sentence_spans, sentences
 
 CHAT = [
     {"role": "system", "content": "You are helpful."},
@@ -56,7 +52,7 @@ def trace(byte_level, render, chat):
             plan.recursion.add(by_layer.sum(dim=0), by_layer if layers else None)
         result = plan.recursion.result()
         usage = TraceUsage(812, 3072, {"queue": 0.0, "prefill": 0.4, "attribution": 0.1})
-        data = build_result(plan, result, usage, ID)
+        data = build_result([plan], usage, ID)
         check_described(data)
         return plan, result, data
 
@@ -325,6 +321,12 @@ def test_dropped_target_tokens_are_counted(trace, chat):
     assert data["target"]["tokens"] == [[0, 1]]
 
 
+def ended(plan: Any, result: Any, **changed: Any) -> Any:
+    """The plan with another outcome."""
+    other = dataclasses.replace(result, **changed)
+    return dataclasses.replace(plan, recursion=types.SimpleNamespace(result=lambda: other))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -337,7 +339,7 @@ def test_dropped_target_tokens_are_counted(trace, chat):
 def test_mass_that_does_not_balance_is_an_error(trace, change):
     plan, result, _ = trace()
     with pytest.raises(TraceError) as error:
-        build_result(plan, dataclasses.replace(result, **change(result)), TraceUsage(), ID)
+        build_result([ended(plan, result, **change(result))], TraceUsage(), ID)
     assert error.value.code == "mass_imbalance"
 
 
@@ -346,7 +348,7 @@ def test_number_that_json_cannot_hold_is_an_error(trace):
     bad = result.generated_scores.clone()
     bad[-1] = float("inf")
     with pytest.raises(TraceError) as error:
-        build_result(plan, dataclasses.replace(result, generated_scores=bad), TraceUsage(), ID)
+        build_result([ended(plan, result, generated_scores=bad)], TraceUsage(), ID)
     assert error.value.code == "bad_scores"
 
 

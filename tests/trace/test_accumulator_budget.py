@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.core.hops import FurtherHops, HopRecursion
+from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.trace import hop
@@ -43,7 +43,7 @@ def spec(context: int) -> TraceSpec:
 
 @pytest.mark.parametrize("context", [2, 3, 100, 1001])
 def test_the_price_is_what_a_trace_takes(context: int) -> None:
-    trace = Trace(spec(context), spec(context).target_weights(), MODEL)
+    trace = Trace(spec(context), MODEL)
     assert BUDGET.cost(context) == trace.nbytes
 
 
@@ -54,11 +54,11 @@ KEEPING = AccumulatorBudget.of_model(60_000, SHAPE, KeptRows.row_bytes(SHAPE, 8,
 def test_the_price_of_rows_is_what_they_take(rows: int) -> None:
     further = FurtherHops(torch.arange(20, 20 + rows), 2)
     target = TargetWeights.from_spans([(95, 97)])
-    keeping = TraceSpec.create(target, 97, exact_fraction=1.0, further=further)
+    keeping = TraceSpec.create([TracedTarget(target, further)], 97, exact_fraction=1.0)
     model: Any = types.SimpleNamespace(
         **vars(MODEL), keep_rows=lambda p: KeptRows(p, SHAPE, 8, torch.float32, "cpu")
     )
-    trace = Trace(keeping, target, model)
+    trace = Trace(keeping, model)
     assert keeping.kept_rows == rows + 2
     assert KEEPING.cost(97, rows + 2) == trace.nbytes
 
@@ -73,26 +73,50 @@ def test_a_trace_keeps_rows_where_others_have_room_beside_it() -> None:
 
 
 def plan(hops: int, include: tuple[str, ...] = ()) -> Any:
-    one = job(100, hops).plan
-    assert one is not None
+    [one] = job(100, hops).plans
     one.request.include = include  # type: ignore[misc]
     return one
 
 
 def test_rows_are_kept_for_two_hops_and_more() -> None:
-    kept = hop.kept_rows(plan(2), KEEPING)
-    assert kept == 4  # Two of reasoning, two of the target.
-    assert hop.kept_rows(plan(1), KEEPING) == 0
-    assert hop.kept_rows(plan(2, ("layers",)), KEEPING) == 0
-    assert hop.kept_rows(plan(2), BUDGET) == hop.kept_rows(plan(2), None) == 0
-    assert hop.kept_rows(plan(2), dataclasses.replace(KEEPING, limit_bytes=30_000)) == 0
+    def kept_rows(one: Any, budget: AccumulatorBudget | None) -> int:
+        [visit] = hop.visits([one], budget)
+        return visit.kept_rows
+
+    assert kept_rows(plan(2), KEEPING) == 4  # Two of reasoning, two of the target.
+    assert kept_rows(plan(1), KEEPING) == 0
+    assert kept_rows(plan(2, ("layers",)), KEEPING) == 0
+    assert kept_rows(plan(2), BUDGET) == kept_rows(plan(2), None) == 0
+    assert kept_rows(plan(2), dataclasses.replace(KEEPING, limit_bytes=30_000)) == 0
+
+
+def test_targets_are_visited_together_as_far_as_rows_have_room() -> None:
+    plans = [plan(0) for _ in range(5)]
+    assert [len(visit.plans) for visit in hop.visits(plans, KEEPING)] == [5]
+    [visit] = hop.visits(plans, KEEPING)
+    assert visit.kept_rows == 2  # The targets are the same.
+    call = visit.next_call(FlashTraceConfig(), None)
+    assert call is not None and len(call.spec.targets) == 5
+    assert [len(visit.plans) for visit in hop.visits(plans, BUDGET)] == [1] * 5
+    apart = [*plans[:2], targeting(10), targeting(20)]
+    room = KEEPING.cost(100, 4) * 4
+    tight = dataclasses.replace(KEEPING, limit_bytes=room)
+    assert [len(visit.plans) for visit in hop.visits(apart, tight)] == [3, 1]
+
+
+def targeting(position: int) -> Any:
+    """A plan whose target is two other tokens."""
+    one = plan(0)
+    target = TargetWeights.from_spans([(position, position + 2)])
+    one.recursion = HopRecursion(target, 5, 100, torch.zeros(100, dtype=torch.bool), hops=0)
+    return one
 
 
 def test_a_worker_that_keeps_no_rows_refuses_further_hops() -> None:
     recorder = Recorder(MODEL, 60.0, BUDGET)
     further = FurtherHops(torch.arange(20, 30), 2)
     target = TargetWeights.from_spans([(95, 97)])
-    keeping = TraceSpec.create(target, 97, exact_fraction=1.0, further=further)
+    keeping = TraceSpec.create([TracedTarget(target, further)], 97, exact_fraction=1.0)
     recorder.register("a", seal(keeping), 97)
     with pytest.raises(TraceError, match="each hop by itself"):
         decode_wire(recorder.collect(keeping.nonce)).to_report()
@@ -106,9 +130,9 @@ def test_a_worker_that_keeps_no_rows_refuses_further_hops() -> None:
 def test_bad_further_hops_are_refused(positions: list[int]) -> None:
     further = FurtherHops(torch.tensor(positions, dtype=torch.int64), 2)
     target = TargetWeights.from_spans([(95, 97)])
-    keeping = TraceSpec.create(target, 97, exact_fraction=1.0, further=further)
+    keeping = TraceSpec.create([TracedTarget(target, further)], 97, exact_fraction=1.0)
     with pytest.raises(ValueError, match="further hops do not fit"):
-        unseal(seal(keeping)).further_hops()
+        unseal(seal(keeping)).traced_targets()
 
 
 def test_status_carries_the_budget() -> None:
@@ -205,7 +229,7 @@ def job(length: int, hops: int = 0) -> TraceJob:
         recursion=recursion,
         request=types.SimpleNamespace(include=()),
     )
-    return TraceJob(completion=None, trace_id="ft-1", plan=plan)  # type: ignore[arg-type]
+    return TraceJob(completion=None, trace_id="ft-1", plans=[plan])  # type: ignore[arg-type]
 
 
 def test_offline_batches_fit_places_and_memory() -> None:

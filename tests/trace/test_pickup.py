@@ -57,7 +57,7 @@ class Rank:
         self.recorder = Recorder(types.SimpleNamespace(part=self.part, device=CPU), 60.0)  # type: ignore[arg-type]
         self.pending = 0
         trace: Any = types.SimpleNamespace(
-            spec=TraceSpec("n", LENGTH, b"", b"", 1.0, layers),
+            spec=TraceSpec("n", LENGTH, (), 1.0, layers),
             context=CONTEXT,
             clock=StoppedClock(),
             started=0.0,

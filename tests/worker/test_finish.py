@@ -37,6 +37,9 @@ class Model:
 
     batched = True
 
+    def gains(self) -> None:
+        """Its blocks have no norms."""
+
     def replace_by_proximities(self, traces: Any, adapter: int | None) -> None:
         self.calls += 1
         for trace in traces:
@@ -51,7 +54,7 @@ def finished(
     """A step that records the last rows of a trace; returns its nonce."""
     weights = TargetWeights.from_spans([(context - 2, context)])
     spec = TraceSpec.create(weights, context, exact_fraction=1.0, layers=layers)
-    trace = Trace(spec, weights, model)
+    trace = Trace(spec, model)
     trace.started, trace.next_position = 0.0, context
     trace.sums.residual.fill_(0.25)
     trace.sums.stream.fill_(1.0)
@@ -81,7 +84,7 @@ class Segments:
         for number, adapter in enumerate(adapters):
             weights = TargetWeights.from_spans([(2, 3 + number)])
             spec = TraceSpec.create(weights, 3 + number, exact_fraction=1.0)
-            trace = Trace(spec, weights, Model(torch.zeros(0)), adapter)  # type: ignore[arg-type]
+            trace = Trace(spec, Model(torch.zeros(0)), adapter)  # type: ignore[arg-type]
             trace.sums.residual.fill_(0.5)
             trace.stream_lacks_residual = number != 1
             table = torch.zeros(1, dtype=torch.int32)

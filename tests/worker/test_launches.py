@@ -75,13 +75,16 @@ class Model:
             ProximityLayer(index, cache[..., dim:], weight) for index in range(shape.num_layers)
         ]
 
+    def gains(self) -> None:
+        """Its blocks have no norms."""
+
     def replace_by_proximities(self, traces: list[ProximityTrace], adapter: None) -> None:
         triton_proximities(self.layers, traces)
 
 
 def segment_of(model: Model, tokens: int, number: int) -> Any:
     weights = TargetWeights.from_spans([(tokens - 2, tokens)])
-    trace = Trace(TraceSpec.create(weights, tokens, exact_fraction=1.0), weights, model)  # type: ignore[arg-type]
+    trace = Trace(TraceSpec.create(weights, tokens, exact_fraction=1.0), model)  # type: ignore[arg-type]
     trace.stream_lacks_residual = True
     table = torch.zeros(-(-tokens // 16), dtype=torch.int32, device=META)
     row = types.SimpleNamespace(req_id=str(number), block_table=table)

@@ -76,7 +76,8 @@ class Attribution:
     """One completion and the prompt tokens it came from.
 
     Where the trace is queued, failed or skipped, ``status`` and ``error`` say so, ``top`` is empty,
-    and all other readings of the result raise a :class:`TraceError`.
+    and all other readings of the result raise a :class:`TraceError`. Where the request had several
+    targets, each of ``targets`` is to be read, and readings of one result raise a ``ValueError``.
 
     Attributes:
         text: The completion's text, None where the response did not hold it.
@@ -157,6 +158,24 @@ class Attribution:
         ]
         return _TOKEN_SCORES.validate_python(rows)
 
+    @cached_property
+    def targets(self) -> list[Attribution]:
+        """One attribution for each part of the answer, where the request had ``targets``.
+
+        Where it had one target this is the attribution itself, so that a loop serves both.
+
+        Raises:
+            TraceError: The trace has no result.
+        """
+        found = self._completed().get("targets")
+        if found is None:
+            return [self]
+        shared = {key: value for key, value in self._data.items() if key != "targets"}
+        return [
+            Attribution({**shared, **part}, text=self.text, prompt_tokens=self.prompt_tokens)
+            for part in found
+        ]
+
     @property
     def remaining_mass(self) -> float:
         """Mass still on reasoning after the last hop, as the tracer reported it.
@@ -203,7 +222,7 @@ class Attribution:
     @property
     def usage(self) -> dict[str, Any]:
         """What the trace cost."""
-        return dict(self._result().get("usage") or {})
+        return dict(self._completed().get("usage") or {})
 
     @cached_property
     def mass(self) -> MassBalance:
@@ -325,12 +344,26 @@ class Attribution:
     def __str__(self) -> str:
         if self.status != "completed":
             return f"Attribution({self._no_result_reason()})"
+        if self._has_several:
+            return f"Attribution({len(self.targets)} targets)"
         top = ", ".join(f"{score.token!r} {score.score:.3f}" for score in self.top(3))
         return f"Attribution(target={self.target['text']!r}, input {self.input_mass:.1%}: {top})"
 
     __repr__ = __str__
 
+    @property
+    def _has_several(self) -> bool:
+        return self.status == "completed" and "targets" in self._data
+
     def _result(self) -> dict[str, Any]:
+        """The data of a completed trace of one target."""
+        if self._has_several:
+            raise ValueError(
+                f"this attribution has {len(self.targets)} targets; read each of .targets"
+            )
+        return self._completed()
+
+    def _completed(self) -> dict[str, Any]:
         """The data of a completed trace."""
         if self.status != "completed":
             code = (self.error or {}).get("code", self.status)

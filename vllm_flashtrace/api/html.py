@@ -28,6 +28,7 @@ from vllm_flashtrace.api.response import TokenScore
 
 TABLE_ROWS = 20
 _CONTEXT_TOKENS = 6
+_SOURCES = 3
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -66,6 +67,9 @@ def _context(attribution: Attribution) -> dict[str, Any]:
     """Everything the templates read."""
     if attribution.status != "completed":
         return {"status": attribution.status, "error": attribution.error, "text": attribution.text}
+    if attribution.targets != [attribution]:
+        parts = [{"target": part.target, "sources": _sources(part)} for part in attribution.targets]
+        return {"status": "several", "id": attribution.id, "parts": parts}
     scale = heat_scale(attribution.scores)
     prompt = prompt_heat(attribution)
     mass = attribution.mass
@@ -95,6 +99,15 @@ def _context(attribution: Attribution) -> dict[str, Any]:
         "full_heat": scale,
         "usage": attribution.usage,
     }
+
+
+def _sources(attribution: Attribution) -> list[tuple[str, float]]:
+    """The best sentences and their scores, or tokens where there are no sentences."""
+    if attribution.sentences:
+        found = [(str(s["text"]), float(s["score"])) for s in attribution.sentences]
+    else:
+        found = [(visible(score.token), score.score) for score in attribution.top(TABLE_ROWS)]
+    return found[:_SOURCES]
 
 
 def _hop_rows(attribution: Attribution) -> list[dict[str, float]]:

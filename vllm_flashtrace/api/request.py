@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -48,6 +50,7 @@ class RequestLimits:
     max_regex_length: int = 512
     max_text_length: int = 65_536
     max_weights: int = 65_536
+    max_targets: int = 64
     max_tool_call_index: int = 65_535
 
 
@@ -167,6 +170,11 @@ class ToolCallTarget(StrictModel):
 TargetObject: TypeAlias = TextTarget | RegexTarget | TokensTarget | WeightsTarget | ToolCallTarget
 ReasoningObject: TypeAlias = TokensTarget | TextTarget
 
+Target: TypeAlias = Literal["output", "generated"] | TargetObject
+Parts: TypeAlias = Literal["sentences", "lines", "claims"]
+_PARTS = get_args(Parts)
+_WHOLE = ("output", "generated")
+
 TARGETS: dict[str, type[StrictModel]] = {
     "text": TextTarget,
     "regex": RegexTarget,
@@ -206,6 +214,12 @@ def word_or_object(
     return model.model_validate(value, context=info.context)
 
 
+def _read_target(value: Any, info: ValidationInfo) -> Any:
+    return word_or_object(value, _WHOLE, TARGETS, info)
+
+
+_TARGET_LIST = TypeAdapter(tuple[Annotated[Target, BeforeValidator(_read_target)], ...])
+
 FIELD = "flashtrace"
 
 Include: TypeAlias = Literal["hops", "generated", "segments", "sentences", "layers", "tokens"]
@@ -223,11 +237,18 @@ found the most known sources in ``benchmarks/faithfulness``."""
 class FlashTraceRequest(StrictModel):
     """Asks which prompt tokens a completion, or a part of it, came from."""
 
-    target: Literal["output", "generated"] | TargetObject = Field(
+    target: Target = Field(
         default="output",
         description="What to explain: 'output' (the answer after the reasoning, without blank "
         "tokens such as line breaks at either end), 'generated' (everything generated that the "
         "client sees, blanks included), or an object that names a part of the generated text.",
+    )
+    targets: Parts | tuple[Target, ...] | None = Field(
+        default=None,
+        description="Explains several parts of the answer one by one, in place of target: a list "
+        "of such targets, 'sentences', 'lines', or 'claims' (the values of a JSON answer, the "
+        "items of lists, sentences elsewhere, and the arguments of tool calls). The response then "
+        "has its results in targets, one for each.",
     )
     hops: Position | Literal["auto"] = Field(
         default=1,
@@ -288,7 +309,28 @@ class FlashTraceRequest(StrictModel):
     @field_validator("target", mode="before")
     @classmethod
     def _check_target(cls, value: Any, info: ValidationInfo) -> Any:
-        return word_or_object(value, ("output", "generated"), TARGETS, info)
+        return _read_target(value, info)
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _check_targets(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or (isinstance(value, str) and value in _PARTS):
+            return value
+        if isinstance(value, str):
+            raise RefusedError(f"must be {listed(_PARTS)}, or a list of targets")
+        expected = f"targets, or one of {listed(_PARTS)}"
+        entries = as_tuple(value, limits_of(info).max_targets, expected)
+        if not entries:
+            raise RefusedError("must hold at least one target")
+        return _TARGET_LIST.validate_python(entries, context=info.context)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> FlashTraceRequest:
+        if self.targets is not None and "target" in self.model_fields_set:
+            raise RefusedError("cannot be combined with targets", "target", self.target)
+        if self.targets is not None and "layers" in self.include:
+            raise RefusedError("cannot hold 'layers' with targets", "include", list(self.include))
+        return self
 
     @field_validator("reasoning", mode="before")
     @classmethod
@@ -365,11 +407,17 @@ def check_against_limit(request: FlashTraceRequest, max_generated_tokens: int) -
     Raises:
         InvalidRequestError: Naming the span or index that lies beyond.
     """
-    for name, part in (("target", request.target), ("reasoning", request.reasoning)):
+    targets = request.targets if isinstance(request.targets, tuple) else ()
+    parts: list[tuple[tuple[int | str, ...], Any]] = [
+        (("target",), request.target),
+        (("reasoning",), request.reasoning),
+        *((("targets", index), target) for index, target in enumerate(targets)),
+    ]
+    for name, part in parts:
         for path, end, value in _positions(part):
             if end > max_generated_tokens:
                 phrase = f"goes beyond the {max_generated_tokens} tokens that can be generated"
-                raise _refusal((name, *path), phrase, value)
+                raise _refusal((*name, *path), phrase, value)
 
 
 def _positions(part: Any) -> Iterator[tuple[tuple[int | str, ...], int, Any]]:

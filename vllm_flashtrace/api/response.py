@@ -32,6 +32,16 @@ class TargetFound(_Part):
     tokens: list[tuple[_Index, _Index]] = Field(
         description="Half-open ranges [start, end) of generated tokens, counted from 0."
     )
+    path: str | None = Field(
+        default=None,
+        description="Of a value in a JSON answer, with targets 'claims': where it stands there, "
+        "as $.sources[0].title.",
+    )
+    tool_call: _Index | None = Field(
+        default=None,
+        description="Of an argument, with targets 'claims': index of its tool call.",
+    )
+    argument: str | None = Field(default=None, description="Name of that argument.")
 
 
 class TokenScore(_Part):
@@ -196,9 +206,7 @@ class AttributionError(_Part):
     message: str = Field(description="One sentence for a person, with the field and the value.")
 
 
-class AttributionObject(_Part):
-    """An attribution: its scores when completed, its error when failed or skipped."""
-
+class _Head(_Part):
     id: str = Field(pattern="^ft-[0-9a-f]{32}$", description="Id of the attribution.")
     object: Literal["flashtrace.attribution"] = Field(description="Kind of the object.")
     status: Status = Field(
@@ -208,16 +216,16 @@ class AttributionObject(_Part):
     error: AttributionError | None = Field(
         default=None, description="Only with status 'failed' or 'skipped'."
     )
-    target: TargetFound | None = Field(
-        default=None, description="What was explained. This and all that follows: only completed."
-    )
+
+
+class TargetResult(_Part):
+    """What is said of one target; only of completed attributions."""
+
+    target: TargetFound | None = Field(default=None, description="What was explained.")
     scores: list[TokenScore] | None = Field(
         default=None,
         description="Scores of prompt tokens: the top_k highest above 0, highest first, or with "
         "top_k null all in the order of the prompt.",
-    )
-    prompt_tokens: _Index | None = Field(
-        default=None, description="Number of tokens of the rendered prompt."
     )
     input_mass: _Share | None = Field(
         default=None,
@@ -254,6 +262,22 @@ class AttributionObject(_Part):
     )
     generated: list[GeneratedToken] | None = Field(
         default=None, description="Every generated token; with include 'generated'."
+    )
+
+
+class AttributionObject(TargetResult, _Head):
+    """An attribution: its scores when completed, its error when failed or skipped.
+
+    Where the request asks for several targets, what is said of each is in ``targets``.
+    """
+
+    targets: list[TargetResult] | None = Field(
+        default=None,
+        description="Of each part of the answer what else stands here; only if the request has "
+        "targets.",
+    )
+    prompt_tokens: _Index | None = Field(
+        default=None, description="Number of tokens of the rendered prompt."
     )
     layers: list[list[_Share]] | None = Field(
         default=None,

@@ -31,6 +31,7 @@ _WARM_LEVEL = 2
 _HOT_LEVEL = 5
 _CONTEXT_TOKENS = 12
 _SHORTEST_GAP = 16
+_ROWS_OF_SEVERAL = 3
 
 
 class TerminalHeatMap:
@@ -53,6 +54,12 @@ class TerminalHeatMap:
         attribution = self.attribution
         if attribution.status != "completed":
             yield Text(str(attribution), style="bold red")
+            return
+        if attribution.targets != [attribution]:
+            for number, part in enumerate(attribution.targets, 1):
+                yield Text(f"{number}  {_printable(str(part.target['text']))}", style="bold")
+                yield _top_table(part, min(self.rows, _ROWS_OF_SEVERAL))
+                yield Text()
             return
         coloured = console.color_system is not None and not console.no_color
         tokens = prompt_heat(attribution)

@@ -53,6 +53,7 @@ CLIENT_CODES = frozenset(
         "target_beyond_context",
         "target_not_found",
         "too_many_layer_scores",
+        "too_many_targets",
         "tool_call_not_found",
         "unsupported_input",
     }

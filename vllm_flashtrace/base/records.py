@@ -46,8 +46,9 @@ class TraceReport:
 
     Attributes:
         scores: float32 ``[N]``, per-token scores summed over layers, unnormalised; of the first
-            hop.
+            target's first hop.
         later_scores: The same of each hop that followed.
+        other_targets: The same of all hops of each further target.
         layer_scores: float32 ``[layers, N]`` when asked for, else None.
         recomputed_tokens: Tokens prefilled.
         cached_tokens: Tokens whose KV came from the prefix cache.
@@ -58,12 +59,18 @@ class TraceReport:
 
     scores: torch.Tensor
     later_scores: tuple[torch.Tensor, ...] = ()
+    other_targets: tuple[tuple[torch.Tensor, ...], ...] = ()
     layer_scores: torch.Tensor | None = None
     recomputed_tokens: int = 0
     cached_tokens: int = 0
     restarts: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     weights: str = ""
+
+    @property
+    def targets(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Of each target the scores of its hops."""
+        return (self.scores, *self.later_scores), *self.other_targets
 
 
 @dataclass(slots=True)

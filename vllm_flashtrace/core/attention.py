@@ -137,6 +137,7 @@ class TargetRowBlocks:
                 RowBlock(
                     rows=as_slice(places[start:stop]),
                     row_weights=weights[kept[start:stop]].float(),
+                    given=kept[start:stop],
                     positions=positions[kept[start:stop]],
                     columns=visible[stop - 1],
                     common=visible[start],
@@ -148,8 +149,15 @@ class TargetRowBlocks:
         self._memory_size = num_heads * largest
         self._memory: Tensor | None = None
 
-    def add(self, query: Tensor, keys: Tensor, form: AttentionForm, out: Tensor) -> None:
-        """Adds ``c_h[j] = sum_i w_i alpha^h_ij`` for every head and token.
+    def add(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        form: AttentionForm,
+        out: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
+        """Adds ``c_h[j] = sum_i w_i s_i alpha^h_ij`` for every head and token.
 
         Args:
             query: ``[tokens, H, d]``, queries after position encoding, any float dtype.
@@ -157,6 +165,8 @@ class TargetRowBlocks:
                 overwritten.
             form: How the layer makes attention weights ``alpha`` of queries and keys.
             out: float32 ``[H, >= n]``, added to in place.
+            scales: float32 ``[R]``, factors ``s`` on the weights of the rows in this layer, in the
+                order in which they were given; 1 if None.
         """
         if not self.blocks:
             return
@@ -173,6 +183,8 @@ class TargetRowBlocks:
                 attention, denominators, _ = block.weights_of(form, queries, keys, first, memory)
             # The softmax denominator is folded into the row weights: one pass less over the block.
             row_weights = block.row_weights / denominators
+            if scales is not None:
+                row_weights *= scales[block.given]
             sums = torch.bmm(row_weights[:, None], attention).squeeze(1)
             out[:, first : block.columns] += sums
 
@@ -193,6 +205,7 @@ class RowBlock:
     Attributes:
         rows: Rows of the query tensor, a slice where they are adjacent.
         row_weights: float32 ``[B]``.
+        given: int64 ``[B]``, their places among all rows as they were given.
         positions: int64 ``[B]``.
         columns: Number of columns that the last row sees.
         common: Number of columns that every row sees.
@@ -201,6 +214,7 @@ class RowBlock:
 
     rows: Tensor | slice
     row_weights: Tensor
+    given: Tensor
     positions: Tensor
     columns: int
     common: int

@@ -106,6 +106,10 @@ class HopRecursion:
         """
         return self._next
 
+    def next_target(self) -> TracedTarget | None:
+        """The hop to run now and those that may follow it, or None as `next_weights`."""
+        return None if self._next is None else TracedTarget(self._next, self.further_hops())
+
     def further_hops(self) -> FurtherHops | None:
         """What may follow the hop that `next_weights` asks for; None if it is the last."""
         left = self._last_hop - len(self._hops)
@@ -222,10 +226,6 @@ class FurtherHops:
     hops: int
     threshold: float = 0.0
 
-    def rows(self, target: TargetWeights) -> Tensor:
-        """Positions that a first hop with this target or any later one weighs, ascending."""
-        return torch.cat([target.positions, self.positions]).unique()
-
     def after(self, scores: Tensor, mass: float) -> tuple[TargetWeights | None, float]:
         """The target of the hop after one that has run.
 
@@ -247,6 +247,31 @@ class FurtherHops:
         if mass < self.threshold:
             return None, mass
         return TargetWeights.from_scores(scores, followed), mass
+
+
+@dataclass(frozen=True, eq=False)
+class TracedTarget:
+    """A target, with the hops that whoever traces it is to run.
+
+    Attributes:
+        weights: Of the first hop.
+        further: The hops that may follow it; None if that is all.
+    """
+
+    weights: TargetWeights
+    further: FurtherHops | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """Positions that one of its hops weighs, int64, ascending."""
+        if self.further is None:
+            return self.weights.positions
+        return torch.cat([self.weights.positions, self.further.positions]).unique()
+
+
+def rows_of(targets: Sequence[TracedTarget]) -> Tensor:
+    """Positions that a hop of any of the targets weighs, int64, ascending."""
+    return torch.cat([target.rows for target in targets]).unique()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,20 @@ residual entering the attention block and ``x`` the stream after it,
     prox(z) = max(0, ||x||_1 - ||x - z||_1)
     e_j     = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))
 
-The residual counts in the denominator only. Contributions have ``tokens * heads * D`` coordinates;
+The residual counts in the denominator only.
+
+Where the output ``u_i = sum_jh alpha^h_ij v_j^h W_O^h + b`` of the attention block passes an
+RMSNorm before it is added to the stream,
+
+    x_mid_i - x_prev_i = gamma * u_i / rms_i,    rms_i = sqrt(mean(u_i^2) + epsilon)
+
+and ``rms_i`` is one number for all heads and tokens, as it is in the forward pass. So it belongs to
+the weight of row ``i`` in this layer, and ``gamma`` to the projection, both exactly:
+
+    c_h[j] = sum_i (w_i / rms_i) alpha^h_ij      W_O^h diag(gamma) in the place of W_O^h
+    r      = sum_i w_i x_prev_i                  x = r + gamma * sum_i (w_i / rms_i) u_i
+
+Contributions have ``tokens * heads * D`` coordinates;
 `token_proximity` is exact without storing or even computing most of them.
 """
 

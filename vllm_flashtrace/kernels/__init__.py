@@ -9,6 +9,7 @@ from vllm_flashtrace.kernels.paged_attention import (
     LayerKeys,
     add_kept_column_sums,
     add_row_sums,
+    inverse_rms,
     paged_column_sums,
     paged_lse,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "add_row_sums",
     "column_norms",
     "gather_tokens",
+    "inverse_rms",
     "paged_column_sums",
     "paged_lse",
     "replace_by_proximities",

@@ -43,6 +43,8 @@ class AttentionInputs:
             reads key/value head ``h // (H // G)``.
         rows: The target rows, with their accumulators.
         form: How the layer makes logits; `form.scale` includes the scales of eight-bit floats.
+        scales: float32 ``[R]``, positive factors on the weights of the rows in this layer, the rows
+            of all segments one after another; None for 1.
 
     Raises:
         ValueError: The shapes or types do not fit together.
@@ -52,6 +54,7 @@ class AttentionInputs:
     key_cache: Tensor
     rows: PagedRows
     form: AttentionForm
+    scales: Tensor | None = None
 
     def __post_init__(self) -> None:
         query, key_cache, rows = self.query, self.key_cache, self.rows
@@ -108,12 +111,15 @@ class KeptQueries:
         rows: The target rows.
         queries: ``[L, R, H, d]``; what of them is not in `layers` is not initialised.
         room: float32, scratch memory for `add_kept_column_sums`.
+        scales: float32 ``[L, R]``, see `AttentionInputs`; None for 1.
         layers: Layers that were kept and are not yet in the sums.
     """
 
-    def __init__(self, rows: PagedRows, queries: Tensor, room: Tensor) -> None:
+    def __init__(
+        self, rows: PagedRows, queries: Tensor, room: Tensor, scales: Tensor | None = None
+    ) -> None:
         """Starts without queries, in given memory."""
-        self.rows, self.queries, self.room = rows, queries, room
+        self.rows, self.queries, self.room, self.scales = rows, queries, room, scales
         self.layers: list[int] = []
         # Eight-bit floats cannot be indexed.
         self._bytes = queries.view(torch.uint8) if queries.itemsize == 1 else queries
@@ -169,7 +175,10 @@ class KeptQueries:
         return True
 
     def of_segment(self, index: int, rows: PagedRows) -> KeptQueries:
-        """Those of one segment, which `rows` holds alone; both see the same memory."""
+        """Those of one segment, which `rows` holds alone; both see the same memory.
+
+        Its scales are the caller's.
+        """
         first = self.rows.first_row(index)
         with torch.inference_mode(False):
             queries = self.queries[:, first : first + len(rows)]
@@ -181,7 +190,7 @@ class KeptQueries:
 
 
 def paged_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bool = False) -> None:
-    """Adds ``c_h[j] += sum_i w_i exp(logit_ij - lse_i)`` to each segment's column sums.
+    """Adds ``c_h[j] += sum_i w_i s_i exp(logit_ij - lse_i)`` to each segment's column sums.
 
     On a GPU it does not wait for the device and gives the same bits for the same input: no program
     adds to what another adds to.
@@ -221,7 +230,8 @@ def add_kept_column_sums(kept: KeptQueries, layers: Sequence[LayerKeys]) -> None
         rows = kept.rows.in_a_row
         for keys in layers:
             query = kept.queries[keys.layer]
-            inputs = AttentionInputs(query, keys.key_cache, rows, keys.form)
+            scales = None if kept.scales is None else kept.scales[keys.layer]
+            inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales)
             torch_column_sums(inputs, keys.layer)
     kept.layers.clear()
 
@@ -239,16 +249,41 @@ def paged_lse(inputs: AttentionInputs) -> Tensor:
     return torch_lse(inputs)
 
 
+def inverse_rms(rows: PagedRows, vectors: Tensor, epsilon: float, out: Tensor) -> None:
+    """Computes ``1 / sqrt(mean(x_i^2) + epsilon)`` of every target row.
+
+    Args:
+        rows: The target rows.
+        vectors: ``[tokens, D]``, any float dtype, the vectors ``x``.
+        epsilon: What the norm adds to the mean.
+        out: float32 ``[R]``, contiguous: gets the factors, the rows of all segments one after
+            another.
+    """
+    if by_triton(vectors):
+        from vllm_flashtrace.kernels.triton_row_sums import triton_inverse_rms
+
+        triton_inverse_rms(rows, vectors, epsilon, out)
+        return
+    squares = vectors[rows.places].float().square()
+    torch.rsqrt(squares.mean(dim=-1).add_(epsilon), out=out)
+
+
 def add_row_sums(
-    rows: PagedRows, layer: int, *, residual: Tensor | None = None, stream: Tensor | None = None
+    rows: PagedRows,
+    layer: int,
+    *,
+    residual: Tensor | None = None,
+    stream: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
-    """Adds ``sum_i w_i x_i`` over each segment's rows to its accumulators ``r`` and ``x``.
+    """Adds ``sum_i w_i s_i x_i`` over each segment's rows to its accumulators ``r`` and ``x``.
 
     Args:
         rows: The target rows.
         layer: Layer of the accumulators.
         residual: ``[tokens, D]``, any float dtype and strides, what is added to ``r``; or None.
         stream: The same for ``x``; at least one of the two.
+        scales: As in `AttentionInputs`; for one of the two alone.
 
     Raises:
         SumsTouchedError: See `paged_column_sums`.
@@ -257,13 +292,15 @@ def add_row_sums(
     if by_triton(given[0][1]):
         from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
-        triton_row_sums(rows, layer, residual=residual, stream=stream)
+        triton_row_sums(rows, layer, residual=residual, stream=stream, scales=scales)
         return
     with touching_sums():
         for to, x in given:
-            for segment in rows.segments:
-                sums = getattr(segment.sums, to)
-                sums[layer] += segment.weights @ x[as_slice(segment.rows)].float()
+            for index, segment in enumerate(rows.segments):
+                sums, weights = getattr(segment.sums, to), segment.weights
+                if scales is not None:
+                    weights = weights * rows.of_segment(scales, index)
+                sums[layer] += weights @ x[as_slice(segment.rows)].float()
 
 
 def by_triton(tensor: Tensor) -> bool:
@@ -275,9 +312,14 @@ def torch_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bo
     """Torch form of `paged_column_sums`."""
     query = _plain(inputs.query)
     with touching_sums():
-        for segment, target in zip(inputs.rows.segments, inputs.rows.blocks, strict=True):
+        for index, (segment, target) in enumerate(
+            zip(inputs.rows.segments, inputs.rows.blocks, strict=True)
+        ):
             keys = _keys(inputs.key_cache, segment, may_view=overwrite_keys)
-            target.add(query, keys, inputs.form, segment.sums.column_sums[layer])
+            scales = None
+            if inputs.scales is not None:
+                scales = inputs.rows.of_segment(inputs.scales, index)
+            target.add(query, keys, inputs.form, segment.sums.column_sums[layer], scales)
 
 
 def torch_lse(inputs: AttentionInputs) -> Tensor:

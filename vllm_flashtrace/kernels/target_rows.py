@@ -136,6 +136,10 @@ class PagedRows:
         """Where a segment's rows begin when those of all segments stand in a row."""
         return self._first[index]
 
+    def of_segment(self, numbers: Tensor, index: int) -> Tensor:
+        """Those of a segment among numbers of all rows, ``[..., R]``; a view."""
+        return numbers[..., self._first[index] : self._first[index + 1]]
+
     @cached_property
     def places(self) -> Tensor:
         """The rows of all segments among the step's tokens, ``[R]``, integers on the device."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs
 from vllm_flashtrace.kernels.triton_operands import (
+    LAYER,
     LN2,
     LOG2E,
     LayerBatch,
@@ -99,6 +100,8 @@ class FirstPass(NamedTuple):
     def run(self, batch: LayerBatch, memory: Tensor, *, weighted: bool = True) -> Tensor:
         """Launches it.
 
+        With ``s_i`` the scale of a row, `weighted` gives offsets of ``w_i s_i alpha_ij``.
+
         Args:
             batch: The layers.
             memory: float32, at least `floats` for each layer.
@@ -111,6 +114,9 @@ class FirstPass(NamedTuple):
             tile at a time.
         """
         rows, slots, tables = batch.rows, self.work.slots, batch.rows.on_device
+        scaled = batch.scales is not None
+        # Without scales the address is not read.
+        factors = (batch.scales if scaled else tables.log_weights, batch.scales_stride)
         shape = (len(batch.layers), rows.num_heads, len(rows))
         count = math.prod(shape)
         result = parts = memory[:count].view(shape)
@@ -122,6 +128,7 @@ class FirstPass(NamedTuple):
             (len(self.work.items), rows.num_kv_heads, len(batch.layers)),
             *batch.arguments,
             tables.log_weights,
+            *factors,
             self.work.items,
             parts,
             len(rows),
@@ -130,6 +137,7 @@ class FirstPass(NamedTuple):
             **batch.constants,
             HAS_SINKS=batch.alike.has_sinks,
             WEIGHTED=weighted,
+            HAS_SCALES=scaled,
             QUERIES=self.queries,
             KEYS=self.tile.keys,
             num_warps=self.tile.warps,
@@ -141,11 +149,15 @@ class FirstPass(NamedTuple):
                 (triton.cdiv(count, _JOINED),),
                 parts,
                 tables.log_weights,
+                *factors,
+                batch.table,
                 result,
                 count,
                 len(rows),
+                rows.num_heads,
                 slots,
                 WEIGHTED=weighted,
+                HAS_SCALES=scaled,
                 COUNT=_JOINED,
                 num_warps=4,
             )
@@ -163,7 +175,7 @@ def _finished(lse, log_weight, WEIGHTED: tl.constexpr):
     return lse - log_weight if WEIGHTED else lse * LN2
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "is_part"])
+@triton.jit(do_not_specialize=["stride_scales", "num_rows", "num_heads", "is_part"])
 def _lse_kernel(
     query,
     stride_layer,
@@ -177,6 +189,8 @@ def _lse_kernel(
     segments,
     positions,
     log_weights,
+    scales,
+    stride_scales,
     items,
     parts,
     num_rows,
@@ -195,6 +209,7 @@ def _lse_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     OPERANDS: tl.constexpr,
     PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -275,21 +290,29 @@ def _lse_kernel(
     lse = largest + tl.log2(tl.where(total == 0, 1.0, total))
     if is_part == 0:
         log_weight = tl.load(log_weights + own_rows, mask=valid, other=0.0)
+        if HAS_SCALES:
+            own_scales = scales + layer * stride_scales + own_rows
+            log_weight += tl.log2(tl.load(own_scales, mask=valid, other=1.0))
         lse = _finished(lse, log_weight, WEIGHTED)
     place = split.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     offsets = (place * num_heads + heads) * num_rows + own_rows
     tl.store(parts + offsets, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=["count", "num_rows", "num_parts"])
+@triton.jit(do_not_specialize=["stride_scales", "count", "num_rows", "num_heads", "num_parts"])
 def _join_kernel(
     parts,
     log_weights,
+    scales,
+    stride_scales,
+    layers,
     result,
     count,
     num_rows,
+    num_heads,
     num_parts,
     WEIGHTED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """Joins the parts of some rows, heads and layers, the one of the first keys first."""
@@ -305,5 +328,10 @@ def _join_kernel(
         # Neither part saw a key, or a NaN, which a maximum may drop, came with one.
         lse = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), lse + other)
         part += count
-    log_weight = tl.load(log_weights + places % num_rows, mask=valid, other=0.0)
+    row = places % num_rows
+    log_weight = tl.load(log_weights + row, mask=valid, other=0.0)
+    if HAS_SCALES:
+        in_launch = places // num_rows // num_heads
+        layer = tl.load(layers + in_launch * LAYER, mask=valid, other=0)
+        log_weight += tl.log2(tl.load(scales + layer * stride_scales + row, mask=valid, other=1.0))
     tl.store(result + places, _finished(lse, log_weight, WEIGHTED), mask=valid)

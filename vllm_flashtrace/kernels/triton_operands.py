@@ -205,6 +205,9 @@ class LayerBatch:
         alike: What they have in common.
         operands: How queries and keys are multiplied.
         table: Their numbers on the device, int64 ``[layers, 6]``, see `LAYER`.
+        scales: float32, factors on the weights of the rows: that of row ``i`` in layer ``l`` lies
+            at ``l * scales_stride + i``; None for 1.
+        scales_stride: 0 where there is one layer.
     """
 
     query: Tensor
@@ -214,6 +217,8 @@ class LayerBatch:
     alike: _Alike
     operands: Operands
     table: Tensor
+    scales: Tensor | None = None
+    scales_stride: int = 0
 
     @classmethod
     def of_one(cls, inputs: AttentionInputs, layer: int) -> LayerBatch:
@@ -226,7 +231,7 @@ class LayerBatch:
             picked = _stored(query).index_select(0, rows.places)
             query = picked.view(query.dtype)
         keys = LayerKeys(layer, inputs.key_cache, inputs.form)
-        return cls._of(query, 0, rows, [keys])
+        return cls._of(query, 0, rows, [keys], inputs.scales)
 
     @classmethod
     def of_kept(cls, kept: KeptQueries, layers: Sequence[LayerKeys]) -> list[LayerBatch]:
@@ -237,15 +242,26 @@ class LayerBatch:
         query, stride = kept.queries[0], kept.queries.stride(0)
         for first, *_ in batches.values():
             AttentionInputs(query, first.key_cache, kept.rows, first.form)  # Refuses misfits.
-        return [cls._of(query, stride, kept.rows, keys) for keys in batches.values()]
+        return [cls._of(query, stride, kept.rows, keys, kept.scales) for keys in batches.values()]
 
     @classmethod
     def _of(
-        cls, query: Tensor, stride: int, rows: PagedRows, layers: Sequence[LayerKeys]
+        cls,
+        query: Tensor,
+        stride: int,
+        rows: PagedRows,
+        layers: Sequence[LayerKeys],
+        scales: Tensor | None,
     ) -> LayerBatch:
         operands = Operands.of_attention(query, layers[0].key_cache)
         table = _layer_table(tuple(map(_numbers_of, layers)), query.device)
-        return cls(query, stride, rows, layers, _Alike(*_alike(layers[0])), operands, table)
+        alike = _Alike(*_alike(layers[0]))
+        if scales is None:
+            return cls(query, stride, rows, layers, alike, operands, table)
+        if scales.data_ptr() % _ALIGNMENT:
+            scales = scales.clone(memory_format=torch.contiguous_format)
+        by_layer = scales.stride(0) if scales.dim() > 1 else 0
+        return cls(query, stride, rows, layers, alike, operands, table, scales, by_layer)
 
     def part(self, first: int, last: int) -> LayerBatch:
         """Some of the layers."""

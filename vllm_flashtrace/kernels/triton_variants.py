@@ -22,7 +22,7 @@ from vllm_flashtrace.kernels.paged_proximity import ProximityLayer, ProximityTra
 from vllm_flashtrace.kernels.target_rows import Accumulators, PagedRows, RowSegment
 from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_sum_shares
-from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
+from vllm_flashtrace.kernels.triton_row_sums import triton_inverse_rms, triton_row_sums
 
 # More rows and more keys than any tile or chunk holds.
 _MOST = 256
@@ -39,6 +39,7 @@ class LayerTensors:
         stream: ``[1, D]``, contiguous, of the residual stream's type.
         weights: ``W_O`` in every type that traces use, ``[D, H*d]`` each.
         form: How the layer makes logits.
+        scaled: Whether the rows' weights have factors of the layer, see `AttentionInputs`.
     """
 
     query: Tensor
@@ -47,6 +48,7 @@ class LayerTensors:
     stream: Tensor
     weights: Sequence[Tensor]
     form: AttentionForm
+    scaled: bool = False
 
 
 def target_rows_of_every_kind(layer: LayerTensors) -> list[PagedRows]:
@@ -67,10 +69,16 @@ def launch_every_variant(layer: LayerTensors, kinds: Sequence[PagedRows]) -> Non
     heads, (_, hidden) = kinds[0].num_heads, layer.stream.shape
     floats = partial(torch.empty, dtype=torch.float32, device=layer.stream.device)
     for rows in kinds:
-        inputs = AttentionInputs(layer.query, layer.keys, rows, layer.form)
+        scales = floats(len(rows)) if layer.scaled else None
+        inputs = AttentionInputs(layer.query, layer.keys, rows, layer.form, scales)
         triton_column_sums(inputs, 0)
     triton_row_sums(kinds[0], 0, residual=layer.stream)
-    triton_row_sums(kinds[0], 0, residual=layer.stream, stream=layer.stream)
+    if layer.scaled:
+        scales = floats(len(kinds[0]))
+        triton_inverse_rms(kinds[0], layer.stream, 1e-6, scales)
+        triton_row_sums(kinds[0], 0, stream=layer.stream, scales=scales)
+    else:
+        triton_row_sums(kinds[0], 0, residual=layer.stream, stream=layer.stream)
     totals, residual = floats(2, 1, dtype=torch.float64)
     trace = ProximityTrace(
         sums=Accumulators(floats(1, heads, 1), floats(1, hidden), floats(1, hidden)),

@@ -18,7 +18,7 @@ from vllm_flashtrace.offline.engine import (
     stop_engine,
 )
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
-from vllm_flashtrace.text.plan import plan_trace
+from vllm_flashtrace.text.plan import plan_targets
 from vllm_flashtrace.text.tool_calls import call_arguments
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
@@ -221,7 +221,7 @@ class FlashTrace:
         job = TraceJob(completion, next(self._ids))
         parser = self._make_parser(completion.prompt_token_ids) if self._make_parser else None
         try:
-            job.plan = plan_trace(
+            job.plans = plan_targets(
                 request,
                 completion,
                 self._tokenizer,
@@ -230,6 +230,7 @@ class FlashTrace:
                 max_trace_tokens=self._max_trace_tokens,
                 auto_threshold=self.config.auto_threshold,
                 max_hops=self.config.max_hops,
+                max_targets=self.config.limits.max_targets,
             )
         except FlashTraceError as error:
             job.error = error

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import Completion, TraceReport, TraceUsage
-from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.result import build_result, failed_result
 from vllm_flashtrace.trace import pickup
@@ -20,27 +19,26 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
 if TYPE_CHECKING:
-    from vllm_flashtrace.trace.hop import TraceCall
+    from vllm_flashtrace.trace.hop import TraceCall, Visit
 
 
 @dataclass(slots=True)
 class TraceJob:
-    """One attribution under way; without a plan it has failed already."""
+    """One attribution under way; without plans of its targets it has failed already."""
 
     completion: Completion
     trace_id: str
-    plan: TracePlan | None = None
+    plans: list[TracePlan] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
     usage: TraceUsage = field(default_factory=TraceUsage)
     error: FlashTraceError | None = None
     lora_request: Any | None = None
 
     def outcome(self) -> dict[str, Any]:
         """The attribution object once the job has run all its hops or failed."""
-        if self.error is None and self.plan is not None:
+        if self.error is None and self.plans:
             try:
-                return build_result(
-                    self.plan, self.plan.recursion.result(), self.usage, self.trace_id
-                )
+                return build_result(self.plans, self.usage, self.trace_id)
             except FlashTraceError as error:
                 self.error = error
         return failed_result(self.trace_id, self.error or TraceError("internal_error", "no plan"))
@@ -48,18 +46,21 @@ class TraceJob:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The next trace request of a job: a hop, or all that are left."""
+    """The next trace request of a job: a hop, or all that are left of some targets."""
 
     job: TraceJob
-    plan: TracePlan
     trace: TraceCall
 
 
 def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> None:
     """Runs all hops of all jobs; afterwards every job has its ``outcome``."""
+    from vllm_flashtrace.trace.hop import visits
+
     status = pickup.decode_status(llm.collective_rpc("flashtrace_status"))
     budget = AccumulatorBudget.from_status(status)
     places = config.concurrent_traces(llm.llm_engine.vllm_config)
+    for job in jobs:
+        job.visits = visits(job.plans, budget)
     while _advance(jobs, llm, config, places, budget):
         pass
 
@@ -72,11 +73,7 @@ def _advance(
     budget: AccumulatorBudget | None,
 ) -> bool:
     """Runs the next trace request of every unfinished job; False when all are done."""
-    calls = [
-        _next_call(job, plan, weights, config, budget)
-        for job, plan in _unfinished(jobs)
-        if (weights := plan.recursion.next_weights()) is not None
-    ]
+    calls = [call for job in jobs if (call := _next_call(job, config)) is not None]
     for batch in _batches(calls, places, budget):
         began = time.monotonic()
         outputs = llm.generate(
@@ -91,17 +88,13 @@ def _advance(
     return bool(calls)
 
 
-def _next_call(
-    job: TraceJob,
-    plan: TracePlan,
-    weights: TargetWeights,
-    config: FlashTraceConfig,
-    budget: AccumulatorBudget | None,
-) -> _Call:
-    from vllm_flashtrace.trace.hop import kept_rows, trace_call
-
-    further = plan.recursion.further_hops() if kept_rows(plan, budget) else None
-    return _Call(job, plan, trace_call(plan, weights, config, None, further=further))
+def _next_call(job: TraceJob, config: FlashTraceConfig) -> _Call | None:
+    """The next request of an unfinished job; a job's requests run one after the other."""
+    if job.error is None:
+        for visit in job.visits:
+            if (call := visit.next_call(config, None)) is not None:
+                return _Call(job, call)
+    return None
 
 
 def _batches(
@@ -134,7 +127,7 @@ def _collect(llm: Any, call: _Call, output: Any, seconds: float) -> None:
 
     try:
         report = pick_up_now(llm, call.trace.spec.nonce, output)
-        take_report(call.plan, call.job.usage, report, seconds)
+        take_report(call.trace, call.job.usage, report, seconds)
     except FlashTraceError as error:
         call.job.error = error
 
@@ -146,9 +139,3 @@ def pick_up_now(llm: Any, nonce: str, output: Any) -> TraceReport:
         lambda method, args: llm.collective_rpc(method, args=args),
         pickup.carried_answer(output),
     )
-
-
-def _unfinished(jobs: Sequence[TraceJob]) -> Iterator[tuple[TraceJob, TracePlan]]:
-    for job in jobs:
-        if job.error is None and job.plan is not None:
-            yield job, job.plan

@@ -174,6 +174,7 @@ _FIELD_AT_FAULT = {
     "target_beyond_context": "flashtrace.target",
     "target_not_found": "flashtrace.target",
     "too_many_layer_scores": "flashtrace.include",
+    "too_many_targets": "flashtrace.targets",
     "tool_call_not_found": "flashtrace.target.tool_call",
 }
 

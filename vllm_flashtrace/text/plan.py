@@ -6,7 +6,7 @@ explained: later ones cannot influence it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unicodedata import normalize
@@ -20,6 +20,7 @@ from vllm_flashtrace.api.patterns import last_match
 from vllm_flashtrace.api.request import (
     FlashTraceRequest,
     RegexTarget,
+    Target,
     TextTarget,
     TokensTarget,
     ToolCallTarget,
@@ -28,6 +29,8 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion, Span
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.text.answer_parts import AnswerPart, answer_parts
+from vllm_flashtrace.text.call_formats import WrittenCall
 from vllm_flashtrace.text.generated import (
     GeneratedText,
     OutputParser,
@@ -82,33 +85,36 @@ class ResolvedTarget:
     Attributes:
         weights: Weights over absolute positions.
         text: The exact text looked for, or None where the tokens' own text says it.
+        part: What part of the answer it is, where the answer was cut into parts.
     """
 
     weights: TargetWeights
     text: str | None = None
+    part: AnswerPart | None = None
 
 
 def resolve_target(
-    request: FlashTraceRequest,
+    target: Target,
     generated: GeneratedText,
     reasoning: Reasoning,
     prompt_length: int,
     tool_call: Callable[[ToolCallTarget], Span],
+    name: str = "flashtrace.target",
 ) -> ResolvedTarget:
-    """Turns the request's ``target`` into weights.
+    """Turns a target of the request into weights.
 
     Args:
-        request: The request.
+        target: The target.
         generated: The decoded generated tokens.
         reasoning: Their reasoning part, for ``"output"``.
         prompt_length: Position of the first generated token.
         tool_call: Finds a generated tool call in the visible text, or raises a TraceError.
+        name: Path of the target in the request, for messages.
 
     Raises:
         TraceError: ``empty_target``, ``target_not_found``, ``span_out_of_range``,
             ``regex_timeout``, ``tool_call_not_found`` or ``argument_not_found``.
     """
-    target = request.target
     visible, readable = generated.visible, generated.shown
     text: str | None = None
     if isinstance(target, TextTarget):
@@ -116,12 +122,12 @@ def resolve_target(
         if place is None:
             raise TraceError(
                 "target_not_found",
-                f"flashtrace.target.text {shown(target.text)} does not occur in the generated text",
+                f"{name}.text {shown(target.text)} does not occur in the generated text",
             )
         text = readable.text[slice(*place)]
         weights = _ones(readable.overlapping(*place))
     elif isinstance(target, RegexTarget):
-        start, end = _search(target.regex, readable.text)
+        start, end = _search(target.regex, readable.text, name)
         text = readable.text[start:end]
         weights = _ones(readable.overlapping(start, end))
     elif isinstance(target, ToolCallTarget):
@@ -129,7 +135,7 @@ def resolve_target(
         text = visible.text[start:end]
         weights = _ones(visible.overlapping(start, end))
     elif isinstance(target, TokensTarget):
-        _require_generated(max(end for _, end in target.tokens) - 1, len(generated))
+        _require_generated(max(end for _, end in target.tokens) - 1, len(generated), name)
         weights = _ones([i for start, end in target.tokens for i in range(start, end)])
     elif target == "output":
         weights = _ones(reasoning.answer)
@@ -137,12 +143,14 @@ def resolve_target(
         weights = _ones(visible.overlapping(0, len(visible.text)))
     else:
         weights = target.weights
-        _require_generated(max(target.weights), len(generated))
+        _require_generated(max(target.weights), len(generated), name)
     if not weights:
-        raise TraceError("empty_target", f"flashtrace.target: {_emptiness(generated, reasoning)}")
-    return ResolvedTarget(
-        TargetWeights.from_mapping({prompt_length + i: w for i, w in weights.items()}), text
-    )
+        raise TraceError("empty_target", f"{name}: {_emptiness(generated, reasoning)}")
+    return ResolvedTarget(_absolute(weights, prompt_length), text)
+
+
+def _absolute(weights: Mapping[int, float], prompt_length: int) -> TargetWeights:
+    return TargetWeights.from_mapping({prompt_length + i: w for i, w in weights.items()})
 
 
 def _emptiness(generated: GeneratedText, reasoning: Reasoning) -> str:
@@ -167,28 +175,28 @@ def _ones(tokens: list[int]) -> dict[int, float]:
     return dict.fromkeys(tokens, 1.0)
 
 
-def _search(pattern: str, text: str) -> tuple[int, int]:
+def _search(pattern: str, text: str, name: str) -> tuple[int, int]:
     try:
         found = last_match(pattern, text, seconds=_REGEX_SECONDS)
     except TimeoutError:
         raise TraceError(
             "regex_timeout",
-            f"flashtrace.target.regex {shown(pattern)} took longer than {_REGEX_SECONDS} s on the "
+            f"{name}.regex {shown(pattern)} took longer than {_REGEX_SECONDS} s on the "
             "generated text",
         ) from None
     if found is None:
         raise TraceError(
             "target_not_found",
-            f"flashtrace.target.regex {shown(pattern)} matches nothing in the generated text",
+            f"{name}.regex {shown(pattern)} matches nothing in the generated text",
         )
     return found
 
 
-def _require_generated(last: int, length: int) -> None:
+def _require_generated(last: int, length: int, name: str) -> None:
     if last >= length:
         raise TraceError(
             "span_out_of_range",
-            f"flashtrace.target reaches generated token {last}, but {length} were generated",
+            f"{name} reaches generated token {last}, but {length} were generated",
         )
 
 
@@ -218,10 +226,34 @@ class OutputParts:
                 f"flashtrace.target.tool_call {target.tool_call}: no tool call parser read this "
                 "completion",
             )
-        calls = self.parsed.tool_calls
+        calls = self.parsed.tool_calls[: self.parsed.max_tool_calls]
+        return call_target_span(target, calls, self._located())
+
+    def answer_parts(self, kind: str, reasoning: Reasoning) -> list[AnswerPart]:
+        """The parts of the answer.
+
+        Args:
+            kind: See `answer_parts`.
+            reasoning: The reasoning and what follows it.
+        """
+        visible = self.generated.visible
+        if not reasoning.answer:
+            return []
+        answer = visible.starts[reasoning.answer[0]], visible.ends[reasoning.answer[-1]]
+        calls: list[WrittenCall] = []
+        if self.parsed is not None and self.parsed.tool_calls and kind == "claims":
+            calls = (self._located() or [])[: self.parsed.max_tool_calls]
+            content = (self.parsed.content or "").strip()
+            at = visible.text.find(content, *answer)
+            answer = (at, at + len(content)) if at >= 0 else (answer[0], answer[0])
+        return answer_parts(kind, visible.text, answer, calls)
+
+    def _located(self) -> list[WrittenCall] | None:
+        """Where the tool calls stand in the visible text."""
+        if self.parsed is None:
+            return None
         begin = self.reasoning[0].end if self.reasoning else 0
-        located = locate_calls(self.generated.visible.text, begin, calls)
-        return call_target_span(target, calls[: self.parsed.max_tool_calls], located)
+        return locate_calls(self.generated.visible.text, begin, self.parsed.tool_calls)
 
 
 def take_apart(
@@ -255,6 +287,7 @@ class TracePlan:
         recursion: Hands out the target of each hop.
         target: What hop 0 explains; absolute positions.
         target_text: Text of the target.
+        part: What part of the answer the target is, where the answer was cut into parts.
         input_mask: bool ``[N]``, prompt tokens that are neither followed nor skipped; they alone
             are credited.
         auto_threshold: Mass on reasoning at which ``hops: "auto"`` stops.
@@ -271,6 +304,7 @@ class TracePlan:
     recursion: HopRecursion
     target: TargetWeights
     target_text: str
+    part: AnswerPart | None
     input_mask: Tensor
     auto_threshold: float
     dropped_target_tokens: int
@@ -286,6 +320,14 @@ class TracePlan:
 
 
 def plan_trace(
+    request: FlashTraceRequest, completion: Completion, tokenizer: Any, **options: Any
+) -> TracePlan:
+    """As `plan_targets`, for a request with one target."""
+    [plan] = plan_targets(request, completion, tokenizer, **options)
+    return plan
+
+
+def plan_targets(
     request: FlashTraceRequest,
     completion: Completion,
     tokenizer: Any,
@@ -295,8 +337,9 @@ def plan_trace(
     max_trace_tokens: int | None = None,
     auto_threshold: float = 0.05,
     max_hops: int = 8,
-) -> TracePlan:
-    """Plans the attribution of a completion.
+    max_targets: int = 64,
+) -> list[TracePlan]:
+    """Plans the attribution of a completion, one plan for each target.
 
     Args:
         request: The client's options.
@@ -307,12 +350,13 @@ def plan_trace(
         max_trace_tokens: Most tokens that can be prefilled; None for no limit.
         auto_threshold: Mass on reasoning at which ``hops: "auto"`` stops.
         max_hops: Limit for ``hops: "auto"``.
+        max_targets: Most parts that an answer may be cut into.
 
     Raises:
         TraceError: ``empty_completion``, ``empty_target``, ``target_not_found``,
             ``span_out_of_range``, ``reasoning_not_found``, ``regex_timeout``,
-            ``tool_call_not_found``, ``argument_not_found``, ``target_beyond_context`` or
-            ``assistant_not_located``.
+            ``tool_call_not_found``, ``argument_not_found``, ``target_beyond_context``,
+            ``too_many_targets`` or ``assistant_not_located``.
     """
     if not completion.generated_token_ids:
         raise TraceError("empty_completion", "no token was generated")
@@ -323,48 +367,103 @@ def plan_trace(
     reasoning = find_reasoning(
         request.reasoning, generated, prompt_text=prompt.text, parsed=parts.reasoning
     )
-    resolved = resolve_target(request, generated, reasoning, prompt_length, parts.tool_call)
-    target, dropped = _within_context(resolved.weights, max_trace_tokens, prompt_length)
-    length = target.last + 1
+    resolved = _resolve_all(request, parts, reasoning, prompt_length, max_targets)
+    targets = [
+        _within_context(target.weights, max_trace_tokens, prompt_length) for target in resolved
+    ]
     prompt_map = locate_prompt(completion, prompt, render, tokenizer)
-    texts = [*prompt.tokens(), *generated.full.tokens()][:length]
-    skipped = skip_mask(texts, request.skip_tokens)
+    token_ids = completion.token_ids
+    skipped = skip_mask([*prompt.tokens(), *generated.full.tokens()], request.skip_tokens)
     if skipped is not None:
         # What is skipped would tell which hidden tokens spell one of the client's strings.
         skipped[prompt_length : prompt_length + generated.hidden] = False
-    if skipped is not None and target.without(skipped) is None:
-        raise TraceError(
-            "empty_target", "flashtrace.skip_tokens leaves no token of the target to explain"
+    plans = []
+    for found, (target, dropped) in zip(resolved, targets, strict=True):
+        length = target.last + 1
+        own_skipped = None if skipped is None else skipped[:length]
+        if own_skipped is not None and target.without(own_skipped) is None:
+            if found.part is not None:
+                continue
+            raise TraceError(
+                "empty_target", "flashtrace.skip_tokens leaves no token of the target to explain"
+            )
+        followed = _followed(request, reasoning, generated, prompt_map, target, prompt_length)
+        input_mask = (torch.arange(length) < prompt_length) & ~followed
+        if own_skipped is not None:
+            input_mask &= ~own_skipped
+        recursion = HopRecursion(
+            target,
+            prompt_length,
+            length,
+            followed,
+            hops=request.hops,
+            skip_mask=own_skipped,
+            auto_threshold=auto_threshold,
+            max_hops=max_hops,
         )
-    followed = _followed(request, reasoning, generated, prompt_map, target, prompt_length)
-    input_mask = (torch.arange(length) < prompt_length) & ~followed
-    if skipped is not None:
-        input_mask &= ~skipped
-    recursion = HopRecursion(
-        target,
-        prompt_length,
-        length,
-        followed,
-        hops=request.hops,
-        skip_mask=skipped,
-        auto_threshold=auto_threshold,
-        max_hops=max_hops,
-    )
-    return TracePlan(
-        request=request,
-        completion=completion,
-        token_ids=completion.token_ids[:length],
-        prompt_length=prompt_length,
-        recursion=recursion,
-        target=target,
-        target_text=_target_text(resolved.text, dropped, target, generated, prompt_length),
-        input_mask=input_mask,
-        auto_threshold=auto_threshold,
-        dropped_target_tokens=dropped,
-        prompt=prompt,
-        generated=generated,
-        prompt_map=prompt_map,
-    )
+        plan = TracePlan(
+            request=request,
+            completion=completion,
+            token_ids=token_ids[:length],
+            prompt_length=prompt_length,
+            recursion=recursion,
+            target=target,
+            target_text=_target_text(found.text, dropped, target, generated, prompt_length),
+            part=found.part,
+            input_mask=input_mask,
+            auto_threshold=auto_threshold,
+            dropped_target_tokens=dropped,
+            prompt=prompt,
+            generated=generated,
+            prompt_map=prompt_map,
+        )
+        plans.append(plan)
+    if not plans:
+        raise TraceError(
+            "empty_target", "flashtrace.skip_tokens leaves no token of the answer to explain"
+        )
+    return plans
+
+
+def _resolve_all(
+    request: FlashTraceRequest,
+    parts: OutputParts,
+    reasoning: Reasoning,
+    prompt_length: int,
+    max_targets: int,
+) -> list[ResolvedTarget]:
+    """The request's target, or its targets."""
+    generated = parts.generated
+    if not isinstance(request.targets, str):
+        several = request.targets is not None
+        return [
+            resolve_target(
+                target,
+                generated,
+                reasoning,
+                prompt_length,
+                parts.tool_call,
+                f"flashtrace.targets[{index}]" if several else "flashtrace.target",
+            )
+            for index, target in enumerate(request.targets or (request.target,))
+        ]
+    visible = generated.visible
+    found = parts.answer_parts(request.targets, reasoning)
+    if len(found) > max_targets:
+        raise TraceError(
+            "too_many_targets",
+            f"flashtrace.targets {shown(request.targets)}: the answer has {len(found)}; the server "
+            f"explains at most {max_targets} of one answer",
+        )
+    resolved = []
+    for part in found:
+        tokens = [i for i in visible.within(*part.span) if i >= generated.hidden]
+        if tokens:
+            weights = _absolute(_ones(tokens), prompt_length)
+            resolved.append(ResolvedTarget(weights, visible.text[slice(*part.span)], part))
+    if not resolved:
+        raise TraceError("empty_target", f"flashtrace.targets: {_emptiness(generated, reasoning)}")
+    return resolved
 
 
 def _within_context(

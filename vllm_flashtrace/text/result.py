@@ -8,9 +8,7 @@ into a dict again. The tests hold every object that they build against the model
 
 from __future__ import annotations
 
-import bisect
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -19,11 +17,11 @@ from torch import Tensor
 
 from vllm_flashtrace.api.response import OBJECT
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
-from vllm_flashtrace.base.records import Completion, Span, TraceUsage
+from vllm_flashtrace.base.records import TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopResult
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.prompt_map import PromptMap
-from vllm_flashtrace.text.prompt_texts import MessageText, message_texts
+from vllm_flashtrace.text.sentences import sentences
 
 _NAMES = ("name", "tool_call_id")
 
@@ -88,113 +86,13 @@ def _call_names(call: Any) -> dict[str, str]:
     return {key: value for key, value in names.items() if isinstance(value, str)}
 
 
-# Full stops that no letter follows, those of Chinese and Japanese, and ends of lines.
-_END = re.compile(
-    r"(?:(?<![.!?])[.!?]++[\"'\u2019\u201d)\]]*+(?=\s|\Z)|[\u3002\uff01\uff1f]++|\n)\s*+"
-)
-
-Key = tuple[int, int | None]
-"""A message and its content part."""
-
-
-def sentence_spans(text: str) -> list[Span]:
-    """Half-open character ranges that partition a text, blanks with the sentence before them.
-
-    A sentence ends with ``.``, ``!`` or ``?`` in front of a blank, with a full stop of Chinese or
-    Japanese, or with its line; abbreviations are not known.
-    """
-    spans: list[Span] = []
-    start = 0
-    for match in _END.finditer(text):
-        if text[start : match.end()].strip():
-            spans.append((start, match.end()))
-            start = match.end()
-    if start < len(text):
-        if spans and not text[start:].strip():
-            spans[-1] = (spans[-1][0], len(text))
-        else:
-            spans.append((start, len(text)))
-    return spans
-
-
-def containing(starts: Sequence[int], text: str, start: int, end: int) -> int:
-    """Index of the sentence that a token belongs to.
-
-    Args:
-        starts: Where each sentence starts, ascending from 0.
-        text: The text.
-        start: First character of the token.
-        end: One past its last.
-    """
-    blanks = end - start - len(text[start:end].lstrip())
-    return bisect.bisect_right(starts, start if blanks == end - start else start + blanks) - 1
-
-
-def sentences(
-    prompt_map: PromptMap, completion: Completion, scores: Sequence[float]
-) -> list[dict[str, Any]]:
-    """One entry per sentence of the located contents, in the order of the prompt.
-
-    An entry has ``message`` (and ``part``), ``start`` and ``end`` of the sentence without the
-    blanks around it, its ``text``, how many ``tokens`` it has, the ``score`` of all of them, and
-    their ``mean``. Sentences without a token of their own are left out.
-
-    Args:
-        prompt_map: The client's messages laid over the prompt.
-        completion: Holds the client's messages or prompt.
-        scores: Score of each prompt token.
-    """
-    texts = {(text.message, text.part): text.text for text in _contents(completion)}
-    spans = {key: sentence_spans(text) for key, text in texts.items()}
-    starts = {key: [start for start, _ in found] for key, found in spans.items()}
-    of_sentence: dict[tuple[Key, int], list[float]] = defaultdict(list)
-    for located, score in zip(prompt_map.tokens, scores, strict=True):
-        if located is None or located.start is None or located.end is None:
-            continue
-        key = located.message, located.part
-        if located.message in prompt_map.unlocated or key not in texts:
-            continue
-        number = containing(starts[key], texts[key], located.start, located.end)
-        of_sentence[key, number].append(score)
-    return [
-        _entry(key, texts[key], spans[key][number], own)
-        for (key, number), own in of_sentence.items()
-    ]
-
-
-def _contents(completion: Completion) -> list[MessageText]:
-    if completion.messages is not None:
-        return [text for text in message_texts(completion.messages) if text.is_content]
-    if completion.prompt_text is not None:
-        return [MessageText(0, None, completion.prompt_text)]
-    return []
-
-
-def _entry(key: Key, text: str, span: Span, own: Sequence[float]) -> dict[str, Any]:
-    message, part = key
-    sentence = text[slice(*span)]
-    start = span[0] + len(sentence) - len(sentence.lstrip())
-    score = math.fsum(own)
-    return {
-        "message": message,
-        **({} if part is None else {"part": part}),
-        "start": start,
-        "end": start + len(sentence.strip()),
-        "text": sentence.strip(),
-        "tokens": len(own),
-        "score": score,
-        "mean": score / len(own),
-    }
-
-
 # Refusals that say nothing about the trace: the same request may succeed later.
 _SKIPPED = frozenset({"overloaded"})
 _TOLERANCE = 1e-4
 
 
 def build_result(
-    plan: TracePlan,
-    result: HopResult,
+    plans: Sequence[TracePlan],
     usage: TraceUsage,
     trace_id: str,
     *,
@@ -204,8 +102,7 @@ def build_result(
     """Puts the outcome of all hops into the public form.
 
     Args:
-        plan: The plan that was run.
-        result: What the hops added up to.
+        plans: The plans that were run, one for each target.
         usage: What they cost.
         trace_id: Id of the attribution.
         cache_details: Says how many tokens were in the prefix cache, and how many were not.
@@ -217,18 +114,33 @@ def build_result(
             is not finite or negative, ``no_layer_scores`` when layers were asked for but not
             measured.
     """
+    first = plans[0]
+    tokens = first.prompt.pieces()
+    data: dict[str, Any] = {"id": trace_id, "object": OBJECT, "status": "completed"}
+    if first.request.targets is None:
+        data |= _target_result(first, tokens, as_tensors)
+    else:
+        data["targets"] = [_target_result(plan, tokens, as_tensors) for plan in plans]
+        data["prompt_tokens"] = first.prompt_length
+    if "tokens" in first.request.include:
+        data["tokens"] = tokens
+    data["usage"] = _usage(usage, cache_details)
+    if dropped := max(plan.dropped_target_tokens for plan in plans):
+        data["usage"]["dropped_target_tokens"] = dropped
+    return data
+
+
+def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> dict[str, Any]:
+    """What is said of one target."""
+    result = plan.recursion.result()
     _check_balance(result)
     scores = _numbers(result.scores[: plan.prompt_length])
-    tokens = plan.prompt.pieces()
     data: dict[str, Any] = {
-        "id": trace_id,
-        "object": OBJECT,
-        "status": "completed",
-        "target": {"text": plan.target_text, "tokens": [list(s) for s in plan.target_spans]},
+        "target": _target(plan),
         "scores": [
             _score(plan, i, tokens[i], scores[i]) for i in _chosen(scores, plan.request.top_k)
         ],
-        "prompt_tokens": plan.prompt_length,
+        **({"prompt_tokens": plan.prompt_length} if plan.request.targets is None else {}),
         "input_mass": result.input_mass,
         "remaining_mass": result.remaining_mass,
         "target_mass": result.target_mass,
@@ -239,14 +151,22 @@ def build_result(
         data["auto_stopped"] = _auto_stopped(plan, result)
     numbers: Callable[[Tensor], Any] = _checked if as_tensors else _numbers
     data |= _inclusions(plan, result, scores, numbers)
-    if "tokens" in plan.request.include:
-        data["tokens"] = tokens
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
             hop["scores"] = numbers((hop_scores * plan.input_mask)[: plan.prompt_length])
-    data["usage"] = _usage(usage, cache_details)
-    if plan.dropped_target_tokens:
-        data["usage"]["dropped_target_tokens"] = plan.dropped_target_tokens
+    return data
+
+
+def _target(plan: TracePlan) -> dict[str, Any]:
+    """What was explained."""
+    data: dict[str, Any] = {
+        "text": plan.target_text,
+        "tokens": [list(span) for span in plan.target_spans],
+    }
+    part = plan.part
+    if part is not None:
+        names = {"path": part.path, "tool_call": part.tool_call, "argument": part.argument}
+        data |= {key: value for key, value in names.items() if value is not None}
     return data
 
 

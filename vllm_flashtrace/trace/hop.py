@@ -1,9 +1,10 @@
 """Hops as engine requests: a prefill that ends at the last target position, and its report.
 
-A request runs one hop, or all of them where the worker keeps the rows that later hops weigh.
+A request runs one hop, or all of them, also of several targets, where the worker keeps the rows
+that they weigh.
 
-`trace_call` and `take_report` serve the server and offline jobs alike; `run_hop` runs the request
-on vLLM's asynchronous engine.
+`visits` and `take_report` serve the server and offline jobs alike; `run_hop` runs the request on
+vLLM's asynchronous engine.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport, TraceUsage
-from vllm_flashtrace.core.hops import FurtherHops
-from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.core.hops import TracedTarget, rows_of
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines, noting_ranks
@@ -40,52 +41,114 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TraceCall:
-    """One hop as an engine request."""
+    """A trace request: one hop of an attribution, or all hops of some whose rows are kept.
 
+    Attributes:
+        plans: Whose next hops it runs, one target each.
+        spec: What the worker is to record.
+        prompt: The tokens up to the last target.
+        params: Carries the spec.
+    """
+
+    plans: tuple[TracePlan, ...]
     spec: TraceSpec
     prompt: TokensPrompt
     params: SamplingParams
 
+    @property
+    def target_tokens(self) -> int:
+        """Target positions of its first hops."""
+        return sum(len(target.positions) // 4 for target in self.spec.targets)
 
-def kept_rows(plan: TracePlan, budget: AccumulatorBudget | None) -> int:
-    """Rows that a worker is to keep for the hops after the first; 0 where each has its prefill.
 
-    With one hop behind the first, both ways prefill the same rows, and keeping them takes memory.
-    Scores per layer come from hops that have their own: a worker holds those of one hop at a time.
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """Targets of one completion that are traced together.
+
+    Attributes:
+        plans: One for each target.
+        kept_rows: Rows that a worker is to keep, so that one prefill does for all hops of all; 0
+            where each hop of the only one has its own.
     """
-    further, weights = plan.recursion.further_hops(), plan.recursion.next_weights()
-    if budget is None or further is None or weights is None or further.hops < 2:
-        return 0
-    if "layers" in plan.request.include:
-        return 0
-    rows = len(further.rows(weights))
-    return rows if budget.keeps(len(plan.token_ids), rows) else 0
+
+    plans: tuple[TracePlan, ...]
+    kept_rows: int = 0
+
+    @property
+    def context(self) -> int:
+        """Tokens of its longest request."""
+        return max(len(plan.token_ids) for plan in self.plans)
+
+    def next_call(self, config: FlashTraceConfig, cache_salt: str | None) -> TraceCall | None:
+        """The next request; None when all hops are run.
+
+        Args:
+            config: Options of the server.
+            cache_salt: The completion's.
+        """
+        pending = [
+            (plan, target)
+            for plan in self.plans
+            if (target := plan.recursion.next_target()) is not None
+        ]
+        if not pending:
+            return None
+        plans, targets = zip(*pending, strict=True)
+        if not self.kept_rows:
+            targets = (TracedTarget(targets[0].weights),)
+        return _trace_call(plans, targets, config, cache_salt)
 
 
-def trace_call(
-    plan: TracePlan,
-    weights: TargetWeights,
-    config: FlashTraceConfig,
-    cache_salt: str | None,
-    *,
-    further: FurtherHops | None = None,
-) -> TraceCall:
-    """The engine request that records a hop: a prefill up to the last target position.
+def visits(plans: Sequence[TracePlan], budget: AccumulatorBudget | None) -> list[Visit]:
+    """Puts the targets of one completion together, as far as a worker may keep their rows.
+
+    With one hop behind the only target's first, both ways prefill the same rows, and keeping them
+    takes memory. Scores per layer come from hops that have their own: a worker holds those of one
+    hop at a time.
 
     Args:
-        plan: The attribution.
-        weights: Target of the hop.
-        config: Options of the server.
-        cache_salt: The completion's.
-        further: Hops that the worker is to run after it.
+        plans: One for each target.
+        budget: What a worker may keep; None where it is not known.
     """
-    token_ids = plan.token_ids[: weights.last + 1]
+    found: list[Visit] = []
+    for plan in plans:
+        if found:
+            joined = _kept(Visit((*found[-1].plans, plan)), budget)
+            if joined.kept_rows:
+                found[-1] = joined
+                continue
+        found.append(_kept(Visit((plan,)), budget))
+    return found
+
+
+def _kept(visit: Visit, budget: AccumulatorBudget | None) -> Visit:
+    """The same with the rows that a worker may keep for it."""
+    targets = [
+        target for plan in visit.plans if (target := plan.recursion.next_target()) is not None
+    ]
+    if budget is None or not targets or "layers" in visit.plans[0].request.include:
+        return visit
+    further = targets[0].further
+    if len(targets) == 1 and (further is None or further.hops < 2):
+        return visit
+    rows = len(rows_of(targets))
+    return replace(visit, kept_rows=rows) if budget.keeps(visit.context, rows) else visit
+
+
+def _trace_call(
+    plans: Sequence[TracePlan],
+    targets: Sequence[TracedTarget],
+    config: FlashTraceConfig,
+    cache_salt: str | None,
+) -> TraceCall:
+    """The engine request: a prefill up to the last target position."""
+    last = max(target.weights.last for target in targets)
+    token_ids = max((plan.token_ids for plan in plans), key=len)[: last + 1]
     spec = TraceSpec.create(
-        weights,
+        targets,
         len(token_ids),
         exact_fraction=config.exact_fraction,
-        layers="layers" in plan.request.include,
-        further=further,
+        layers="layers" in plans[0].request.include,
     )
     prompt = TokensPrompt(prompt_token_ids=token_ids)
     if cache_salt is not None:
@@ -97,7 +160,7 @@ def trace_call(
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args={EXTRA_ARGS_KEY: seal(spec)},
     )
-    return TraceCall(spec, prompt, params)
+    return TraceCall(tuple(plans), spec, prompt, params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,28 +276,36 @@ async def while_alive(engines: Engines, work: Coroutine[Any, Any, T]) -> T:
 
 
 def take_report(
-    plan: TracePlan, usage: TraceUsage, report: TraceReport, engine_seconds: float
+    call: TraceCall, usage: TraceUsage, report: TraceReport, engine_seconds: float
 ) -> None:
-    """Adds the scores of a request's hops to the recursion and its cost to the usage.
+    """Adds the scores of a request's hops to the recursions and its cost to the usage.
 
     Args:
-        plan: The plan whose recursion awaits the hop.
+        call: The request; the recursions of its plans await their hops.
         usage: Cost of the attribution so far.
         report: What the engine measured.
-        engine_seconds: Time from handing the hop to the engine to its report.
+        engine_seconds: Time from handing the request to the engine to its report.
 
     Raises:
-        TraceError: ``bad_scores`` when the recursion refuses the scores, ``weights_changed`` when
-            the hop was not computed with the weights of the hop before.
+        TraceError: ``bad_scores`` when a recursion refuses the scores, ``weights_changed`` when
+            the hop was not computed with the weights of the hop before, ``result_missing`` when the
+            report is of other targets.
     """
     if usage.weights not in (None, report.weights):
         raise TraceError("weights_changed", "the model's weights changed between two hops")
+    if len(report.targets) != len(call.plans):
+        raise TraceError(
+            "result_missing",
+            f"the worker's result is of {len(report.targets)} targets, not {len(call.plans)}",
+        )
     try:
-        length = len(plan.token_ids)
-        plan.recursion.add(*padded_scores(report, length))
-        for scores in report.later_scores:
-            if plan.recursion.next_weights() is not None:
-                plan.recursion.add(*padded_scores(TraceReport(scores), length))
+        for plan, hops in zip(call.plans, report.targets, strict=True):
+            length, layers = len(plan.token_ids), report.layer_scores
+            for scores in hops:
+                if plan.recursion.next_weights() is not None:
+                    plan.recursion.add(
+                        padded(scores, length), None if layers is None else padded(layers, length)
+                    )
     except ValueError as error:
         raise TraceError("bad_scores", str(error)) from error
     usage.add(with_phases(report, engine_seconds))
@@ -254,15 +325,13 @@ def with_phases(report: TraceReport, engine_seconds: float) -> TraceReport:
     )
 
 
-def padded_scores(report: TraceReport, length: int) -> tuple[Tensor, Tensor | None]:
-    """A hop's scores over the whole trace: tokens after its last target contribute nothing."""
-    missing = length - report.scores.shape[0]
-    if missing <= 0:  # Too many scores are for the recursion to refuse.
-        return report.scores, report.layer_scores
-    scores = report.scores.new_zeros(length)
-    scores[:-missing] = report.scores
-    if report.layer_scores is None:
-        return scores, None
-    layers = report.layer_scores.new_zeros(report.layer_scores.shape[0], length)
-    layers[:, :-missing] = report.layer_scores
-    return scores, layers
+def padded(scores: Tensor, length: int) -> Tensor:
+    """Scores ``[..., N]`` over the whole trace of a target.
+
+    Tokens behind a hop's last target have none, and a request with other targets may be longer.
+    """
+    missing = length - scores.shape[-1]
+    if missing < 0 and not scores[..., length:].any():
+        return scores[..., :length]
+    # Too many scores are for the recursion to refuse.
+    return torch.nn.functional.pad(scores, (0, missing)) if missing > 0 else scores

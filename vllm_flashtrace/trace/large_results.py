@@ -29,7 +29,13 @@ _JSON_BYTES_PER_NUMBER, _JSON_BYTES_PER_ENTRY = 2 * 24, 2 * 160
 
 
 def result_bytes(
-    request: FlashTraceRequest, *, prompt: int, generated: int, layers: int, max_hops: int
+    request: FlashTraceRequest,
+    *,
+    prompt: int,
+    generated: int,
+    layers: int,
+    max_hops: int,
+    targets: int = 1,
 ) -> int:
     """Bytes of an API server that an attribution's result takes at most at one time.
 
@@ -39,15 +45,18 @@ def result_bytes(
         generated: Generated tokens.
         layers: Layers of the model.
         max_hops: Where ``hops: "auto"`` stops at the latest.
+        targets: How many parts of the completion are explained.
     """
     include = request.include
     tokens = prompt + generated
     hops = 1 + (max_hops if request.hops == "auto" else request.hops)
     of_layers = layers * tokens if "layers" in include else 0
-    of_hops = hops * tokens if "hops" in include else 0
+    # The scores of all targets are there before the first of them is written out.
+    of_hops = targets * hops * tokens if "hops" in include or targets > 1 else 0
     entries = prompt if request.top_k is None else min(request.top_k, prompt)
     entries *= 2 if "sentences" in include else 1  # No more sentences than tokens.
     entries += generated if "generated" in include else 0
+    entries *= targets
     total = _BYTES_PER_LAYER_SCORE * of_layers + _BYTES_PER_HOP_SCORE * of_hops
     total += _BYTES_PER_ENTRY * entries
     total += _BYTES_PER_TEXT * prompt if "tokens" in include else 0

@@ -116,7 +116,8 @@ class Observation:
                 "flashtrace.recomputed_tokens": report.recomputed_tokens,
                 "flashtrace.cached_tokens": report.cached_tokens,
                 "flashtrace.restarts": report.restarts,
-                "flashtrace.hops": 1 + len(report.later_scores),
+                "flashtrace.hops": sum(map(len, report.targets)),
+                "flashtrace.targets": len(report.targets),
             }
         )
 
@@ -135,8 +136,7 @@ class Observation:
             seconds = {**usage.seconds, "total": time.monotonic() - self._began}
             self._span.set(
                 {
-                    "flashtrace.hops": len(result["hops"]),
-                    "flashtrace.target_tokens": sum(b - a for a, b in result["target"]["tokens"]),
+                    **_found(result),
                     "flashtrace.recomputed_tokens": usage.recomputed_tokens,
                     "flashtrace.cached_tokens": usage.cached_tokens,
                 }
@@ -162,6 +162,17 @@ class Observation:
             route=self._route,
             hop=self._hop,
         )
+
+
+def _found(result: Mapping[str, Any]) -> dict[str, int]:
+    """What a completed attribution explains, and the most hops that it took."""
+    targets = result.get("targets", [result])
+    spans = [span for found in targets for span in found["target"]["tokens"]]
+    return {
+        "flashtrace.hops": max(len(found["hops"]) for found in targets),
+        "flashtrace.target_tokens": sum(end - start for start, end in spans),
+        "flashtrace.targets": len(targets),
+    }
 
 
 class Telemetry:

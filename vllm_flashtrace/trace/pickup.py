@@ -162,7 +162,7 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
     phases = {name for report in reports for name in report.seconds}
     return TraceReport(
         scores=_sum([report.scores for report in reports]),
-        later_scores=_later_scores(reports),
+        **_kept_rows_scores(reports),
         layer_scores=_layer_scores(per_stage),
         recomputed_tokens=first.recomputed_tokens,
         cached_tokens=first.cached_tokens,
@@ -172,13 +172,13 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
     )
 
 
-def _later_scores(reports: Sequence[TraceReport]) -> tuple[torch.Tensor, ...]:
+def _kept_rows_scores(reports: Sequence[TraceReport]) -> dict[str, Any]:
     """Of the only worker: several cannot go on to a next hop without the others' scores."""
     if len(reports) == 1:
-        return reports[0].later_scores
-    if any(report.later_scores for report in reports):
+        return {name: getattr(reports[0], name) for name in ("later_scores", "other_targets")}
+    if any(report.later_scores or report.other_targets for report in reports):
         raise misfit("one of several workers has run further hops")
-    return ()
+    return {}
 
 
 def _layer_scores(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:

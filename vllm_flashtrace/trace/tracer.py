@@ -18,8 +18,8 @@ import msgspec
 from vllm_flashtrace.api.request import FlashTraceRequest
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.logs import log_unexpected, logger
-from vllm_flashtrace.base.records import Completion, TraceUsage
-from vllm_flashtrace.text.plan import TracePlan, plan_trace
+from vllm_flashtrace.base.records import Completion, TraceReport, TraceUsage
+from vllm_flashtrace.text.plan import TracePlan, plan_targets
 from vllm_flashtrace.text.result import build_result, failed_result
 from vllm_flashtrace.trace.admission import Admission
 from vllm_flashtrace.trace.budget import AccumulatorBudget
@@ -27,10 +27,10 @@ from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines
 from vllm_flashtrace.trace.hop import (
     EngineContext,
-    kept_rows,
+    TraceCall,
     run_hop,
     take_report,
-    trace_call,
+    visits,
     while_alive,
 )
 from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution, result_bytes
@@ -178,10 +178,10 @@ class AsyncTracer:
                 # Before the work of planning.
                 self._admission.refuse_if_full(self._planning + self._results.waiting)
                 async with asyncio.timeout(self.config.trace_timeout_seconds):
-                    plan, waited = await self._planned(
+                    plans, waited = await self._planned(
                         partial(self._plan, request, completion, reasoning_parser, render)
                     )
-                    result, usage = await self._run(plan, context, trace_id, watch, waited)
+                    result, usage = await self._run(plans, context, trace_id, watch, waited)
             except Exception as error:
                 result = failed_result(trace_id, self._reason(error))
             watch.ended(result, usage)
@@ -226,11 +226,11 @@ class AsyncTracer:
         log_unexpected("an attribution", error)
         return TraceError("internal_error", f"{type(error).__name__}: {error}")
 
-    async def _planned(self, plan: Callable[[], TracePlan]) -> tuple[TracePlan, float]:
-        """The plan, and the seconds that it waited to be made."""
+    async def _planned(self, plan: Callable[[], list[TracePlan]]) -> tuple[list[TracePlan], float]:
+        """The plans of the targets, and the seconds that they waited to be made."""
         began = time.monotonic()
 
-        def timed() -> tuple[TracePlan, float]:
+        def timed() -> tuple[list[TracePlan], float]:
             waited = time.monotonic() - began
             return plan(), waited
 
@@ -242,30 +242,30 @@ class AsyncTracer:
 
     async def _run(
         self,
-        plan: TracePlan,
+        plans: list[TracePlan],
         context: EngineContext,
         trace_id: str,
         watch: Observation,
         waited: float,
     ) -> tuple[dict[str, Any], TraceUsage]:
         """The attribution object and its cost; a large one holds its memory of the budget."""
+        first = plans[0]
         nbytes = result_bytes(
-            plan.request,
-            prompt=plan.prompt_length,
-            generated=len(plan.completion.generated_token_ids),
-            layers=self._layers if "layers" in plan.request.include else 0,
+            first.request,
+            prompt=first.prompt_length,
+            generated=len(first.completion.generated_token_ids),
+            layers=self._layers if "layers" in first.request.include else 0,
             max_hops=self.config.max_hops,
+            targets=len(plans),
         )
         large = nbytes >= LARGE_BYTES
         if large:
             waited += await self._results.enter(nbytes)
         result: dict[str, Any] | None = None
         try:
-            usage = await self._admitted(plan, context, trace_id, watch, waited)
+            usage = await self._admitted(plans, context, trace_id, watch, waited)
             build = partial(build_result, cache_details=self._cache_details, as_tensors=large)
-            result = await _in_text_thread(
-                lambda: build(plan, plan.recursion.result(), usage, trace_id)
-            )
+            result = await _in_text_thread(lambda: build(plans, usage, trace_id))
             if large:
                 result = LargeAttribution(result, partial(self._results.leave, nbytes))
             return result, usage
@@ -279,8 +279,8 @@ class AsyncTracer:
         completion: Completion,
         reasoning_parser: Any | None,
         render: Any | None,
-    ) -> TracePlan:
-        plan = plan_trace(
+    ) -> list[TracePlan]:
+        plans = plan_targets(
             request,
             completion,
             self._tokenizer,
@@ -289,10 +289,11 @@ class AsyncTracer:
             max_trace_tokens=self._engine.model_config.max_model_len - 1,
             auto_threshold=self.config.auto_threshold,
             max_hops=self.config.max_hops,
+            max_targets=self.config.limits.max_targets,
         )
         if "layers" in request.include:
-            self._check_layers(plan.prompt_length)
-        return plan
+            self._check_layers(plans[0].prompt_length)
+        return plans
 
     def _check_layers(self, prompt_length: int) -> None:
         limit, count = self.config.max_layer_scores, self._layers * prompt_length
@@ -317,49 +318,50 @@ class AsyncTracer:
 
     async def _admitted(
         self,
-        plan: TracePlan,
+        plans: list[TracePlan],
         context: EngineContext,
         trace_id: str,
         watch: Observation,
         waited: float,
     ) -> TraceUsage:
         """Runs all hops in one place, so that later hops do not queue behind new attributions."""
-        cost = kept = 0
+        together = visits(plans, self._budget)
+        cost = 0
         if self._budget is not None:
-            # Requests run one after the other; none is longer than the plan, or keeps more rows.
-            self._budget.check(len(plan.token_ids))
-            kept = kept_rows(plan, self._budget)
-            cost = self._budget.cost(len(plan.token_ids), kept)
+            # Requests run one after the other; none is longer than its visit, or keeps more rows.
+            self._budget.check(max(visit.context for visit in together))
+            cost = max(self._budget.cost(visit.context, visit.kept_rows) for visit in together)
         async with self._admission.place(cost) as waited_here:
             usage = TraceUsage(seconds={"queue": waited + waited_here})
             hop = 0
             # A completion leaves its tokens in its engine's cache, and every hop does.
             computed_before = context.request_id is not None
-            while (weights := plan.recursion.next_weights()) is not None:
-                further = plan.recursion.further_hops() if kept else None
-                call = trace_call(plan, weights, self.config, context.cache_salt, further=further)
-                began = time.monotonic()
-                with watch.hop(hop, len(weights.positions)) as span:
-                    run = await run_hop(
-                        self._engines, call, context, f"{trace_id}-hop{hop}", span.headers
-                    )
-                    lookup = cache_lookup(
-                        call.spec.first_target,
-                        run.cached_tokens,
-                        self._engine.vllm_config.cache_config,
-                        computed_before,
-                    )
-                    watch.measured(span, run.report, lookup)
-                    take = partial(take_report, plan, usage, run.report, time.monotonic() - began)
-                    if run.report.layer_scores is None:
-                        take()
-                    else:  # Several passes over [L, N], without the interpreter.
-                        await asyncio.to_thread(take)
-                # What the engine has computed for this hop serves the next one.
-                context = dataclasses.replace(context, data_parallel_rank=run.rank)
-                computed_before = True
-                hop += 1 + len(run.report.later_scores)
+            for visit in together:
+                while (call := visit.next_call(self.config, context.cache_salt)) is not None:
+                    name = f"{trace_id}-hop{hop}"
+                    with watch.hop(hop, call.target_tokens) as span:
+                        began = time.monotonic()
+                        run = await run_hop(self._engines, call, context, name, span.headers)
+                        lookup = cache_lookup(
+                            call.spec.first_target,
+                            run.cached_tokens,
+                            self._engine.vllm_config.cache_config,
+                            computed_before,
+                        )
+                        watch.measured(span, run.report, lookup)
+                        await _take(call, usage, run.report, time.monotonic() - began)
+                    # What the engine has computed for this hop serves the next one.
+                    context = dataclasses.replace(context, data_parallel_rank=run.rank)
+                    computed_before = True
+                    hop += sum(map(len, run.report.targets))
         return usage
+
+
+async def _take(call: TraceCall, usage: TraceUsage, report: TraceReport, seconds: float) -> None:
+    if report.layer_scores is None:
+        take_report(call, usage, report, seconds)
+    else:  # Several passes over [L, N], without the interpreter.
+        await asyncio.to_thread(take_report, call, usage, report, seconds)
 
 
 async def _in_text_thread(work: Callable[[], T]) -> T:

@@ -21,12 +21,70 @@ import torch
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport
-from vllm_flashtrace.core.hops import FurtherHops
+from vllm_flashtrace.core.hops import FurtherHops, TracedTarget, rows_of
 from vllm_flashtrace.core.weights import TargetWeights
 
 EXTRA_ARGS_KEY = "flashtrace"
 SECRET_ENV = "FLASHTRACE_SECRET"
 _MAC_BYTES = hashlib.sha256().digest_size
+
+
+class TargetSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A target as it travels.
+
+    Attributes:
+        positions: int32 little-endian target positions, strictly ascending.
+        weights: float32 little-endian weights, one per position.
+        followed: int32 little-endian positions that further hops may explain, ascending.
+        hops: Most hops that the worker is to run after the first, from the same prefill.
+        threshold: See `FurtherHops`.
+    """
+
+    positions: bytes
+    weights: bytes
+    followed: bytes = b""
+    hops: int = 0
+    threshold: float = 0.0
+
+    @classmethod
+    def of(cls, target: TracedTarget) -> TargetSpec:
+        """Takes over a target."""
+        further = target.further
+        return cls(
+            positions=_position_bytes(target.weights.positions),
+            weights=target.weights.weights.to(torch.float32).numpy().tobytes(),
+            followed=b"" if further is None else _position_bytes(further.positions),
+            hops=0 if further is None else further.hops,
+            threshold=0.0 if further is None else further.threshold,
+        )
+
+    @property
+    def first(self) -> int:
+        """First position of any hop."""
+        starts = [part[:4] for part in (self.positions, self.followed) if part]
+        return min(int.from_bytes(start, "little", signed=True) for start in starts)
+
+    @property
+    def last(self) -> int:
+        """Last target position."""
+        return int.from_bytes(self.positions[-4:], "little", signed=True)
+
+    def target(self, length: int) -> TracedTarget:
+        """The target as tensors; raises ValueError when malformed or outside the trace."""
+        positions = tensor_of(self.positions, torch.int32).to(torch.int64)
+        weights = TargetWeights(positions=positions, weights=tensor_of(self.weights, torch.float32))
+        if weights.last >= length:
+            raise ValueError(f"target position {weights.last} lies beyond {length} tokens")
+        return TracedTarget(weights, self._further())
+
+    def _further(self) -> FurtherHops | None:
+        if not self.hops:
+            return None
+        positions = tensor_of(self.followed, torch.int32).to(torch.int64)
+        inside = bool(((positions >= 0) & (positions <= self.last)).all())
+        if self.hops < 1 or not len(positions) or not inside or (positions.diff() <= 0).any():
+            raise ValueError(f"{len(positions)} positions of {self.hops} further hops do not fit")
+        return FurtherHops(positions, self.hops, self.threshold)
 
 
 class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -35,82 +93,62 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         nonce: Key under which the report is kept for pick-up.
         length: Number of prompt tokens of the trace request.
-        positions: int32 little-endian target positions, strictly ascending.
-        weights: float32 little-endian weights, one per position.
+        targets: What is explained, at least one.
         exact_fraction: Share of the proximity bound's mass that is evaluated exactly.
-        layers: Whether per-layer scores are wanted.
-        followed: int32 little-endian positions that further hops may explain, ascending.
-        hops: Most hops that the worker is to run after the first, from the same prefill.
-        threshold: See `FurtherHops`.
+        layers: Whether per-layer scores are wanted; of one target without further hops.
     """
 
     nonce: str
     length: int
-    positions: bytes
-    weights: bytes
+    targets: tuple[TargetSpec, ...]
     exact_fraction: float
     layers: bool
-    followed: bytes = b""
-    hops: int = 0
-    threshold: float = 0.0
 
     @classmethod
     def create(
         cls,
-        weights: TargetWeights,
+        targets: Sequence[TracedTarget] | TargetWeights,
         length: int,
         *,
         exact_fraction: float,
         layers: bool = False,
-        further: FurtherHops | None = None,
     ) -> TraceSpec:
         """Builds a spec with a fresh nonce."""
+        if isinstance(targets, TargetWeights):
+            targets = [TracedTarget(targets)]
         return cls(
             nonce=secrets.token_hex(16),
             length=length,
-            positions=_position_bytes(weights.positions),
-            weights=weights.weights.to(torch.float32).numpy().tobytes(),
+            targets=tuple(TargetSpec.of(target) for target in targets),
             exact_fraction=exact_fraction,
             layers=layers,
-            followed=b"" if further is None else _position_bytes(further.positions),
-            hops=0 if further is None else further.hops,
-            threshold=0.0 if further is None else further.threshold,
         )
 
     @property
     def first_target(self) -> int:
         """First target position of any hop: no token from here on may come from the cache."""
-        starts = [part[:4] for part in (self.positions, self.followed) if part]
-        return min(int.from_bytes(start, "little", signed=True) for start in starts)
+        return min(target.first for target in self.targets)
 
     @property
     def last_target(self) -> int:
         """Last target position."""
-        return int.from_bytes(self.positions[-4:], "little", signed=True)
+        return max(target.last for target in self.targets)
 
-    def target_weights(self) -> TargetWeights:
-        """The target as tensors; raises ValueError when malformed or outside the trace."""
-        positions = tensor_of(self.positions, torch.int32).to(torch.int64)
-        weights = TargetWeights(positions=positions, weights=tensor_of(self.weights, torch.float32))
-        if weights.last >= self.length:
-            raise ValueError(f"target position {weights.last} lies beyond {self.length} tokens")
-        return weights
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the worker keeps the rows, since it is to weigh them several times."""
+        return len(self.targets) > 1 or any(target.hops for target in self.targets)
 
     @property
     def kept_rows(self) -> int:
-        """Rows that the worker keeps for further hops, the target's included."""
-        further = self.further_hops()
-        return 0 if further is None else len(further.rows(self.target_weights()))
+        """How many it keeps."""
+        return len(rows_of(self.traced_targets())) if self.keeps_rows else 0
 
-    def further_hops(self) -> FurtherHops | None:
-        """What is to follow the first hop; raises ValueError when malformed."""
-        if not self.hops:
-            return None
-        positions = tensor_of(self.followed, torch.int32).to(torch.int64)
-        inside = bool(((positions >= 0) & (positions <= self.last_target)).all())
-        if self.hops < 1 or not len(positions) or not inside or (positions.diff() <= 0).any():
-            raise ValueError(f"{len(positions)} positions of {self.hops} further hops do not fit")
-        return FurtherHops(positions, self.hops, self.threshold)
+    def traced_targets(self) -> list[TracedTarget]:
+        """The targets as tensors; raises ValueError when one is malformed or there is none."""
+        if not self.targets:
+            raise ValueError("the trace has no target")
+        return [target.target(self.length) for target in self.targets]
 
 
 def ensure_secret() -> str:
@@ -198,8 +236,8 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         status: ``completed``, ``pending`` (not on the host yet), ``failed`` or ``missing`` (unknown
             nonce, or expired).
-        scores: float32 ``[hops, length]``, of each hop.
-        hops: How many hops were run.
+        scores: float32 ``[sum(hops), length]``, of each hop of each target.
+        hops: How many hops were run for each target.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
         part: What of the model the numbers are of; ``L`` are the layers in it.
         weights: What tells the worker's weights from others, the same in all of the trace's steps.
@@ -209,7 +247,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     code: str = ""
     message: str = ""
     scores: bytes = b""
-    hops: int = 1
+    hops: tuple[int, ...] = (1,)
     layer_scores: bytes = b""
     num_layers: int = 0
     recomputed_tokens: int = 0
@@ -230,10 +268,12 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         layers = None
         if self.num_layers:
             layers = tensor_of(self.layer_scores, torch.float32).view(self.num_layers, -1)
-        first, *later = tensor_of(self.scores, torch.float32).view(self.hops, -1)
+        scores = tensor_of(self.scores, torch.float32).view(sum(self.hops), -1)
+        (first, *later), *others = (tuple(hops) for hops in scores.split(self.hops))
         return TraceReport(
             scores=first,
             later_scores=tuple(later),
+            other_targets=tuple(others),
             layer_scores=layers,
             recomputed_tokens=self.recomputed_tokens,
             cached_tokens=self.cached_tokens,

@@ -52,19 +52,21 @@ class CPUTracedModel(TracedModel):
             _check_layer(layer)
         self._scratch = Scratch()
 
-    def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
+    def add_column_sums(
+        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+    ) -> None:
         """See `TracedModel`."""
         [segment] = group.segments
         attention = self.layers[layer].attention
         keys = read_keys(
             attention.kv_cache,
             segment.batch_row.block_table.tolist(),
-            group.rows.columns(0),
+            rows.columns(0),
             _order(attention),
             self._scratch,
         )
         form = self.attention_form(layer)
-        inputs = AttentionInputs(query, keys.transpose(1, 2)[None], group.rows, form)
+        inputs = AttentionInputs(query, keys.transpose(1, 2)[None], rows, form, scales)
         paged_column_sums(inputs, layer, overwrite_keys=True)
 
     def attention_form(self, layer: int) -> AttentionForm:

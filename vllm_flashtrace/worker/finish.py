@@ -8,7 +8,8 @@ scores that the next hop begins with. Picking a result up later only reads the h
                        and their totals
     `TotalsExchange`   adds up the totals of the ranks that share the heads
     `score`            shares of the totals, summed over layers, on their way to the host
-    `run_hops`         all of it, hop after hop, for a trace that has kept its rows
+    `run_hops`         all of it, hop after hop, target after target, for a trace that has kept its
+                       rows
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def measure(
 def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[str, Measured]:
     traces = [segment.trace for segment in segments]
     recorded = traces[0].clock.mark()
-    _complete_sums(traces)
+    _complete_sums(traces, model)
     size = (len(traces), 2, model.shape.num_layers)
     results = torch.empty(size, dtype=torch.float64, device=model.device)
     inputs = [
@@ -120,11 +121,13 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     }
 
 
-def _complete_sums(traces: Sequence[Trace]) -> None:
+def _complete_sums(traces: Sequence[Trace], model: TracedModel) -> None:
     """Makes ``x`` of all layers the sums of the stream behind the blocks."""
     lacking = [trace for trace in traces if trace.stream_lacks_residual]
     if lacking:
-        streams = [trace.sums.stream for trace in lacking]
+        streams, gains = [trace.sums.stream for trace in lacking], model.gains()
+        if gains is not None:
+            torch._foreach_mul_(streams, [gains] * len(streams))
         torch._foreach_add_(streams, [trace.sums.residual for trace in lacking])
     for trace in lacking:
         trace.stream_lacks_residual = False
@@ -201,10 +204,10 @@ def score(
 
 
 def run_hops(segment: Segment, model: TracedModel, buffers: HostBuffers) -> FinishedTrace:
-    """All hops of a trace whose rows are kept, from the first to the last that `FurtherHops` asks.
+    """All hops of all targets of a trace whose rows are kept, as far as `FurtherHops` ask for them.
 
     Must be called while the blocks are held, by a worker that has the whole model. Waits for each
-    hop's scores, which the next one's weights are made of.
+    hop's scores that a next one's weights are made of.
 
     Args:
         segment: Of the trace, whose last row is there.
@@ -215,29 +218,43 @@ def run_hops(segment: Segment, model: TracedModel, buffers: HostBuffers) -> Fini
         TraceError: ``overloaded``: there is no room for it on the host.
     """
     trace = segment.trace
-    kept, further = trace.rows, trace.further
-    if kept is None or further is None:
-        raise ValueError("the trace has kept no rows")
     recorded = trace.clock.mark()
-    target: TargetWeights | None = trace.target
-    mass, hops = 1.0, []
+    hops: list[tuple[Tensor, Tensor, Tensor]] = []
+    counts = []
     lacking = trace.stream_lacks_residual
-    while target is not None:
-        for sums in trace.sums:
-            sums.zero_()
-        trace.stream_lacks_residual = lacking
-        rows = kept.weighed(target, segment.batch_row.block_table, trace.sums)
-        hop = Segment(trace, segment.batch_row, rows)
-        group = RowGroup([hop], model.plan_rows([rows]), model.clock)
-        group.run(lambda group: model.weigh(kept, group), timed=True)
-        hops.append(_scores(_measure_together([hop], model)[segment.batch_row.req_id], None))
-        if len(hops) > further.hops:
-            break
-        target, mass = further.after(hops[-1][0], mass)
+    for target in trace.targets:
+        before = len(hops)
+        weights: TargetWeights | None = target.weights
+        mass = 1.0
+        while weights is not None:
+            trace.stream_lacks_residual = lacking
+            hops.append(_weigh(segment, weights, model))
+            further = target.further
+            if further is None or len(hops) - before > further.hops:
+                break
+            weights, mass = further.after(hops[-1][0], mass)
+        counts.append(len(hops) - before)
     parts: list[list[Tensor]] = [list(part) for part in zip(*hops, strict=True)]
     copied = _copy(parts, trace, buffers)
     ended = trace.clock.mark()
-    return FinishedTrace(TraceFacts.of(trace, model.part), copied, recorded, ended)
+    return FinishedTrace(TraceFacts.of(trace, model.part), copied, recorded, ended, tuple(counts))
+
+
+def _weigh(
+    segment: Segment, weights: TargetWeights, model: TracedModel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One hop over kept rows, see `_scores`."""
+    trace = segment.trace
+    kept = trace.rows
+    if kept is None:
+        raise ValueError("the trace has kept no rows")
+    for sums in trace.sums:
+        sums.zero_()
+    rows = kept.weighed(weights, segment.batch_row.block_table, trace.sums)
+    hop = Segment(trace, segment.batch_row, rows)
+    group = RowGroup([hop], model.plan_rows([rows]), model.clock)
+    group.run(lambda group: model.weigh(kept, group), timed=True)
+    return _scores(_measure_together([hop], model)[segment.batch_row.req_id], None)
 
 
 def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,12 +292,14 @@ class FinishedTrace:
             per layer, float32 ``[L, context]``.
         recorded: Mark at the end of the last recording step.
         ended: Mark after the scores.
+        hops: How many hops each target has.
     """
 
     facts: TraceFacts
     copied: HostCopy
     recorded: Any
     ended: Any
+    hops: tuple[int, ...] = (1,)
 
     def report(self) -> WireReport:
         """The trace's report, once `copied` has arrived.
@@ -302,7 +321,7 @@ class FinishedTrace:
         return WireReport(
             status="completed",
             scores=tensor_bytes(scores),
-            hops=len(scores),
+            hops=self.hops,
             layer_scores=b"" if per_layer is None else self._padded(per_layer),
             num_layers=0 if per_layer is None else len(per_layer),
             recomputed_tokens=facts.recomputed_tokens,

@@ -79,17 +79,22 @@ class GPUTracedModel(TracedModel):
             self._check_projection(layer)
             self._reading(index)
 
-    def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
-        """See `TracedModel`; queries ``[tokens, H * d]`` will do."""
+    def add_column_sums(
+        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+    ) -> None:
+        """See `TracedModel`."""
+        keys = self._keys(layer)
+        inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales)
+        paged_column_sums(inputs, layer)
+
+    def heads_of(self, layer: int, query: Tensor) -> Tensor:
+        """See `TracedModel`."""
         attention: Any = self.layers[layer].attention
         if (query.dtype in _FP8) != (attention.query_quant is not None):
             raise TraceError(
                 "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
             )
-        heads = query if query.dim() == 3 else query.unflatten(-1, (-1, attention.head_size))
-        if group.kept is None or not group.kept.keep(layer, heads):
-            keys = self._keys(layer)
-            paged_column_sums(AttentionInputs(heads, keys.key_cache, group.rows, keys.form), layer)
+        return super().heads_of(layer, query)
 
     def add_kept_column_sums(self, group: RowGroup) -> None:
         """See `TracedModel`."""
@@ -113,11 +118,11 @@ class GPUTracedModel(TracedModel):
             return
         with torch.inference_mode(False):
             room = room[: len(room) // 16 * 16].view(torch.float32)
-            group.kept = KeptQueries(rows, kept.queries[:, near], room)
+            scales = None if kept.scales is None else kept.scales[:, near]
+            group.kept = KeptQueries(rows, kept.queries[:, near], room, scales)
         group.kept.layers = list(range(self.shape.num_layers))
         self.add_kept_column_sums(group)
-        for layer in range(self.shape.num_layers):
-            group.add_rows(layer, residual=kept.residual[layer], stream=kept.stream[layer])
+        self.add_kept_rows(kept, group)
 
     def attention_form(self, layer: int) -> AttentionForm:
         """See `TracedModel`."""
@@ -165,11 +170,13 @@ class GPUTracedModel(TracedModel):
     def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
         """See `TracedModel`: in one call for all layers whose ``W_O`` is read where it lies.
 
-        Those whose matrix has to be made, because of quantised weights or of an adapter, have a
-        call each.
+        Those whose matrix has to be made, because of quantised weights, of an adapter or of
+        a norm behind the block, have a call each.
         """
         alone = [
-            layer.quantization is not None or (adapter is not None and layer.adapters is not None)
+            layer.quantization is not None
+            or layer.block_norm is not None
+            or (adapter is not None and layer.adapters is not None)
             for layer in self.layers
         ]
         together = [index for index, made in enumerate(alone) if not made]

@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
@@ -39,9 +40,51 @@ KNOWN_ARCHITECTURES = (
 )
 
 # Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
-# attention block: where there are both, the second norms what the block adds.
+# attention block. Where there is one more, that norms the block's output before it is added: the
+# same name means one or the other.
 _NORMS_BEHIND = ("pre_feedforward_layernorm", "post_attention_layernorm")
+_NORMS_OF_BLOCKS = {
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_attention_layernorm": "post_self_attn_layernorm",
+}
 _NORM_IN_FRONT = "input_layernorm"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNorm:
+    """The RMSNorm that an attention block's output passes before it is added to the stream.
+
+    With ``u_i`` the block's output, ``gain * u_i / sqrt(mean(u_i^2) + epsilon)`` is added. The
+    root is a number of row ``i`` that all heads and tokens share, so it belongs to the row's
+    weight, and the gain to ``M``: see `core.proximity`.
+
+    Attributes:
+        module: The norm.
+        epsilon: What it adds to the mean of the squares.
+    """
+
+    module: Any
+    epsilon: float
+
+    @classmethod
+    def read(cls, layer_name: str, norm: Any) -> BlockNorm:
+        """Reads a norm.
+
+        Raises:
+            UnsupportedModelError: It is none of the norms that are known.
+        """
+        known = type(norm) in (RMSNorm, GemmaRMSNorm)
+        if not known or getattr(norm, "variance_size_override", None) is not None:
+            raise UnsupportedModelError(
+                f"traces are not supported with a {type(norm).__name__} of what the attention "
+                f"block adds ({layer_name})"
+            )
+        return cls(norm, float(norm.variance_epsilon))
+
+    def gain(self) -> torch.Tensor:
+        """Its factor on each coordinate as it is now, float32 ``[D]``."""
+        weight: torch.Tensor = self.module.weight.detach().float()
+        return weight + 1 if isinstance(self.module, GemmaRMSNorm) else weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +97,7 @@ class TracedLayer:
         decoder: The decoder layer; its input is the residual stream ``x_prev``.
         block: The attention block; its output is what is added to the residual stream.
         attention: vLLM's attention layer.
-        norm_behind: The norm behind the attention block.
+        norm_behind: The norm of the stream behind the attention block.
         projection: The output projection's name in the block.
         out_proj: The output projection ``W_O``, without adapters.
         adapters: What holds LoRA adapters of the output projection, or None.
@@ -62,6 +105,7 @@ class TracedLayer:
             residual stream beside what is to be added to it; else None.
         multiplier: Factor on what the block adds to the stream.
         quantization: How ``W_O`` is quantised, or None.
+        block_norm: The norm of what the block adds, or None.
     """
 
     index: int
@@ -76,12 +120,15 @@ class TracedLayer:
     norm_in_front: nn.Module | None = None
     multiplier: float = 1.0
     quantization: Quantization | None = None
+    block_norm: BlockNorm | None = None
 
 
 def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     """The decoder layers of a model that are on this worker, in order.
 
     With pipeline parallelism these are the layers of its stage.
+
+    Layers of a model that drafts tokens for this one are none of them.
 
     Raises:
         UnsupportedModelError: A layer uses a feature that cannot be traced exactly, or its
@@ -91,6 +138,8 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     names = {id(module): name for name, module in modules.items()}
     layers = []
     for context_name, attention in config.compilation_config.static_forward_context.items():
+        if config.speculative_config is not None and id(attention) not in names:
+            continue
         if isinstance(attention, MLAAttention):
             raise UnsupportedModelError(
                 f"traces are not supported with multi-head latent attention (MLA) ({context_name})"
@@ -109,6 +158,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
         out_proj, adapters = base_projection(getattr(block, projection, None))
         quantization = _check_attention(context_name, attention, block, out_proj)
         carries = "residual" in inspect.signature(decoder.forward).parameters
+        norm_behind = _norm(context_name, decoder, _NORMS_BEHIND)
         layers.append(
             TracedLayer(
                 index=int(parts[numbers[-1]]),
@@ -116,15 +166,18 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
                 decoder=decoder,
                 block=block,
                 attention=attention,
-                norm_behind=_norm(context_name, decoder, _NORMS_BEHIND),
+                norm_behind=getattr(decoder, norm_behind),
                 projection=projection,
                 out_proj=out_proj,
                 adapters=adapters,
                 norm_in_front=(
-                    None if carries else _norm(context_name, decoder, (_NORM_IN_FRONT,))
+                    None
+                    if carries
+                    else getattr(decoder, _norm(context_name, decoder, (_NORM_IN_FRONT,)))
                 ),
                 multiplier=_multiplier(context_name, decoder),
                 quantization=quantization,
+                block_norm=_block_norm(context_name, decoder, norm_behind),
             )
         )
     layers.sort(key=lambda layer: layer.index)
@@ -132,6 +185,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
         raise UnsupportedModelError("some decoder layers have no attention layer")
     if len({(layer.attention.num_heads, layer.attention.head_size) for layer in layers}) > 1:
         raise UnsupportedModelError("attention layers of different sizes are not supported")
+    _check_block_norms(layers)
     return layers
 
 
@@ -149,7 +203,10 @@ def check_config(config: VllmConfig) -> None:
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
-        "speculative decoding": config.speculative_config is not None,
+        # It moves rows of the batch on the device alone.
+        "adaptive verification of drafts": bool(
+            getattr(config.speculative_config, "enable_adaptive_verification", False)
+        ),
         "KV transfer": config.kv_transfer_config is not None,
         "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
         "a pooling model": config.model_config.runner_type != "generate",
@@ -182,15 +239,38 @@ def _projection_name(block: nn.Module) -> str:
     return found[0] if len(found) == 1 else "o_proj"
 
 
-def _norm(layer_name: str, decoder: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def _norm(layer_name: str, decoder: nn.Module, names: tuple[str, ...]) -> str:
+    """Which of these names a decoder layer has a norm of."""
     for name in names:
-        norm = getattr(decoder, name, None)
-        if isinstance(norm, nn.Module):
-            return norm
+        if isinstance(getattr(decoder, name, None), nn.Module):
+            return name
     raise UnsupportedModelError(
         f"the decoder layer of {layer_name} has no {' or '.join(names)}: its norm "
         f"{'in front of' if names == (_NORM_IN_FRONT,) else 'behind'} attention was not found"
     )
+
+
+def _block_norm(layer_name: str, decoder: nn.Module, norm_behind: str) -> BlockNorm | None:
+    norm = getattr(decoder, _NORMS_OF_BLOCKS[norm_behind], None)
+    return BlockNorm.read(layer_name, norm) if isinstance(norm, nn.Module) else None
+
+
+def _check_block_norms(layers: list[TracedLayer]) -> None:
+    with_norm = [layer for layer in layers if layer.block_norm is not None]
+    if not with_norm:
+        return
+    refusals = {
+        "a norm of what attention adds in some layers only": len(with_norm) < len(layers),
+        "a norm of what attention adds to a stream that layers do not carry": any(
+            layer.norm_in_front is not None for layer in layers
+        ),
+        "a norm of what attention adds and a residual multiplier": any(
+            layer.multiplier != 1 for layer in layers
+        ),
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
 
 
 def _multiplier(layer_name: str, decoder: nn.Module) -> float:

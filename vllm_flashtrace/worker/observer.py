@@ -38,8 +38,19 @@ class ForwardObserver(Protocol):
     def on_residual(self, residual: torch.Tensor) -> None:
         """Called instead, twice per decoder layer: before and after the block has been added.
 
+        Where `on_block` is called too it is called once: with the stream before.
+
         Args:
             residual: ``[tokens, D]``, the residual stream.
+        """
+
+    def on_block(self, output: torch.Tensor) -> None:
+        """Called once per decoder layer, where what the block adds is the norm of its output.
+
+        It is called behind `on_attention` and before `on_residual`.
+
+        Args:
+            output: ``[tokens, D]``, the block's output.
         """
 
 

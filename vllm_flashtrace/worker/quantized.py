@@ -121,7 +121,9 @@ def applied_bias(projection: nn.Module, quantization: Quantization) -> Tensor:
     return (with_bias.float() - layer.quant_method.apply(layer, row).float())[0]
 
 
-def product_error(projection: nn.Module, quantization: Quantization, weight: Tensor) -> float:
+def product_error(
+    projection: nn.Module, quantization: Quantization, weight: Tensor, gain: Tensor | None = None
+) -> float:
     """How far a layer's products are from those of the matrix that was read of it.
 
     The inputs are sums of what `dequantize` uses, so that no rounding of activations hides a wrong
@@ -130,7 +132,8 @@ def product_error(projection: nn.Module, quantization: Quantization, weight: Ten
     Args:
         projection: The layer.
         quantization: How it is quantised.
-        weight: ``[D, H * d]``, what was read.
+        weight: ``[D, H * d]``, what was read, times the gain.
+        gain: ``[D]``, of a norm behind the layer, or None.
 
     Returns:
         The largest difference of any number, relative to the norm of its row of ``weight``.
@@ -138,9 +141,10 @@ def product_error(projection: nn.Module, quantization: Quantization, weight: Ten
     layer: Any = projection
     bits = torch.Generator().manual_seed(_SEED)
     rows = torch.randint(2, (_PROBES, weight.shape[1]), generator=bits)
-    rows = rows.to(weight.device, weight.dtype)
-    multiple, unit = _unit(layer, quantization, weight)
+    rows = rows.to(weight.device, layer.params_dtype)
+    multiple, unit = _unit(layer, quantization, rows)
     product = layer.quant_method.apply(layer, rows * multiple).double() / unit.double()
+    product = product if gain is None else product * gain.double()
     expected = rows.double() @ weight.double().t()
     norms = weight.double().norm(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
     error = float(((product - expected).abs() / norms).max())

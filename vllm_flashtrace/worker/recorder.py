@@ -110,13 +110,12 @@ class Recorder:
                 raise UnsupportedModelError(self._refusal or "unknown")
             if spec.length != num_prompt_tokens:
                 raise ValueError(f"spec is for {spec.length} tokens, not {num_prompt_tokens}")
-            weights = spec.target_weights()
             if self.budget is not None:
                 rows = spec.kept_rows
                 if rows and not self.budget.bytes_per_row:
                     raise TraceError("recording_failed", "this worker runs each hop by itself")
-                self.budget.check(weights.last + 1, self.accumulator_bytes, rows)
-            self._traces[req_id] = Trace(spec, weights, self._model, adapter)
+                self.budget.check(spec.last_target + 1, self.accumulator_bytes, rows)
+            self._traces[req_id] = Trace(spec, self._model, adapter)
         except Exception as error:
             self.fail(req_id, error)
 

@@ -366,6 +366,13 @@ class StepObserver:
         except Exception as error:
             self._fail(error)
 
+    def on_block(self, output: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_block(output)
+        except Exception as error:
+            self._fail(error)
+
 
 def _totals_exchange(runner: Any) -> TotalsExchange | None:
     """None where no ranks share the heads; there is one also on a rank that cannot trace."""
@@ -412,12 +419,13 @@ def runner_model(runner: Any) -> TracedModel:
     raise UnsupportedModelError(f"traces are not supported on {runner.device.type}")
 
 
-def batch_rows_v1(runner: Any, scheduled: Mapping[str, int]) -> Iterator[BatchRow]:
+def batch_rows_v1(runner: Any) -> Iterator[BatchRow]:
     """The requests of the step that a V1 runner has prepared, in the order of its tokens.
+
+    The rows are the runner's own: it may compute fewer drafts of a request than were scheduled.
 
     Args:
         runner: A ``vllm.v1.worker.gpu_model_runner.GPUModelRunner``, or one derived from it.
-        scheduled: Number of tokens of each request in this step.
 
     Raises:
         UnsupportedModelError: The kernels' blocks cannot be told from the manager's.
@@ -425,12 +433,11 @@ def batch_rows_v1(runner: Any, scheduled: Mapping[str, int]) -> Iterator[BatchRo
     batch = runner.input_batch
     blocks = batch.block_table[0].get_device_tensor(len(batch.req_ids))
     tables = kernel_block_table(blocks, runner.attn_groups[0])
-    first_row = 0
+    rows = runner.query_start_loc.np[: len(batch.req_ids) + 1].tolist()
     for index, req_id in enumerate(batch.req_ids):
-        count = scheduled[req_id]
         start = int(batch.num_computed_tokens_cpu[index])
-        yield BatchRow(req_id, first_row, start, start + count, tables[index])
-        first_row += count
+        stop = start + rows[index + 1] - rows[index]
+        yield BatchRow(req_id, rows[index], start, stop, tables[index])
 
 
 def batch_rows_v2(

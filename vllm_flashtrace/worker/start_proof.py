@@ -4,6 +4,8 @@ A probe of up to 64 random tokens goes through the worker's own `execute_model` 
 KV blocks that nobody holds yet, and is recorded by the code that records traces. Then every layer
 is measured by `core.identity`: the recomputed attention weights against the layer's own attention
 output, and what the heads contribute, through ``M_h``, against what the block added to the stream.
+Where a norm lies between the block and the stream, what was added is not in memory: the decoder
+layer's own code then runs again on the rows' stream and block outputs, up to the addition.
 Where ``W_O`` is quantised, the matrix that was read of it is measured too, against the layer. A
 model within the limit is traced whatever its name; else it is refused with layer and error.
 
@@ -183,10 +185,11 @@ class Proof:
             PROBE_TOKENS,
             config.scheduler_config.max_num_batched_tokens,
             config.model_config.max_model_len - 1,
-            (cache.num_blocks - 1) * block_size,
+            (cache.num_blocks - 1) * block_size - config.num_lookahead_tokens,
         )
-        # Block 0 stays empty in vLLM.
-        self._blocks = list(range(1, 1 - (-length // block_size)))
+        # Block 0 stays empty in vLLM; a model that drafts writes behind the last token.
+        written = length + config.num_lookahead_tokens
+        self._blocks = list(range(1, 1 - (-written // block_size)))
         ids = torch.Generator().manual_seed(_SEED)
         vocabulary = config.model_config.get_vocab_size()
         self._token_ids = torch.randint(vocabulary, (length,), generator=ids).tolist()
@@ -194,11 +197,13 @@ class Proof:
         self._positions = [length * (row + 1) // rows - 1 for row in range(rows)]
         self._failure: str | None = None
         self._outputs: dict[int, Tensor] = {}
+        self._block_outputs: list[Tensor] = []
         self._traces: dict[str, Trace] = {}
         self._contributed = torch.full(
             (model.shape.num_layers, rows, model.shape.hidden_size), math.nan, dtype=torch.float64
         )
         self._added = self._contributed.clone()
+        self._scales = torch.ones(model.shape.num_layers, rows)
         self._rounded: Tensor | None = None
         self._table = torch.empty(0, dtype=torch.int32)
 
@@ -258,6 +263,9 @@ class Proof:
         return {
             "layers": [layers[0].index, layers[-1].index],
             "norms": _distinct(type(layer.norm_behind).__name__ for layer in layers),
+            "block_norms": _distinct(
+                type(layer.block_norm.module).__name__ for layer in layers if layer.block_norm
+            ),
             "query_key_norms": any(
                 hasattr(layer.block, name) for layer in layers for name in ("q_norm", "k_norm")
             ),
@@ -279,7 +287,10 @@ class Proof:
         """Leaves the probe's KV blocks as they were."""
         ids = torch.tensor(self._blocks, dtype=torch.int32)
         kernel_ids = kernel_block_table(ids, self._runner.attn_groups[0]).long()
-        caches = [layer.attention.kv_cache for layer in self._model.layers]
+        context = self._runner.vllm_config.compilation_config.static_forward_context
+        # A model that drafts has layers in the group as well.
+        [group] = self._runner.kv_cache_config.kv_cache_groups
+        caches = [context[name].kv_cache for name in group.layer_names]
         bits = [cache.view(torch.uint8) if cache.itemsize == 1 else cache for cache in caches]
         kernel_ids = kernel_ids.to(bits[0].device)
         kept = [cache[kernel_ids] for cache in bits]
@@ -309,12 +320,14 @@ class Proof:
             for position in self._positions:
                 weights = TargetWeights.from_mapping({position: 1.0})
                 spec = TraceSpec.create(weights, len(self._token_ids), exact_fraction=1.0)
-                self._traces[str(position)] = Trace(spec, weights, self._model)
+                self._traces[str(position)] = Trace(spec, self._model)
             rows = [dataclasses.replace(row, req_id=req_id) for req_id in self._traces]
             step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
             self._table = row.block_table
             places = [row.first_row + position for position in self._positions]
-            return _ProbeObserver(self._model, step, self.fail, places, self._outputs)
+            return _ProbeObserver(
+                self._model, step, self.fail, places, self._outputs, self._block_outputs
+            )
         except Exception as error:
             log_unexpected("preparing the proof at the start", error)
             self.fail(error)
@@ -328,7 +341,7 @@ class Proof:
             observer.step.flush()
             observer.step.check_complete()
             if self._failure is None:
-                self._measure()
+                self._measure(observer.step)
         except Exception as error:
             log_unexpected("measuring the probe", error)
             self.fail(error)
@@ -340,7 +353,7 @@ class Proof:
     def _fail_trace(self, _: str, error: BaseException) -> None:
         self.fail(error)
 
-    def _measure(self) -> None:
+    def _measure(self, step: StepRecorder) -> None:
         """This rank's attention errors and contributions, and what the blocks have added."""
         model, length = self._model, len(self._token_ids)
         traces = list(self._traces.values())
@@ -349,24 +362,53 @@ class Proof:
             torch.stack([getattr(trace.sums, name) for trace in traces], dim=1).cpu()
             for name in ("residual", "stream")
         )
-        # A block's output has the model's type, the difference of two rounded streams has not.
-        self._added = stream.to(self._dtype) if seen_as_update else stream - residual
-        self._rounded = None if seen_as_update else stream
+        if model.normed:
+            self._added = self._added_by_layers(residual)
+            self._scales = self._scales_of(step)
+        else:
+            # A block's output has the model's type, the difference of two rounded streams has not.
+            self._added = stream.to(self._dtype) if seen_as_update else stream - residual
+            self._rounded = None if seen_as_update else stream
         for index, layer in enumerate(model.layers):
             weights = torch.stack(
                 [_padded(trace.sums.column_sums[index], length) for trace in traces]
             )
             values = model.read_values(index, self._table, length)
             output = self._outputs[index].unflatten(-1, (model.shape.num_heads, -1))
-            self.errors[index, 0] = attention_error(weights, values, output)
+            scales = self._scales[index].to(model.device)[:, None, None]
+            self.errors[index, 0] = attention_error(weights / scales, values, output)
             projection = model.output_projection(index).weight
             self.errors[index, 2] = (
                 0.0
                 if layer.quantization is None
-                else product_error(layer.out_proj, layer.quantization, projection)
+                else product_error(
+                    layer.out_proj, layer.quantization, projection, model.gain(index)
+                )
             )
             contributed = contribution(weights, values, projection).cpu()
             self._contributed[index] = contributed * layer.multiplier
+
+    def _added_by_layers(self, residual: Tensor) -> Tensor:
+        """What the layers add for the rows' stream and block outputs, ``[L, R, D]``."""
+        device = self._model.device
+        added = [
+            _added_by(layer, output, before.to(device, self._dtype))
+            for layer, output, before in zip(
+                self._model.layers, self._block_outputs, residual, strict=True
+            )
+        ]
+        return torch.stack(added).cpu()
+
+    def _scales_of(self, step: StepRecorder) -> Tensor:
+        """The factors with which the rows were recorded, ``[L, R]``."""
+        rows = list(self._traces)
+        scales = torch.full_like(self._scales, math.nan)
+        for group in step.groups:
+            for index, segment in enumerate(group.segments):
+                if group.scales is not None:
+                    row = rows.index(segment.batch_row.req_id)
+                    scales[:, row] = group.rows.of_segment(group.scales, index)[:, 0].cpu()
+        return scales
 
     # --- what all ranks have ---
 
@@ -379,7 +421,11 @@ class Proof:
         for index, layer in enumerate(self._model.layers):
             contributed = self._contributed[index]
             if layer.out_proj.bias is not None:
-                contributed = contributed + _bias(layer).double().cpu() * layer.multiplier
+                bias = _bias(layer).double() * layer.multiplier
+                gain = self._model.gain(index)
+                if gain is not None:
+                    bias = bias * gain
+                contributed = contributed + self._scales[index][:, None] * bias.cpu()
             rounded = None if self._rounded is None else self._rounded[index]
             self.errors[index, 1] = identity_error(contributed, self._added[index], rounded)
         if tp.world_size > 1:
@@ -392,7 +438,7 @@ class Proof:
 
 
 class _ProbeObserver(StepObserver):
-    """Also keeps the attention output of the target rows."""
+    """Also keeps the attention output of the target rows, and what goes to norms of blocks."""
 
     def __init__(
         self,
@@ -401,10 +447,12 @@ class _ProbeObserver(StepObserver):
         fail: Any,
         rows: Sequence[int],
         outputs: dict[int, Tensor],
+        block_outputs: list[Tensor],
     ) -> None:
         super().__init__(model, step, fail)
         self._rows = torch.tensor(rows, device=model.device)
         self._outputs = outputs
+        self._block_outputs = block_outputs
 
     def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
         """See `observer.ForwardObserver`."""
@@ -416,12 +464,62 @@ class _ProbeObserver(StepObserver):
         except Exception as error:
             self._fail(error)
 
+    def on_block(self, output: Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        super().on_block(output)
+        try:
+            self._block_outputs.append(output[self._rows])
+        except Exception as error:
+            self._fail(error)
+
+
+class _BlockAddedError(Exception):
+    """Ends a decoder layer's forward pass where its attention block has been added."""
+
+
+def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
+    """What a decoder layer's own code adds to the stream for an output of its attention block.
+
+    Args:
+        layer: The layer; its code runs up to the norm behind the block, and no further.
+        output: ``[R, D]``, the block's output.
+        residual: ``[R, D]``, the stream in front of the block.
+
+    Returns:
+        float64 ``[R, D]``.
+    """
+    seen: list[Tensor] = []
+
+    def end(_: Any, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].double() + args[1].double() - residual.double())
+        raise _BlockAddedError
+
+    block, stock = layer.block, vars(layer.block).get("forward")
+    hook = layer.norm_behind.register_forward_pre_hook(end, prepend=True)
+    block.forward = lambda *_, **__: output.clone()
+    try:
+        positions = torch.zeros(len(output), dtype=torch.int64, device=output.device)
+        layer.decoder(
+            positions=positions,
+            hidden_states=torch.zeros_like(residual),
+            residual=residual.clone(),
+        )
+    except _BlockAddedError:
+        return seen[0]
+    finally:
+        hook.remove()
+        del block.forward
+        if stock is not None:
+            block.forward = stock
+    raise RuntimeError(f"the norm behind the attention block of layer {layer.index} is not called")
+
 
 def _execute(worker: Any, token_ids: list[int], blocks: list[int]) -> None:
     """Runs one request through a worker, as vLLM's own warm-up does, and removes it."""
     groups = len(worker.model_runner.kv_cache_config.kv_cache_groups)
     step = SchedulerOutput.make_empty()
     step.num_common_prefix_blocks = [0] * groups
+    step.num_spec_tokens_to_schedule = worker.vllm_config.num_speculative_tokens
     step.scheduled_new_reqs = [
         NewRequestData(
             req_id=_REQUEST,

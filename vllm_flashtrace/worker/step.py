@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
+from vllm_flashtrace.core.hops import rows_of
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import (
     Accumulators,
@@ -60,6 +61,7 @@ class StepRecorder:
         self._on_failure = on_failure
         self._updates = 0
         self._residuals = 0
+        self._blocks = 0
         self._attentions = 0
         self.groups: list[RowGroup] = []
         segments = []
@@ -75,7 +77,7 @@ class StepRecorder:
         for members in [summed] if model.batched else [[segment] for segment in summed]:
             self._plan(members)
         if len(self.groups) == 1:
-            self.groups[0].kept = model.keep_queries(self.groups[0].rows)
+            self.groups[0].keep(model.keep_queries(self.groups[0].rows))
         for segment in segments:
             if segment.trace.rows is not None:
                 self._plan([segment])
@@ -86,9 +88,11 @@ class StepRecorder:
         return [segment for group in self.groups for segment in group.segments]
 
     def record_attention(self, layer: int, query: torch.Tensor) -> None:
-        """Adds one layer's column sums, or readies them for `flush`.
+        """Adds one layer's column sums, or readies them for `record_block` or `flush`.
 
-        Arguments as `TracedModel.add_column_sums`.
+        Args:
+            layer: Layer index.
+            query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
         """
         self._attentions += 1
         self._each(
@@ -117,12 +121,12 @@ class StepRecorder:
         """Adds ``sum_i w_i x_prev_i`` to ``r`` or ``sum_i w_i x_mid_i`` to ``x`` of a layer.
 
         The stream is seen twice per layer, before and after the attention block's output has been
-        added to it, in this order.
+        added to it, in this order; where `record_block` sees what is added, before it alone.
 
         Args:
             residual: ``[tokens, D]``.
         """
-        layer, after = divmod(self._residuals, 2)
+        layer, after = (self._residuals, 0) if self.model.normed else divmod(self._residuals, 2)
         self._residuals += 1
 
         def add(group: RowGroup) -> None:
@@ -131,6 +135,31 @@ class StepRecorder:
             else:
                 group.add_rows(layer, residual=residual)
 
+        self._each(add, timed=self._times_row_sums)
+
+    def record_block(self, output: torch.Tensor) -> None:
+        """Takes what a layer's attention block gives to the norm that it passes.
+
+        Every row's ``1 / rms`` is a factor on its weight, with which the column sums that
+        `record_attention` has readied are added, and ``sum_i w_i / rms_i u_i`` to ``x``, which
+        lacks the norm's gain and ``r`` until the trace ends.
+
+        Args:
+            output: ``[tokens, D]``, the block's output ``u``.
+        """
+        layer = self._blocks
+        self._blocks += 1
+
+        def add(group: RowGroup) -> None:
+            group.add_block(layer, output)
+            for segment in group.segments:
+                segment.trace.stream_lacks_residual = True
+
+        # One after the other, since a call that fails is repeated, see `_tell_apart`.
+        self._each(
+            lambda group: group.scale_rows(self.model, layer, output),
+            timed=lambda group: group.kept is None,
+        )
         self._each(add, timed=self._times_row_sums)
 
     def flush(self) -> None:
@@ -158,13 +187,14 @@ class StepRecorder:
     def check_complete(self) -> None:
         """Fails the step's traces unless every layer was seen exactly once."""
         layers = self.model.shape.num_layers
-        # Each layer is seen in one of two ways, see `taps`.
-        streams = {(layers, 0), (0, 2 * layers)}
-        if self._attentions == layers and (self._updates, self._residuals) in streams:
+        # Each layer is seen in one of three ways, see `taps`.
+        ways = {(layers, 0, 0), (0, 2 * layers, 0), (0, layers, layers)}
+        seen = (self._updates, self._residuals, self._blocks)
+        if self._attentions == layers and seen in ways:
             return
         message = (
-            f"of {layers} layers {self._attentions} attention calls, {self._updates} updates and "
-            f"{self._residuals} residual streams were seen"
+            f"of {layers} layers {self._attentions} attention calls, {self._updates} updates, "
+            f"{self._residuals} residual streams and {self._blocks} blocks were seen"
         )
         error = TraceError("recording_incomplete", message)
         for group in list(self.groups):
@@ -226,8 +256,7 @@ class StepRecorder:
             self._plan([segment])
             for alone in self.groups[before:]:
                 try:
-                    if group.kept is not None:
-                        alone.kept = group.kept.of_segment(index, alone.rows)
+                    alone.take_over(group, index)
                     add(alone)
                 except Exception as own:
                     self.groups.remove(alone)
@@ -286,9 +315,9 @@ class Trace:
     Attributes:
         spec: What was asked for.
         adapter: Id of the LoRA adapter that the request is computed with, or None.
-        target: Weights of the first hop, that sum to 1.
-        further: What hops are to follow it, or None.
-        rows: Where its rows are kept for that, or None.
+        targets: What is explained.
+        target: Weights of the only hop, that sum to 1; None where rows are kept.
+        rows: Where its rows are kept for several hops or targets, or None.
         first: Lowest position to be recorded.
         context: Number of tokens up to the last target.
         next_position: Where the next chunk is expected to begin.
@@ -299,7 +328,8 @@ class Trace:
         recording: Time spent on recording; on a GPU, on column sums.
         clock: Sets and reads those marks.
         sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
-        stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r``.
+        stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r`` and the
+            gain of norms behind blocks.
         weights: Whether the model's weights were the same in all chunks.
         adapter_weights: Whether the adapter's were in all chunks with target rows.
     """
@@ -307,21 +337,22 @@ class Trace:
     def __init__(
         self,
         spec: TraceSpec,
-        weights: TargetWeights,
         model: TracedModel,
         adapter: int | None = None,
     ) -> None:
         self.spec = spec
         self.adapter = adapter
-        self.target = weights.normalised()
-        self.context = self.target.last + 1
-        self.further = spec.further_hops()
+        self.targets = spec.traced_targets()
+        self.context = max(target.weights.last for target in self.targets) + 1
+        self.target: TargetWeights | None = None
         self.rows: KeptRows | None = None
-        self.first = self.target.first
-        if self.further is not None:
-            positions = self.further.rows(self.target)
+        if spec.keeps_rows:
+            positions = rows_of(self.targets)
             self.rows = model.keep_rows(positions)
             self.first = int(positions[0])
+        else:
+            self.target = self.targets[0].weights.normalised()
+            self.first = self.target.first
         self.next_position = 0
         self.cached_tokens = 0
         self.recomputed_tokens = 0
@@ -381,10 +412,13 @@ class Trace:
                 )
             self._restart(row.start)
         self.next_position = row.stop
-        self.recomputed_tokens += row.stop - row.start
-        positions, weights = self.target.positions, self.target.weights
+        # Behind the last token there may be places for drafts.
+        self.recomputed_tokens += min(row.stop, self.spec.length) - row.start
         if self.rows is not None:  # They are weighed when all of them are there.
             positions, weights = self.rows.positions, self.rows.unweighed
+        else:
+            assert self.target is not None
+            positions, weights = self.target.positions, self.target.weights
         # NumPy, because this is done for every trace of every step.
         first, last = positions.numpy().searchsorted((row.start, row.stop)).tolist()
         if first == last:
@@ -420,7 +454,10 @@ def row_group(segments: list[Segment], model: TracedModel) -> RowGroup:
     rows = model.plan_rows([segment.row_segment for segment in segments])
     kept = segments[0].trace.rows
     if kept is None:
-        return RowGroup(segments, rows, model.clock)
+        scales = None
+        if model.normed:
+            scales = _new_scales(model.shape.num_layers, len(rows), model.device)
+        return RowGroup(segments, rows, model.clock, scales)
     [segment] = segments
     return KeptGroup(segment, rows, model.clock, kept)
 
@@ -432,13 +469,24 @@ class RowGroup:
         segments: The segments.
         rows: Their target rows.
         kept: Where their queries wait for the end of the step; None where they do not.
+        scales: float32 ``[L, R]``, the factors on the rows' weights that layers have, where their
+            blocks are normed; else None. Four bytes a row and layer.
+        waiting: ``[R, H, d]``, a layer's queries that wait for these factors, or None.
     """
 
-    def __init__(self, segments: list[Segment], rows: PagedRows, clock: Clock) -> None:
+    def __init__(
+        self,
+        segments: list[Segment],
+        rows: PagedRows,
+        clock: Clock,
+        scales: Tensor | None = None,
+    ) -> None:
         """Begins to time their recording."""
         self.segments = segments
         self.rows = rows
         self.kept: KeptQueries | None = None
+        self.scales = scales
+        self.waiting: Tensor | None = None
         self._clock = clock
         self._pieces = Pieces(clock)
         for segment in segments:
@@ -453,15 +501,56 @@ class RowGroup:
         add(self)
         self._pieces.add(began, self._clock.mark())
 
+    def keep(self, kept: KeptQueries | None) -> None:
+        """Lets queries wait for the end of the step."""
+        self.kept = kept
+        if kept is not None:
+            kept.scales = self.scales
+
+    def take_over(self, group: RowGroup, index: int) -> None:
+        """Goes on alone with one segment of a group, from where the group is."""
+        if self.scales is not None and group.scales is not None:
+            self.scales.copy_(group.rows.of_segment(group.scales, index))
+        if group.waiting is not None:
+            first = group.rows.first_row(index)
+            self.waiting = group.waiting[first : first + len(self.rows)]
+        if group.kept is not None:
+            self.keep(group.kept.of_segment(index, self.rows))
+
     def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
-        """See `TracedModel.add_column_sums`."""
-        model.add_column_sums(layer, query, self)
+        """Adds a layer's column sums, or lets its queries wait for what else they need."""
+        heads = model.heads_of(layer, query)
+        if self.kept is not None and self.kept.keep(layer, heads):
+            return
+        if self.scales is None:
+            model.add_column_sums(layer, heads, self, self.rows, None)
+        else:  # The memory of the step's queries may be used again before the block has run.
+            self.waiting = _picked(heads, self.rows)
+
+    def scale_rows(self, model: TracedModel, layer: int, output: Tensor) -> None:
+        """Finds the rows' factors in a layer, and adds the column sums that wait for them."""
+        assert self.scales is not None
+        scales = _of_layer(self.scales, layer)
+        model.row_scales(layer, self.rows, output, scales)
+        if self.waiting is not None:
+            model.add_column_sums(layer, self.waiting, self, self.rows.in_a_row, scales)
+            self.waiting = None
+
+    def add_block(self, layer: int, output: Tensor) -> None:
+        """Adds what a block gives to the norm behind it."""
+        assert self.scales is not None
+        self.add_rows(layer, stream=output, scales=_of_layer(self.scales, layer))
 
     def add_rows(
-        self, layer: int, *, residual: Tensor | None = None, stream: Tensor | None = None
+        self,
+        layer: int,
+        *,
+        residual: Tensor | None = None,
+        stream: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         """See `kernels.add_row_sums`."""
-        add_row_sums(self.rows, layer, residual=residual, stream=stream)
+        add_row_sums(self.rows, layer, residual=residual, stream=stream, scales=scales)
 
 
 class KeptGroup(RowGroup):
@@ -475,11 +564,27 @@ class KeptGroup(RowGroup):
 
     def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
         """Keeps the queries."""
-        queries = self._kept.queries
-        self._keep(queries, layer, query.view(len(query), *queries.shape[2:]))
+        self._keep(self._kept.queries, layer, model.heads_of(layer, query))
+
+    def scale_rows(self, model: TracedModel, layer: int, output: Tensor) -> None:
+        """Keeps the rows' factors."""
+        assert self._kept.scales is not None
+        # Where they are kept need not be an address that kernels are compiled for.
+        scales = torch.empty(len(self.rows), dtype=torch.float32, device=output.device)
+        model.row_scales(layer, self.rows, output, scales)
+        _of_layer(self._kept.scales, layer)[self._place] = scales
+
+    def add_block(self, layer: int, output: Tensor) -> None:
+        """Keeps what the block gives to the norm behind it."""
+        self._keep(self._kept.stream, layer, output)
 
     def add_rows(
-        self, layer: int, *, residual: Tensor | None = None, stream: Tensor | None = None
+        self,
+        layer: int,
+        *,
+        residual: Tensor | None = None,
+        stream: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         """Keeps the rows of the stream."""
         if residual is not None:
@@ -492,22 +597,50 @@ class KeptGroup(RowGroup):
         kept[layer, self._place] = rows[self.rows.places if where is None else where]
 
 
+def _of_layer(scales: Tensor | None, layer: int) -> Tensor:
+    if scales is None:
+        raise TraceError("recording_failed", "the norm behind a block was not expected")
+    return scales[layer]
+
+
+def _picked(heads: Tensor, rows: PagedRows) -> Tensor:
+    """A copy of the target rows' queries, in a row."""
+    # Eight-bit floats cannot be indexed.
+    stored = heads.view(torch.uint8) if heads.itemsize == 1 else heads
+    return stored.index_select(0, rows.places).view(heads.dtype)
+
+
+def _new_scales(layers: int, rows: int, device: torch.device) -> Tensor:
+    """``[L, R]``; each layer's begin at an address that kernels are compiled for."""
+    padded = -(-rows // 4) * 4
+    with torch.inference_mode(False):  # They are written to with and without.
+        return torch.empty(layers, padded, dtype=torch.float32, device=device)[:, :rows]
+
+
 class KeptRows:
     """What a trace's rows brought, so that any weights can be given to them when all are there.
 
-    Each hop over the reasoning weighs the same rows anew, by the scores of the hop before. With
-    these and the keys and values in the cache, no hop but the first needs a prefill.
+    Each hop over the reasoning weighs the same rows anew, by the scores of the hop before, and each
+    target rows of its own. With these and the keys and values in the cache, one prefill is enough.
 
     Attributes:
         positions: int64 ``[R]``, ascending, on the CPU.
         unweighed: float32 ``[R]``, ones, on the CPU.
         queries: ``[L, R, H, d]`` in the model's dtype, as the attention kernels saw them.
         residual: ``[L, R, D]``, the stream in front of the attention blocks.
-        stream: ``[L, R, D]``, the stream behind them, or what they add to it.
+        stream: ``[L, R, D]``, the stream behind them, or what they add to it; where that is
+            normed, what they give to the norm.
+        scales: float32 ``[L, R]``, ``1 / rms`` of what they give to the norm, or None.
     """
 
     def __init__(
-        self, positions: Tensor, shape: ModelShape, head_dim: int, dtype: torch.dtype, device: Any
+        self,
+        positions: Tensor,
+        shape: ModelShape,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: Any,
+        normed: bool = False,
     ) -> None:
         """Takes the memory."""
         self.positions = positions
@@ -518,17 +651,29 @@ class KeptRows:
             self.queries = empty(layers, rows, shape.num_heads, head_dim)
             self.residual = empty(layers, rows, shape.hidden_size)
             self.stream = empty(layers, rows, shape.hidden_size)
+            self.scales = empty(layers, rows, dtype=torch.float32) if normed else None
 
     @staticmethod
-    def row_bytes(shape: ModelShape, head_dim: int, dtype: torch.dtype) -> int:
+    def row_bytes(
+        shape: ModelShape, head_dim: int, dtype: torch.dtype, normed: bool = False
+    ) -> int:
         """What a row takes."""
         width = shape.num_heads * head_dim + 2 * shape.hidden_size
-        return shape.num_layers * width * dtype.itemsize
+        scale = torch.float32.itemsize if normed else 0
+        return shape.num_layers * (width * dtype.itemsize + scale)
 
     @property
     def nbytes(self) -> int:
         """What all of them take."""
-        return self.queries.nbytes + self.residual.nbytes + self.stream.nbytes
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.queries.nbytes + self.residual.nbytes + self.stream.nbytes + scales
+
+    def scales_of(self, layer: int, rows: PagedRows) -> Tensor | None:
+        """The factors of rows as they lie here, float32 ``[R]``."""
+        if self.scales is None:
+            return None
+        where = rows.adjacent
+        return self.scales[layer, rows.places if where is None else where]
 
     def place_of(self, positions: Tensor) -> slice:
         """Where consecutive ones of the positions are kept."""

@@ -13,6 +13,12 @@ the block (``x_prev``) and the next norm, that of the following layer or the mod
 (``x_mid``). A pipeline stage that is not the last has no next norm; there ``x_mid`` is the residual
 that its last layer returns.
 
+Where what the block adds is the norm of the block's output, compiled code need not write it to
+memory. There the taps are on the norm's input, which the output projection has written, and on the
+stream in front of the block as the next norm takes it; what is added is computed from these. A tap
+on that input would undo the fusion of the all-reduce with this norm, so such a model is refused
+where vLLM fuses the two.
+
 A model whose layers do not carry the stream beside what is to be added to it norms the stream
 itself, in front of the attention block (``x_prev``) and behind it (``x_mid``).
 
@@ -40,13 +46,14 @@ from vllm_flashtrace.worker.observer import current
 
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
-_VERSION = 3  # To be raised whenever compiled code changes.
+_VERSION = 4  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
 # The tensors are declared as mutated, though they are not, so that no compiler pass drops or moves
 # the call: it stays in front of the norm.
 _library.define("observe_update(Tensor(a!) update, Tensor(b!) residual) -> ()")
 _library.define("observe_residual(Tensor(a!) residual) -> ()")
+_library.define("observe_block(Tensor(a!) output) -> ()")
 
 
 def _observe_update(update: torch.Tensor, residual: torch.Tensor) -> None:
@@ -61,6 +68,12 @@ def _observe_residual(residual: torch.Tensor) -> None:
         observer.on_residual(residual)
 
 
+def _observe_block(output: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_block(output)
+
+
 def _observe_nothing(*_: torch.Tensor) -> None:
     pass
 
@@ -69,6 +82,8 @@ _library.impl("observe_update", _observe_update, "CompositeExplicitAutograd")
 _library._register_fake("observe_update", _observe_nothing)
 _library.impl("observe_residual", _observe_residual, "CompositeExplicitAutograd")
 _library._register_fake("observe_residual", _observe_nothing)
+_library.impl("observe_block", _observe_block, "CompositeExplicitAutograd")
+_library._register_fake("observe_block", _observe_nothing)
 
 
 def place_taps(model: nn.Module, config: VllmConfig) -> None:
@@ -84,13 +99,22 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
     layers, last = find_layers(model, config), is_last_stage(config)
     carried = all(layer.norm_in_front is None for layer in layers)
     fused = carried and _fuses_all_reduce(config)
+    normed = any(layer.block_norm is not None for layer in layers)
+    if fused and normed:
+        raise UnsupportedModelError(
+            "traces are not supported with a norm of what attention adds that is fused with the "
+            "all-reduce: --compilation-config.pass_config.fuse_allreduce_rms false"
+        )
     following = _following_norms(model, layers, last) if fused else []
     additional = config.additional_config or {}
     if not isinstance(additional, dict):
         raise UnsupportedModelError("additional_config is not a dictionary")
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
     for layer in layers:
-        if layer.norm_in_front is not None:
+        if layer.block_norm is not None:
+            layer.block_norm.module.register_forward_pre_hook(_tap_block)
+            layer.norm_behind.register_forward_pre_hook(_tap_residual)
+        elif layer.norm_in_front is not None:
             layer.norm_in_front.register_forward_pre_hook(_tap_stream)
             layer.norm_behind.register_forward_pre_hook(_tap_stream)
         else:
@@ -140,6 +164,12 @@ def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
 def _tap_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
     if len(args) > 1 and args[1] is not None:
         torch.ops.flashtrace.observe_residual(args[1])
+
+
+def _tap_block(_: nn.Module, args: tuple[Any, ...]) -> None:
+    """Norms of blocks are called as ``norm(output)``."""
+    if args:
+        torch.ops.flashtrace.observe_block(args[0])
 
 
 def _tap_stream(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -23,6 +23,7 @@ from vllm_flashtrace.kernels import (
     ProximityTrace,
     RowSegment,
     column_norms,
+    inverse_rms,
 )
 from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
 from vllm_flashtrace.worker.fingerprint import WeightsFingerprint
@@ -124,6 +125,7 @@ class TracedModel(ABC):
         part: What of the whole model is on this worker.
         shape: Sizes of that part.
         clock: Times the device's work.
+        normed: Whether what attention blocks add to the stream is normed, see `BlockNorm`.
         fingerprint: Tells whether the model's weights have changed.
         slot_of: Tells where a LoRA adapter's weights are, by its id; set by the runner.
     """
@@ -150,6 +152,7 @@ class TracedModel(ABC):
             num_kv_heads=attention.num_kv_heads,
             hidden_size=config.model_config.get_hidden_size(),
         )
+        self.normed = self.layers[0].block_norm is not None
         self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
         self.fingerprint = WeightsFingerprint(model, device)
         self._head_dim, self._dtype = attention.head_size, config.model_config.dtype
@@ -159,16 +162,52 @@ class TracedModel(ABC):
         self._unpacked: dict[int, tuple[Callable[..., Any], Projection]] = {}
 
     @abstractmethod
-    def add_column_sums(self, layer: int, query: Tensor, group: RowGroup) -> None:
-        """Adds ``c_h[j] += sum_i w_i alpha^h_ij`` of one layer to the group's traces.
-
-        Where the group keeps queries, it may keep these for `add_kept_column_sums` instead.
+    def add_column_sums(
+        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+    ) -> None:
+        """Adds ``c_h[j] += sum_i w_i s_i alpha^h_ij`` of one layer to the group's traces.
 
         Args:
             layer: Layer index.
-            query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
-            group: The target rows.
+            query: ``[tokens, H, d]``, queries as `heads_of` gives them.
+            group: The traces.
+            rows: Their target rows as they lie among these queries.
+            scales: float32 ``[R]``, see `AttentionInputs`.
         """
+
+    def heads_of(self, layer: int, query: Tensor) -> Tensor:
+        """Queries as the attention kernel saw them, ``[tokens, H, d]``.
+
+        Raises:
+            TraceError: ``recording_failed``: they are not of the type that was expected.
+        """
+        return query if query.dim() == 3 else query.unflatten(-1, (-1, self._head_dim))
+
+    def row_scales(self, layer: int, rows: PagedRows, output: Tensor, out: Tensor) -> None:
+        """What the norm behind a layer's block multiplies rows by, beside its gain.
+
+        Args:
+            layer: Layer index.
+            rows: The target rows.
+            output: ``[tokens, D]``, the block's output.
+            out: float32 ``[R]``: gets ``1 / rms`` of each row.
+        """
+        norm = self.layers[layer].block_norm
+        if norm is None:
+            raise TraceError("recording_failed", f"the block of layer {layer} has no norm")
+        inverse_rms(rows, output, norm.epsilon, out)
+
+    def gain(self, layer: int) -> Tensor | None:
+        """What the norm behind a layer's block multiplies coordinates by, float32 ``[D]``."""
+        norm = self.layers[layer].block_norm
+        return None if norm is None else norm.gain()
+
+    def gains(self) -> Tensor | None:
+        """`gain` of all layers, float32 ``[L, D]``; None where blocks have no norms."""
+        if not self.normed:
+            return None
+        gains = [self.gain(layer) for layer in range(len(self.layers))]
+        return torch.stack([gain for gain in gains if gain is not None])
 
     @abstractmethod
     def attention_form(self, layer: int) -> AttentionForm:
@@ -189,15 +228,17 @@ class TracedModel(ABC):
         return None
 
     def add_kept_column_sums(self, group: RowGroup) -> None:  # noqa: B027 - most models keep none
-        """Adds what `add_column_sums` kept; the step's requests must hold their blocks."""
+        """Adds the sums of the group's kept queries; the step's requests must hold their blocks."""
 
     def row_bytes(self) -> int:
         """What each row takes that a trace keeps for further hops; 0 where none may be kept."""
-        return KeptRows.row_bytes(self.shape, self._head_dim, self._dtype)
+        return KeptRows.row_bytes(self.shape, self._head_dim, self._dtype, self.normed)
 
     def keep_rows(self, positions: Tensor) -> KeptRows:
         """Memory for the rows of one trace at given positions."""
-        return KeptRows(positions, self.shape, self._head_dim, self._dtype, self.device)
+        return KeptRows(
+            positions, self.shape, self._head_dim, self._dtype, self.device, self.normed
+        )
 
     def weigh(self, kept: KeptRows, group: RowGroup) -> None:
         """Adds kept rows to the sums of all layers; the step's requests must hold their blocks.
@@ -207,8 +248,20 @@ class TracedModel(ABC):
             group: Which of them, with the weights of a hop, as they lie in ``kept``.
         """
         for layer in range(self.shape.num_layers):
-            self.add_column_sums(layer, kept.queries[layer], group)
-            group.add_rows(layer, residual=kept.residual[layer], stream=kept.stream[layer])
+            scales = kept.scales_of(layer, group.rows)
+            self.add_column_sums(layer, kept.queries[layer], group, group.rows, scales)
+        self.add_kept_rows(kept, group)
+
+    def add_kept_rows(self, kept: KeptRows, group: RowGroup) -> None:
+        """The part of `weigh` that is not attention's."""
+        for layer in range(self.shape.num_layers):
+            residual, stream = kept.residual[layer], kept.stream[layer]
+            if self.normed:
+                scales = kept.scales_of(layer, group.rows)
+                group.add_rows(layer, residual=residual)
+                group.add_rows(layer, stream=stream, scales=scales)
+            else:
+                group.add_rows(layer, residual=residual, stream=stream)
 
     @abstractmethod
     def replace_by_proximities(self, traces: Sequence[ProximityTrace], adapter: int | None) -> None:
@@ -227,18 +280,21 @@ class TracedModel(ABC):
         """
 
     def output_projection(self, layer: int, adapter: int | None = None) -> Projection:
-        """``W_O`` of a layer as it is now, in the model's dtype; with an adapter in float32.
+        """What leads from a layer's heads to the stream as it is now.
 
-        One that is quantised is good until the next is asked for: all are made in one matrix.
+        That is ``W_O`` in the model's dtype; with an adapter, or the gain of a norm behind the
+        block, it is another matrix, in float32. One that
+        is quantised is good until the next is asked for: all are made in one matrix.
         """
-        base = self._base_projection(layer)
-        if adapter is None:
-            return base
-        added = added_weight(self.layers[layer], adapter, self.slot_of)
-        if added is None:
+        base, gain = self._base_projection(layer), self.gain(layer)
+        added = None
+        if adapter is not None:
+            added = added_weight(self.layers[layer], adapter, self.slot_of)
+        if added is None and gain is None:
             return base
         # In float32, since an adapter's small changes would be lost in sixteen bits.
-        return Projection(added.add_(base.weight))
+        weight = base.weight.float() if added is None else added.add_(base.weight)
+        return Projection(weight if gain is None else weight * gain[:, None])
 
     def adapter_number(self, adapter: int) -> Tensor:
         """A LoRA adapter's `WeightsFingerprint`, to be asked for while it is active.

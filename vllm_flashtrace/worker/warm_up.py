@@ -91,6 +91,7 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
                 stream=torch.empty(1, model.shape.hidden_size, dtype=dtype, device=model.device),
                 weights=_projections(layer),
                 form=gpu_attention_form(layer, cache_scales(attention)),
+                scaled=layer.block_norm is not None,
             )
             kinds = kinds or target_rows_of_every_kind(tensors)
             launch_every_variant(tensors, kinds)
@@ -99,8 +100,12 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
 
 
 def _projections(layer: TracedLayer) -> list[torch.Tensor]:
-    """``W_O`` as the kernels may get it: with an adapter it is another matrix, in float32."""
+    """``W_O`` as the kernels may get it.
+
+    With an adapter, or the gain of a norm behind the block, it is another matrix, in float32.
+    """
     weight = layer.out_proj.weight.detach()
-    if layer.adapters is None:
-        return [weight]
-    return [weight, torch.empty(weight.shape, dtype=torch.float32, device="meta")]
+    other = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+    if layer.block_norm is not None:
+        return [other]
+    return [weight] if layer.adapters is None else [weight, other]

@@ -51,7 +51,7 @@ def test_exactly_the_selected_tokens_are_attributed(page, page_server, occurrenc
     # A trace ends with the last token that it explains.
     assert new[0].prompt["prompt_token_ids"] == [*prompt, *generated[: first + 4]]
     spec = unseal(new[0].params.extra_args["flashtrace"])
-    positions = np.frombuffer(spec.positions, np.int32).tolist()
+    positions = np.frombuffer(spec.targets[0].positions, np.int32).tolist()
     assert positions == [len(prompt) + first + i for i in range(4)]
     marked = "[...document.querySelectorAll('.answer .t')].map((t, i) => [t, i])"
     chosen = page.evaluate(

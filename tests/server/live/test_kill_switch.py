@@ -14,7 +14,7 @@ import pytest
 from tests.forked import run_forked
 
 OFF = {"VLLM_PLUGINS": "flashtrace", "VLLM_FLASHTRACE_DISABLE": "1"}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def start(arguments: list[str], **env: str) -> subprocess.Popen[str]:

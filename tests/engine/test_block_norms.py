@@ -1,0 +1,119 @@
+"""A norm between the attention block and the stream: hops, and what the proof sees left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
+from tests.engine.test_start_proof import LAYER, LIMIT, decoder, hooked, proven, start_reports
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.worker import layers
+from vllm_flashtrace.worker.cpu_model import CPUTracedModel
+
+TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Prefills in chunks."""
+    engine = Engine(
+        make_tiny_model("gemma2", tmp_path_factory.mktemp("normed") / "gemma2"),
+        "blocks whose output is normed",
+        in_process=True,
+        max_model_len=1024,
+        disable_hybrid_kv_cache_manager=True,
+    )
+    yield engine
+    engine.close()
+
+
+def test_hops_from_one_prefill(engine: Engine) -> None:
+    arguments = (engine, TOKENS, 100, (280, 297), (110, 250), 2)
+    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
+    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
+    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
+        assert relative_l1(ours, alone) <= 1e-5
+
+
+def test_traces_beside_each_other(engine: Engine) -> None:
+    jobs = [TraceJob(TOKENS, TargetWeights.from_spans([span])) for span in ((90, 99), (20, 270))]
+    together = [report.scores for report in engine.trace_many(jobs)]
+    assert all(map(torch.equal, together, [engine.trace(job).scores for job in jobs]))
+
+
+Change = Callable[[pytest.MonkeyPatch, Any], None]
+
+
+def reads_gain(read: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    def change(patch: pytest.MonkeyPatch, layer: Any) -> None:
+        stock = layers.BlockNorm.gain
+
+        def gain(self: layers.BlockNorm) -> torch.Tensor:
+            own = self.module is layer.post_attention_layernorm
+            return read(stock(self)) if own else stock(self)
+
+        patch.setattr(layers.BlockNorm, "gain", gain)
+
+    return change
+
+
+def reads_size(read: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    def change(patch: pytest.MonkeyPatch, _: Any) -> None:
+        stock = CPUTracedModel.row_scales
+
+        def row_scales(
+            self: CPUTracedModel, layer: int, rows: Any, output: Any, out: torch.Tensor
+        ) -> None:
+            stock(self, layer, rows, output, out)
+            if layer == LAYER:
+                out.copy_(read(out))
+
+        patch.setattr(CPUTracedModel, "row_scales", row_scales)
+
+    return change
+
+
+BREAKS: dict[str, Change] = {
+    "gamma left out": reads_gain(torch.ones_like),
+    "gamma of another convention": reads_gain(lambda gain: gain - 1),
+    "1/rms left out": reads_size(torch.ones_like),
+    "1/rms 1 % too large": reads_size(lambda scales: scales * 1.01),
+    "a multiplier behind the norm": hooked("post_attention_layernorm", lambda x: x * 0.22),
+    "a gate in front of the norm": hooked("self_attn.o_proj", lambda x: (x[0] * x[0].abs(), None)),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_is_left_out_is_seen(
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = proven(engine)
+    assert good["refusal"] is None and good["largest_error"] < LIMIT / 10, good
+    BREAKS[name](monkeypatch, decoder(engine))
+    report = proven(engine)
+    print(f"| {name} | identity | {report['largest_error']:.2g} |")
+    assert report["largest_error"] > 5 * LIMIT
+    assert f"failed in layer {LAYER} (" in report["refusal"]
+    assert "contributions do not add up" in report["refusal"]
+
+
+def test_the_report(engine: Engine) -> None:
+    proven(engine)
+    [report] = start_reports(engine)
+    found = report["found"]
+    assert found["norms"] == found["block_norms"] == ["GemmaRMSNorm"]
+    assert (found["windows"], found["soft_caps"]) == ([None, 64], [3.0])
+
+
+def test_norms_that_are_not_known(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = decoder(engine)
+    monkeypatch.setitem(layer._modules, "post_attention_layernorm", torch.nn.LayerNorm(128))
+    with pytest.raises(layers.UnsupportedModelError, match="a LayerNorm of what the attention"):
+        engine.on_worker(
+            lambda worker: layers.find_layers(worker.model_runner.get_model(), worker.vllm_config)
+        )
