@@ -39,7 +39,6 @@ def test_an_engine_that_is_refused(tiny_folder: Path) -> None:
     ("family", "engine_args", "reason"),
     [
         ("qwen3_moe", {"data_parallel_size": 2}, "mixture-of-experts"),
-        ("llama", {"quantization": "fp8"}, "quantized"),
         ("llama", {"runner": "pooling"}, "pooling"),
     ],
 )

@@ -241,7 +241,7 @@ def test_the_report(engine: Engine) -> None:
         "soft_caps": [],
         "sinks": False,
         "alibi": False,
-        "quantization": None,
+        "quantization": [None],
         "kv_cache": ["auto"],
     }
 

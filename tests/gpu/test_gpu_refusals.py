@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.attention.chunked_local_attention import (
     create_chunked_local_attention_backend,
 )
-from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+from vllm.model_executor.layers.quantization.torchao import TorchAOLinearMethod
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
@@ -213,8 +213,8 @@ def test_layers(loaded: V2Engine, layer: Any, case: str, monkeypatch: pytest.Mon
 def test_output_projections(loaded: V2Engine, layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     projection = loaded.model.model.layers[2].self_attn.o_proj
     with monkeypatch.context() as patch:
-        patch.setattr(projection, "quant_method", Fp8LinearMethod.__new__(Fp8LinearMethod))
-        assert "a quantized or unknown output projection" in refusal(loaded)
+        patch.setattr(projection, "quant_method", TorchAOLinearMethod(None))
+        assert "an output projection quantized by TorchAOLinearMethod (model" in refusal(loaded)
     for weight in (
         torch.zeros(128, 127),
         torch.zeros(128, 128, dtype=torch.float64),

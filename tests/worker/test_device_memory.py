@@ -72,8 +72,9 @@ def test_what_kept_queries_take(memory: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "empty", lambda size, **_: taken.append(size) or size)
     layers, heads = 36, 32
     row = layers * heads * 128 * 2 * 9 // 8
-    model = SimpleNamespace(
-        device=GPU, _head_dim=128, _dtype=torch.bfloat16, _scratch=None, _kept_rows=0,
+    model: Any = GPUTracedModel.__new__(GPUTracedModel)
+    vars(model).update(
+        device=GPU, _head_dim=128, _dtype=torch.bfloat16, _scratch=None, _kept_rows=0, layers=[],
         shape=ModelShape(layers, heads, 8, 4096),
     )  # fmt: skip
     take: Any = GPUTracedModel.take_scratch

@@ -133,7 +133,7 @@ class FlashTraceConfig(BaseModel):
         le=1.0,
         description="Largest relative error of the probe with which a model is traced; `null` goes "
         "by the model's type: 1e-4 in float32 (0.01 on a GPU), 0.005 in float16, 0.03 in bfloat16, "
-        "0.1 with an fp8 KV cache.",
+        "0.1 with an fp8 KV cache or where output projections round their inputs to eight bits.",
     )
     page: bool = Field(default=False, description="Whether `/flashtrace` serves the HTML page.")
 

@@ -13,13 +13,14 @@ another process that shares the memory. Two things follow:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from vllm_flashtrace.worker.layers import packed_kernel
+from vllm_flashtrace.worker.quantized import packed_int8
 
 if TYPE_CHECKING:
     from vllm_flashtrace.kernels.triton_piece_sums import WordChunks
@@ -40,7 +41,8 @@ class WeightsFingerprint:
     noticed are changes that leave the sum of every piece as it was, such as another order of the
     words within a piece, and of all others one in 2^64.
 
-    A matrix that the CPU backend has packed for its kernels counts as the kernel that holds it.
+    A matrix that the CPU backend has packed for its kernels, outside of PyTorch's memory if it is
+    int8, counts as the kernel that holds it.
 
     Reading is bound by memory: it takes about as long as a decode step with one token. On CUDA one
     launch reads all tensors whose words are of one width, if they have no gaps.
@@ -55,14 +57,14 @@ class WeightsFingerprint:
         """
         self._model = model
         self._device = device
-        self._kernels: list[Callable[..., Any]] = []
+        self._kernels: list[object] = []
         self._packings = 0
         self._factors = torch.empty(0, dtype=torch.int64, device=device)
         self._tables: dict[int | None, tuple[list[tuple[int, int]], list[WordChunks]]] = {}
 
     def take(self) -> Tensor:
         """The number now, int64 ``[]`` on the device; never waits for a GPU."""
-        kernels: list[Callable[..., Any]] = []
+        kernels: list[object] = []
         tensors = list(self._tensors(kernels))
         return self._number(tensors, None, self._packing(kernels))
 
@@ -106,7 +108,7 @@ class WeightsFingerprint:
             address = tensor.data_ptr()
             if (
                 tensor.device.type == self._device.type
-                and tensor.is_contiguous()
+                and _has_no_gaps(tensor)
                 and address % _ALIGNMENT == 0
             ):
                 places.append((address, tensor.numel() * tensor.element_size()))
@@ -117,11 +119,11 @@ class WeightsFingerprint:
             known = self._tables[slot] = places, _chunks_of(places, self._device)
         return others, [chunks.piece_sums() for chunks in known[1]]
 
-    def _tensors(self, kernels: list[Callable[..., Any]]) -> Iterator[Tensor]:
+    def _tensors(self, kernels: list[object]) -> Iterator[Tensor]:
         """Each parameter and buffer once; what packs a module's matrix goes to ``kernels``."""
         seen: set[int] = set()
         for module in self._model.modules():
-            kernel = packed_kernel(module)
+            kernel = packed_kernel(module) or packed_int8(module)
             if kernel is not None:
                 kernels.append(kernel)
             for tensors in (module._parameters, module._buffers):
@@ -130,7 +132,7 @@ class WeightsFingerprint:
                         seen.add(id(tensor))
                         yield tensor
 
-    def _packing(self, kernels: list[Callable[..., Any]]) -> int:
+    def _packing(self, kernels: list[object]) -> int:
         """How often the packed matrices have been others than the time before."""
         known = self._kernels
         if len(kernels) != len(known) or any(
@@ -169,6 +171,14 @@ def _piece_sums(tensor: Tensor) -> list[Tensor]:
     if whole < len(words):
         parts.append(words[whole:].to(torch.int64))
     return parts
+
+
+def _has_no_gaps(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie side by side, in whatever order (a transposed one's do)."""
+    if tensor.is_contiguous():
+        return True
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return 0 not in tensor.stride() and tensor.permute(order).is_contiguous()
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +165,8 @@ class GPUTracedModel(TracedModel):
         return PagedRows.build(segments, heads, groups, self.device, self._kept_rows)
 
     def take_scratch(self, activation_bytes: int) -> None:
-        """See `TracedModel`; for `KEPT_ROWS` rows, or as many as there is memory for."""
+        """See `TracedModel`; queries of `KEPT_ROWS` rows, or as many as there is memory for."""
+        super().take_scratch(activation_bytes)
         row = KeptQueries.row_bytes(
             self.shape.num_layers,
             self.shape.num_heads,
@@ -186,24 +188,32 @@ class GPUTracedModel(TracedModel):
         block_tables: Sequence[Sequence[Tensor]],
         adapter: int | None,
     ) -> None:
-        """See `TracedModel`: one call per KV cache group where kernels read ``W_O`` in place."""
+        """See `TracedModel`: one call per KV cache group for layers whose ``W_O`` lies there.
+
+        Those whose matrix has to be made, because of quantised weights, of an adapter or of
+        a norm behind the block, have a call each, and the matrix while it lasts.
+        """
+        alone = [
+            layer.quantization is not None
+            or layer.block_norm is not None
+            or (adapter is not None and layer.adapters is not None)
+            for layer in self.layers
+        ]
         groups = self.cache_groups
-        adapted = adapter is not None and any(layer.adapters is not None for layer in self.layers)
-        each = adapted or self.normed
-        if not each and len(groups.numbers) == 1:
-            layers = [self._proximity_layer(layer, None) for layer in range(len(self.layers))]
-            replace_by_proximities(layers, traces)
-            return
-        with touching_sums():
+        one_call = len(groups.numbers) == 1 and not any(alone)
+        with nullcontext() if one_call else touching_sums():
             for place in range(len(groups.numbers)):
                 own = [
                     dataclasses.replace(trace, block_table=tables[place])
                     for trace, tables in zip(traces, block_tables, strict=True)
                 ]
                 numbers = groups.layers(place)
-                for part in [[layer] for layer in numbers] if each else [numbers]:
-                    # Else each has a matrix of its own while it lasts.
-                    replace_by_proximities([self._proximity_layer(i, adapter) for i in part], own)
+                together = [index for index in numbers if not alone[index]]
+                parts = [together] if together else []
+                parts += [[index] for index in numbers if alone[index]]
+                for part in parts:
+                    layers = [self._proximity_layer(index, adapter) for index in part]
+                    replace_by_proximities(layers, own)
 
     def accumulator_limit_bytes(
         self, max_accumulator_mib: int | None, activation_bytes: int = 0
@@ -247,8 +257,17 @@ class GPUTracedModel(TracedModel):
         return ProximityLayer(layer, values, weight, scale)
 
     def _check_projection(self, layer: TracedLayer) -> None:
-        weight = layer.out_proj.weight
         width = self.shape.num_heads * layer.attention.head_size
+        if layer.quantization is not None:
+            projection = layer.out_proj
+            sizes = projection.output_size_per_partition, projection.input_size_per_partition
+            if sizes != (self.shape.hidden_size, width):
+                raise UnsupportedModelError(
+                    f"traces are not supported with a quantized output projection of {sizes} "
+                    f"({layer.name})"
+                )
+            return
+        weight = layer.out_proj.weight
         if (
             tuple(weight.shape) != (self.shape.hidden_size, width)
             or weight.dtype not in _FLOATS
@@ -288,7 +307,7 @@ def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm
     def on_device(numbers: Tensor | None) -> Tensor | None:
         if numbers is None:
             return None
-        return numbers.detach().to(layer.out_proj.weight.device, torch.float32)
+        return numbers.detach().to(attention.kv_cache.device, torch.float32)
 
     return AttentionForm(
         scale=float(impl.scale) * scales.key * query_scale,

@@ -22,13 +22,14 @@ from vllm.distributed import get_pp_group
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
+from vllm_flashtrace.worker.quantized import Quantization, quantization_of
 
 # Architectures that tests compare with an oracle; others are traced only when proven at the start.
 KNOWN_ARCHITECTURES = (
@@ -103,6 +104,7 @@ class TracedLayer:
         norm_in_front: The norm in front of the attention block, where the layer does not carry the
             residual stream beside what is to be added to it; else None.
         multiplier: Factor on what the block adds to the stream.
+        quantization: How ``W_O`` is quantised, or None.
         block_norm: The norm of what the block adds, or None.
     """
 
@@ -117,6 +119,7 @@ class TracedLayer:
     adapters: nn.Module | None = None
     norm_in_front: nn.Module | None = None
     multiplier: float = 1.0
+    quantization: Quantization | None = None
     block_norm: BlockNorm | None = None
 
 
@@ -153,7 +156,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
         decoder = modules[".".join(parts[: numbers[-1] + 1])]
         projection = _projection_name(block)
         out_proj, adapters = base_projection(getattr(block, projection, None))
-        _check_attention(context_name, attention, block, out_proj)
+        quantization = _check_attention(context_name, attention, block, out_proj)
         carries = "residual" in inspect.signature(decoder.forward).parameters
         norm_behind = _norm(context_name, decoder, _NORMS_BEHIND)
         layers.append(
@@ -173,6 +176,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
                     else getattr(decoder, _norm(context_name, decoder, (_NORM_IN_FRONT,)))
                 ),
                 multiplier=_multiplier(context_name, decoder),
+                quantization=quantization,
                 block_norm=_block_norm(context_name, decoder, norm_behind),
             )
         )
@@ -206,7 +210,6 @@ def check_config(config: VllmConfig) -> None:
         "KV transfer": config.kv_transfer_config is not None,
         "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
         "a pooling model": config.model_config.runner_type != "generate",
-        "a quantized model": config.model_config.quantization is not None,
         "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
     }
     for feature, present in refusals.items():
@@ -281,7 +284,8 @@ def _multiplier(layer_name: str, decoder: nn.Module) -> float:
 
 def _check_attention(
     name: str, attention: Attention, block: nn.Module, out_proj: nn.Module | None
-) -> None:
+) -> Quantization | None:
+    """How the output projection is quantised; refuses what is not traced."""
     refusals = {
         f"{type(attention).__name__} layers": type(attention) is not Attention,
         f"{AttentionType(attention.attn_type).value} attention": attention.attn_type
@@ -290,14 +294,16 @@ def _check_attention(
         "values of another size than keys": attention.head_size_v != attention.head_size,
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
         "an output gate in attention": bool(getattr(block, "attn_output_gate", False)),
-        "a quantized or unknown output projection": not (
-            isinstance(out_proj, RowParallelLinear)
-            and isinstance(out_proj.quant_method, UnquantizedLinearMethod)
-        ),
+        "an unknown output projection": not isinstance(out_proj, RowParallelLinear),
     }
     for feature, present in refusals.items():
         if present:
             raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")
+    assert out_proj is not None
+    try:
+        return quantization_of(out_proj)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error.message} ({name})") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from vllm_flashtrace.worker.layers import (
     output_projection,
     packed_kernel,
 )
+from vllm_flashtrace.worker.quantized import dequantize
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.taps import has_taps
 
@@ -161,6 +162,7 @@ class TracedModel(ABC):
         names = frozenset(layer.name for layer in self.layers)
         self.cache_groups = CacheGroups((0,), (0,) * len(self.layers), names)
         self._indices = {layer.name: index for index, layer in enumerate(self.layers)}
+        self._dequantized: Tensor | None = None
         self._unpacked: dict[int, tuple[Callable[..., Any], Projection]] = {}
 
     @abstractmethod
@@ -288,7 +290,8 @@ class TracedModel(ABC):
         """What leads from a layer's heads to the stream as it is now.
 
         That is ``W_O`` in the model's dtype; with an adapter, or the gain of a norm behind the
-        block, it is another matrix, in float32.
+        block, it is another matrix, in float32. One that
+        is quantised is good until the next is asked for: all are made in one matrix.
         """
         base, gain = self._base_projection(layer), self.gain(layer)
         added = None
@@ -331,12 +334,17 @@ class TracedModel(ABC):
             return max_accumulator_mib << 20
         return part_of_memory()
 
-    def take_scratch(self, activation_bytes: int) -> None:  # noqa: B027 - most models need none
-        """Takes the memory that `keep_queries` gives out, so that none is lacking later.
+    def take_scratch(self, activation_bytes: int) -> None:
+        """Takes the memory that traces need besides accumulators, so that none is lacking later.
+
+        That is the matrix of `output_projection`, if any is quantised, and what `keep_queries`
+        gives out.
 
         Args:
             activation_bytes: See `accumulator_limit_bytes`, which must be asked after this.
         """
+        if any(layer.quantization is not None for layer in self.layers):
+            self._matrix()
 
     def end_step(self) -> None:  # noqa: B027 - most models keep nothing for a step
         """Returns memory that only a step with traces needs."""
@@ -354,6 +362,11 @@ class TracedModel(ABC):
                 f"traces are not supported with an output projection that was replaced as a module "
                 f"({traced.name})"
             )
+        if traced.quantization is not None:
+            weight = self._matrix()
+            with torch.inference_mode():
+                dequantize(traced.out_proj, traced.quantization, weight)
+            return Projection(weight)
         kernel = packed_kernel(traced.out_proj)
         if kernel is None:
             return Projection(output_projection(traced))
@@ -363,3 +376,16 @@ class TracedModel(ABC):
             unpacked = Projection(weight, column_norms(weight, self.shape.num_heads))
             kept = self._unpacked[layer] = kernel, unpacked
         return kept[1]
+
+    def _matrix(self) -> Tensor:
+        """Where quantised ``W_O`` are made, one after the other, ``[D, H * d]``.
+
+        Whoever asks for one reads it before the next is made: on a GPU all of it is queued on one
+        stream.
+        """
+        if self._dequantized is None:
+            width = self.shape.num_heads * self._head_dim
+            size = self.shape.hidden_size, width
+            with torch.inference_mode(False):  # It is written to with and without.
+                self._dequantized = torch.empty(size, dtype=self._dtype, device=self.device)
+        return self._dequantized

@@ -1,0 +1,219 @@
+"""Models with quantised weights, through the engine, against the dequantised model in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.oracle import oracle_scores
+from tests.quantized_models import SCHEMES, make_quantized_llama
+from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.worker import quantized, start_proof, traced_model
+from vllm_flashtrace.worker.cpu_model import CPUTracedModel
+from vllm_flashtrace.worker.runner import PROOF_ATTRIBUTE
+
+TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+WEIGHTS = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in [*range(150, 170), *range(250, 300)]})
+
+
+def product_of_four_bits(
+    input: torch.Tensor,
+    q_weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    pack_factor: int,
+    isa_hint: str,
+) -> torch.Tensor:
+    """What the kernel computes that vLLM builds for CPUs with AVX-512 only, for others.
+
+    Weights are ``[out / 16, in * 2]``: blocks of 16 output channels, 8 to an int32.
+    """
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    numbers = (q_weight.unflatten(1, (-1, 2))[..., None] >> shifts & 15).flatten(2)
+    numbers = numbers.transpose(1, 2).flatten(0, 1)  # [out, in]
+    zero = torch.full_like(scales, 8)
+    if zeros is not None:
+        zero = (zeros[..., None] >> shifts & 15).flatten(1).to(scales.dtype)
+    size = numbers.shape[1] // len(scales)
+    zero, scale = (t.float().t().repeat_interleave(size, 1) for t in (zero, scales))
+    weight = (numbers - zero) * scale
+    return torch.nn.functional.linear(
+        input.float(), weight, None if bias is None else bias.float()
+    ).to(input.dtype)
+
+
+def quantized_again(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+@contextmanager
+def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dtype == torch.float32:  # More exact than vLLM's kernels for four bits allow.
+            for config in (AutoAWQConfig, AutoGPTQConfig, Fp8Config):
+                patch.setattr(config, "get_supported_act_dtypes", lambda *_: [torch.float32])
+        # vLLM's CPU build quantises weights again as it loads them, with a kernel it has not.
+        patch.setattr(_custom_ops, "scaled_fp8_quant", quantized_again)
+        if dtype == torch.float32 or not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+            patch.setattr(_custom_ops, "cpu_gemm_wna16", product_of_four_bits)
+        name = str(dtype).removeprefix("torch.")
+        engine = Engine(
+            folder, "quantised weights", in_process=True, max_model_len=1024, dtype=name
+        )
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+# Activations that a float32 takes to another side of a rounding than the oracle does change others
+# behind them; with int8 and a static scale there is none in this text.
+@pytest.mark.parametrize(
+    ("name", "dtype", "limit"),
+    [
+        ("AWQ", torch.float32, 1e-3),
+        ("GPTQ", torch.float32, 1e-3),
+        ("compressed-tensors W4A16", torch.bfloat16, 5e-2),
+        ("compressed-tensors int8 W8A8, asymmetric activations", torch.float32, 3e-2),
+        ("compressed-tensors int8 W8A8 in some layers, static activations", torch.float32, 1e-3),
+        ("compressed-tensors FP8 W8A8", torch.float32, 3e-2),
+        ("FP8 per tensor, static activations", torch.float32, 5e-2),
+    ],
+)
+def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> None:
+    scheme = SCHEMES[name]
+    folder, model = make_quantized_llama(scheme, tmp_path, dtype)
+    expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    with served(folder, dtype) as engine:
+        scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
+        proof = engine.on_worker(lambda worker: getattr(worker.model_runner, PROOF_ATTRIBUTE))
+        dense = [layer.self_attn.o_proj.weight.detach() for layer in model.model.layers]
+        matrix = max(engine.on_worker(matrix_error, *layer) for layer in enumerate(dense))
+    error = relative_l1(scores, expected)
+    print(
+        f"| {name} | {str(dtype).removeprefix('torch.')} | {matrix:.1e} | "
+        f"{proof['largest_error']:.1e} | {error:.1e} |"
+    )
+    kinds = {type(kind) for kind in proof["found"]["quantization"]}
+    assert kinds == ({str, type(None)} if scheme.skipped else {str})
+    assert matrix <= 1e-6 if dtype == torch.float32 else matrix <= 2**-8
+    assert error <= limit
+
+
+def matrix_error(worker: Any, layer: int, weight: torch.Tensor) -> float:
+    """Largest difference of a matrix that was read, relative to its largest number."""
+    from vllm_flashtrace.worker.runner import runner_model
+
+    read = runner_model(worker.model_runner).output_projection(layer).weight
+    return float((read.double() - weight.double()).abs().max() / weight.abs().max())
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A model whose identity holds to the rounding of activations only."""
+    scheme = SCHEMES["compressed-tensors int8 W8A8"]
+    folder, _ = make_quantized_llama(scheme, tmp_path_factory.mktemp("int8"), torch.float32)
+    with served(folder, torch.float32) as engine:
+        yield engine
+
+
+def scaled(weight: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    wrong = weight.clone()
+    wrong[rows, columns] *= 1.05
+    return wrong
+
+
+BREAKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "the scale of one channel, 5 %": lambda w: scaled(w, slice(7, 8), slice(None)),
+    "the scale of one group of one channel, 5 %": lambda w: scaled(w, slice(7, 8), slice(32, 64)),
+    "swapped groups": lambda w: torch.cat([w[:, 32:64], w[:, :32], w[:, 64:]], 1),
+    "a zero point off by one": lambda w: w + torch.eye(128)[:, 7:8] * w.abs().max() / 127,
+    "a transposed weight": lambda w: w.t(),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_wrong_matrix_is_seen(int8: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prove_again(worker: Any) -> dict[str, Any]:
+        vars(worker.model_runner).pop(PROOF_ATTRIBUTE, None)
+        start_proof.prove(worker)
+        report: dict[str, Any] = getattr(worker.model_runner, PROOF_ATTRIBUTE)
+        return report
+
+    stock = CPUTracedModel.output_projection
+
+    def wrong(self: CPUTracedModel, layer: int, adapter: int | None = None) -> Any:
+        read = stock(self, layer, adapter)
+        return read._replace(weight=BREAKS[name](read.weight)) if layer == 2 else read
+
+    monkeypatch.setattr(CPUTracedModel, "output_projection", wrong)
+    report = int8.on_worker(prove_again)
+    print(f"| {name} | {report['refusal']}")
+    assert "in layer 2" in report["refusal"]
+    monkeypatch.undo()
+    assert int8.on_worker(prove_again)["refusal"] is None
+
+
+def test_one_matrix_is_made_at_a_time(int8: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers are made in the same memory, beside which a trace takes that of a few rows."""
+    places, largest = set(), 0
+    stock = quantized.dequantize
+
+    def made(projection: Any, scheme: Any, out: torch.Tensor) -> None:
+        nonlocal largest
+        places.add(out.data_ptr())
+        with Allocations() as seen:
+            stock(projection, scheme, out)
+        largest = max(largest, seen.largest)
+
+    monkeypatch.setattr(quantized, "_ROWS", 16)
+    monkeypatch.setattr(traced_model, "dequantize", made)
+    int8.trace(TraceJob(TOKENS, WEIGHTS))
+    assert len(places) == 1
+    assert 0 < largest <= 16 * 128  # numbers, of 128 * 128
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view and func._schema.name[-1] != "_":
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_new_scales_and_packings_are_new_weights(int8: Engine) -> None:
+    def numbers(worker: Any) -> list[int]:
+        from vllm_flashtrace.worker.runner import runner_model
+
+        take = runner_model(worker.model_runner).fingerprint.take
+        projection = worker.model_runner.get_model().model.layers[1].self_attn.o_proj
+        taken = [int(take()), int(take())]
+        projection.weight_scale.data[5] *= 1.5
+        taken.append(int(take()))
+        kernel, handler = projection.scheme.kernel, projection.scheme.kernel.dnnl_handler
+        kernel.dnnl_handler = object()
+        taken.append(int(take()))
+        kernel.dnnl_handler = handler
+        projection.weight_scale.data[5] /= 1.5
+        return taken
+
+    first, again, scaled, packed = int8.on_worker(numbers)
+    assert first == again
+    assert len({first, scaled, packed}) == 3

@@ -1,0 +1,283 @@
+"""Tiny random models in quantised checkpoints, beside the same weights dequantised.
+
+Every tensor is written as its format defines it, without code of vLLM or of a quantiser, so that
+the reference does not share a mistake with the reader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tests.tiny_models import make_tiny_model
+
+GROUP = 32
+"""Input features that share a scale, where a scheme has groups."""
+
+_PACK = 8  # Numbers of four bits in an int32.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_FP8, _FP8_MAX, _INT8_MAX = torch.float8_e4m3fn, 448.0, 127
+
+Activations = Literal["int8", "int8 asymmetric", "int8 static", "fp8", "fp8 static"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint is quantised.
+
+    Attributes:
+        config: Its ``quantization_config``.
+        write: Makes of ``weight`` ``[out, in]`` the tensors of the checkpoint, by suffix, and the
+            weight dequantised.
+        activations: How the inputs of linear layers are quantised.
+        skipped: Ends of the names of projections that are not quantised.
+    """
+
+    config: dict[str, Any]
+    write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+    activations: Activations | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def _pack(numbers: Tensor, dim: int, order: tuple[int, ...] = tuple(range(_PACK))) -> Tensor:
+    """Packs numbers of four bits along a dimension; ``order[i]`` is the number at bits 4i."""
+    blocks = numbers.to(torch.int64).movedim(dim, -1).unflatten(-1, (-1, _PACK))
+    packed = sum(blocks[..., source] << 4 * place for place, source in enumerate(order))
+    assert isinstance(packed, Tensor)
+    packed = packed - ((packed >> 31) << 32)  # As a signed number of 32 bits.
+    return packed.to(torch.int32).movedim(-1, dim).contiguous()
+
+
+def _symmetric_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers from -8 to 7 ``[out, in]``, scales ``[out, groups]``, and the weight they make."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / 7).bfloat16().float()
+    numbers = (groups / scales[..., None]).round().clamp(-8, 7)
+    return numbers.flatten(1), scales, (numbers * scales[..., None]).flatten(1)
+
+
+def _gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    numbers, scales, dequantized = _symmetric_groups(weight)
+    tensors = {
+        "qweight": _pack(numbers.t() + 8, 0),
+        "scales": scales.t().half().contiguous(),
+        # The format keeps zero points less one.
+        "qzeros": _pack(torch.full_like(scales.t(), 7), 1),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+    }
+    return tensors, dequantized
+
+
+def _awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / 15).bfloat16().float()
+    zeros = (-low / scales).round().clamp(0, 15)
+    numbers = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+    tensors = {
+        "qweight": _pack(numbers.flatten(1).t(), 1, _AWQ_ORDER),
+        "scales": scales.t().half().contiguous(),
+        "qzeros": _pack(zeros.t(), 1, _AWQ_ORDER),
+    }
+    return tensors, ((numbers - zeros[..., None]) * scales[..., None]).flatten(1)
+
+
+def _packed_groups(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    numbers, scales, dequantized = _symmetric_groups(weight)
+    tensors = {
+        "weight_packed": _pack(numbers + 8, 1),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return tensors, dequantized
+
+
+def _int8_channels(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    # Not to 127: oneDNN's products of larger numbers saturate on CPUs without VNNI.
+    scales = weight.abs().amax(1, keepdim=True) / 63
+    numbers = (weight / scales).round()
+    return {"weight": numbers.to(torch.int8), "weight_scale": scales}, numbers * scales
+
+
+def _fp8(scales: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    numbers = (weight / scales).to(_FP8)
+    return {"weight": numbers, "weight_scale": scales}, numbers.float() * scales
+
+
+def _fp8_tensor(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    # One scale for all: vLLM would quantise again what it fuses if that had several.
+    return _fp8(torch.tensor(0.6 / _FP8_MAX), weight)
+
+
+def _fp8_channels(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return _fp8(weight.abs().amax(1, keepdim=True) / _FP8_MAX, weight)
+
+
+def _with_input_scale(
+    write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], scale: float
+) -> Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]:
+    def both(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, dequantized = write(weight)
+        return {**tensors, "input_scale": torch.tensor([scale])}, dequantized
+
+    return both
+
+
+def _compressed(
+    form: str,
+    weights: dict[str, Any],
+    activations: dict[str, Any] | None = None,
+    skipped: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", *skipped],
+        "config_groups": {"group_0": group},
+    }
+
+
+def _numbers(bits: int, kind: str, strategy: str, **others: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, **others}
+
+
+# Of the scales of static activations: inputs of a tiny model's linear layers are within ±8.
+_INT8_STATIC, _FP8_STATIC = 8 / 127, 8 / 448
+
+_SKIPPED = ("model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.o_proj")
+
+SCHEMES: dict[str, Scheme] = {
+    "AWQ": Scheme(
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": GROUP,
+            "zero_point": True,
+            "version": "gemm",
+        },
+        _awq,
+    ),
+    "GPTQ": Scheme(
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": GROUP,
+            "desc_act": False,
+            "sym": True,
+        },
+        _gptq,
+    ),
+    "compressed-tensors W4A16": Scheme(
+        _compressed("pack-quantized", _numbers(4, "int", "group", group_size=GROUP)),
+        _packed_groups,
+    ),
+    "compressed-tensors int8 W8A8": Scheme(
+        _compressed(
+            "int-quantized",
+            _numbers(8, "int", "channel"),
+            _numbers(8, "int", "token", dynamic=True),
+        ),
+        _int8_channels,
+        "int8",
+    ),
+    "compressed-tensors int8 W8A8, asymmetric activations": Scheme(
+        _compressed(
+            "int-quantized",
+            _numbers(8, "int", "channel"),
+            {**_numbers(8, "int", "token", dynamic=True), "symmetric": False},
+        ),
+        _int8_channels,
+        "int8 asymmetric",
+    ),
+    "compressed-tensors int8 W8A8 in some layers, static activations": Scheme(
+        _compressed(
+            "int-quantized", _numbers(8, "int", "channel"), _numbers(8, "int", "tensor"), _SKIPPED
+        ),
+        _with_input_scale(_int8_channels, _INT8_STATIC),
+        "int8 static",
+        skipped=_SKIPPED,
+    ),
+    "compressed-tensors FP8 W8A8": Scheme(
+        _compressed(
+            "float-quantized",
+            _numbers(8, "float", "channel"),
+            _numbers(8, "float", "token", dynamic=True),
+        ),
+        _fp8_channels,
+        "fp8",
+    ),
+    "FP8 per tensor, static activations": Scheme(
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        _with_input_scale(_fp8_tensor, _FP8_STATIC),
+        "fp8 static",
+    ),
+}
+
+
+def rounded(numbers: Tensor, activations: Activations) -> Tensor:
+    """Activations as a scheme rounds them, ``[..., features]``."""
+    if activations == "int8 asymmetric":
+        low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
+        scale = (high - low) / 255
+        zero = (-128 - low / scale).round()
+        return (((numbers / scale).round() + zero).clamp(-128, 127) - zero) * scale
+    largest = numbers.abs().amax(-1, keepdim=True)
+    if activations.startswith("int8"):
+        scale = largest / _INT8_MAX if activations == "int8" else torch.tensor(_INT8_STATIC)
+        return (numbers / scale).round().clamp(-128, 127) * scale
+    scale = torch.tensor(_FP8_STATIC) if activations == "fp8 static" else largest / _FP8_MAX
+    eight = (numbers / scale).clamp(-_FP8_MAX, _FP8_MAX).float().to(_FP8)
+    return eight.to(numbers.dtype) * scale
+
+
+def make_quantized_llama(scheme: Scheme, folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:
+    """Writes a quantised checkpoint and makes its reference.
+
+    Args:
+        scheme: How linear layers are quantised.
+        folder: Where the checkpoint goes.
+        dtype: Type of what is not quantised, to which it is rounded in both.
+
+    Returns:
+        The checkpoint's folder, and the Hugging Face model in float32 with the dequantised weights,
+        which rounds activations as the scheme does.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    make_tiny_model("llama", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stem = name.removesuffix(".weight")
+            if stem.endswith("_proj") and not stem.endswith(scheme.skipped):
+                written, dequantized = scheme.write(parameter.float())
+                parameter.copy_(dequantized)
+                tensors.update({f"{stem}.{suffix}": t for suffix, t in written.items()})
+            else:
+                parameter.copy_(parameter.to(dtype))
+                tensors[name] = parameter.to(dtype)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": scheme.config, "dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config))
+    if (activations := scheme.activations) is not None:
+        for name, module in model.named_modules():
+            if name.endswith("_proj") and not name.endswith(scheme.skipped):
+                module.register_forward_pre_hook(
+                    lambda _, inputs: (rounded(inputs[0], activations),)
+                )
+    return folder, model
