@@ -71,11 +71,11 @@ def scores_from(
     """The oracle's scores of a model whose attention takes K, V and maybe Q from elsewhere."""
     stock, layer = oracle._attention, iter(range(len(cache)))
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Any:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
         index = next(layer)
         if queries is not None:
             query = queries[index].transpose(0, 1)
-        return stock(query, cache[index][0].transpose(0, 1), value, mask, scale)
+        return stock(query, cache[index][0].transpose(0, 1), value, *others)
 
     hooks = [
         decoder.self_attn.v_proj.register_forward_hook(
