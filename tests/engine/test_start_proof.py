@@ -279,6 +279,10 @@ def test_without_the_probe_known_architectures_are_traced(
     monkeypatch.setattr(config.model_config, "_architecture", "OtherForCausalLM")
     with as_at_start(engine):
         assert "OtherForCausalLM without a proof at the start" in engine.status()["refusal"]
+    monkeypatch.setattr(config.model_config, "quantization", "fp8")
+    with as_at_start(engine):
+        refusal = "quantized weights (fp8) without a proof at the start"
+        assert refusal in engine.status()["refusal"]
 
 
 def test_a_proven_model_is_traced_whatever_its_name(

@@ -114,5 +114,5 @@ async def test_an_error_nobody_foresaw_has_one_traceback_and_a_line_each_time(
         answer = (await app.chat(flashtrace=True)).json()
         assert outcome(answer) == ("The code is 4821.", "failed", "internal_error")
     assert len(lost(lines)) == 2
-    assert not any("4821" in line for line in lost(lines))
+    assert not any("The code" in line for line in lost(lines))  # An id may hold any digits.
     assert len([line for line in lines if line.exc_info]) == 1

@@ -219,12 +219,17 @@ def check_config(config: VllmConfig) -> None:
 
 
 def check_architecture(config: VllmConfig) -> None:
-    """Refuses, where nothing was proven at the start, architectures that no test compares.
+    """Refuses, where nothing was proven at the start, what no test compares.
 
     Raises:
-        UnsupportedModelError: Naming the architecture.
+        UnsupportedModelError: Naming the architecture, or the quantisation.
     """
     architecture = config.model_config.architecture
+    if config.model_config.quantization is not None:
+        raise UnsupportedModelError(
+            f"traces are not supported for quantized weights ({config.model_config.quantization}) "
+            "without a proof at the start"
+        )
     if architecture not in KNOWN_ARCHITECTURES:
         raise UnsupportedModelError(
             f"traces are not supported for {architecture} without a proof at the start; without "
