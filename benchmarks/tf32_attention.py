@@ -46,11 +46,9 @@ def attention_with(cut: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tenso
     """Attention whose output is of cut operands; the weights it returns are exact, as a trace's."""
     exact = oracle._attention
 
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        alpha, _ = exact(query, key, value, mask, scaling)
-        weights, _ = exact(cut(query), cut(key), value, mask, scaling)
+    def attention(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        alpha, _ = exact(query, key, value, *others)
+        weights, _ = exact(cut(query), cut(key), value, *others)
         values = cut(value).repeat_interleave(len(query) // len(value), 0)
         return alpha, cut(weights) @ values
 

@@ -112,9 +112,7 @@ def test_a_layer_that_is_not_seen_fails_the_trace(tiny: Engine, tokens: list[int
 
     tiny.on_worker(skip_a_layer)
     try:
-        with pytest.raises(
-            TraceError, match="4 attention calls, 3 updates, 0 residual"
-        ) as caught:
+        with pytest.raises(TraceError, match="4 attention calls, 3 updates, 0 residual") as caught:
             tiny.trace(TraceJob(tokens, TARGET))
     finally:
         tiny.on_worker(mend_function, "vllm_flashtrace.worker.runner", "StepObserver", "on_update")

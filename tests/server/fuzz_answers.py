@@ -132,13 +132,16 @@ def check_attribution(found: dict[str, Any], field: Any) -> None:
         assert described.error.message
         assert described.error.code != "internal_error", described.error.message
     if described.status == "completed":
-        scores = [score.score for score in described.scores or ()]
-        assert all(math.isfinite(score) for score in scores)
-        assert sum(scores) <= 1 + 1e-4
-        assert described.target is not None
-        assert described.target.tokens
-        for start, end in described.target.tokens:
-            assert 0 <= start < end
+        several = isinstance(field, dict) and field.get("targets") is not None
+        assert several == (described.targets is not None)
+        for result in described.targets or [described]:
+            scores = [score.score for score in result.scores or ()]
+            assert all(math.isfinite(score) for score in scores)
+            assert sum(scores) <= 1 + 1e-4
+            assert result.target is not None
+            assert result.target.tokens
+            for start, end in result.target.tokens:
+                assert 0 <= start < end
 
 
 def _held(part: dict[str, Any]) -> list[Any]:

@@ -134,10 +134,22 @@ _TARGETS = st.one_of(
         optional={"argument": st.sampled_from(["iban", "amount", "no", None])},
     ),
 )
+
+
+def _without_a_single_one(field: dict[str, Any]) -> dict[str, Any]:
+    """Several targets go without ``target`` and scores by layer."""
+    if "targets" in field:
+        field.pop("target", None)
+        field["include"] = [part for part in field.get("include", []) if part != "layers"]
+    return field
+
+
 PLAUSIBLE = st.fixed_dictionaries(
     {"mode": st.sampled_from(["inline", "deferred"])},
     optional={
         "target": _TARGETS,
+        "targets": st.sampled_from(["sentences", "lines", "claims"])
+        | st.lists(_TARGETS, min_size=1, max_size=3),
         "hops": st.integers(0, 8) | st.just("auto"),
         "reasoning": st.sampled_from(["auto", "none"])
         | st.fixed_dictionaries({"tokens": _SPANS})
@@ -151,7 +163,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         ),
         "preset": st.sampled_from(["paper", "sources"]),
     },
-)
+).map(_without_a_single_one)
 
 
 @st.composite

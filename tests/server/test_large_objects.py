@@ -56,13 +56,23 @@ def events(text: str) -> list[Any]:
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
-async def ask(app: App, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    response = await app.post(path, **body, flashtrace=LARGE)
+async def ask(
+    app: App, path: str, body: dict[str, Any], field: dict[str, Any] = LARGE
+) -> list[dict[str, Any]]:
+    response = await app.post(path, **body, flashtrace=field)
     assert response.status_code == 200, response.text[:500]
     assert "flashtrace-" not in response.text
     found = objects(events(response.text) if body.get("stream") else response.json())
     # In a stream each goes out when it is ready.
     return sorted(found, key=lambda one: one["prompt_tokens"])
+
+
+async def test_several_targets_are_carried_as_in_one_piece(app, monkeypatch):
+    field = {**LARGE, "targets": ["output", {"text": "4821"}], "include": ["hops", "segments"]}
+    found = await ask(app, "/v1/attributions", EXISTING, field)
+    assert len(found[0]["targets"]) == 2
+    monkeypatch.setattr(tracer_module, "LARGE_BYTES", 1 << 40)
+    assert await ask(app, "/v1/attributions", EXISTING, field) == found
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -14,7 +14,7 @@ import torch
 
 from tests.server.scripted_app import App, build
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.text.plan import plan_trace
+from vllm_flashtrace.text.plan import plan_targets
 from vllm_flashtrace.trace import tracer as tracer_module
 from vllm_flashtrace.trace.tracer import EngineContext
 from vllm_flashtrace.trace.wire import WireReport
@@ -107,7 +107,7 @@ class Plans:
         self.begun: list[str] = []
         self.at_once = self.most = 0
         self.go = threading.Event()
-        monkeypatch.setattr(tracer_module, "plan_trace", self.plan)
+        monkeypatch.setattr(tracer_module, "plan_targets", self.plan)
 
     def plan(self, request: Any, completion: Completion, *args: Any, **kwargs: Any) -> Any:
         self.begun.append(completion.text)
@@ -115,7 +115,7 @@ class Plans:
         self.most = max(self.most, self.at_once)
         try:
             assert self.go.wait(20)
-            return plan_trace(request, completion, *args, **kwargs)
+            return plan_targets(request, completion, *args, **kwargs)
         finally:
             self.at_once -= 1
 

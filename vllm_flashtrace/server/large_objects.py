@@ -140,7 +140,7 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, list) and _has_tensors(value):
+    if isinstance(value, list) and _is_nested(value):
         return [plain(part) for part in value]
     return value
 
@@ -165,7 +165,7 @@ def _written(value: Any) -> Iterator[bytes]:
             yield b"%b%b:" % (b"," if i else b"{", _dumps(key))
             yield from _written(part)
         yield b"}" if value else b"{}"
-    elif isinstance(value, list) and _has_tensors(value):
+    elif isinstance(value, list) and _is_nested(value):
         for i, part in enumerate(value):
             yield b"," if i else b"["
             yield from _written(part)
@@ -192,9 +192,14 @@ def _array(numbers: Tensor) -> Iterator[bytes]:
     yield b"]" if len(numbers) else b"[]"
 
 
-def _has_tensors(values: list[Any]) -> bool:
+def _is_nested(values: list[Any]) -> bool:
+    """Whether entries hold tensors or long lists; all entries are alike."""
     first = values[0] if values else None
-    return isinstance(first, dict) and any(isinstance(part, Tensor) for part in first.values())
+    return isinstance(first, dict) and any(
+        isinstance(part, Tensor)
+        or (isinstance(part, list) and (len(part) > _ENTRIES or _is_nested(part)))
+        for part in first.values()
+    )
 
 
 def _dumps(value: Any) -> bytes:

@@ -148,4 +148,4 @@ def test_reasoning_is_apart_and_followed(chromium, plugins, model_path):
         chromium.wait_for(f"{SHOWN} && document.querySelector('.headline q').textContent === '.'")
         followed = [unseal(trace.params.extra_args["flashtrace"]) for trace in server.engine.traces]
         # The second hop explains the same reasoning as for the whole answer, and nothing else.
-        assert followed[before + 1].positions == followed[1].positions
+        assert followed[before + 1].targets[0].positions == followed[1].targets[0].positions
