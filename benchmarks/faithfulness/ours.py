@@ -22,7 +22,7 @@ from vllm_flashtrace.core.hops import HopMass
 from vllm_flashtrace.offline.jobs import pick_up_now
 from vllm_flashtrace.text.plan import TracePlan, plan_trace
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.hop import take_report, trace_call
+from vllm_flashtrace.trace.hop import Visit, take_report
 
 _AUTO = "auto"
 _SINK_TOKENS = 4
@@ -218,13 +218,12 @@ class OursFamily(Family):
         user = slice(*prepared.user)
         run = Recursion()
         while any(run.hops_of(variant.hops, config) is None for variant in variants):
-            weights = plan.recursion.next_weights()
-            if weights is None:
+            call = Visit((plan,)).next_call(config, salt)
+            if call is None:
                 break  # Nothing is left to follow.
-            call = trace_call(plan, weights, config, salt)
             [output] = self._ft.llm.generate([call.prompt], call.params, use_tqdm=False)
             report = pick_up_now(self._ft.llm, call.spec.nonce, output)
-            take_report(plan, TraceUsage(), report, time.perf_counter() - began)
+            take_report(call, TraceUsage(), report, time.perf_counter() - began)
             result = plan.recursion.result()
             run.masses.append(result.hops[-1])
             run.scores.append((result.per_hop_scores[-1] * plan.input_mask)[user].numpy())
