@@ -68,6 +68,7 @@ class Answer:
 
     def _visit(self, recursions: Sequence[HopRecursion]) -> int:
         from tests.engine.harness import TraceJob
+        from vllm_flashtrace.trace.hop import padded
 
         tokens = 0
         while pending := [r for r in recursions if r.next_weights() is not None]:
@@ -81,9 +82,7 @@ class Answer:
             tokens += report.recomputed_tokens
             for recursion, hops in zip(pending, report.targets, strict=True):
                 for scores in hops:
-                    whole = torch.zeros(self.case.context)
-                    whole[: len(scores)] = scores
-                    recursion.add(whole)
+                    recursion.add(padded(scores, self.case.context))
         return tokens
 
 

@@ -170,7 +170,9 @@ class Attribution:
         found = self._completed().get("targets")
         if found is None:
             return [self]
-        shared = {key: value for key, value in self._data.items() if key != "targets"}
+        # The prompt's tokens are handed on beside it, not copied with it for each part.
+        own = ("targets", "tokens")
+        shared = {key: value for key, value in self._data.items() if key not in own}
         return [
             Attribution({**shared, **part}, text=self.text, prompt_tokens=self.prompt_tokens)
             for part in found

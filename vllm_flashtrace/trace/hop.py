@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 import functools
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import TraceReport, TraceUsage
-from vllm_flashtrace.core.hops import TracedTarget, rows_of
+from vllm_flashtrace.core.hops import TracedTarget
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines, noting_ranks
@@ -111,28 +111,28 @@ def visits(plans: Sequence[TracePlan], budget: AccumulatorBudget | None) -> list
         budget: What a worker may keep; None where it is not known.
     """
     found: list[Visit] = []
+    rows = torch.empty(0, dtype=torch.int64)
     for plan in plans:
+        target = plan.recursion.next_target()
+        own = rows[:0] if target is None else target.rows
         if found:
-            joined = _kept(Visit((*found[-1].plans, plan)), budget)
-            if joined.kept_rows:
-                found[-1] = joined
+            joined = torch.cat([rows, own]).unique()
+            visit = Visit((*found[-1].plans, plan), len(joined))
+            if _may_keep(visit, budget):
+                found[-1], rows = visit, joined
                 continue
-        found.append(_kept(Visit((plan,)), budget))
+        visit, rows = Visit((plan,), len(own)), own
+        further = None if target is None else target.further
+        keeps = further is not None and further.hops > 1 and _may_keep(visit, budget)
+        found.append(visit if keeps else Visit((plan,)))
     return found
 
 
-def _kept(visit: Visit, budget: AccumulatorBudget | None) -> Visit:
-    """The same with the rows that a worker may keep for it."""
-    targets = [
-        target for plan in visit.plans if (target := plan.recursion.next_target()) is not None
-    ]
-    if budget is None or not targets or "layers" in visit.plans[0].request.include:
-        return visit
-    further = targets[0].further
-    if len(targets) == 1 and (further is None or further.hops < 2):
-        return visit
-    rows = len(rows_of(targets))
-    return replace(visit, kept_rows=rows) if budget.keeps(visit.context, rows) else visit
+def _may_keep(visit: Visit, budget: AccumulatorBudget | None) -> bool:
+    """Whether a worker may keep the rows of a visit."""
+    if budget is None or "layers" in visit.plans[0].request.include:
+        return False
+    return budget.keeps(visit.context, visit.kept_rows)
 
 
 def _trace_call(
