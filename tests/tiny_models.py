@@ -5,6 +5,8 @@ Run as a module to write one: ``python -m tests.tiny_models qwen3 FOLDER``.
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -68,6 +70,27 @@ def make_tiny_model(family: Family, folder: Path, *, seed: int = 0, num_kv_heads
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_windowed_llama(folder: Path, kinds: tuple[str, str]) -> tuple[Path, Path]:
+    """A tiny Llama of four layers with windows of 64 tokens.
+
+    Args:
+        folder: Where the two folders go.
+        kinds: ``layer_types`` of the first two layers, and of the others.
+
+    Returns:
+        The model as vLLM loads it, and the same weights under the name by which transformers knows
+        a Llama with windows.
+    """
+    model, reference = make_tiny_model("llama", folder / "windowed"), folder / "reference"
+    windows = {"sliding_window": 64, "layer_types": list(kinds) * 2}
+    shutil.copytree(model, reference)
+    names = {"architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
+    for place, changes in ((model, windows), (reference, windows | names)):
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | changes))
+    return model, reference
 
 
 def _model(family: Family, num_kv_heads: int) -> Any:

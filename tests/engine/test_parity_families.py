@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,13 @@ import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.oracle import oracle_scores
-from tests.tiny_models import FAMILIES, PROVEN_FAMILIES, Family, make_tiny_model
+from tests.tiny_models import (
+    FAMILIES,
+    PROVEN_FAMILIES,
+    Family,
+    make_tiny_model,
+    make_windowed_llama,
+)
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-3
@@ -26,18 +30,7 @@ def test_family(family: Family, tmp_path: Path) -> None:
 
 def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
     """A window of 64 in two of four layers, whose cache keeps every token."""
-    folder = make_tiny_model("llama", tmp_path / "windowed")
-    windows = {
-        "sliding_window": 64,
-        "layer_types": ["full_attention", "sliding_attention"] * 2,
-    }
-    # The same weights under the name by which transformers knows a Llama with windows.
-    reference = tmp_path / "reference"
-    shutil.copytree(folder, reference)
-    names = {"architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
-    for place, changes in ((folder, windows), (reference, windows | names)):
-        config = json.loads((place / "config.json").read_text())
-        (place / "config.json").write_text(json.dumps(config | changes))
+    folder, reference = make_windowed_llama(tmp_path, ("full_attention", "sliding_attention"))
     _compare(folder, reference, disable_hybrid_kv_cache_manager=True)
 
 

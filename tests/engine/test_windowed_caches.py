@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_start_proof import start_reports
 from tests.oracle import oracle_scores
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import make_windowed_llama
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
@@ -28,15 +26,7 @@ def test_traces(kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.Monk
     """In chunks of 16, with and without a prefix-cache hit, beside requests that take blocks."""
     from transformers import AutoModelForCausalLM
 
-    folder = make_tiny_model("llama", tmp_path / "windowed")
-    windows = {"sliding_window": 64, "layer_types": list(kinds) * 2}
-    # The same weights under the name by which transformers knows a Llama with windows.
-    reference = tmp_path / "reference"
-    shutil.copytree(folder, reference)
-    names = {"architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
-    for place, changes in ((folder, windows), (reference, windows | names)):
-        config = json.loads((place / "config.json").read_text())
-        (place / "config.json").write_text(json.dumps(config | changes))
+    folder, reference = make_windowed_llama(tmp_path, kinds)
     model = AutoModelForCausalLM.from_pretrained(
         reference, attn_implementation="eager", dtype=torch.float32
     )
