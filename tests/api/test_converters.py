@@ -11,10 +11,10 @@ import httpx
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from tests.api.samples import check_described, response
+from tests.api.samples import response
 from vllm_flashtrace import Attribution, TraceError
 from vllm_flashtrace.api.converters import measures
-from vllm_flashtrace.api.response import TokenScore
+from vllm_flashtrace.api.response import AttributionObject, TokenScore
 
 ID = f"ft-{7:032x}"
 OWN = [("What", 1.0), (" code", 3.0), ("?", 0.0), ("\n", 0.0), ("7306", 4.0), ("\n", 0.0)]
@@ -29,25 +29,28 @@ SEGMENTS = [
     {"message": 1, "role": "secret role", "score": 0.0},
     {"role": "template", "score": 0.16},
 ]
-RESULT_KEYS = ("target", "scores", "hops", *MASSES)
+SOURCES = [
+    {"index": 0, "id": "a secret", "kind": "document", "tokens": 0, "score": None, "mean": None},
+    {"index": 1, "id": "b", "kind": "marked", "message": 0, "tokens": 2, "score": 0.5, "mean": 0.2},
+]
+RESULT_KEYS = ("target", "scores", "hops", "segments", "sources", *MASSES)
 
 
 def single(own: list[tuple[str, float]] = OWN, **extra: Any) -> Attribution:
     data = response(own, tokens=False, id=ID, hops=HOPS, **MASSES)
     data["prompt_tokens"] = len(data["scores"])
-    check_described(data := {**data, **extra})
+    AttributionObject.model_validate(data := {**data, **extra})
     return Attribution(data, text="It is 7306.")
 
 
 def several() -> Attribution:
     """Two targets with the same prompt and scores of their own."""
-    first, second = single(segments=SEGMENTS).to_dict(), single(OTHER).to_dict()
+    sources = [{**source, "sentences": []} for source in SOURCES]
+    first = single(segments=SEGMENTS, sources=sources).to_dict()
+    second = single(OTHER).to_dict()
     second["target"] = {"text": "It", "tokens": [[0, 1]]}
-    parts = [
-        {key: part[key] for key in (*RESULT_KEYS, "segments") if key in part}
-        for part in (first, second)
-    ]
-    shared = {key: first[key] for key in first if key not in (*RESULT_KEYS, "segments", "text")}
+    parts = [{key: part[key] for key in RESULT_KEYS if key in part} for part in (first, second)]
+    shared = {key: first[key] for key in first if key not in (*RESULT_KEYS, "text")}
     return Attribution({**shared, "targets": parts}, text="It is 7306.")
 
 
@@ -143,10 +146,12 @@ class TestMeasures:
                 for name, value in MASSES.items()
                 for target in (0, 1)
             ),
+            ("flashtrace.source.marked", 0.5, {"target": 0, "source": 1, "message": 0}),
             ("flashtrace.segment.user", 0.64, {"target": 0, "message": 0}),
             ("flashtrace.segment.other", 0.0, {"target": 0, "message": 1}),
             ("flashtrace.segment.template", 0.16, {"target": 0}),
         ]
+        assert found[-4].texts == {"target_text": "7306", "source_id": "b"}
         assert found[-3].texts == {"target_text": "7306", "role": "user", "name": "my secret"}
 
     def test_keys_are_those_of_each_target_alone(self) -> None:
@@ -219,7 +224,7 @@ class TestMeasures:
         with TracerProvider().get_tracer("client").start_as_current_span("chat") as span:
             for attributes in several().to_opentelemetry("chatcmpl-1"):
                 span.add_event("gen_ai.evaluation.result", attributes)
-        assert dict(span.events[8].attributes) == {
+        assert dict(span.events[9].attributes) == {
             "gen_ai.evaluation.name": "flashtrace.segment.user",
             "gen_ai.evaluation.score.value": 0.64,
             "gen_ai.evaluation.explanation": "Share of the target's information flow that came "
@@ -229,7 +234,7 @@ class TestMeasures:
             "flashtrace.target": 0,
             "flashtrace.message": 0,
         }
-        assert len(span.events) == 2 * len(MASSES) + len(SEGMENTS)
+        assert len(span.events) == 2 * len(MASSES) + 1 + len(SEGMENTS)
         assert "secret" not in span.to_json()
         assert "gen_ai.response.id" not in single().to_opentelemetry()[0]
 

@@ -386,10 +386,10 @@ class Attribution:
         return captum_result(self._complete_targets(), top_k)
 
     def to_langfuse(self, trace_id: str, observation_id: str | None = None) -> list[dict[str, Any]]:
-        """Scores for ``Langfuse.create_score(**score)``: the masses, and segments if asked for.
+        """Scores for ``Langfuse.create_score(**score)``: masses, and sources and segments if any.
 
         Scores sent again replace the earlier ones: their ids are made of the attribution's.
-        ``metadata`` has the target's text and the message's role and names.
+        ``metadata`` has the target's text and what tells source or message.
 
         Args:
             trace_id: Langfuse's id of the trace that the completion belongs to.

@@ -1,8 +1,8 @@
 """An attribution in the forms of pandas, inseq, Captum, Langfuse, Phoenix and OpenTelemetry.
 
 Tables and plots take the scores of tokens. The tools that watch a service take a few named numbers
-for each completion, its :func:`measures`: the four masses, and the score of each segment. Only the
-converters that build another package's objects import it, when they are called.
+for each completion, its :func:`measures`: the four masses, and the scores of sources and segments.
+Only converters that build another package's objects import it, when they are called.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MASSES = {
     "target_mass": "Share on generated tokens that recursion does not follow, the target included.",
     "skipped_mass": "Share on tokens that were skipped on request.",
 }
-_SEGMENT = "Share of the target's information flow that came from this part of the prompt."
+_PART = "Share of the target's information flow that came from this part of the prompt."
 # A role is the client's own word. Names of measures have few values and quote nobody.
 _ROLES = frozenset(
     {
@@ -45,6 +45,7 @@ _ROLES = frozenset(
         "user",
     }
 )
+_SOURCE = ("id", "title", "url")
 _OPTIONAL_COLUMNS = ("message", "part", "start", "end")
 
 
@@ -53,11 +54,12 @@ class Measure:
     """One number about one target.
 
     Attributes:
-        name: ``flashtrace.`` and the key of a mass, or ``flashtrace.segment.`` and a role.
+        name: ``flashtrace.`` and the key of a mass; ``flashtrace.source.`` and a kind, or
+            ``flashtrace.segment.`` and a role.
         value: In ``[0, 1]``.
         explanation: What the number says; holds no text of a client.
-        place: Index of the target where there are several, and of the segment's message.
-        texts: Texts of the client: the target's, and role and names of the message.
+        place: Index of the target where there are several, of the source and of the message.
+        texts: Texts of the client: the target's, and role or names of message or source.
         key: Tells the measure from every other of all attributions, always the same.
     """
 
@@ -70,7 +72,11 @@ class Measure:
 
 
 def measures(data: Mapping[str, Any]) -> Iterator[Measure]:
-    """The measures of a completed ``flashtrace`` object: masses of all targets, then segments."""
+    """The measures of a completed ``flashtrace`` object.
+
+    The masses of all targets come first, then the scores of sources and segments. A source whose
+    place in the prompt is not certain has no score and no measure.
+    """
     several = "targets" in data
     found = [
         (result, {"target": index} if several else {})
@@ -80,16 +86,22 @@ def measures(data: Mapping[str, Any]) -> Iterator[Measure]:
         for result, place in found:
             yield _measure(data, result, name, result[name], explanation, place, {})
     for result, place in found:
+        for source in result.get("sources", ()):
+            if source["score"] is not None:
+                at = {**place, "source": source["index"], **_picked(source, "message")}
+                texts = {f"source_{key}": text for key, text in _picked(source, *_SOURCE).items()}
+                name = f"source.{source['kind']}"
+                yield _measure(data, result, name, source["score"], _PART, at, texts)
         for segment in result.get("segments", ()):
+            at = {**place, **_picked(segment, "message")}
             role = segment["role"]
             name = f"segment.{role if role in _ROLES else 'other'}"
-            message = {"message": segment["message"]} if "message" in segment else {}
-            names = {
-                key: segment[key] for key in ("role", "name", "tool_call_id") if key in segment
-            }
-            yield _measure(
-                data, result, name, segment["score"], _SEGMENT, {**place, **message}, names
-            )
+            texts = _picked(segment, "role", "name", "tool_call_id")
+            yield _measure(data, result, name, segment["score"], _PART, at, texts)
+
+
+def _picked(part: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: part[key] for key in keys if key in part}
 
 
 def _measure(
@@ -99,18 +111,18 @@ def _measure(
     value: float,
     explanation: str,
     place: dict[str, int],
-    names: dict[str, str],
+    texts: dict[str, str],
 ) -> Measure:
-    # One of Attribution.targets does not know its index, but what it explains.
-    place_of_all = f"{name} {result['target']['tokens']} {place.get('message')}"
-    digest = hashlib.sha256(place_of_all.encode()).hexdigest()[:16]
+    # What stands in Attribution.targets knows its tokens, but not its index.
+    spot = [(key, index) for key, index in place.items() if key != "target"]
+    digest = hashlib.sha256(f"{name} {result['target']['tokens']} {spot}".encode()).hexdigest()
     return Measure(
         name=f"flashtrace.{name}",
         value=float(value),
         explanation=explanation,
         place=place,
-        texts={"target_text": result["target"]["text"], **names},
-        key=f"{data['id']}-{digest}",
+        texts={"target_text": result["target"]["text"], **texts},
+        key=f"{data['id']}-{digest[:16]}",
     )
 
 
