@@ -188,6 +188,10 @@ class TestMeasures:
             assert (body["name"], body["value"]) == (score["name"], score["value"])
             assert (body["dataType"], body["comment"]) == ("NUMERIC", score["comment"])
             assert body["metadata"] == score["metadata"]
+        elsewhere = single(segments=SEGMENTS).to_langfuse(f"{3:032x}")
+        ids = {score["score_id"] for score in (*scores, *elsewhere)}
+        assert len(ids) == 2 * len(scores)
+        assert single(segments=SEGMENTS).to_langfuse(f"{3:032x}") == elsewhere
         assert scores[4]["metadata"] == {
             "attribution_id": ID,
             "message": 0,

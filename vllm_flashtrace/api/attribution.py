@@ -388,8 +388,8 @@ class Attribution:
     def to_langfuse(self, trace_id: str, observation_id: str | None = None) -> list[dict[str, Any]]:
         """Scores for ``Langfuse.create_score(**score)``: masses, and sources and segments if any.
 
-        Scores sent again replace the earlier ones: their ids are made of the attribution's.
-        ``metadata`` has the target's text and what tells source or message.
+        Scores sent again replace the earlier ones, since their ids stay the same. ``metadata`` has
+        the target's text and what tells source or message.
 
         Args:
             trace_id: Langfuse's id of the trace that the completion belongs to.

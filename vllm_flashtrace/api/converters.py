@@ -60,7 +60,7 @@ class Measure:
         explanation: What the number says; holds no text of a client.
         place: Index of the target where there are several, of the source and of the message.
         texts: Texts of the client: the target's, and role or names of message or source.
-        key: Tells the measure from every other of all attributions, always the same.
+        key: The attribution's id and a digest of what is measured; always the same.
     """
 
     name: str
@@ -115,15 +115,19 @@ def _measure(
 ) -> Measure:
     # What stands in Attribution.targets knows its tokens, but not its index.
     spot = [(key, index) for key, index in place.items() if key != "target"]
-    digest = hashlib.sha256(f"{name} {result['target']['tokens']} {spot}".encode()).hexdigest()
+    what = f"{name} {result['target']['tokens']} {spot}"
     return Measure(
         name=f"flashtrace.{name}",
         value=float(value),
         explanation=explanation,
         place=place,
         texts={"target_text": result["target"]["text"], **texts},
-        key=f"{data['id']}-{digest[:16]}",
+        key=f"{data['id']}-{_digest(what)}",
     )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def langfuse_scores(
@@ -140,7 +144,8 @@ def langfuse_scores(
             "data_type": "NUMERIC",
             "comment": measure.explanation,
             **of,
-            "score_id": measure.key,
+            # Offline attributions of two runs may have the same id.
+            "score_id": _digest(f"{trace_id} {observation_id} {measure.key}"),
             "metadata": _metadata(data, measure),
         }
         for measure in measures(data)
