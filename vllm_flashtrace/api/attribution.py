@@ -220,6 +220,16 @@ class Attribution:
         return list(self._result().get("sentences") or [])
 
     @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Score per source, in the order of the request, if it has sources."""
+        return list(self._result().get("sources") or [])
+
+    @property
+    def citations(self) -> list[dict[str, Any]]:
+        """The parts of the answer that have sources, with these, if asked for."""
+        return list(self._completed().get("citations") or [])
+
+    @property
     def generated(self) -> list[dict[str, Any]]:
         """Scores on generated tokens, if asked for."""
         return list(self._result().get("generated") or [])
