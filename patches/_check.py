@@ -33,6 +33,13 @@ def require_fields(kind: type, *fields: str) -> None:
         raise PatchError(f"{kind.__name__} has no {', '.join(missing)} in this vLLM")
 
 
+def require_tuple_fields(kind: Any, *fields: str) -> None:
+    """Raises PatchError unless a named tuple has the fields."""
+    missing = [name for name in fields if name not in kind._fields]
+    if missing:
+        raise PatchError(f"{kind.__name__} has no {', '.join(missing)} in this vLLM")
+
+
 def require_keyword(function: Callable[..., Any] | None, name: str, keyword: str) -> None:
     """Raises PatchError unless ``function`` exists and can be given ``keyword`` by name."""
     if function is None:

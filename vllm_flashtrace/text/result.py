@@ -96,6 +96,7 @@ def build_result(
     usage: TraceUsage,
     trace_id: str,
     *,
+    verifications: Sequence[Mapping[str, Any]] = (),
     cache_details: bool = True,
     as_tensors: bool = False,
 ) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def build_result(
         plans: The plans that were run, one for each target.
         usage: What they cost.
         trace_id: Id of the attribution.
+        verifications: What `Verification.results` gives; empty where nothing was verified.
         cache_details: Says how many tokens were in the prefix cache, and how many were not.
         as_tensors: Leaves ``layers`` (float32 ``[L, prompt_length]``) and the ``scores`` of hops
             (float64 ``[prompt_length]``) tensors, which take a tenth of the memory of lists.
@@ -117,10 +119,13 @@ def build_result(
     first = plans[0]
     tokens = first.prompt.pieces()
     data: dict[str, Any] = {"id": trace_id, "object": OBJECT, "status": "completed"}
+    results = [_target_result(plan, tokens, as_tensors) for plan in plans]
+    for result, verification in zip(results, verifications, strict=False):
+        result["verification"] = verification
     if first.request.targets is None:
-        data |= _target_result(first, tokens, as_tensors)
+        data |= results[0]
     else:
-        data["targets"] = [_target_result(plan, tokens, as_tensors) for plan in plans]
+        data["targets"] = results
         data["prompt_tokens"] = first.prompt_length
     if "tokens" in first.request.include:
         data["tokens"] = tokens
@@ -175,8 +180,13 @@ def _usage(usage: TraceUsage, cache_details: bool) -> dict[str, Any]:
         "recomputed_tokens": int(usage.recomputed_tokens),
         "cached_tokens": int(usage.cached_tokens),
     }
+    requests = {}
+    if usage.scored_requests:
+        requests["scored_requests"] = usage.scored_requests
+        counts["scored_tokens"] = int(usage.scored_tokens)
+        counts["scored_cached_tokens"] = int(usage.scored_cached_tokens)
     seconds = {phase: float(value) for phase, value in usage.seconds.items()}
-    return {**(counts if cache_details else {}), "seconds": seconds}
+    return {**(counts if cache_details else {}), **requests, "seconds": seconds}
 
 
 def failed_result(

@@ -55,6 +55,7 @@ def result_bytes(
     of_hops = targets * hops * tokens if "hops" in include or targets > 1 else 0
     entries = prompt if request.top_k is None else min(request.top_k, prompt)
     entries *= 2 if "sentences" in include else 1  # No more sentences than tokens.
+    entries += request.verify
     entries += generated if "generated" in include else 0
     entries *= targets
     total = _BYTES_PER_LAYER_SCORE * of_layers + _BYTES_PER_HOP_SCORE * of_hops
