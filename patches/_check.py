@@ -33,11 +33,11 @@ def require_fields(kind: type, *fields: str) -> None:
         raise PatchError(f"{kind.__name__} has no {', '.join(missing)} in this vLLM")
 
 
-def require_tuple_fields(kind: Any, *fields: str) -> None:
-    """Raises PatchError unless a named tuple has the fields."""
-    missing = [name for name in fields if name not in kind._fields]
+def require_tuple_fields(kind: Any, name: str, *fields: str) -> None:
+    """Raises PatchError unless a named tuple exists and has the fields."""
+    missing = [field for field in fields if field not in getattr(kind, "_fields", ())]
     if missing:
-        raise PatchError(f"{kind.__name__} has no {', '.join(missing)} in this vLLM")
+        raise PatchError(f"{name} has no {', '.join(missing)} in this vLLM")
 
 
 def require_keyword(function: Callable[..., Any] | None, name: str, keyword: str) -> None:

@@ -21,8 +21,9 @@ import functools
 from contextlib import nullcontext
 from typing import Any
 
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.block_table import BlockTable
-from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_flashtrace.patches._check import (
@@ -53,7 +54,8 @@ def check() -> None:
         "GPUModelRunner.sample_tokens",
         *("self", "grammar_output"),
     )
-    require_tuple_fields(ExecuteModelState, "hidden_states")
+    state = getattr(gpu_model_runner, "ExecuteModelState", None)
+    require_tuple_fields(state, "ExecuteModelState", "hidden_states")
     dispatch = getattr(GPUModelRunner, "_determine_batch_execution_and_padding", None)
     require_parameters(
         dispatch, "GPUModelRunner._determine_batch_execution_and_padding", "self", "num_tokens"

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from vllm.v1.worker.gpu import model_runner
-from vllm.v1.worker.gpu.model_runner import ExecuteModelState, GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_flashtrace.patches._check import (
     require_keyword,
@@ -74,7 +74,8 @@ def check() -> None:
     for name, parameters in _METHODS.items():
         method = getattr(GPUModelRunner, name, None)
         require_parameters(method, f"GPUModelRunner.{name} (V2)", *parameters)
-    require_tuple_fields(ExecuteModelState, "hidden_states")
+    state = getattr(model_runner, "ExecuteModelState", None)
+    require_tuple_fields(state, "ExecuteModelState (V2)", "hidden_states")
     require_keyword(getattr(model_runner, _DISPATCH, None), _DISPATCH, "need_eager")
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from tests.engine.harness import Engine
+from vllm_flashtrace import FlashTrace
 from vllm_flashtrace.base.records import ScoredText
+from vllm_flashtrace.commands.demo import FILLER
+
+PROMPT = f"{FILLER} " * 8 + (
+    "Tom has a red bike. The access code of the lab is 7306. The canteen closes at two. "
+    "What is the access code of the lab?"
+)
 
 
 def reference(folder: Path, text: ScoredText) -> torch.Tensor:
@@ -62,3 +69,45 @@ def test_scores_in_chunks_beside_traces_and_preemptions(crowded: Engine, tiny_fo
     for text, report in zip(texts, crowded.score_many(texts), strict=True):
         assert (report.log_probs - reference(tiny_folder, text)).abs().max() <= 1e-4
         assert report.cached_tokens == 0
+
+
+def test_drops_are_those_of_recomputation(smollm2: Engine, hf_smollm2: Any) -> None:
+    """With real weights: from the text without the sentences, in one pass of Hugging Face."""
+    ft = FlashTrace(llm=smollm2.llm)
+    tokenizer: Any = smollm2.llm.get_tokenizer()
+    answer = "The access code of the lab is 7306. The canteen closes at two."
+    messages = [{"role": "user", "content": PROMPT}]
+    found = ft.attribute(messages, answer, {"verify": 2, "targets": "sentences"}).to_dict()
+    generated = tokenizer.encode(answer, add_special_tokens=False)
+
+    def log_prob(content: str, spans: list[list[int]]) -> float:
+        chat = [{"role": "user", "content": content}]
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(rendered, add_special_tokens=False)
+        positions = [len(prompt) + i for span in spans for i in range(*span)]
+        ids = [*prompt, *generated][: positions[-1] + 1]
+        return float(log_probs(hf_smollm2, ScoredText(ids, positions)).sum())
+
+    def without(*texts: str) -> str:
+        content = PROMPT
+        for text in texts:
+            content = content.replace(f"{text} ", "") if text[-1] != "?" else content
+            content = content.removesuffix(f" {text}")
+        return content
+
+    for target in found["targets"]:
+        verification, spans = target["verification"], target["target"]["tokens"]
+        whole = log_prob(PROMPT, spans)
+        assert abs(verification["log_prob"] - whole) <= 1e-3
+        texts = [one["text"] for one in verification["removed"]]
+        for one in verification["removed"]:
+            expected = whole - log_prob(without(one["text"]), spans)
+            print(f"{one['text']!r}: {one['log_prob_drop']:.4f} nats, {one['verdict']}")
+            assert abs(one["log_prob_drop"] - expected) <= 1e-3
+        expected = whole - log_prob(without(*texts), spans)
+        print(f"together: {verification['together']['log_prob_drop']:.4f} nats")
+        assert abs(verification["together"]["log_prob_drop"] - expected) <= 1e-3
+        assert verification["verdict"] == "supported"
+    usage = found["usage"]
+    assert usage["scored_requests"] >= 4 and usage["scored_tokens"] > 0
+    assert usage["scored_cached_tokens"] > 0 and usage["seconds"]["verify"] > 0
