@@ -89,6 +89,14 @@ def target_table() -> str:
     return _table(["key", "type", "meaning"], rows)
 
 
+def source_table() -> str:
+    """A source that the request marks, and sources with a separator between them."""
+    from vllm_flashtrace.api.request import MarkedSource, SeparatedSources
+
+    parts = [model.model_json_schema() for model in (MarkedSource, SeparatedSources)]
+    return "\n\n".join(_fields_table(schema) for schema in parts)
+
+
 def request_limits() -> str:
     """The most that one request may ask for."""
     from vllm_flashtrace.api.request import RequestLimits
@@ -259,6 +267,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         request_limits,
         request_table,
         response_tables,
+        source_table,
         target_table,
         tested_vllm,
     )

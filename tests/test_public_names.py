@@ -136,6 +136,8 @@ ERROR_CODES = {
     "result_missing",
     "result_too_large",
     "server_lost",
+    "source_not_found",
+    "sources_overlap",
     "span_out_of_range",
     "target_beyond_context",
     "target_not_found",

@@ -49,6 +49,8 @@ def test_defaults(value):
     assert parse(value).model_dump() == {
         "target": "output",
         "targets": None,
+        "sources": None,
+        "citations": None,
         "hops": 1,
         "reasoning": "auto",
         "recurse_over": "reasoning",
@@ -323,7 +325,7 @@ def test_json_schema_describes_every_key():
     assert schema["additionalProperties"] is False
     assert list(schema["properties"]) == list(FlashTraceRequest.model_fields)
     models = [schema, *schema["$defs"].values()]
-    assert len(models) == 6
+    assert len(models) == 9
     for model in models:
         assert model["description"]
         for field in model["properties"].values():

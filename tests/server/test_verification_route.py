@@ -113,3 +113,21 @@ async def test_deferred_attributions_are_verified(app):
             break
         await asyncio.sleep(0.02)
     assert found["status"] == "completed" and len(found["verification"]["removed"]) == 2
+
+
+async def test_citations_have_the_verdicts_of_their_sources(app):
+    app.engine.log_prob = lambda text: -0.5 if "4821. Which" in text else -4.0
+    sources = [{"id": "cat", "text": "The cat sat."}, {"id": "code", "text": "The code is 4821."}]
+    field = {**FIELD, "verify": 1, "sources": sources, "citations": True}
+    app.engine.answers = ["The code is 4821."]
+    messages = [{"role": "user", "content": PROMPT}]
+    response = await app.chat(messages=messages, flashtrace=field)
+    data = response.json()["choices"][0]["flashtrace"]
+    check_described(data)
+    [removed] = data["verification"]["removed"]
+    assert {"index", "id", "kind", "score"} <= removed.keys() and "sentences" not in removed
+    [citation] = data["citations"]
+    cited = {source["id"]: source for source in citation["sources"]}
+    assert cited[removed["id"]]["log_prob_drop"] == removed["log_prob_drop"]
+    assert cited[removed["id"]]["verdict"] == removed["verdict"] == "unsupported"
+    assert all("verdict" not in source for name, source in cited.items() if name != removed["id"])

@@ -137,6 +137,24 @@ def test_json_in_a_template_is_a_form_of_the_text(byte_level):
     assert list(found.texts[1].token_ids) == [*expected, *answer]
 
 
+def test_sources_are_taken_out_where_the_request_has_any(byte_level, chat, render):
+    completion = chat(CHAT, "4821")
+    marks = [{"id": "cat", "text": "The cat sat."}, {"id": "code", "text": f"{CODE} It is cold."}]
+    found = verify(byte_level, completion, [f"{CODE} It is cold."], render, sources=marks)
+    contents = [
+        CHAT[1]["content"],
+        "Which code?",
+        "The cat sat.\nWhich code?",
+        f"{CODE} It is cold.\nWhich code?",
+    ]
+    for text, content in zip(found.texts, contents, strict=True):
+        alone = chat([CHAT[0], {**CHAT[1], "content": content}], "4821", eos=False)
+        assert list(text.token_ids) == alone.token_ids
+    [data] = found.results(reports(found, -1.0, -2.0, -2.0, -1.0))
+    assert [(one["id"], one["index"]) for one in data["removed"]] == [("code", 1), ("cat", 0)]
+    assert [one["log_prob_drop"] > 0 for one in data["removed"]] == [True, False]
+
+
 def test_targets_share_texts_up_to_the_limit(byte_level, chat, render):
     answer = "4821 it is. The cat."
     completion = chat(CHAT, answer)

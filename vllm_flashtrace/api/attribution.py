@@ -217,6 +217,16 @@ class Attribution:
         return list(self._result().get("sentences") or [])
 
     @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Score per source, in the order of the request, if it has sources."""
+        return list(self._result().get("sources") or [])
+
+    @property
+    def citations(self) -> list[dict[str, Any]]:
+        """The parts of the answer that have sources, with these, if asked for."""
+        return list(self._completed().get("citations") or [])
+
+    @property
     def verification(self) -> dict[str, Any] | None:
         """What becomes of the target without the parts that score best; None if not asked for."""
         found = self._result().get("verification")

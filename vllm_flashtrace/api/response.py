@@ -33,6 +33,12 @@ class TargetFound(_Part):
     tokens: list[tuple[_Index, _Index]] = Field(
         description="Half-open ranges [start, end) of generated tokens, counted from 0."
     )
+    start: _Index | None = Field(
+        default=None,
+        description="First character of the target in the content of the answer; absent where the "
+        "target is in no one place of it: in reasoning or in a tool call.",
+    )
+    end: _Index | None = Field(default=None, description="One past its last character there.")
     path: str | None = Field(
         default=None,
         description="Of a value in a JSON answer, with targets 'claims': where it stands there, "
@@ -139,17 +145,7 @@ class SegmentScore(_Part):
     )
 
 
-class SentenceScore(_Part):
-    """One sentence or line of a message and its share."""
-
-    message: _Index = Field(
-        description="Index of the message that it stands in, 0 for a plain prompt."
-    )
-    part: _Index | None = Field(
-        default=None,
-        description="Index of the content part within the message; only where the content is a "
-        "list of parts.",
-    )
+class _Scored(_Part):
     start: _Index = Field(description="First character within the content (or its part).")
     end: _Index = Field(description="One past its last character there.")
     text: str = Field(description="The sentence without blanks at either end.")
@@ -160,9 +156,126 @@ class SentenceScore(_Part):
     )
 
 
-class RemovedPart(SentenceScore):
-    """A sentence that was taken out of the prompt, and what that did to the target."""
+class SourceSentence(_Scored):
+    """One sentence or line of a source and its share.
 
+    Positions count within the message's content (or its part) that the source stands in, or within
+    the document's text.
+    """
+
+
+class SourceScore(_Part):
+    """Score of one source."""
+
+    index: _Index = Field(description="Number of the source.")
+    id: str = Field(description="Its name.")
+    kind: Literal["marked", "document", "search_result", "tool"] = Field(
+        description="What it is: a text that the request's sources marks, a document that came "
+        "with the request, a search result of Anthropic's form, or what a tool returned."
+    )
+    title: str | None = Field(default=None, description="Its title, if it has one.")
+    url: str | None = Field(default=None, description="Its URL, if it has one.")
+    message: _Index | None = Field(
+        default=None,
+        description="Index of the message that it stands in, 0 for a plain prompt; absent for a "
+        "document that the chat template writes.",
+    )
+    part: _Index | None = Field(
+        default=None,
+        description="Index of the content part within the message; only where the content is a "
+        "list of parts.",
+    )
+    start: _Index | None = Field(
+        default=None, description="First character within the content (or its part)."
+    )
+    end: _Index | None = Field(default=None, description="One past its last character there.")
+    tokens: _Index = Field(description="How many tokens of the prompt it has.")
+    score: _Share | None = Field(
+        description="Sum of the scores of its tokens; null where its place in the prompt is not "
+        "certain, or the chat template leaves it out."
+    )
+    mean: _Share | None = Field(description="Mean of the scores of its tokens; null likewise.")
+    sentences: list[SourceSentence] = Field(
+        description="Its sentences, the highest mean first, at most top_k."
+    )
+
+
+class CitedSource(_Part):
+    """A source that a part of the answer is cited with."""
+
+    index: _Index = Field(description="Number of the source among the request's sources.")
+    id: str = Field(description="Its name.")
+    kind: Literal["marked", "document", "search_result", "tool"] = Field(description="What it is.")
+    title: str | None = Field(default=None, description="Its title, if it has one.")
+    url: str | None = Field(default=None, description="Its URL, if it has one.")
+    number: _Index = Field(
+        description="Its number among the search results, or among the sources that are none."
+    )
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    start: _Index = Field(
+        description="First character, in the source's text, of its sentence with the highest mean."
+    )
+    end: _Index = Field(description="One past its last character there.")
+    text: str = Field(description="That sentence.")
+    blocks: tuple[_Index, _Index] | None = Field(
+        default=None,
+        description="Of a search result: the half-open range of its blocks with the sentence.",
+    )
+    log_prob_drop: float | None = Field(
+        default=None, description="See RemovedPart; if the source is among those verified."
+    )
+    verdict: Verdict | None = Field(default=None, description="Likewise.")
+
+
+class Citation(_Part):
+    """A part of the answer and the sources that it came from."""
+
+    start: _Index = Field(description="First character of the part in the content of the answer.")
+    end: _Index = Field(description="One past its last character there.")
+    text: str = Field(description="Text of the part.")
+    sources: Annotated[list[CitedSource], Field(min_length=1)] = Field(
+        description="Its sources, the one with the most evidence first."
+    )
+
+
+class SentenceScore(_Scored):
+    """One sentence or line of a message and its share."""
+
+    message: _Index = Field(
+        description="Index of the message that it stands in, 0 for a plain prompt."
+    )
+    part: _Index | None = Field(
+        default=None,
+        description="Index of the content part within the message; only where the content is a "
+        "list of parts.",
+    )
+
+
+class RemovedPart(_Part):
+    """A sentence or a source that was taken out of the prompt, and what that did to the target.
+
+    A sentence has the keys of `SentenceScore`, a source those of `SourceScore` but its sentences.
+    """
+
+    index: _Index | None = Field(default=None, description="Number of the source.")
+    id: str | None = Field(default=None, description="Name of the source.")
+    kind: Literal["marked", "document", "search_result", "tool"] | None = Field(
+        default=None, description="What the source is."
+    )
+    title: str | None = Field(default=None, description="Title of the source, if it has one.")
+    url: str | None = Field(default=None, description="URL of the source, if it has one.")
+    message: _Index | None = Field(
+        default=None, description="Index of the message that it stands in."
+    )
+    part: _Index | None = Field(
+        default=None, description="Index of the content part within the message, if it has parts."
+    )
+    start: _Index | None = Field(default=None, description="First character within the content.")
+    end: _Index | None = Field(default=None, description="One past its last character there.")
+    text: str | None = Field(default=None, description="Text of the sentence.")
+    tokens: _Index = Field(description="How many tokens of the prompt it has.")
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    mean: _Share = Field(description="Mean of the scores of its tokens.")
     log_prob_drop: float | None = Field(
         default=None,
         description="By how many nats the target's log-probability falls without it; negative "
@@ -199,7 +312,9 @@ class VerificationFound(_Part):
         default=None, description="How many tokens that is of."
     )
     removed: list[RemovedPart] | None = Field(
-        default=None, description="The parts that were taken out, the highest mean first."
+        default=None,
+        description="The parts that were taken out, the best first: the sources of a request that "
+        "has any, else sentences.",
     )
     together: RemovedTogether | None = Field(
         default=None, description="All of them taken out at once."
@@ -323,6 +438,11 @@ class TargetResult(_Part):
     segments: list[SegmentScore] | None = Field(
         default=None, description="Scores of the messages; with include 'segments'."
     )
+    sources: list[SourceScore] | None = Field(
+        default=None,
+        description="Scores of the sources, in the order that the request gives them; only if the "
+        "request has sources.",
+    )
     sentences: list[SentenceScore] | None = Field(
         default=None,
         description="Sentences of the messages, the highest mean first, at most top_k; with "
@@ -347,6 +467,11 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="Of each part of the answer what else stands here; only if the request has "
         "targets.",
+    )
+    citations: list[Citation] | None = Field(
+        default=None,
+        description="The parts of the answer that have sources, in the order of the answer; only "
+        "if the request has citations.",
     )
     prompt_tokens: _Index | None = Field(
         default=None, description="Number of tokens of the rendered prompt."

@@ -17,6 +17,29 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """A document that came with a request.
+
+    Attributes:
+        id: Name of it, unlike those of the request's other documents.
+        text: Its text.
+        kind: ``"document"`` or ``"search_result"``.
+        title: Its title, if it has one.
+        url: Where it was taken from, if it says so.
+        by_template: Whether the chat template writes it into the prompt, and no message holds it.
+        blocks: Where each block that its text was joined from begins.
+    """
+
+    id: str
+    text: str
+    kind: str = "document"
+    title: str | None = None
+    url: str | None = None
+    by_template: bool = True
+    blocks: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A finished completion as the engine saw it.
 
@@ -26,6 +49,7 @@ class Completion:
         text: The generated text the client sees (stop strings cut off).
         prompt_text: The client's own prompt string for a plain completion, else None.
         messages: The client's chat messages (OpenAI form), else None.
+        documents: Documents that came with them.
     """
 
     prompt_token_ids: Sequence[int]
@@ -33,6 +57,7 @@ class Completion:
     text: str
     prompt_text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Document] = ()
 
     @property
     def token_ids(self) -> list[int]:

@@ -315,7 +315,7 @@ def _read_marks(
     for index, source in enumerate(sources):
         starts, ends = marks[2 * index], marks[2 * index + 1]
         inside = plain[starts[0] : ends[0]] if len(starts) == len(ends) == 1 else ""
-        origins = _escapes(source, inside)
+        origins = escapes(source, inside)
         if (
             origins
             or inside in (source.text, source.text.strip())
@@ -330,7 +330,7 @@ def _read_marks(
     return LocatedTexts(shown, frozenset(unlocated), prompt)
 
 
-def _escapes(source: MessageText, written: str) -> list[Span] | None:
+def escapes(source: MessageText, written: str) -> list[Span] | None:
     """Origin of every character of a content that is written with JSON's escapes, and only then."""
     if not source.is_content or "\\" not in written:
         return None

@@ -19,9 +19,11 @@ from vllm_flashtrace.api.response import OBJECT
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopResult
+from vllm_flashtrace.text.citations import cited, cited_source
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.prompt_map import PromptMap
 from vllm_flashtrace.text.sentences import sentences
+from vllm_flashtrace.text.sources import PromptSource
 
 _NAMES = ("name", "tool_call_id")
 
@@ -122,9 +124,13 @@ def build_result(
     results = [_target_result(plan, tokens, as_tensors) for plan in plans]
     for result, verification in zip(results, verifications, strict=False):
         result["verification"] = verification
+        _add_verdicts(result.get("citations") or (), verification)
     if first.request.targets is None:
         data |= results[0]
     else:
+        if first.request.citations is not None:
+            found = [each for result in results for each in result.pop("citations")]
+            data["citations"] = sorted(found, key=lambda each: (each["start"], each["end"]))
         data["targets"] = results
         data["prompt_tokens"] = first.prompt_length
     if "tokens" in first.request.include:
@@ -155,11 +161,48 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
     if plan.request.hops == "auto":
         data["auto_stopped"] = _auto_stopped(plan, result)
     numbers: Callable[[Tensor], Any] = _checked if as_tensors else _numbers
+    if plan.sources is not None:
+        entries = [source.scored(i, scores) for i, source in enumerate(plan.sources)]
+        if plan.request.citations is not None:
+            data["citations"] = _citations(plan, plan.sources, entries, scores)
+        data["sources"] = [_limited(entry, plan.request.top_k) for entry in entries]
     data |= _inclusions(plan, result, scores, numbers)
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
             hop["scores"] = numbers((hop_scores * plan.input_mask)[: plan.prompt_length])
     return data
+
+
+def _citations(
+    plan: TracePlan,
+    sources: Sequence[PromptSource],
+    entries: Sequence[dict[str, Any]],
+    scores: Sequence[float],
+) -> list[dict[str, Any]]:
+    """The target with its sources; nothing where it is in no one place or has none."""
+    numbers = cited(sources, scores) if plan.in_answer is not None else []
+    if plan.in_answer is None or not numbers:
+        return []
+    start, end = plan.in_answer
+    named = [cited_source(sources, i, entries[i]) for i in numbers]
+    return [{"start": start, "end": end, "text": plan.target_text, "sources": named}]
+
+
+def _add_verdicts(citations: Sequence[dict[str, Any]], verification: Mapping[str, Any]) -> None:
+    """Tells of each cited source what taking it out has done."""
+    removed = {each.get("index"): each for each in verification.get("removed", ())}
+    for source in [source for each in citations for source in each["sources"]]:
+        found = removed.get(source["index"], {})
+        for name in ("log_prob_drop", "verdict"):
+            if name in found:
+                source[name] = found[name]
+
+
+def _limited(source: dict[str, Any], top_k: int | None) -> dict[str, Any]:
+    """The source with its best sentences only."""
+    found = source["sentences"]
+    best = _chosen([entry["mean"] for entry in found], top_k)
+    return {**source, "sentences": [found[i] for i in best]}
 
 
 def _target(plan: TracePlan) -> dict[str, Any]:
@@ -168,6 +211,8 @@ def _target(plan: TracePlan) -> dict[str, Any]:
         "text": plan.target_text,
         "tokens": [list(span) for span in plan.target_spans],
     }
+    if plan.in_answer is not None:
+        data |= {"start": plan.in_answer[0], "end": plan.in_answer[1]}
     part = plan.part
     if part is not None:
         names = {"path": part.path, "tool_call": part.tool_call, "argument": part.argument}

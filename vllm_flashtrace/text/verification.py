@@ -23,20 +23,22 @@ from typing import Any, NamedTuple, TypeAlias
 from vllm_flashtrace.api.response import Verdict
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.records import Completion, ScoredText, ScoreReport, Span
+from vllm_flashtrace.text.citations import evidence
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.prompt_texts import (
     MessageText,
     Render,
-    message_texts,
     rendered,
     replaced_texts,
 )
-from vllm_flashtrace.text.sentences import sentences
+from vllm_flashtrace.text.sentences import contents, sentences
+from vllm_flashtrace.text.sources import PromptSource
 
 SUPPORTED_NATS, SUPPORTED_NATS_PER_TOKEN = math.log(10), 0.1
 WEAK_NATS, WEAK_NATS_PER_TOKEN = math.log(2), 0.03
 
 _NO_UNITS = "the prompt has no text of the client whose place is known"
+_NOT_THE_CLIENTS = "it stands in no message: the chat template writes it"
 
 
 def verdict_of(drop: float, tokens: int) -> Verdict:
@@ -66,7 +68,7 @@ class Unit:
 
     Attributes:
         fields: What the response says of it.
-        ranges: Where it lies in the client's texts.
+        ranges: Where it lies in the client's texts; empty where it is in none of them.
     """
 
     fields: Mapping[str, Any]
@@ -74,14 +76,31 @@ class Unit:
 
 
 def best_units(plan: TracePlan, count: int) -> list[Unit]:
-    """The sentences that score best, the highest mean first; after the plan has been run."""
+    """What scores best, after the plan has been run: sources by their evidence, or sentences.
+
+    Args:
+        plan: The plan; its sources, where the request has any, come in place of sentences, which
+            are ranked by their mean.
+        count: Most units.
+    """
     scores = plan.recursion.result().scores[: plan.prompt_length].tolist()
+    if plan.sources is not None:
+        ranked = ((evidence(source, scores), i) for i, source in enumerate(plan.sources))
+        best = sorted((-known, i) for known, i in ranked if known > 0)[:count]
+        return [_source_unit(plan.sources[i], i, scores) for _, i in best]
     found = sentences(plan.prompt_map, plan.completion, scores)
     found = sorted((one for one in found if one["mean"] > 0), key=lambda one: -one["mean"])
     return [
         Unit(one, (TextRange(one["message"], one.get("part"), one["start"], one["end"]),))
         for one in found[:count]
     ]
+
+
+def _source_unit(source: PromptSource, index: int, scores: Sequence[float]) -> Unit:
+    entry = source.scored(index, scores)
+    fields = {name: value for name, value in entry.items() if name != "sentences"}
+    key, span = source.source.key, source.source.span
+    return Unit(fields, () if key is None else (TextRange(*key, *span),))
 
 
 class CannotRemoveError(Exception):
@@ -138,7 +157,7 @@ class Verification:
         self._places: dict[_Removal, int] = {}
         self.texts = []
         whole = _Text(list(plans[0].completion.prompt_token_ids), "", list(range(len(plans))))
-        wanted = [(_removal(units), index) for index, units in enumerate(self._units) if units]
+        wanted = [(_removal(units), index) for index, units in enumerate(self._units)]
         for rank in range(plans[0].request.verify):
             wanted += [
                 (_removal([units[rank]]), index)
@@ -146,6 +165,8 @@ class Verification:
                 if rank < len(units)
             ]
         for removal, index in wanted:
+            if not removal:
+                continue
             made = self._made.get(removal)
             if made is None:
                 made = self._made[removal] = self._without(removal, max_requests)
@@ -214,6 +235,8 @@ class Verification:
                 reason = f"the target could not be scored: {error}"
 
         def entry(removed: Sequence[Unit]) -> dict[str, Any]:
+            if not all(unit.ranges for unit in removed):
+                return {"reason": _NOT_THE_CLIENTS}
             if reason:
                 return {"reason": reason}
             try:
@@ -262,7 +285,7 @@ class _Prompt:
         self._completion = completion
         self._tokenizer = tokenizer
         self._render = render
-        self._sources = _contents(completion)
+        self._sources = {(text.message, text.part): text for text in contents(completion)}
         self._special: bool | None = None
         self._whole = ""
         self._refusal: str | None = None
@@ -327,16 +350,6 @@ class _Prompt:
     def _tokens(self, text: str, special: bool) -> list[int]:
         # Of a batch, which lets other threads run meanwhile.
         return list(self._tokenizer([text], add_special_tokens=special)["input_ids"][0])
-
-
-def _contents(completion: Completion) -> dict[tuple[int, int | None], MessageText]:
-    """The client's texts by message and part."""
-    if completion.messages is not None:
-        texts = [text for text in message_texts(completion.messages) if text.is_content]
-        return {(text.message, text.part): text for text in texts}
-    if completion.prompt_text is None:
-        return {}
-    return {(0, None): MessageText(0, None, completion.prompt_text)}
 
 
 def _in_order(one: TextRange) -> tuple[int, int, int, int]:
