@@ -273,6 +273,8 @@ class RunnerCapture:
         Args:
             runner: The V1 or V2 model runner, whose state of the step is about to be used up.
         """
+        if not self.scorer.in_step:
+            return
         try:
             state = runner.execute_model_state
             # None on pipeline stages that only hand on what they have computed.

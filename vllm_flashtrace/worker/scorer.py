@@ -142,6 +142,11 @@ class Scorer:
         """Whether a step computes tokens of a request that is scored."""
         return bool(self._scores) and not self._scores.keys().isdisjoint(scheduled)
 
+    @property
+    def in_step(self) -> bool:
+        """Whether the step that was begun last computes tokens of a request that is scored."""
+        return bool(self._step)
+
     def begin_step(self, batch: Sequence[BatchRow]) -> None:
         """Notes the rows of a step that is about to be computed, and the weights."""
         rows = [(self._scores[row.req_id], row) for row in batch if row.req_id in self._scores]
