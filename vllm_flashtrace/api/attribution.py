@@ -230,6 +230,12 @@ class Attribution:
         return list(self._completed().get("citations") or [])
 
     @property
+    def verification(self) -> dict[str, Any] | None:
+        """What becomes of the target without the parts that score best; None if not asked for."""
+        found = self._result().get("verification")
+        return None if found is None else dict(found)
+
+    @property
     def generated(self) -> list[dict[str, Any]]:
         """Scores on generated tokens, if asked for."""
         return list(self._result().get("generated") or [])

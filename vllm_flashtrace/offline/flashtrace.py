@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, Self, TypeGuard
 
@@ -21,6 +22,7 @@ from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.text.plan import plan_targets
 from vllm_flashtrace.text.sources import find_sources
 from vllm_flashtrace.text.tool_calls import call_arguments
+from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
 Messages = Sequence[Mapping[str, Any]]
@@ -240,6 +242,13 @@ class FlashTrace:
             )
         except FlashTraceError as error:
             job.error = error
+        if request.verify:
+            job.verify = partial(
+                Verification,
+                tokenizer=self._tokenizer,
+                render=self._render,
+                max_requests=self.config.max_verify_requests,
+            )
         return job
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:

@@ -58,6 +58,7 @@ def result_bytes(
     entries = prompt if request.top_k is None else min(request.top_k, prompt)
     # No more sentences than tokens, of the messages and of the sources.
     entries *= 1 + ("sentences" in include) + (sources > 0)
+    entries += request.verify
     entries += generated if "generated" in include else 0
     entries += 2 * sources
     entries *= targets

@@ -19,7 +19,7 @@ from typing import Any
 
 from vllm_flashtrace.api.converters import EVALUATION_EVENT, evaluation_events
 from vllm_flashtrace.base.logs import log_lost_trace
-from vllm_flashtrace.base.records import TraceReport, TraceUsage
+from vllm_flashtrace.base.records import ScoredText, ScoreReport, TraceReport, TraceUsage
 from vllm_flashtrace.trace.metrics import CacheLookup, CacheUse, TraceMetrics
 
 try:
@@ -35,6 +35,7 @@ ATTRIBUTION_SPAN = "flashtrace.attribute"
 HOP_SPAN = "flashtrace.hop"
 # As many as OpenTelemetry keeps of a span by default, of which it would keep the last.
 _MAX_EVENTS = 128
+SCORE_SPAN = "flashtrace.score"
 
 
 class Observer:
@@ -122,6 +123,23 @@ class Observation:
                 "flashtrace.restarts": report.restarts,
                 "flashtrace.hops": sum(map(len, report.targets)),
                 "flashtrace.targets": len(report.targets),
+            }
+        )
+
+    @contextmanager
+    def scoring(self, text: ScoredText) -> Iterator[Span]:
+        """Scores a text; the span's headers belong to its engine request."""
+        attributes = {"flashtrace.target_tokens": len(text.positions)}
+        with self._observer.telemetry.span(SCORE_SPAN, self._span.headers, attributes) as span:
+            yield span
+
+    def scored(self, span: Span, report: ScoreReport) -> None:
+        """Takes what scoring a text cost."""
+        self._observer.metrics.hop(report.recomputed_tokens, report.cached_tokens)
+        span.set(
+            {
+                "flashtrace.recomputed_tokens": report.recomputed_tokens,
+                "flashtrace.cached_tokens": report.cached_tokens,
             }
         )
 
