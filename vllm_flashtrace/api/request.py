@@ -347,7 +347,7 @@ class FlashTraceRequest(StrictModel):
         default=None,
         description="true, or an object with a format: adds to the answer which sources its parts "
         "came from, in the form that clients of the route read. It explains targets 'claims' from "
-        "sources 'auto' where the request names no others.",
+        "sources 'auto' and skips 'punctuation' where the request says nothing else.",
     )
     hops: Position | Literal["auto"] = Field(
         default=1,
@@ -416,7 +416,7 @@ class FlashTraceRequest(StrictModel):
         if isinstance(preset, str) and preset in PRESETS:
             value = {**PRESETS[preset], **value}
         if isinstance(value, Mapping) and value.get("citations") not in (None, False):
-            value = {"sources": "auto", **value}
+            value = {"sources": "auto", "skip_tokens": "punctuation", **value}
             if "target" not in value:
                 value = {"targets": "claims", **value}
         return value

@@ -196,7 +196,8 @@ class SourceScore(_Part):
     )
     mean: _Share | None = Field(description="Mean of the scores of its tokens; null likewise.")
     sentences: list[SourceSentence] = Field(
-        description="Its sentences, the highest mean first, at most top_k."
+        description="Its sentences, the highest mean first; at most top_k of all sources. With "
+        "top_k null all, in the order of the text."
     )
 
 

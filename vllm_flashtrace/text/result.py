@@ -165,7 +165,7 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
         entries = [source.scored(i, scores) for i, source in enumerate(plan.sources)]
         if plan.request.citations is not None:
             data["citations"] = _citations(plan, plan.sources, entries, scores)
-        data["sources"] = [_limited(entry, plan.request.top_k) for entry in entries]
+        data["sources"] = _with_best_sentences(entries, plan.request.top_k)
     data |= _inclusions(plan, result, scores, numbers)
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
@@ -188,6 +188,15 @@ def _citations(
     return [{"start": start, "end": end, "text": plan.target_text, "sources": named}]
 
 
+def _with_best_sentences(sources: list[dict[str, Any]], top_k: int | None) -> list[dict[str, Any]]:
+    """The sources with those of their sentences that are among the best of all sources."""
+    found = [(i, each) for i, source in enumerate(sources) for each in source["sentences"]]
+    kept: list[list[dict[str, Any]]] = [[] for _ in sources]
+    for at in _chosen([each["mean"] for _, each in found], top_k):
+        kept[found[at][0]].append(found[at][1])
+    return [{**source, "sentences": own} for source, own in zip(sources, kept, strict=True)]
+
+
 def _add_verdicts(citations: Sequence[dict[str, Any]], verification: Mapping[str, Any]) -> None:
     """Tells of each cited source what taking it out has done."""
     removed = {each.get("index"): each for each in verification.get("removed", ())}
@@ -196,13 +205,6 @@ def _add_verdicts(citations: Sequence[dict[str, Any]], verification: Mapping[str
         for name in ("log_prob_drop", "verdict"):
             if name in found:
                 source[name] = found[name]
-
-
-def _limited(source: dict[str, Any], top_k: int | None) -> dict[str, Any]:
-    """The source with its best sentences only."""
-    found = source["sentences"]
-    best = _chosen([entry["mean"] for entry in found], top_k)
-    return {**source, "sentences": [found[i] for i in best]}
 
 
 def _target(plan: TracePlan) -> dict[str, Any]:

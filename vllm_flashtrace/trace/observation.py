@@ -14,8 +14,10 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
+from vllm_flashtrace.api.converters import EVALUATION_EVENT, evaluation_events
 from vllm_flashtrace.base.logs import log_lost_trace
 from vllm_flashtrace.base.records import ScoredText, ScoreReport, TraceReport, TraceUsage
 from vllm_flashtrace.trace.metrics import CacheLookup, CacheUse, TraceMetrics
@@ -31,6 +33,8 @@ SpanValue = str | int | float | bool
 
 ATTRIBUTION_SPAN = "flashtrace.attribute"
 HOP_SPAN = "flashtrace.hop"
+# As many as OpenTelemetry keeps of a span by default, of which it would keep the last.
+_MAX_EVENTS = 128
 SCORE_SPAN = "flashtrace.score"
 
 
@@ -159,6 +163,7 @@ class Observation:
                     "flashtrace.cached_tokens": usage.cached_tokens,
                 }
             )
+            self._span.evaluated(result, self._request_id)
         else:
             self._lost(status, code, error.get("message", ""))
         self._observer.metrics.ended(self._route, status, code, seconds)
@@ -254,6 +259,12 @@ class Span:
         """Sets attributes."""
         if self._span is not None:
             self._span.set_attributes(dict(attributes))
+
+    def evaluated(self, result: Mapping[str, Any], response_id: str | None) -> None:
+        """Adds the measures of a completed attribution as events, the first 128 of them."""
+        if self._span is not None:
+            for attributes in islice(evaluation_events(result, response_id), _MAX_EVENTS):
+                self._span.add_event(EVALUATION_EVENT, attributes)
 
     def failed(self, code: str) -> None:
         """Marks the span as failed; the code alone, since messages may quote text."""

@@ -267,6 +267,7 @@ class AsyncTracer:
             layers=self._layers if "layers" in first.request.include else 0,
             max_hops=self.config.max_hops,
             targets=len(plans),
+            sources=len(first.sources or ()),
         )
         large = nbytes >= LARGE_BYTES
         if large:
