@@ -287,7 +287,8 @@ class RemovedPart(_Part):
     )
     reason: str | None = Field(
         default=None,
-        description="Why there are no numbers: it could not be taken out, or its request failed.",
+        description="Why there are no numbers: it could not be taken out, or its request failed; "
+        "or why there is no verdict beside the number.",
     )
 
 
@@ -298,7 +299,9 @@ class RemovedTogether(_Part):
         default=None, description="By how many nats the target's log-probability falls."
     )
     verdict: Verdict | None = Field(default=None, description="What it says.")
-    reason: str | None = Field(default=None, description="Why there are no numbers.")
+    reason: str | None = Field(
+        default=None, description="Why there is no number, or no verdict beside it."
+    )
 
 
 class VerificationFound(_Part):
