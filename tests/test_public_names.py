@@ -74,6 +74,7 @@ SERVER_OPTIONS = {
     "max_waiting_seconds",
     "max_accumulator_mib",
     "max_layer_scores",
+    "max_attention_sums",
     "max_result_mib",
     "trace_token_share",
     "trace_timeout_seconds",
@@ -87,6 +88,7 @@ ROUTES = {
     ("POST", "/v1/attributions"),
     ("GET", "/v1/attributions/status"),
     ("GET", "/v1/attributions/{attribution_id}"),
+    ("GET", "/v1/attributions/{attribution_id}/attention"),
     ("DELETE", "/v1/attributions/{attribution_id}"),
     ("GET", "/flashtrace"),
 }
@@ -137,6 +139,7 @@ ERROR_CODES = {
     "target_beyond_context",
     "target_not_found",
     "timeout",
+    "too_many_attention_sums",
     "too_many_layer_scores",
     "too_many_targets",
     "tool_call_not_found",

@@ -17,7 +17,7 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_flashtrace.trace.wire import WireReport, sealed_spec, tensor_bytes, unseal
+from vllm_flashtrace.trace.wire import ModelPart, WireReport, sealed_spec, tensor_bytes, unseal
 
 
 @dataclass
@@ -125,6 +125,11 @@ class FakeEngine:
         spec = unseal(call.params.extra_args["flashtrace"])
         assert len(call.prompt["prompt_token_ids"]) == spec.length
         scores = self.trace_scores(spec.length)
+        attention, heads = b"", 0
+        if spec.attention:
+            heads = self.model_config.get_num_attention_heads(self.vllm_config.parallel_config)
+            sums = (scores / scores.sum()).expand(self.layers, heads, -1)
+            attention = tensor_bytes(sums, torch.float16)
         self._reports[spec.nonce] = WireReport(
             status="completed",
             scores=tensor_bytes(scores.expand(len(spec.targets), -1)),
@@ -133,6 +138,9 @@ class FakeEngine:
             if spec.layers
             else b"",
             num_layers=self.layers if spec.layers else 0,
+            attention=attention,
+            num_heads=heads,
+            part=ModelPart(0, self.layers, self.layers, 1),
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},
