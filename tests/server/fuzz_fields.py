@@ -164,6 +164,7 @@ PLAUSIBLE = st.fixed_dictionaries(
             ),
             max_size=5,
         ),
+        "verify": st.integers(0, 3),
         "preset": st.sampled_from(["paper", "sources"]),
     },
 ).map(_without_a_single_one)
