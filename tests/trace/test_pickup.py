@@ -341,15 +341,15 @@ def test_stages_add_up_to_one(
     [
         ([(0, 2), (0, 2)], "head 2 of layer 0 is not there once"),
         ([(0, 2), (3, 2)], "head 2 of layer 0 is not there once"),
-        ([(0, 2), (0, 0)], "head 2 of layer 0 is not there once"),
+        ([(0, 2), (2, 0)], "head 2 of layer 0 is not there once"),
     ],
 )
 def test_heads_that_do_not_make_one_layer(heads: list[tuple[int, int]], reason: str) -> None:
     tokens, residual = proximities(2, 3)
-    ranks = [
-        Rank(part, residual, 2, attention=torch.zeros(LAYERS, n, CONTEXT).half(), first_head=first)
-        for part, (first, n) in zip(tokens, heads, strict=True)
-    ]
+    ranks = []
+    for part, (first, count) in zip(tokens, heads, strict=True):
+        sums = torch.zeros(LAYERS, count, CONTEXT).half() if count else None
+        ranks.append(Rank(part, residual, 2, attention=sums, first_head=first))
     with pytest.raises(TraceError, match=reason) as caught:
         drive(ranks)
     assert caught.value.code == "result_missing"
