@@ -353,6 +353,21 @@ class GeneratedToken(_Part):
     )
 
 
+class AttentionSums(_Part):
+    """How much the target attends to every token, by layer and query head: raw sums, no scores."""
+
+    shape: tuple[_Index, _Index, _Index] = Field(
+        description="Layers, query heads, and tokens: all of the prompt's, then the generated ones."
+    )
+    data: str | None = Field(
+        default=None,
+        description="A safetensors file in base64, whose tensor 'attention' (float16) is of this "
+        "shape: the sum over the target's tokens i of w_i times the attention weight of token i on "
+        "token j, where the w_i sum to 1. Absent if deferred: GET "
+        "/v1/attributions/{id}/attention gives the file.",
+    )
+
+
 class AttributionUsage(_Part):
     """What the attribution cost."""
 
@@ -484,6 +499,10 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="For each layer one score per prompt token; with include 'layers'. Over the "
         "layers they add up to the scores.",
+    )
+    attention: AttentionSums | None = Field(
+        default=None,
+        description="Attention of the target by layer and head; with include 'attention'.",
     )
     tokens: list[str] | None = Field(
         default=None,
