@@ -215,7 +215,7 @@ def test_sigterm_while_traces_run_and_wait(one):
 
 def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
     log = tmp_path / "server.log"
-    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True, by_command=True) as server:
+    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True) as server:
         with ThreadPoolExecutor() as pool:
             futures = submit(pool, server, wait=4)
             engine_core(psutil.Process(server.pid)).kill()
