@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import engine_starts
+from tests import engine_starts, heap
 from tests.cores import BIND, worker_in_engine
 from tests.forked import processes_are_forked
 from tests.oracle import oracle_attention
@@ -84,6 +84,7 @@ class Engine:
         self._outputs: dict[str, Any] = {}
         with pytest.MonkeyPatch.context() as patch:
             if in_process:
+                heap.leave_out_what_is_there()
                 overrides["distributed_executor_backend"] = "uni"
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
                 # The other tests of this process keep its cores.
