@@ -12,12 +12,14 @@ function options() {
   return { hops: hops === "auto" ? hops : Number(hops), recurse_over: $("over").value };
 }
 
+/** Asks for citations where there is something to cite. */
 export function chatBody(turn) {
+  const sources = turn.documents.map(({ number, title, message, span }) => ({ id: String(number), title, message, span }));
   return {
     ...turn.request,
     max_tokens: Number($("tokens").value),
     temperature: Number($("temperature").value),
-    flashtrace: { ...EVERYTHING, ...options(), target: "output" },
+    flashtrace: { ...EVERYTHING, ...options(), ...(sources.length ? { sources, citations: true } : { target: "output" }) },
   };
 }
 
