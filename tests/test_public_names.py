@@ -62,6 +62,7 @@ FIELD_KEYS = {
     "skip_tokens",
     "top_k",
     "include",
+    "verify",
     "preset",
     "mode",
 }
@@ -74,6 +75,8 @@ SERVER_OPTIONS = {
     "max_waiting_seconds",
     "max_accumulator_mib",
     "max_layer_scores",
+    "max_verify",
+    "max_verify_requests",
     "max_result_mib",
     "trace_token_share",
     "trace_timeout_seconds",

@@ -98,6 +98,7 @@ def build_result(
     usage: TraceUsage,
     trace_id: str,
     *,
+    verifications: Sequence[Mapping[str, Any]] = (),
     cache_details: bool = True,
     as_tensors: bool = False,
 ) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def build_result(
         plans: The plans that were run, one for each target.
         usage: What they cost.
         trace_id: Id of the attribution.
+        verifications: What `Verification.results` gives; empty where nothing was verified.
         cache_details: Says how many tokens were in the prefix cache, and how many were not.
         as_tensors: Leaves ``layers`` (float32 ``[L, prompt_length]``) and the ``scores`` of hops
             (float64 ``[prompt_length]``) tensors, which take a tenth of the memory of lists.
@@ -119,10 +121,13 @@ def build_result(
     first = plans[0]
     tokens = first.prompt.pieces()
     data: dict[str, Any] = {"id": trace_id, "object": OBJECT, "status": "completed"}
+    results = [_target_result(plan, tokens, as_tensors) for plan in plans]
+    for result, verification in zip(results, verifications, strict=False):
+        result["verification"] = verification
+        _add_verdicts(result.get("citations") or (), verification)
     if first.request.targets is None:
-        data |= _target_result(first, tokens, as_tensors)
+        data |= results[0]
     else:
-        results = [_target_result(plan, tokens, as_tensors) for plan in plans]
         if first.request.citations is not None:
             found = [each for result in results for each in result.pop("citations")]
             data["citations"] = sorted(found, key=lambda each: (each["start"], each["end"]))
@@ -160,7 +165,7 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
         entries = [source.scored(i, scores) for i, source in enumerate(plan.sources)]
         if plan.request.citations is not None:
             data["citations"] = _citations(plan, plan.sources, entries, scores)
-        data["sources"] = [_limited(entry, plan.request.top_k) for entry in entries]
+        data["sources"] = _with_best_sentences(entries, plan.request.top_k)
     data |= _inclusions(plan, result, scores, numbers)
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
@@ -183,11 +188,23 @@ def _citations(
     return [{"start": start, "end": end, "text": plan.target_text, "sources": named}]
 
 
-def _limited(source: dict[str, Any], top_k: int | None) -> dict[str, Any]:
-    """The source with its best sentences only."""
-    found = source["sentences"]
-    best = _chosen([entry["mean"] for entry in found], top_k)
-    return {**source, "sentences": [found[i] for i in best]}
+def _with_best_sentences(sources: list[dict[str, Any]], top_k: int | None) -> list[dict[str, Any]]:
+    """The sources with those of their sentences that are among the best of all sources."""
+    found = [(i, each) for i, source in enumerate(sources) for each in source["sentences"]]
+    kept: list[list[dict[str, Any]]] = [[] for _ in sources]
+    for at in _chosen([each["mean"] for _, each in found], top_k):
+        kept[found[at][0]].append(found[at][1])
+    return [{**source, "sentences": own} for source, own in zip(sources, kept, strict=True)]
+
+
+def _add_verdicts(citations: Sequence[dict[str, Any]], verification: Mapping[str, Any]) -> None:
+    """Tells of each cited source what taking it out has done."""
+    removed = {each.get("index"): each for each in verification.get("removed", ())}
+    for source in [source for each in citations for source in each["sources"]]:
+        found = removed.get(source["index"], {})
+        for name in ("log_prob_drop", "verdict"):
+            if name in found:
+                source[name] = found[name]
 
 
 def _target(plan: TracePlan) -> dict[str, Any]:
@@ -210,8 +227,13 @@ def _usage(usage: TraceUsage, cache_details: bool) -> dict[str, Any]:
         "recomputed_tokens": int(usage.recomputed_tokens),
         "cached_tokens": int(usage.cached_tokens),
     }
+    requests = {}
+    if usage.scored_requests:
+        requests["scored_requests"] = usage.scored_requests
+        counts["scored_tokens"] = int(usage.scored_tokens)
+        counts["scored_cached_tokens"] = int(usage.scored_cached_tokens)
     seconds = {phase: float(value) for phase, value in usage.seconds.items()}
-    return {**(counts if cache_details else {}), "seconds": seconds}
+    return {**(counts if cache_details else {}), **requests, "seconds": seconds}
 
 
 def failed_result(
