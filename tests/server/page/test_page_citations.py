@@ -85,7 +85,7 @@ def cite(page: Chromium, server: PageServer, text: str = ANSWER) -> None:
     set_field(page, "hops", "0")
     hand_over(page, "paste", "#paste", {}, PARIS)
     hand_over(page, "drop", "body", {"rome.txt": ROME})
-    page.wait_for("document.querySelectorAll('#documents li').length === 2")
+    page.wait_for("document.getElementById('documents').innerText.includes('rome.txt')")
     ask(page, "Which capitals?")
     page.wait_for(SHOWN)
 
@@ -136,6 +136,7 @@ def test_a_part_lights_its_sources_up(page, page_server):
         "[1] Document 1",
         "[2] rome.txt",
     ]
+    assert not page.evaluate("document.querySelector('.chip')")
     # The first part is chosen from the start.
     first = [[True, False], [False, True]]
     assert value(page, LIT) == first
@@ -190,30 +191,18 @@ def test_any_selection_of_a_cited_answer_is_attributed(page, page_server):
 
 
 def test_verdicts(page, page_server):
-    verdicts = ["supported", "no such verdict"]
-    page.evaluate(
-        f"""(() => {{
-        const real = window.fetch;
-        window.fetch = async (...sent) => {{
-            const answer = await real(...sent);
-            if (!String(sent[0]).endsWith("/chat/completions")) return answer;
-            const lines = (await answer.text()).split("\\n").map((line) => {{
-                if (!line.includes('"targets"')) return line;
-                const event = JSON.parse(line.slice(6));
-                {json.dumps(verdicts)}.forEach((verdict, i) => {{
-                    event.choices[0].delta.flashtrace.targets[i].verification = {{ verdict }};
-                }});
-                return `data: ${{JSON.stringify(event)}}`;
-            }});
-            return new Response(lines.join("\\n"), answer);
-        }};
-        }})()"""
-    )
+    # Of each part its own document and the first one are taken out.
+    page_server.engine.log_prob = lambda text: -0.5 if PARIS in text else -4.0
+    hand_over(page, "paste", "#paste", {}, "Bern is in Switzerland.")
+    click(page, "verify")
     cite(page, page_server)
     labels = "c => getComputedStyle(c, '::before').content"
     assert value(page, f"[...document.querySelectorAll('.chip')].map({labels})") == [
-        '"✓ supported"'
+        '"✓ supported"',
+        '"✗ unsupported"',
     ]
+    said = f"{SOURCES}[1].querySelector('.share').textContent"
+    assert page.evaluate(said).startswith("cited · ✓ supported · ")
     described = f"document.getElementById({CLAIMS}[0].getAttribute('aria-describedby')).textContent"
     assert page.evaluate(described).endswith(". supported")
     assert page.evaluate("document.querySelector('.answer').textContent") == ANSWER

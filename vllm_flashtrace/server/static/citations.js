@@ -56,7 +56,7 @@ export class Citations {
       item.classList.toggle("faded", Boolean(claim) && !source);
       const input = claim?.part.input_mass;
       const of = input > 0 && typeof score === "number" ? `${percent(score / input)} of input` : "";
-      share.textContent = claim ? [source ? "cited" : "not cited", of].filter(Boolean).join(" · ") : "";
+      share.textContent = claim ? [source ? "cited" : "not cited", VERDICTS[source?.verdict], of].filter(Boolean).join(" · ") : "";
       text.replaceChildren(...quoted(this.documents[index].text, source));
       const quote = text.querySelector("mark");
       // Moves the source's own scroll bar alone: the page stays where it is.
