@@ -136,6 +136,29 @@ def targets(result: Result) -> str:
     )
 
 
+def citations(result: Result) -> str:
+    """How often a sentence of an answer gets the right citation."""
+    pooled = [f"{name} first" for name in result["rows"][0]["first"]]
+    rows = [
+        row | {title: row["first"][title.removesuffix(" first")] for title in pooled}
+        for row in result["rows"]
+    ]
+    return markdown(
+        [
+            Column("model", "model", str),
+            Column("hops", "hops", str),
+            Column("skip_tokens", "skip_tokens", str),
+            Column("prompt tokens", "tokens", count),
+            Column("sentences", "sentences", count),
+            *(Column(title, title, decimals(2)) for title in pooled),
+            Column("recall", "recall", decimals(2)),
+            Column("precision", "precision", decimals(2)),
+            Column("false", "false", decimals(2)),
+        ],
+        rows,
+    )
+
+
 def parity(result: Result) -> str:
     """Errors against a float64 evaluation."""
     return markdown(

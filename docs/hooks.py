@@ -89,6 +89,19 @@ def target_table() -> str:
     return _table(["key", "type", "meaning"], rows)
 
 
+def source_table() -> str:
+    """A source that the request marks, and sources with a separator between them."""
+    from vllm_flashtrace.api.request import CitationOptions, MarkedSource, SeparatedSources
+
+    schemas = [
+        model.model_json_schema() for model in (MarkedSource, SeparatedSources, CitationOptions)
+    ]
+    return "\n\n".join(
+        f"#### {schema['title']}\n\n{schema['description']}\n\n{_fields_table(schema)}"
+        for schema in schemas
+    )
+
+
 def request_limits() -> str:
     """The most that one request may ask for."""
     from vllm_flashtrace.api.request import RequestLimits
@@ -259,6 +272,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         request_limits,
         request_table,
         response_tables,
+        source_table,
         target_table,
         tested_vllm,
     )

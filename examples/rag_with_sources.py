@@ -1,8 +1,8 @@
-"""Retrieval with sources: which of the retrieved documents did the answer come from?
+"""Retrieval with sources: which of the retrieved documents did each sentence come from?
 
-What one sees: the answer, and a table with each document's share of it. The documents stand in the
-prompt as they would after a search; the shares are sums of token scores over each of them, so they
-need no citation by the model, and one that it invents does not show up.
+What one sees: the answer with a number behind each sentence that came from a document, as the
+server's citations say, and a table with each document's share of the answer. The model is not
+asked to cite anything, so a citation that it invents does not show up.
 
     python examples/rag_with_sources.py [--base-url URL] [--question TEXT]
 """
@@ -24,14 +24,18 @@ DOCUMENTS = {
 QUESTION = "How many steps does the Eierland lighthouse have?"
 
 
-def build_prompt(question: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The prompt, and the characters of each document in it."""
-    prompt, spans = "Answer from these documents.\n\n", {}
-    for name, text in DOCUMENTS.items():
-        prompt += f"[{name}]\n"
-        spans[name] = (len(prompt), len(prompt) + len(text))
-        prompt += f"{text}\n\n"
-    return prompt + question, spans
+def build_prompt(question: str) -> str:
+    """The documents, then the question."""
+    documents = "\n\n".join(f"[{name}]\n{text}" for name, text in DOCUMENTS.items())
+    return f"Answer from these documents.\n\n{documents}\n\n{question}"
+
+
+def cited_text(answer: str, citations: list[dict]) -> str:
+    """The answer with the numbers of its sources behind each part that has any."""
+    for citation in sorted(citations, key=lambda each: -each["end"]):
+        numbers = "".join(f"[{source['index'] + 1}]" for source in citation["sources"])
+        answer = f"{answer[: citation['end']]} {numbers}{answer[citation['end'] :]}"
+    return answer
 
 
 def main() -> None:
@@ -40,24 +44,31 @@ def main() -> None:
     parser.add_argument("--question", default=QUESTION)
     options = parser.parse_args()
     client, model = connect(options)
-    prompt, spans = build_prompt(options.question)
     response = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": prompt}],
+        messages=[{"role": "user", "content": build_prompt(options.question)}],
         temperature=0,
         max_tokens=48,
-        extra_body={"flashtrace": {"top_k": None}},
+        extra_body={
+            "flashtrace": {
+                "citations": True,
+                "sources": [{"id": name, "text": text} for name, text in DOCUMENTS.items()],
+            }
+        },
     )
     attribution = Attribution.from_response(response.choices[0])
-    shares = {name: attribution.share(start, end) for name, (start, end) in spans.items()}
-    table = Table(title=f"Sources of: {attribution.text}")
+    console = Console()
+    answer = response.choices[0].message.content
+    console.print(cited_text(answer, attribution.citations), markup=False)
+    table = Table(title="Share of the answer")
     table.add_column("document")
-    table.add_column("of the input", justify="right")
-    table.add_column("among the documents", justify="right")
-    total = sum(shares.values())
-    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{share:.1%}", f"{share / total:.1%}")
-    Console().print(table)
+    shares = [[source["score"] or 0 for source in t.sources] for t in attribution.targets]
+    for number in range(1, len(shares) + 1):
+        table.add_column(f"sentence {number}", justify="right")
+    for index, name in enumerate(DOCUMENTS):
+        row = (f"{of_target[index] / sum(of_target):.1%}" for of_target in shares)
+        table.add_row(f"[{index + 1}] {name}", *row)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -49,12 +49,15 @@ def test_defaults(value):
     assert parse(value).model_dump() == {
         "target": "output",
         "targets": None,
+        "sources": None,
+        "citations": None,
         "hops": 1,
         "reasoning": "auto",
         "recurse_over": "reasoning",
         "skip_tokens": "none",
         "top_k": 20,
         "include": (),
+        "verify": 0,
         "preset": "paper",
         "mode": "inline",
     }
@@ -261,6 +264,8 @@ def test_deep_values_are_shortened():
     [
         (RequestLimits(max_hops=2), {"hops": 3}, "hops"),
         (RequestLimits(max_hops=0), True, "hops"),  # The default is one hop.
+        (RequestLimits(max_verify=2), {"verify": 3}, "verify"),
+        (RequestLimits(max_verify_requests=6), {"verify": 2, "targets": ["output"] * 2}, "verify"),
         (RequestLimits(max_top_k=10), {"hops": 1}, "top_k"),
         (RequestLimits(max_spans=1), {"target": {"tokens": [[0, 1], [2, 3]]}}, "target.tokens"),
         (RequestLimits(max_spans=1), {"reasoning": {"tokens": [[0, 1]] * 2}}, "reasoning.tokens"),
@@ -320,7 +325,7 @@ def test_json_schema_describes_every_key():
     assert schema["additionalProperties"] is False
     assert list(schema["properties"]) == list(FlashTraceRequest.model_fields)
     models = [schema, *schema["$defs"].values()]
-    assert len(models) == 6
+    assert len(models) == 9
     for model in models:
         assert model["description"]
         for field in model["properties"].values():

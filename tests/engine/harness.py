@@ -17,7 +17,7 @@ import torch
 from tests import engine_starts, heap
 from tests.cores import BIND, worker_in_engine
 from tests.forked import processes_are_forked
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import ScoredText, ScoreReport, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, HopResult, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
@@ -163,6 +163,27 @@ class Engine:
         from vllm_flashtrace.offline.jobs import pick_up_now
 
         return pick_up_now(self.llm, nonce, self._outputs.pop(nonce, None))
+
+    def score_many(self, texts: Sequence[ScoredText], lora: Any = None) -> list[ScoreReport]:
+        """Scores tokens of texts, all in one batch."""
+        from vllm_flashtrace.trace.pickup import carried_answer, pick_up_score_now
+        from vllm_flashtrace.trace.scoring import checked, score_call
+
+        calls = [score_call(text, None) for text in texts]
+        outputs = self.llm.generate(
+            [call.prompt for call in calls],
+            [call.params for call in calls],
+            use_tqdm=False,
+            lora_request=lora,
+        )
+        return [
+            checked(pick_up_score_now(call.spec.nonce, self._call, carried_answer(output)), text)
+            for text, call, output in zip(texts, calls, outputs, strict=True)
+        ]
+
+    def _call(self, method: str, args: tuple[Any, ...]) -> Sequence[Any]:
+        replies: Sequence[Any] = self.llm.collective_rpc(method, args=args)
+        return replies
 
     def status(self) -> dict[str, Any]:
         from vllm_flashtrace.trace.pickup import decode_status

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_scores import reference
 from tests.engine.worker_faults import (
     FAULTS,
     check_failing_rank,
@@ -19,7 +20,7 @@ from tests.engine.worker_faults import (
 )
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-5
@@ -98,6 +99,12 @@ def test_layers_of_two_stages(
         compare(several, engine.trace_many(JOBS))
     finally:
         engine.close()
+
+
+def test_tokens_scored_by_two_stages(two_stages: Engine, folder: Path) -> None:
+    text = ScoredText(TOKENS, [1, *range(100, 300)])
+    [report] = two_stages.score_many([text])
+    assert (report.log_probs - reference(folder, text)).abs().max() <= 1e-4
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.rank_faults import Load, Outcome, lost, run_load, run_with_faults
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_scores import reference
 from tests.engine.worker_faults import (
     FAULTS,
     check_failing_rank,
@@ -21,7 +22,7 @@ from tests.engine.worker_faults import (
 )
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -84,6 +85,12 @@ def test_heads_shared_by_two_ranks(
 ) -> None:
     compare(two_ranks.trace_many(JOBS), one_rank(folder, monkeypatch))
     check_nothing_left(two_ranks)
+
+
+def test_tokens_scored_by_two_ranks(two_ranks: Engine, folder: Path) -> None:
+    text = ScoredText(TOKENS, [1, *range(100, 300)])
+    [report] = two_ranks.score_many([text])
+    assert (report.log_probs - reference(folder, text)).abs().max() <= 1e-4
 
 
 def test_further_hops_need_the_scores_of_all_ranks(two_ranks: Engine) -> None:

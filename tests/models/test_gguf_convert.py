@@ -10,15 +10,15 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models.tiny_gguf import CONTROL, gguf_tensors, interleaved, weights, write_gguf
-from vllm_flashtrace.models.gguf_convert import write_llama_folder
+from tests.models.tiny_gguf import CONTROL, LAYERS, gguf_tensors, interleaved, weights, write_gguf
+from vllm_flashtrace.models.gguf_convert import write_model_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gguf")
     (root / "model").mkdir()
-    write_llama_folder(write_gguf(root / "m.gguf", gguf_tensors(weights())), root / "model")
+    write_model_folder(write_gguf(root / "m.gguf", gguf_tensors(weights())), root / "model")
     return root / "model"
 
 
@@ -74,7 +74,7 @@ def test_untied_output(tmp_path: Path) -> None:
     head = np.flip(tensors["token_embd.weight"], 0).copy()
     (tmp_path / "model").mkdir()
     path = write_gguf(tmp_path / "m.gguf", tensors | {"output.weight": head})
-    write_llama_folder(path, tmp_path / "model")
+    write_model_folder(path, tmp_path / "model")
     np.testing.assert_array_equal(
         load_file(tmp_path / "model" / "model.safetensors")["lm_head.weight"], head
     )
@@ -83,10 +83,38 @@ def test_untied_output(tmp_path: Path) -> None:
     )
 
 
+def test_qwen2_has_biases_and_its_own_words(tmp_path: Path) -> None:
+    expected = weights()
+    tensors = gguf_tensors(expected)
+    for kind, name in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v")):
+        for layer in range(LAYERS):
+            place = f"model.layers.{layer}.self_attn.{kind}_proj"
+            # Its rows are in Hugging Face's order already.
+            weight = tensors[f"blk.{layer}.{name}.weight"] = expected[f"{place}.weight"]
+            bias = np.arange(weight.shape[0], dtype=np.float32)
+            tensors[f"blk.{layer}.{name}.bias"] = expected[f"{place}.bias"] = bias
+    (tmp_path / "model").mkdir()
+    path = write_gguf(tmp_path / "m.gguf", tensors, architecture="qwen2", pre_tokenizer="qwen2")
+    write_model_folder(path, tmp_path / "model")
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight, err_msg=name)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.tokenize("ab12") == ["ab", "1", "2"]
+    assert tokenizer.decode(tokenizer.encode("e\u0301 12\n\n ab")) == "\u00e9 12\n\n ab"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "qwen2"}, "general.architecture is 'qwen2'"),
+        ({"architecture": "gemma"}, "general.architecture is 'gemma', not 'llama' or 'qwen2'"),
+        ({"architecture": "qwen2"}, "tokenizer.ggml.pre is 'smollm', not 'qwen2'"),
         ({"pre_tokenizer": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'"),
     ],
 )
@@ -95,7 +123,7 @@ def test_other_kinds_of_model_are_refused(
 ) -> None:
     path = write_gguf(tmp_path / "m.gguf", gguf_tensors(weights()), **options)
     with pytest.raises(ValueError, match=message):
-        write_llama_folder(path, tmp_path)
+        write_model_folder(path, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.0.attn_q_norm.weight", "rope.weight"])
@@ -103,5 +131,5 @@ def test_unknown_tensors_are_refused(tmp_path: Path, name: str) -> None:
     tensors = gguf_tensors(weights()) | {name: np.ones(16, np.float32)}
     path = write_gguf(tmp_path / "m.gguf", tensors)
     with pytest.raises(ValueError, match=name):
-        write_llama_folder(path, tmp_path)
+        write_model_folder(path, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()

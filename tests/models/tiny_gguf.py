@@ -1,4 +1,4 @@
-"""A tiny Llama in GGUF form, with the metadata the converter reads."""
+"""A tiny model in GGUF form, with the metadata the converter reads."""
 
 from __future__ import annotations
 

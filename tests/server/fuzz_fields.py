@@ -161,6 +161,7 @@ PLAUSIBLE = st.fixed_dictionaries(
             st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
             max_size=5,
         ),
+        "verify": st.integers(0, 3),
         "preset": st.sampled_from(["paper", "sources"]),
     },
 ).map(_without_a_single_one)

@@ -67,7 +67,12 @@ def test_form_of_the_object(trace):
     ]  # fmt: skip
     assert (data["id"], data["object"]) == (ID, "flashtrace.attribution")
     assert data["status"] == "completed"
-    assert data["target"] == {"text": "4821", "tokens": [list(s) for s in plan.target_spans]}
+    assert data["target"] == {
+        "text": "4821",
+        "tokens": [list(s) for s in plan.target_spans],
+        "start": ANSWER.rindex("4821"),
+        "end": ANSWER.rindex("4821") + 4,
+    }
     assert data["prompt_tokens"] == plan.prompt_length
     assert data["usage"] == {
         "recomputed_tokens": 812,

@@ -162,20 +162,25 @@ def as_tuple(value: Any, max_length: int | None, items: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def as_span(index: int, value: Any) -> tuple[int, int]:
-    """Takes a half-open range, entry `index` of a list, that holds at least one position."""
+def as_range(value: Any, *part: Any) -> tuple[int, int]:
+    """Takes a half-open range that holds at least one position; `part` as in `check_string`."""
     if (
         not isinstance(value, (list, tuple))
         or len(value) != 2
         or not all(_is_integer(position) for position in value)
     ):
-        raise RefusedError("must be a [start, end) pair of integers", index, value)
+        raise RefusedError("must be a [start, end) pair of integers", *part)
     start, end = value
     if start < 0:
-        raise RefusedError("must not start below 0", index, value)
+        raise RefusedError("must not start below 0", *part)
     if start >= end:
-        raise RefusedError("must end after it starts", index, value)
+        raise RefusedError("must end after it starts", *part)
     return start, end
+
+
+def as_span(index: int, value: Any) -> tuple[int, int]:
+    """Takes a half-open range, entry `index` of a list."""
+    return as_range(value, index, value)
 
 
 def as_weights(value: Any, max_length: int) -> dict[int, float]:

@@ -10,6 +10,7 @@ import re
 import re._parser as sre_parser  # type: ignore[import-not-found]
 import time
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -72,17 +73,23 @@ def last_match(pattern: str, text: str, *, seconds: float) -> Span | None:
     Raises:
         TimeoutError: The limit passed.
     """
-    compiled = _compiled(pattern)
-    group = 1 if compiled.groups == 1 else 0
-    deadline = time.monotonic() + seconds
+    group = 1 if _compiled(pattern).groups == 1 else 0
     found: Span | None = None
-    for match in compiled.finditer(text, timeout=seconds):
+    for match in all_matches(pattern, text, seconds=seconds):
         start, end = match.span(group)
         if start < end:
             found = (start, end)
+    return found
+
+
+def all_matches(pattern: str, text: str, *, seconds: float) -> Iterator[regex.Match[str]]:
+    """Finds the non-empty matches in order; arguments and errors as for :func:`last_match`."""
+    deadline = time.monotonic() + seconds
+    for match in _compiled(pattern).finditer(text, timeout=seconds):
+        if match.start() < match.end():
+            yield match
         if time.monotonic() > deadline:
             raise TimeoutError
-    return found
 
 
 @lru_cache(maxsize=32)

@@ -25,6 +25,7 @@ from pydantic import (
 
 from vllm_flashtrace.api.checks import (
     RefusedError,
+    as_range,
     as_span,
     as_tuple,
     as_unicode,
@@ -51,6 +52,10 @@ class RequestLimits:
     max_text_length: int = 65_536
     max_weights: int = 65_536
     max_targets: int = 64
+    max_verify: int = 8
+    max_verify_requests: int = 128
+    max_sources: int = 256
+    max_id_length: int = 256
     max_tool_call_index: int = 65_535
 
 
@@ -167,6 +172,87 @@ class ToolCallTarget(StrictModel):
         return value
 
 
+class MarkedSource(StrictModel):
+    """A source that the client marks: by its text, or by its place in the messages."""
+
+    id: str = Field(min_length=1, description="Name of the source, unlike those of the others.")
+    title: str | None = Field(default=None, description="Title, handed on to citations.")
+    url: str | None = Field(default=None, description="URL, handed on to citations.")
+    text: str | None = Field(
+        default=None,
+        description="Its text as it stands in the messages or the prompt. A text that stands there "
+        "several times needs its message, or its span in place of the text.",
+    )
+    message: Position | None = Field(
+        default=None,
+        description="Index of the message that it stands in, 0 for a plain prompt. Without text "
+        "and span, the whole message is the source.",
+    )
+    part: Position | None = Field(
+        default=None, description="Index of the content part, where the content is a list of them."
+    )
+    span: _TokenSpan | None = Field(
+        default=None, description="Half-open range [start, end) of characters of the content."
+    )
+
+    @field_validator("id", "title", "url", "text", mode="before")
+    @classmethod
+    def _check_strings(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None or info.field_name == "id":
+            limits = limits_of(info)
+            longest = limits.max_id_length if info.field_name == "id" else limits.max_text_length
+            check_string(value, longest)
+        return value
+
+    @field_validator("span", mode="before")
+    @classmethod
+    def _check_span(cls, value: Any) -> Any:
+        return None if value is None else as_range(value)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> MarkedSource:
+        if self.text is not None and self.span is not None:
+            raise RefusedError("cannot be combined with text", "span", list(self.span))
+        if self.text is None and self.message is None:
+            raise RefusedError("must have a text or a message")
+        if self.part is not None and self.message is None:
+            raise RefusedError("needs the message", "part", self.part)
+        return self
+
+
+class SeparatedSources(StrictModel):
+    """Sources in one text, with something between them that a pattern matches."""
+
+    separator: str = Field(
+        min_length=1,
+        description="Regular expression in the syntax of Python's re. What stands between its "
+        "matches are the sources. A pattern with a group named id matches the heading of a source, "
+        "from which the group takes the id (and a group named title the title); what stands before "
+        "the first heading is then no source.",
+    )
+    message: Position | None = Field(
+        default=None, description="Index of the message; by default the last one of the user."
+    )
+    part: Position | None = Field(
+        default=None, description="Index of the content part, where the content is a list of them."
+    )
+
+    @field_validator("separator", mode="before")
+    @classmethod
+    def _check(cls, value: Any, info: ValidationInfo) -> Any:
+        return RegexTarget.model_validate({"regex": value}, context=info.context).regex
+
+
+class CitationOptions(StrictModel):
+    """How citations are written."""
+
+    format: Literal["auto", "cohere"] = Field(
+        default="auto",
+        description="'auto' is the form of the route: OpenAI's annotations, Anthropic's citations. "
+        "'cohere' puts citations in Cohere's form on the message of a chat completion.",
+    )
+
+
 TargetObject: TypeAlias = TextTarget | RegexTarget | TokensTarget | WeightsTarget | ToolCallTarget
 ReasoningObject: TypeAlias = TokensTarget | TextTarget
 
@@ -218,6 +304,7 @@ def _read_target(value: Any, info: ValidationInfo) -> Any:
     return word_or_object(value, _WHOLE, TARGETS, info)
 
 
+_SOURCE_LIST = TypeAdapter(tuple[MarkedSource, ...])
 _TARGET_LIST = TypeAdapter(tuple[Annotated[Target, BeforeValidator(_read_target)], ...])
 
 FIELD = "flashtrace"
@@ -249,6 +336,18 @@ class FlashTraceRequest(StrictModel):
         "of such targets, 'sentences', 'lines', or 'claims' (the values of a JSON answer, the "
         "items of lists, sentences elsewhere, and the arguments of tool calls). The response then "
         "has its results in targets, one for each.",
+    )
+    sources: Literal["auto"] | SeparatedSources | tuple[MarkedSource, ...] | None = Field(
+        default=None,
+        description="What the answer may have been taken from; the response then has the score of "
+        "each source. 'auto' (the request's documents, and the results of tools), a list of "
+        "sources, or an object with a separator that stands between them.",
+    )
+    citations: CitationOptions | None = Field(
+        default=None,
+        description="true, or an object with a format: adds to the answer which sources its parts "
+        "came from, in the form that clients of the route read. It explains targets 'claims' from "
+        "sources 'auto' and skips 'punctuation' where the request says nothing else.",
     )
     hops: Position | Literal["auto"] = Field(
         default=1,
@@ -287,6 +386,13 @@ class FlashTraceRequest(StrictModel):
         "(scores of generated tokens), 'segments' (scores of messages), 'sentences' (scores of "
         "sentences), 'layers' (scores by layer), 'tokens' (texts of the prompt's tokens).",
     )
+    verify: Position = Field(
+        default=0,
+        description="How many of the best sources, or of the sentences with the highest mean where "
+        "the request has no sources, are verified: each is taken out of the prompt in turn, and "
+        "all of them together, and the response's verification says by how much the target's "
+        "log-probability falls. 0 verifies nothing.",
+    )
     preset: Literal["paper", "sources"] = Field(
         default="paper",
         description="Defaults of the other keys: 'paper', as given with each key, or 'sources': "
@@ -298,12 +404,21 @@ class FlashTraceRequest(StrictModel):
         "id, under which GET /v1/attributions/{id} gives it later.",
     )
 
+    @property
+    def citation_form(self) -> str:
+        """The form of the citations that are asked for."""
+        return "auto" if self.citations is None else self.citations.format
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, value: Any) -> Any:
         preset = value.get("preset") if isinstance(value, Mapping) else None
         if isinstance(preset, str) and preset in PRESETS:
-            return {**PRESETS[preset], **value}
+            value = {**PRESETS[preset], **value}
+        if isinstance(value, Mapping) and value.get("citations") not in (None, False):
+            value = {"sources": "auto", "skip_tokens": "punctuation", **value}
+            if "target" not in value:
+                value = {"targets": "claims", **value}
         return value
 
     @field_validator("target", mode="before")
@@ -324,8 +439,53 @@ class FlashTraceRequest(StrictModel):
             raise RefusedError("must hold at least one target")
         return _TARGET_LIST.validate_python(entries, context=info.context)
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _check_sources(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or value == "auto":
+            return value
+        if isinstance(value, dict):
+            return SeparatedSources.model_validate(value, context=info.context)
+        expected = "sources, an object with a separator, or 'auto'"
+        entries = as_tuple(value, limits_of(info).max_sources, expected)
+        if not entries:
+            raise RefusedError("must hold at least one source")
+        sources = _SOURCE_LIST.validate_python(entries, context=info.context)
+        known: set[str] = set()
+        for index, source in enumerate(sources):
+            if source.id in known:
+                raise RefusedError("has an id that an earlier source has", index, source.id)
+            known.add(source.id)
+        return sources
+
+    @field_validator("citations", mode="before")
+    @classmethod
+    def _check_citations(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or value is False:
+            return None
+        if not (value is True or isinstance(value, (dict, CitationOptions))):
+            raise RefusedError("must be true, false, null or an object")
+        return CitationOptions() if value is True else value
+
+    @model_validator(mode="after")
+    def _check_verified_targets(self, info: ValidationInfo) -> FlashTraceRequest:
+        if self.verify and isinstance(self.targets, tuple):
+            most = limits_of(info).max_verify_requests
+            # Each target as it is at once, then without each sentence, and without all.
+            requests = 1 + len(self.targets) * (self.verify + (self.verify > 1))
+            if requests > most:
+                raise RefusedError(
+                    f"may take {requests} requests with {len(self.targets)} targets, the server "
+                    f"allows {most} (max_verify_requests)",
+                    "verify",
+                    self.verify,
+                )
+        return self
+
     @model_validator(mode="after")
     def _check_together(self) -> FlashTraceRequest:
+        if self.citations is not None and self.sources is None:
+            raise RefusedError("needs sources", "citations", True)
         if self.targets is not None and "target" in self.model_fields_set:
             raise RefusedError("cannot be combined with targets", "target", self.target)
         if self.targets is not None and "layers" in self.include:
@@ -362,6 +522,12 @@ class FlashTraceRequest(StrictModel):
             check_integer(value, 1, limits_of(info).max_top_k, alternative=" or null")
         return value
 
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _check_verify(cls, value: Any, info: ValidationInfo) -> Any:
+        check_integer(value, 0, limits_of(info).max_verify, alternative="")
+        return value
+
     @field_validator("include", mode="before")
     @classmethod
     def _check_include(cls, value: Any) -> Any:
@@ -395,6 +561,23 @@ def parse_flashtrace_field(value: Any, limits: RequestLimits) -> FlashTraceReque
         return FlashTraceRequest.model_validate(dict(value), context=limits)
     except ValidationError as error:
         raise _translated(error) from None
+
+
+def refuse_citations(request: FlashTraceRequest, route: str, *, forms: bool = False) -> None:
+    """Refuses citations where a route has no place for them.
+
+    Args:
+        request: A validated request.
+        route: The route, as the message names it.
+        forms: Whether the route has a form of its own, and only those of others are refused.
+
+    Raises:
+        InvalidRequestError: Naming ``citations``, or its format.
+    """
+    if forms and request.citation_form != "auto":
+        raise _refusal(("citations", "format"), f"is not available on {route}", "cohere")
+    if not forms and request.citations is not None:
+        raise _refusal(("citations",), f"is not available on {route}", True)
 
 
 def check_against_limit(request: FlashTraceRequest, max_generated_tokens: int) -> None:

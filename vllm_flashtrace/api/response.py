@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 OBJECT = "flashtrace.attribution"
 
+Verdict: TypeAlias = Literal["supported", "weak", "unsupported"]
 Status: TypeAlias = Literal["queued", "running", "completed", "failed", "skipped"]
 _Index: TypeAlias = Annotated[int, Field(ge=0)]
 _Share: TypeAlias = Annotated[float, Field(ge=0)]
@@ -32,6 +33,12 @@ class TargetFound(_Part):
     tokens: list[tuple[_Index, _Index]] = Field(
         description="Half-open ranges [start, end) of generated tokens, counted from 0."
     )
+    start: _Index | None = Field(
+        default=None,
+        description="First character of the target in the content of the answer; absent where the "
+        "target is in no one place of it: in reasoning or in a tool call.",
+    )
+    end: _Index | None = Field(default=None, description="One past its last character there.")
     path: str | None = Field(
         default=None,
         description="Of a value in a JSON answer, with targets 'claims': where it stands there, "
@@ -138,7 +145,101 @@ class SegmentScore(_Part):
     )
 
 
-class SentenceScore(_Part):
+class _Scored(_Part):
+    start: _Index = Field(description="First character within the content (or its part).")
+    end: _Index = Field(description="One past its last character there.")
+    text: str = Field(description="The sentence without blanks at either end.")
+    tokens: Annotated[int, Field(ge=1)] = Field(description="How many tokens of the prompt it has.")
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    mean: _Share = Field(
+        description="Mean of the scores of its tokens; sentences are ranked by it."
+    )
+
+
+class SourceSentence(_Scored):
+    """One sentence or line of a source and its share.
+
+    Positions count within the message's content (or its part) that the source stands in, or within
+    the document's text.
+    """
+
+
+class SourceScore(_Part):
+    """Score of one source."""
+
+    index: _Index = Field(description="Number of the source.")
+    id: str = Field(description="Its name.")
+    kind: Literal["marked", "document", "search_result", "tool"] = Field(
+        description="What it is: a text that the request's sources marks, a document that came "
+        "with the request, a search result of Anthropic's form, or what a tool returned."
+    )
+    title: str | None = Field(default=None, description="Its title, if it has one.")
+    url: str | None = Field(default=None, description="Its URL, if it has one.")
+    message: _Index | None = Field(
+        default=None,
+        description="Index of the message that it stands in, 0 for a plain prompt; absent for a "
+        "document that the chat template writes.",
+    )
+    part: _Index | None = Field(
+        default=None,
+        description="Index of the content part within the message; only where the content is a "
+        "list of parts.",
+    )
+    start: _Index | None = Field(
+        default=None, description="First character within the content (or its part)."
+    )
+    end: _Index | None = Field(default=None, description="One past its last character there.")
+    tokens: _Index = Field(description="How many tokens of the prompt it has.")
+    score: _Share | None = Field(
+        description="Sum of the scores of its tokens; null where its place in the prompt is not "
+        "certain, or the chat template leaves it out."
+    )
+    mean: _Share | None = Field(description="Mean of the scores of its tokens; null likewise.")
+    sentences: list[SourceSentence] = Field(
+        description="Its sentences, the highest mean first; at most top_k of all sources. With "
+        "top_k null all, in the order of the text."
+    )
+
+
+class CitedSource(_Part):
+    """A source that a part of the answer is cited with."""
+
+    index: _Index = Field(description="Number of the source among the request's sources.")
+    id: str = Field(description="Its name.")
+    kind: Literal["marked", "document", "search_result", "tool"] = Field(description="What it is.")
+    title: str | None = Field(default=None, description="Its title, if it has one.")
+    url: str | None = Field(default=None, description="Its URL, if it has one.")
+    number: _Index = Field(
+        description="Its number among the search results, or among the sources that are none."
+    )
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    start: _Index = Field(
+        description="First character, in the source's text, of its sentence with the highest mean."
+    )
+    end: _Index = Field(description="One past its last character there.")
+    text: str = Field(description="That sentence.")
+    blocks: tuple[_Index, _Index] | None = Field(
+        default=None,
+        description="Of a search result: the half-open range of its blocks with the sentence.",
+    )
+    log_prob_drop: float | None = Field(
+        default=None, description="See RemovedPart; if the source is among those verified."
+    )
+    verdict: Verdict | None = Field(default=None, description="Likewise.")
+
+
+class Citation(_Part):
+    """A part of the answer and the sources that it came from."""
+
+    start: _Index = Field(description="First character of the part in the content of the answer.")
+    end: _Index = Field(description="One past its last character there.")
+    text: str = Field(description="Text of the part.")
+    sources: Annotated[list[CitedSource], Field(min_length=1)] = Field(
+        description="Its sources, the one with the most evidence first."
+    )
+
+
+class SentenceScore(_Scored):
     """One sentence or line of a message and its share."""
 
     message: _Index = Field(
@@ -149,13 +250,85 @@ class SentenceScore(_Part):
         description="Index of the content part within the message; only where the content is a "
         "list of parts.",
     )
-    start: _Index = Field(description="First character within the content (or its part).")
-    end: _Index = Field(description="One past its last character there.")
-    text: str = Field(description="The sentence without blanks at either end.")
-    tokens: Annotated[int, Field(ge=1)] = Field(description="How many tokens of the prompt it has.")
+
+
+class RemovedPart(_Part):
+    """A sentence or a source that was taken out of the prompt, and what that did to the target.
+
+    A sentence has the keys of `SentenceScore`, a source those of `SourceScore` but its sentences.
+    """
+
+    index: _Index | None = Field(default=None, description="Number of the source.")
+    id: str | None = Field(default=None, description="Name of the source.")
+    kind: Literal["marked", "document", "search_result", "tool"] | None = Field(
+        default=None, description="What the source is."
+    )
+    title: str | None = Field(default=None, description="Title of the source, if it has one.")
+    url: str | None = Field(default=None, description="URL of the source, if it has one.")
+    message: _Index | None = Field(
+        default=None, description="Index of the message that it stands in."
+    )
+    part: _Index | None = Field(
+        default=None, description="Index of the content part within the message, if it has parts."
+    )
+    start: _Index | None = Field(default=None, description="First character within the content.")
+    end: _Index | None = Field(default=None, description="One past its last character there.")
+    text: str | None = Field(default=None, description="Text of the sentence.")
+    tokens: _Index = Field(description="How many tokens of the prompt it has.")
     score: _Share = Field(description="Sum of the scores of its tokens.")
-    mean: _Share = Field(
-        description="Mean of the scores of its tokens; sentences are ranked by it."
+    mean: _Share = Field(description="Mean of the scores of its tokens.")
+    log_prob_drop: float | None = Field(
+        default=None,
+        description="By how many nats the target's log-probability falls without it; negative "
+        "where the target is more likely without it.",
+    )
+    verdict: Verdict | None = Field(
+        default=None, description="What log_prob_drop says; see the verification's own verdict."
+    )
+    reason: str | None = Field(
+        default=None,
+        description="Why there are no numbers: it could not be taken out, or its request failed.",
+    )
+
+
+class RemovedTogether(_Part):
+    """What taking out all of them at once did to the target."""
+
+    log_prob_drop: float | None = Field(
+        default=None, description="By how many nats the target's log-probability falls."
+    )
+    verdict: Verdict | None = Field(default=None, description="What it says.")
+    reason: str | None = Field(default=None, description="Why there are no numbers.")
+
+
+class VerificationFound(_Part):
+    """How much less likely the target is without the parts of the prompt that score best."""
+
+    log_prob: float | None = Field(
+        default=None,
+        description="Natural logarithm of the target's probability, given the prompt and all that "
+        "was generated before each of its tokens: the sum over its tokens.",
+    )
+    target_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="How many tokens that is of."
+    )
+    removed: list[RemovedPart] | None = Field(
+        default=None,
+        description="The parts that were taken out, the best first: the sources of a request that "
+        "has any, else sentences.",
+    )
+    together: RemovedTogether | None = Field(
+        default=None, description="All of them taken out at once."
+    )
+    verdict: Verdict | None = Field(
+        default=None,
+        description="What the fall without all of them says: 'supported' where it is at least ln "
+        "10 nats (the target is a tenth as likely without them) and 0.1 nats per target token, "
+        "'weak' where it is at least ln 2 nats (half as likely) and 0.03 per token, else "
+        "'unsupported'.",
+    )
+    reason: str | None = Field(
+        default=None, description="Why nothing could be verified; then nothing else is here."
     )
 
 
@@ -189,8 +362,19 @@ class AttributionUsage(_Part):
     cached_tokens: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Tokens that came from the prefix cache; absent likewise."
     )
+    scored_requests: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Engine requests that verification took; with verify."
+    )
+    scored_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Tokens prefilled by them; absent as recomputed_tokens, which they are not "
+        "part of.",
+    )
+    scored_cached_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Tokens that they found in the prefix cache; absent likewise."
+    )
     seconds: dict[str, float] = Field(
-        description="Seconds by phase, over all hops: queue, prefill, attribution."
+        description="Seconds by phase, over all hops: queue, prefill, attribution; and verify."
     )
     dropped_target_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
@@ -255,10 +439,19 @@ class TargetResult(_Part):
     segments: list[SegmentScore] | None = Field(
         default=None, description="Scores of the messages; with include 'segments'."
     )
+    sources: list[SourceScore] | None = Field(
+        default=None,
+        description="Scores of the sources, in the order that the request gives them; only if the "
+        "request has sources.",
+    )
     sentences: list[SentenceScore] | None = Field(
         default=None,
         description="Sentences of the messages, the highest mean first, at most top_k; with "
         "include 'sentences'.",
+    )
+    verification: VerificationFound | None = Field(
+        default=None,
+        description="What becomes of the target without the parts that score best; with verify.",
     )
     generated: list[GeneratedToken] | None = Field(
         default=None, description="Every generated token; with include 'generated'."
@@ -275,6 +468,11 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="Of each part of the answer what else stands here; only if the request has "
         "targets.",
+    )
+    citations: list[Citation] | None = Field(
+        default=None,
+        description="The parts of the answer that have sources, in the order of the answer; only "
+        "if the request has citations.",
     )
     prompt_tokens: _Index | None = Field(
         default=None, description="Number of tokens of the rendered prompt."

@@ -49,6 +49,8 @@ CLIENT_CODES = frozenset(
         "nothing_generated",
         "reasoning_not_found",
         "regex_timeout",
+        "source_not_found",
+        "sources_overlap",
         "span_out_of_range",
         "target_beyond_context",
         "target_not_found",

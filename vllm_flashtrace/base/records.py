@@ -17,6 +17,29 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """A document that came with a request.
+
+    Attributes:
+        id: Name of it, unlike those of the request's other documents.
+        text: Its text.
+        kind: ``"document"`` or ``"search_result"``.
+        title: Its title, if it has one.
+        url: Where it was taken from, if it says so.
+        by_template: Whether the chat template writes it into the prompt, and no message holds it.
+        blocks: Where each block that its text was joined from begins.
+    """
+
+    id: str
+    text: str
+    kind: str = "document"
+    title: str | None = None
+    url: str | None = None
+    by_template: bool = True
+    blocks: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A finished completion as the engine saw it.
 
@@ -26,6 +49,7 @@ class Completion:
         text: The generated text the client sees (stop strings cut off).
         prompt_text: The client's own prompt string for a plain completion, else None.
         messages: The client's chat messages (OpenAI form), else None.
+        documents: Documents that came with them.
     """
 
     prompt_token_ids: Sequence[int]
@@ -33,6 +57,7 @@ class Completion:
     text: str
     prompt_text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Document] = ()
 
     @property
     def token_ids(self) -> list[int]:
@@ -73,18 +98,54 @@ class TraceReport:
         return (self.scores, *self.later_scores), *self.other_targets
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """Tokens, some of which are scored.
+
+    Attributes:
+        token_ids: The tokens.
+        positions: Which of them are scored, ascending from 1.
+    """
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReport:
+    """Log-probabilities of tokens, given all tokens before each.
+
+    Attributes:
+        log_probs: float32 ``[P]``, natural logarithms, in the order of the positions.
+        recomputed_tokens: Tokens prefilled.
+        cached_tokens: Tokens whose KV came from the prefix cache.
+        weights: As in `TraceReport`.
+    """
+
+    log_probs: torch.Tensor
+    recomputed_tokens: int = 0
+    cached_tokens: int = 0
+    weights: str = ""
+
+
 @dataclass(slots=True)
 class TraceUsage:
     """Cost of a whole attribution, summed over its hops.
 
     Attributes:
         weights: `TraceReport.weights` of its hops; None before the first.
+        scored_requests: Requests that scored the target, with and without parts of the prompt.
+        scored_tokens: Tokens that these prefilled.
+        scored_cached_tokens: Tokens that they found in the prefix cache.
     """
 
     recomputed_tokens: int = 0
     cached_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     weights: str | None = None
+    scored_requests: int = 0
+    scored_tokens: int = 0
+    scored_cached_tokens: int = 0
 
     def add(self, report: TraceReport) -> None:
         """Adds the cost of one trace request."""
@@ -93,3 +154,9 @@ class TraceUsage:
         self.cached_tokens += report.cached_tokens
         for phase, value in report.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+
+    def add_score(self, report: ScoreReport) -> None:
+        """Adds the cost of one request that scored the target."""
+        self.scored_requests += 1
+        self.scored_tokens += report.recomputed_tokens
+        self.scored_cached_tokens += report.cached_tokens

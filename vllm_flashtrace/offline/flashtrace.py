@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, Self, TypeGuard
 
@@ -19,7 +20,9 @@ from vllm_flashtrace.offline.engine import (
 )
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.text.plan import plan_targets
+from vllm_flashtrace.text.sources import find_sources
 from vllm_flashtrace.text.tool_calls import call_arguments
+from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
 Messages = Sequence[Mapping[str, Any]]
@@ -121,12 +124,16 @@ class FlashTrace:
             ``error`` says why; the completion's text is there all the same.
 
         Raises:
-            InvalidRequestError: The ``flashtrace`` field is bad; nothing is generated.
+            InvalidRequestError: The ``flashtrace`` field is bad, or a prompt does not have one of
+                its sources; nothing is generated.
             TypeError: A prompt is of none of these forms.
         """
         request = self._parse(flashtrace)
         chat_args["lora_request"] = lora_request
-        completions = self._complete(as_prompts(prompts), sampling_params, chat_args)
+        several = as_prompts(prompts)
+        for prompt in several:
+            find_sources(request, Completion((), (), "", **texts_of(prompt)))
+        completions = self._complete(several, sampling_params, chat_args)
         return self._attribute(request, completions, lora_request)
 
     def attribute(
@@ -149,7 +156,8 @@ class FlashTrace:
             The attribution; see :meth:`generate` for its ``status``.
 
         Raises:
-            InvalidRequestError: The ``flashtrace`` field is bad.
+            InvalidRequestError: The ``flashtrace`` field is bad, or the prompt does not have one of
+                its sources.
             TypeError: The prompt is of none of these forms.
         """
         request = self._parse(flashtrace)
@@ -164,9 +172,9 @@ class FlashTrace:
             prompt_token_ids=self._prompt_ids(prompt),
             generated_token_ids=generated,
             text=text,
-            prompt_text=prompt if isinstance(prompt, str) else None,
-            messages=prompt if is_chat(prompt) else None,
+            **texts_of(prompt),
         )
+        find_sources(request, record)
         return self._attribute(request, [record], lora_request)[0]
 
     def _parse(self, flashtrace: Mapping[str, Any] | bool) -> FlashTraceRequest:
@@ -234,6 +242,13 @@ class FlashTrace:
             )
         except FlashTraceError as error:
             job.error = error
+        if request.verify:
+            job.verify = partial(
+                Verification,
+                tokenizer=self._tokenizer,
+                render=self._render,
+                max_requests=self.config.max_verify_requests,
+            )
         return job
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -292,6 +307,13 @@ def engine_input(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
 
 
+def texts_of(prompt: Prompt) -> dict[str, Any]:
+    """What a `Completion` keeps of the prompt as the client gave it."""
+    if isinstance(prompt, str):
+        return {"prompt_text": prompt}
+    return {"messages": prompt} if is_chat(prompt) else {}
+
+
 def completions_of(output: Any, prompt: Prompt) -> list[Completion]:
     """The completions in a vLLM ``RequestOutput``, in the order of their index."""
     return [
@@ -299,8 +321,7 @@ def completions_of(output: Any, prompt: Prompt) -> list[Completion]:
             prompt_token_ids=list(output.prompt_token_ids),
             generated_token_ids=list(choice.token_ids),
             text=choice.text,
-            prompt_text=prompt if isinstance(prompt, str) else None,
-            messages=prompt if is_chat(prompt) else None,
+            **texts_of(prompt),
         )
         for choice in sorted(output.outputs, key=lambda choice: choice.index)
     ]

@@ -16,7 +16,12 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from vllm_flashtrace.api.checks import RefusedError, check_messages, check_text, shown
-from vllm_flashtrace.api.request import FIELD, FlashTraceRequest, check_against_limit
+from vllm_flashtrace.api.request import (
+    FIELD,
+    FlashTraceRequest,
+    check_against_limit,
+    refuse_citations,
+)
 from vllm_flashtrace.api.response import AttributionObject, DeletedAttribution
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.server.existing_text import (
@@ -33,6 +38,7 @@ from vllm_flashtrace.server.http_errors import (
 )
 from vllm_flashtrace.server.large_objects import carried, text_as_response
 from vllm_flashtrace.server.session import Attribution, TraceService, new_trace_id
+from vllm_flashtrace.text.sources import check_written, find_sources
 
 router = APIRouter(route_class=OpenAIErrorRoute)
 
@@ -170,6 +176,8 @@ _FIELD_AT_FAULT = {
     "empty_target": "flashtrace.target",
     "reasoning_not_found": "flashtrace.reasoning",
     "regex_timeout": "flashtrace.target.regex",
+    "source_not_found": "flashtrace.sources",
+    "sources_overlap": "flashtrace.sources",
     "span_out_of_range": FIELD,
     "target_beyond_context": "flashtrace.target",
     "target_not_found": "flashtrace.target",
@@ -192,6 +200,7 @@ async def _attribute(
     flashtrace = service.parse_field(True if body.flashtrace is None else body.flashtrace)
     if flashtrace is None:
         raise InvalidRequestError(FIELD, f"{FIELD} must be true or an object, got false")
+    refuse_citations(flashtrace, "/v1/attributions", forms=True)
     text = await _existing_text(state, body, raw_request)
     if isinstance(text, ErrorResponse):
         return text
@@ -244,7 +253,8 @@ def _check(text: ExistingText, flashtrace: FlashTraceRequest, max_model_len: int
     """Refuses what the text makes impossible.
 
     Raises:
-        InvalidRequestError: Too long for the model, or a span beyond the text.
+        InvalidRequestError: Too long for the model, a span beyond the text, or a source that is
+            not in it.
     """
     length = len(text.completion.token_ids)
     if length > max_model_len:
@@ -254,3 +264,5 @@ def _check(text: ExistingText, flashtrace: FlashTraceRequest, max_model_len: int
             f"{max_model_len}",
         )
     check_against_limit(flashtrace, len(text.completion.generated_token_ids))
+    sources = find_sources(flashtrace, text.completion)
+    check_written(sources, text.completion.messages, text.render)

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from vllm_flashtrace.api.request import FIELD, FlashTraceRequest
 from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.base.process import enabled
+from vllm_flashtrace.server.anthropic_documents import AnthropicDocuments
 from vllm_flashtrace.server.attributions import router
 from vllm_flashtrace.server.deferred import DeferredAttributions
 from vllm_flashtrace.server.http_errors import log_client_mistakes_as_info
@@ -45,6 +46,7 @@ class FlashTraceEndpoint:
             app.include_router(status_router)  # Before /v1/attributions/{id}.
             app.include_router(router)
             app.add_middleware(LargeObjects)
+            app.add_middleware(AnthropicDocuments)
             describe_field(app)
             close_service_with(app)
             log_client_mistakes_as_info()

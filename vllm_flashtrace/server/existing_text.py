@@ -31,6 +31,7 @@ from vllm_flashtrace.server.rendering import (
     tokenize_completion,
 )
 from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
+from vllm_flashtrace.text.sources import chat_documents
 from vllm_flashtrace.text.tool_calls import locate_calls
 from vllm_flashtrace.trace.tracer import EngineContext
 
@@ -119,6 +120,7 @@ async def existing_chat(
         generated_token_ids=await tokenize_completion(handler, text, "messages"),
         text=text,
         messages=prior,
+        documents=chat_documents(options.get("documents")),
     )
     return ExistingText(
         completion=completion,

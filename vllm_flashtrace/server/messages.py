@@ -14,10 +14,13 @@ import dataclasses
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+from pydantic import SerializeAsAny
+from vllm.entrypoints.anthropic.protocol import AnthropicContentBlock, AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
-from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.api.request import FlashTraceRequest, refuse_citations
+from vllm_flashtrace.server.anthropic_documents import documents_of_request
+from vllm_flashtrace.server.citation_forms import cited_blocks
 from vllm_flashtrace.server.large_objects import Carried
 from vllm_flashtrace.server.openai import chat_facts
 from vllm_flashtrace.server.rendering import require_tool_calls
@@ -29,6 +32,7 @@ from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, reco
 class MessageWithAttribution(AnthropicMessagesResponse):
     """vLLM's message with our object beside its content."""
 
+    content: list[SerializeAsAny[AnthropicContentBlock]]
     flashtrace: Carried
 
 
@@ -41,12 +45,22 @@ class TracedMessages(TracedHandler, AnthropicServingMessages):
 
     def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """A copy that notes the chat request that vLLM makes of the request."""
+        refuse_citations(flashtrace, "/v1/messages", forms=True)
         handler = _RecordingMessages(self._stock, flashtrace)
         return Recording(handler, lambda: handler.session(self._service))
 
     async def attach(self, response: Any, session: TraceSession) -> MessageWithAttribution:
         """VLLM's model of a message drops unknown keys, so it becomes one that has ours."""
         [attribution] = await session.all_of([0])
+        citations = await session.citations(0)
+        if citations is not None:
+            response.content = [
+                cited
+                for block in response.content
+                for cited in (
+                    cited_blocks(block.text or "", citations) if block.type == "text" else [block]
+                )
+            ]
         return MessageWithAttribution(**vars(response), flashtrace=attribution)
 
     def attach_to_stream(
@@ -67,7 +81,7 @@ class _RecordingMessages(AnthropicServingMessages):
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
         require_tool_calls(self._flashtrace, self.parser_cls, request)
-        facts = chat_facts(self, request, self._flashtrace)
+        facts = chat_facts(self, request, self._flashtrace, documents_of_request())
         self._facts = dataclasses.replace(facts, route="/v1/messages")
         return await super().create_chat_completion(request, raw_request)
 

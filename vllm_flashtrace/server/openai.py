@@ -7,14 +7,16 @@ prompt, in prompt order, before they return.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
 from vllm_flashtrace.api.checks import check_messages
-from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.api.request import FlashTraceRequest, refuse_citations
+from vllm_flashtrace.base.records import Document
+from vllm_flashtrace.server.citation_forms import cited_message
 from vllm_flashtrace.server.rendering import (
     copied_messages,
     make_reasoning_parser,
@@ -24,6 +26,7 @@ from vllm_flashtrace.server.rendering import (
 from vllm_flashtrace.server.session import RequestFacts, TraceSession
 from vllm_flashtrace.server.streams import chat_choice, text_choice, with_attributions
 from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, recording_copy
+from vllm_flashtrace.text.sources import chat_documents
 
 
 class TracedChat(TracedHandler, OpenAIServingChat):
@@ -38,6 +41,16 @@ class TracedChat(TracedHandler, OpenAIServingChat):
         require_tool_calls(flashtrace, self.parser_cls, request)
         facts = chat_facts(self._stock, request, flashtrace)
         return recording_copy(self._stock, facts, self._service)
+
+    async def attach(self, response: Any, session: TraceSession) -> Any:
+        """The finished response with its attributions, and messages with their citations."""
+        await session.attach(response.choices)
+        for choice in response.choices:
+            citations = await session.citations(choice.index)
+            if citations is not None:
+                form = session.flashtrace.citation_form
+                choice.message = cited_message(choice.message, citations, form)
+        return response
 
     def attach_to_stream(
         self, events: AsyncGenerator[Any, None], session: Callable[[], TraceSession]
@@ -56,6 +69,7 @@ class TracedCompletion(TracedHandler, OpenAIServingCompletion):
     def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """A recording copy, with what the request says of its completions."""
         require_tool_calls(flashtrace)
+        refuse_citations(flashtrace, "/v1/completions")
         facts = RequestFacts(
             flashtrace=flashtrace,
             choices_per_prompt=request.n or 1,
@@ -64,6 +78,7 @@ class TracedCompletion(TracedHandler, OpenAIServingCompletion):
             generates=not (request.echo and request.max_tokens == 0),
             route="/v1/completions",
         )
+        facts.check_sources()
         return recording_copy(self._stock, facts, self._service)
 
     def attach_to_stream(
@@ -74,7 +89,10 @@ class TracedCompletion(TracedHandler, OpenAIServingCompletion):
 
 
 def chat_facts(
-    handler: OpenAIServingChat, request: Any, flashtrace: FlashTraceRequest
+    handler: OpenAIServingChat,
+    request: Any,
+    flashtrace: FlashTraceRequest,
+    documents: Sequence[Document] = (),
 ) -> RequestFacts:
     """What a chat request says about its completions; to be called before vLLM renders it.
 
@@ -82,18 +100,22 @@ def chat_facts(
         handler: vLLM's chat handler, or one derived from it.
         request: The chat request.
         flashtrace: Its validated field.
+        documents: Documents that are in the messages already.
 
     Raises:
-        InvalidRequestError: The messages cannot be copied.
+        InvalidRequestError: The messages cannot be copied, or do not hold the sources.
     """
     check_messages(request.messages, "messages")
-    return RequestFacts(
+    facts = RequestFacts(
         flashtrace=flashtrace,
         choices_per_prompt=request.n or 1,
         messages=copied_messages(request.messages),
         render=make_render(handler, request),
         reasoning_parser=make_reasoning_parser(handler, request),
+        documents=[*documents, *chat_documents(request.documents)],
     )
+    facts.check_sources()
+    return facts
 
 
 def _prompt_texts(request: Any) -> list[str | None]:

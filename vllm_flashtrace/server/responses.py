@@ -19,12 +19,15 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from openai.types.responses import ResponseOutputTextAnnotationAddedEvent
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.renderers import merge_kwargs
 
 from vllm_flashtrace.api.checks import check_messages
-from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit
+from vllm_flashtrace.api.request import FlashTraceRequest, check_against_limit, refuse_citations
 from vllm_flashtrace.base.errors import InvalidRequestError
+from vllm_flashtrace.base.records import Completion
+from vllm_flashtrace.server.citation_forms import response_annotations
 from vllm_flashtrace.server.recording_client import RecordingClient
 from vllm_flashtrace.server.rendering import (
     Render,
@@ -35,6 +38,7 @@ from vllm_flashtrace.server.rendering import (
 )
 from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
 from vllm_flashtrace.server.traced_handler import Recording, TracedHandler
+from vllm_flashtrace.text.sources import find_sources
 
 
 class TracedResponses(TracedHandler, OpenAIServingResponses):
@@ -53,6 +57,7 @@ class TracedResponses(TracedHandler, OpenAIServingResponses):
                 "completed before its attribution is there; use mode 'deferred' instead",
             )
         require_tool_calls(flashtrace, self.parser, request)
+        refuse_citations(flashtrace, "/v1/responses", forms=True)
         handler = _RecordingResponses(self._stock, flashtrace, request)
         return Recording(handler, lambda: handler.session(self._service))
 
@@ -62,6 +67,8 @@ class TracedResponses(TracedHandler, OpenAIServingResponses):
         [attribution] = await session.all_of([0], whole=self._stock.enable_store)
         carrier = _answer(response.output, session.flashtrace)
         (response if carrier is None else carrier).flashtrace = attribution
+        for _, _, part, own in await _annotated(response, session):
+            part.annotations = own
         return response
 
     async def attach_to_stream(
@@ -71,8 +78,41 @@ class TracedResponses(TracedHandler, OpenAIServingResponses):
         async with aclosing(events):
             async for event in events:
                 if event.type == "response.completed":
-                    await self.attach(event.response, session())
+                    traced = session()
+                    await self.attach(event.response, traced)
+                    for added in await _added(event, traced):
+                        yield added
                 yield event
+
+
+async def _annotated(response: Any, session: TraceSession) -> list[tuple[int, int, Any, list[Any]]]:
+    """Indices of the item and the content part of the answer's text, the part, its annotations."""
+    citations = await session.citations(0)
+    messages = [i for i, item in enumerate(response.output) if item.type == "message"]
+    if citations is None or not messages:
+        return []
+    parts = response.output[messages[-1]].content
+    texts = [i for i, part in enumerate(parts) if part.type == "output_text"]
+    return [(messages[-1], i, parts[i], response_annotations(citations)) for i in texts[:1]]
+
+
+async def _added(completed: Any, session: TraceSession) -> list[Any]:
+    """One event per annotation, which take the numbers from that of the last event on."""
+    events = [
+        ResponseOutputTextAnnotationAddedEvent(
+            type="response.output_text.annotation.added",
+            annotation=annotation.model_dump(),
+            annotation_index=index,
+            content_index=content_index,
+            item_id=completed.response.output[output_index].id,
+            output_index=output_index,
+            sequence_number=completed.sequence_number + index,
+        )
+        for output_index, content_index, _, own in await _annotated(completed.response, session)
+        for index, annotation in enumerate(own)
+    ]
+    completed.sequence_number += len(events)
+    return events
 
 
 class _RecordingResponses(OpenAIServingResponses):
@@ -104,6 +144,7 @@ class _RecordingResponses(OpenAIServingResponses):
         """Notes what is rendered, and how; vLLM may rewrite the messages while it renders."""
         check_messages(messages, "input")
         self._messages = copied_messages(messages)
+        find_sources(self._flashtrace, Completion((), (), "", messages=self._messages))
         defaults = merge_kwargs(default_template_kwargs, {"tools": tool_dicts, "tokenize": False})
         params = request.build_chat_params(
             default_template, default_template_content_format

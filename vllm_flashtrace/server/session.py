@@ -22,10 +22,11 @@ from vllm_flashtrace.api.request import (
 )
 from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.base.logs import log_unexpected
-from vllm_flashtrace.base.records import Completion
+from vllm_flashtrace.base.records import Completion, Document
 from vllm_flashtrace.server.deferred import DeferredAttributions
 from vllm_flashtrace.server.large_objects import Carried, carried, plain
 from vllm_flashtrace.server.recording_client import RecordedPrompt
+from vllm_flashtrace.text.sources import check_written, find_sources
 from vllm_flashtrace.trace.tracer import AsyncTracer, EngineContext
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY
 
@@ -76,6 +77,13 @@ class TraceSession:
         """
         attribution = await self._tasks[index]
         return await asyncio.to_thread(plain, attribution) if whole else carried(attribution)
+
+    async def citations(self, index: int) -> list[dict[str, Any]] | None:
+        """The citations of choice ``index``; None if none were asked for or there is no trace."""
+        if self.flashtrace.citations is None:
+            return None
+        citations: list[dict[str, Any]] | None = (await self._tasks[index]).get("citations")
+        return citations
 
     async def close(self) -> None:
         """Cancels what still runs and waits until it has stopped."""
@@ -149,6 +157,7 @@ class TraceSession:
             text=choice.text,
             prompt_text=texts[prompt_index] if prompt_index < len(texts) else None,
             messages=self._facts.messages,
+            documents=self._facts.documents,
         )
 
 
@@ -165,6 +174,7 @@ class RequestFacts:
         render: Renders chat messages as this request's prompt was rendered, or None.
         reasoning_parser: Makes the reasoning finder for given prompt token ids, or None.
         route: Route of the request, for metrics and logs.
+        documents: Documents that came with the messages.
     """
 
     flashtrace: FlashTraceRequest
@@ -175,6 +185,19 @@ class RequestFacts:
     render: Callable[..., Any] | None = None
     reasoning_parser: Callable[[Sequence[int]], Any] | None = None
     route: str = "/v1/chat/completions"
+    documents: Sequence[Document] = ()
+
+    def check_sources(self) -> None:
+        """Refuses sources that the messages or the prompts do not hold, before the generation.
+
+        Raises:
+            InvalidRequestError: Naming the source.
+        """
+        if self.flashtrace.sources is None:
+            return
+        for prompt_text in (None,) if self.messages is not None else self.prompt_texts:
+            known = Completion((), (), "", prompt_text, self.messages, self.documents)
+            check_written(find_sources(self.flashtrace, known), known.messages, self.render)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from vllm_flashtrace.text.reasoning import (
     hidden_tokens,
     reasoning_blocks,
 )
+from vllm_flashtrace.text.sources import PromptSource, find_sources, locate_sources
 from vllm_flashtrace.text.tool_calls import call_target_span, locate_calls
 
 _REGEX_SECONDS = 0.25
@@ -248,6 +249,27 @@ class OutputParts:
             answer = (at, at + len(content)) if at >= 0 else (answer[0], answer[0])
         return answer_parts(kind, visible.text, answer, calls)
 
+    def in_answer(
+        self, found: ResolvedTarget, target: TargetWeights, prompt_length: int
+    ) -> Span | None:
+        """See `TracePlan.in_answer`."""
+        if len(target.spans) > 1 and found.part is None:
+            return None
+        view = self.generated.visible
+        first, last = target.first - prompt_length, target.last - prompt_length
+        start, end = view.starts[first], view.ends[last]
+        if found.part is not None:
+            start, end = found.part.span[0], min(end, found.part.span[1])
+        elif found.text is not None:
+            at = view.text.find(found.text, start, end)
+            start, end = (at, at + len(found.text)) if at >= 0 else (start, end)
+        if self.parsed is None:
+            return (start, end) if start < end else None
+        content = self.parsed.content or ""
+        at = view.text.find(content, self.reasoning[0].end if self.reasoning else 0)
+        inside = at >= 0 and at <= start < end <= at + len(content)
+        return (start - at, end - at) if inside else None
+
     def _located(self) -> list[WrittenCall] | None:
         """Where the tool calls stand in the visible text."""
         if self.parsed is None:
@@ -295,6 +317,9 @@ class TracePlan:
         prompt: The decoded prompt.
         generated: The decoded generated tokens, all of them.
         prompt_map: The client's messages laid over the prompt.
+        sources: What the answer may have been taken from; None where nothing was asked for.
+        in_answer: Characters of the target within the content that the client gets; None where it
+            lies elsewhere, or in no one place.
     """
 
     request: FlashTraceRequest
@@ -311,6 +336,8 @@ class TracePlan:
     prompt: TokenText
     generated: GeneratedText
     prompt_map: PromptMap
+    sources: list[PromptSource] | None
+    in_answer: Span | None
 
     @property
     def target_spans(self) -> list[Span]:
@@ -372,6 +399,9 @@ def plan_targets(
         _within_context(target.weights, max_trace_tokens, prompt_length) for target in resolved
     ]
     prompt_map = locate_prompt(completion, prompt, render, tokenizer)
+    sources: list[PromptSource] | None = None
+    if request.sources is not None:
+        sources = locate_sources(find_sources(request, completion), prompt_map, prompt)
     token_ids = completion.token_ids
     skipped = skip_mask([*prompt.tokens(), *generated.full.tokens()], request.skip_tokens)
     if skipped is not None:
@@ -416,6 +446,8 @@ def plan_targets(
             prompt=prompt,
             generated=generated,
             prompt_map=prompt_map,
+            sources=sources,
+            in_answer=parts.in_answer(found, target, prompt_length),
         )
         plans.append(plan)
     if not plans:

@@ -109,6 +109,24 @@ def _with_marks(
     return marked
 
 
+def replaced_texts(
+    messages: Sequence[Mapping[str, Any]], changes: Mapping[MessageText, str]
+) -> list[Mapping[str, Any]]:
+    """The messages with other texts in the place of some of theirs.
+
+    Args:
+        messages: The messages; those that change are copied.
+        changes: What takes the place of each text.
+    """
+    changed: dict[int, dict[str, Any]] = {}
+    for source, text in changes.items():
+        message = changed.get(source.message)
+        if message is None:
+            message = changed[source.message] = copy.deepcopy(dict(messages[source.message]))
+        _replace(message, source.path, text)
+    return [changed.get(index, message) for index, message in enumerate(messages)]
+
+
 def _tool_call_texts(index: int, message: Mapping[str, Any]) -> Iterator[MessageText]:
     calls = message.get("tool_calls")
     for number, call in enumerate(calls if isinstance(calls, Sequence) else ()):
@@ -297,7 +315,7 @@ def _read_marks(
     for index, source in enumerate(sources):
         starts, ends = marks[2 * index], marks[2 * index + 1]
         inside = plain[starts[0] : ends[0]] if len(starts) == len(ends) == 1 else ""
-        origins = _escapes(source, inside)
+        origins = escapes(source, inside)
         if (
             origins
             or inside in (source.text, source.text.strip())
@@ -312,7 +330,7 @@ def _read_marks(
     return LocatedTexts(shown, frozenset(unlocated), prompt)
 
 
-def _escapes(source: MessageText, written: str) -> list[Span] | None:
+def escapes(source: MessageText, written: str) -> list[Span] | None:
     """Origin of every character of a content that is written with JSON's escapes, and only then."""
     if not source.is_content or "\\" not in written:
         return None

@@ -19,9 +19,11 @@ from vllm_flashtrace.api.response import OBJECT
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopResult
+from vllm_flashtrace.text.citations import cited, cited_source
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.prompt_map import PromptMap
 from vllm_flashtrace.text.sentences import sentences
+from vllm_flashtrace.text.sources import PromptSource
 
 _NAMES = ("name", "tool_call_id")
 
@@ -96,6 +98,7 @@ def build_result(
     usage: TraceUsage,
     trace_id: str,
     *,
+    verifications: Sequence[Mapping[str, Any]] = (),
     cache_details: bool = True,
     as_tensors: bool = False,
 ) -> dict[str, Any]:
@@ -105,6 +108,7 @@ def build_result(
         plans: The plans that were run, one for each target.
         usage: What they cost.
         trace_id: Id of the attribution.
+        verifications: What `Verification.results` gives; empty where nothing was verified.
         cache_details: Says how many tokens were in the prefix cache, and how many were not.
         as_tensors: Leaves ``layers`` (float32 ``[L, prompt_length]``) and the ``scores`` of hops
             (float64 ``[prompt_length]``) tensors, which take a tenth of the memory of lists.
@@ -117,10 +121,17 @@ def build_result(
     first = plans[0]
     tokens = first.prompt.pieces()
     data: dict[str, Any] = {"id": trace_id, "object": OBJECT, "status": "completed"}
+    results = [_target_result(plan, tokens, as_tensors) for plan in plans]
+    for result, verification in zip(results, verifications, strict=False):
+        result["verification"] = verification
+        _add_verdicts(result.get("citations") or (), verification)
     if first.request.targets is None:
-        data |= _target_result(first, tokens, as_tensors)
+        data |= results[0]
     else:
-        data["targets"] = [_target_result(plan, tokens, as_tensors) for plan in plans]
+        if first.request.citations is not None:
+            found = [each for result in results for each in result.pop("citations")]
+            data["citations"] = sorted(found, key=lambda each: (each["start"], each["end"]))
+        data["targets"] = results
         data["prompt_tokens"] = first.prompt_length
     if "tokens" in first.request.include:
         data["tokens"] = tokens
@@ -150,11 +161,50 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
     if plan.request.hops == "auto":
         data["auto_stopped"] = _auto_stopped(plan, result)
     numbers: Callable[[Tensor], Any] = _checked if as_tensors else _numbers
+    if plan.sources is not None:
+        entries = [source.scored(i, scores) for i, source in enumerate(plan.sources)]
+        if plan.request.citations is not None:
+            data["citations"] = _citations(plan, plan.sources, entries, scores)
+        data["sources"] = _with_best_sentences(entries, plan.request.top_k)
     data |= _inclusions(plan, result, scores, numbers)
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
             hop["scores"] = numbers((hop_scores * plan.input_mask)[: plan.prompt_length])
     return data
+
+
+def _citations(
+    plan: TracePlan,
+    sources: Sequence[PromptSource],
+    entries: Sequence[dict[str, Any]],
+    scores: Sequence[float],
+) -> list[dict[str, Any]]:
+    """The target with its sources; nothing where it is in no one place or has none."""
+    numbers = cited(sources, scores) if plan.in_answer is not None else []
+    if plan.in_answer is None or not numbers:
+        return []
+    start, end = plan.in_answer
+    named = [cited_source(sources, i, entries[i]) for i in numbers]
+    return [{"start": start, "end": end, "text": plan.target_text, "sources": named}]
+
+
+def _with_best_sentences(sources: list[dict[str, Any]], top_k: int | None) -> list[dict[str, Any]]:
+    """The sources with those of their sentences that are among the best of all sources."""
+    found = [(i, each) for i, source in enumerate(sources) for each in source["sentences"]]
+    kept: list[list[dict[str, Any]]] = [[] for _ in sources]
+    for at in _chosen([each["mean"] for _, each in found], top_k):
+        kept[found[at][0]].append(found[at][1])
+    return [{**source, "sentences": own} for source, own in zip(sources, kept, strict=True)]
+
+
+def _add_verdicts(citations: Sequence[dict[str, Any]], verification: Mapping[str, Any]) -> None:
+    """Tells of each cited source what taking it out has done."""
+    removed = {each.get("index"): each for each in verification.get("removed", ())}
+    for source in [source for each in citations for source in each["sources"]]:
+        found = removed.get(source["index"], {})
+        for name in ("log_prob_drop", "verdict"):
+            if name in found:
+                source[name] = found[name]
 
 
 def _target(plan: TracePlan) -> dict[str, Any]:
@@ -163,6 +213,8 @@ def _target(plan: TracePlan) -> dict[str, Any]:
         "text": plan.target_text,
         "tokens": [list(span) for span in plan.target_spans],
     }
+    if plan.in_answer is not None:
+        data |= {"start": plan.in_answer[0], "end": plan.in_answer[1]}
     part = plan.part
     if part is not None:
         names = {"path": part.path, "tool_call": part.tool_call, "argument": part.argument}
@@ -175,8 +227,13 @@ def _usage(usage: TraceUsage, cache_details: bool) -> dict[str, Any]:
         "recomputed_tokens": int(usage.recomputed_tokens),
         "cached_tokens": int(usage.cached_tokens),
     }
+    requests = {}
+    if usage.scored_requests:
+        requests["scored_requests"] = usage.scored_requests
+        counts["scored_tokens"] = int(usage.scored_tokens)
+        counts["scored_cached_tokens"] = int(usage.scored_cached_tokens)
     seconds = {phase: float(value) for phase, value in usage.seconds.items()}
-    return {**(counts if cache_details else {}), "seconds": seconds}
+    return {**(counts if cache_details else {}), **requests, "seconds": seconds}
 
 
 def failed_result(

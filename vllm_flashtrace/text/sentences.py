@@ -6,7 +6,7 @@ import bisect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm_flashtrace.base.records import Completion, Span
@@ -55,39 +55,57 @@ def containing(starts: Sequence[int], text: str, start: int, end: int) -> int:
     return bisect.bisect_right(starts, start if blanks == end - start else start + blanks) - 1
 
 
+def scored_sentences(
+    text: str, tokens: Iterable[tuple[int, int, float]], offset: int = 0
+) -> list[dict[str, Any]]:
+    """One entry per sentence of a text, in the order of the text.
+
+    An entry has ``start`` and ``end`` of the sentence without the blanks around it, its ``text``,
+    how many ``tokens`` it has, the ``score`` of all of them, and their ``mean``. Sentences without
+    a token of their own are left out.
+
+    Args:
+        text: The text.
+        tokens: First character, end and score of the tokens in the text.
+        offset: What to add to positions in the text.
+    """
+    spans = sentence_spans(text)
+    starts = [start for start, _ in spans]
+    of_sentence: dict[int, list[float]] = defaultdict(list)
+    for start, end, score in tokens:
+        of_sentence[containing(starts, text, start, end)].append(score)
+    return [_entry(text, spans[number], own, offset) for number, own in of_sentence.items()]
+
+
 def sentences(
     prompt_map: PromptMap, completion: Completion, scores: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """One entry per sentence of the located contents, in the order of the prompt.
+    """The sentences of the located contents in the order of the prompt, as `scored_sentences`.
 
-    An entry has ``message`` (and ``part``), ``start`` and ``end`` of the sentence without the
-    blanks around it, its ``text``, how many ``tokens`` it has, the ``score`` of all of them, and
-    their ``mean``. Sentences without a token of their own are left out.
+    An entry also has ``message`` (and ``part``).
 
     Args:
         prompt_map: The client's messages laid over the prompt.
         completion: Holds the client's messages or prompt.
         scores: Score of each prompt token.
     """
-    texts = {(text.message, text.part): text.text for text in _contents(completion)}
-    spans = {key: sentence_spans(text) for key, text in texts.items()}
-    starts = {key: [start for start, _ in found] for key, found in spans.items()}
-    of_sentence: dict[tuple[Key, int], list[float]] = defaultdict(list)
+    texts = {(text.message, text.part): text.text for text in contents(completion)}
+    tokens: dict[Key, list[tuple[int, int, float]]] = defaultdict(list)
     for located, score in zip(prompt_map.tokens, scores, strict=True):
         if located is None or located.start is None or located.end is None:
             continue
         key = located.message, located.part
-        if located.message in prompt_map.unlocated or key not in texts:
-            continue
-        number = containing(starts[key], texts[key], located.start, located.end)
-        of_sentence[key, number].append(score)
+        if located.message not in prompt_map.unlocated and key in texts:
+            tokens[key].append((located.start, located.end, score))
     return [
-        _entry(key, texts[key], spans[key][number], own)
-        for (key, number), own in of_sentence.items()
+        {"message": key[0], **({} if key[1] is None else {"part": key[1]}), **entry}
+        for key, own in tokens.items()
+        for entry in scored_sentences(texts[key], own)
     ]
 
 
-def _contents(completion: Completion) -> list[MessageText]:
+def contents(completion: Completion) -> list[MessageText]:
+    """The contents of the client's messages, or its prompt; those that are not blank."""
     if completion.messages is not None:
         return [text for text in message_texts(completion.messages) if text.is_content]
     if completion.prompt_text is not None:
@@ -95,14 +113,11 @@ def _contents(completion: Completion) -> list[MessageText]:
     return []
 
 
-def _entry(key: Key, text: str, span: Span, own: Sequence[float]) -> dict[str, Any]:
-    message, part = key
+def _entry(text: str, span: Span, own: Sequence[float], offset: int) -> dict[str, Any]:
     sentence = text[slice(*span)]
-    start = span[0] + len(sentence) - len(sentence.lstrip())
+    start = offset + span[0] + len(sentence) - len(sentence.lstrip())
     score = math.fsum(own)
     return {
-        "message": message,
-        **({} if part is None else {"part": part}),
         "start": start,
         "end": start + len(sentence.strip()),
         "text": sentence.strip(),

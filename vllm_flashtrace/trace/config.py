@@ -77,6 +77,18 @@ class FlashTraceConfig(BaseModel):
         description='Most numbers that `include: ["layers"]` may ask a server for, layers times '
         "prompt tokens; each takes about 22 bytes of the response.",
     )
+    max_verify: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="Largest `verify` a request may ask for; 0 turns verification off.",
+    )
+    max_verify_requests: int = Field(
+        default=128,
+        ge=2,
+        description="Engine requests that one attribution's verification may take; what needs "
+        "more has a `reason` in place of numbers.",
+    )
     max_result_mib: int = Field(
         default=512,
         ge=1,
@@ -169,4 +181,8 @@ class FlashTraceConfig(BaseModel):
     @property
     def limits(self) -> RequestLimits:
         """What a request's ``flashtrace`` field may ask for."""
-        return RequestLimits(max_hops=self.max_hops)
+        return RequestLimits(
+            max_hops=self.max_hops,
+            max_verify=self.max_verify,
+            max_verify_requests=self.max_verify_requests,
+        )

@@ -36,6 +36,7 @@ def result_bytes(
     layers: int,
     max_hops: int,
     targets: int = 1,
+    sources: int = 0,
 ) -> int:
     """Bytes of an API server that an attribution's result takes at most at one time.
 
@@ -46,6 +47,7 @@ def result_bytes(
         layers: Layers of the model.
         max_hops: Where ``hops: "auto"`` stops at the latest.
         targets: How many parts of the completion are explained.
+        sources: How many sources have scores, each with a sentence in a citation.
     """
     include = request.include
     tokens = prompt + generated
@@ -54,8 +56,11 @@ def result_bytes(
     # The scores of all targets are there before the first of them is written out.
     of_hops = targets * hops * tokens if "hops" in include or targets > 1 else 0
     entries = prompt if request.top_k is None else min(request.top_k, prompt)
-    entries *= 2 if "sentences" in include else 1  # No more sentences than tokens.
+    # No more sentences than tokens, of the messages and of the sources.
+    entries *= 1 + ("sentences" in include) + (sources > 0)
+    entries += request.verify
     entries += generated if "generated" in include else 0
+    entries += 2 * sources
     entries *= targets
     total = _BYTES_PER_LAYER_SCORE * of_layers + _BYTES_PER_HOP_SCORE * of_hops
     total += _BYTES_PER_ENTRY * entries

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import ScoreReport, TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import (
     SECRET_ENV,
@@ -32,7 +32,10 @@ from vllm_flashtrace.trace.wire import (
     misfit,
     secret_id,
     stages,
+    tensor_of,
 )
+
+T = TypeVar("T")
 
 WorkerCall = Callable[[str, tuple[Any, ...]], Sequence[Any]]
 """A ``collective_rpc``: takes a method's name and arguments, returns every worker's answer."""
@@ -70,6 +73,39 @@ async def pick_up(
     Raises:
         TraceError: The trace failed in a worker, or a worker does not know it.
     """
+    wires = await _answers(nonce, call, carried, pause)
+    members = stages([wire.part for wire in wires])
+    return _merged(members, [wire.to_report() for wire in wires])
+
+
+async def pick_up_score(
+    nonce: str,
+    call: AsyncWorkerCall,
+    carried: bytes | None = None,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> ScoreReport:
+    """As `pick_up`, of the tokens that a `ScoreSpec` names."""
+    wires = await _answers(nonce, call, carried, pause)
+    stages([wire.part for wire in wires])
+    # The last stage has the logits, and of its ranks one or all.
+    known = [wire for wire in wires if wire.log_probs]
+    if not known:
+        raise misfit("no worker has the log-probabilities")
+    return ScoreReport(
+        log_probs=tensor_of(known[0].log_probs, torch.float32),
+        recomputed_tokens=known[0].recomputed_tokens,
+        cached_tokens=known[0].cached_tokens,
+        weights=" ".join(wire.weights for wire in wires),
+    )
+
+
+async def _answers(
+    nonce: str,
+    call: AsyncWorkerCall,
+    carried: bytes | None,
+    pause: Callable[[float], Awaitable[None]],
+) -> list[WireReport]:
+    """What all workers answer, none of them pending."""
     answers = [carried] if carried is not None else await call("flashtrace_collect", (nonce,))
     wires = await _decoded(answers, nonce, call)
     while any(wire.status == "pending" for wire in wires):
@@ -79,13 +115,25 @@ async def pick_up(
         asked = [r for r, wire in zip(again, wires, strict=True) if wire.status == "pending"]
         answered = iter(await _decoded(asked, nonce, call))
         wires = [next(answered) if wire.status == "pending" else wire for wire in wires]
-    members = stages([wire.part for wire in wires])
-    return _merged(members, [wire.to_report() for wire in wires])
+    return wires
 
 
 def pick_up_now(nonce: str, call: WorkerCall, carried: bytes | None = None) -> TraceReport:
     """As `pick_up`, where calls to the workers block."""
+    return _now(pick_up, nonce, call, carried)
 
+
+def pick_up_score_now(nonce: str, call: WorkerCall, carried: bytes | None = None) -> ScoreReport:
+    """As `pick_up_score`, where calls to the workers block."""
+    return _now(pick_up_score, nonce, call, carried)
+
+
+def _now(
+    pick_up: Callable[..., Coroutine[Any, Any, T]],
+    nonce: str,
+    call: WorkerCall,
+    carried: bytes | None,
+) -> T:
     async def answered(method: str, args: tuple[Any, ...]) -> Sequence[Any]:
         return call(method, args)
 
@@ -96,7 +144,7 @@ def pick_up_now(nonce: str, call: WorkerCall, carried: bytes | None = None) -> T
     try:
         pickup.send(None)  # Nothing in it suspends, so it needs no event loop.
     except StopIteration as done:
-        report: TraceReport = done.value
+        report: T = done.value
         return report
     pickup.close()
     raise RuntimeError("a call that blocks has suspended")

@@ -1,9 +1,10 @@
-"""The two messages between API server and workers: a sealed trace spec and its report.
+"""The messages between API server and workers: a sealed spec and the report that answers it.
 
-A spec rides in ``SamplingParams.extra_args[EXTRA_ARGS_KEY]``. HTTP clients can reach the same
-dictionary through ``vllm_xargs``, but JSON has no byte strings and clients do not know the secret:
-a spec is accepted only if it is of type ``bytes`` *and* its HMAC-SHA256 is right. Whatever a worker
-returns is plain ``bytes``, because nothing else comes through ``collective_rpc`` unchanged.
+There are two kinds of specs: of a trace, and of tokens that are scored. A spec rides in
+``SamplingParams.extra_args[EXTRA_ARGS_KEY]``. HTTP clients can reach the same dictionary through
+``vllm_xargs``, but JSON has no byte strings and clients do not know the secret: a spec is accepted
+only if it is of type ``bytes`` *and* its HMAC-SHA256 is right. Whatever a worker returns is plain
+``bytes``, because nothing else comes through ``collective_rpc`` unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -87,7 +88,7 @@ class TargetSpec(msgspec.Struct, frozen=True, array_like=True):
         return FurtherHops(positions, self.hops, self.threshold)
 
 
-class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
+class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
     """What a worker must record for one trace request.
 
     Attributes:
@@ -130,6 +131,11 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         return min(target.first for target in self.targets)
 
     @property
+    def first_row(self) -> int:
+        """First position that has to be computed and may not come from the cache."""
+        return self.first_target
+
+    @property
     def last_target(self) -> int:
         """Last target position."""
         return max(target.last for target in self.targets)
@@ -151,6 +157,42 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         return [target.target(self.length) for target in self.targets]
 
 
+class ScoreSpec(msgspec.Struct, frozen=True, array_like=True, tag="score"):
+    """Asks for the log-probabilities of tokens of a prompt, each given all tokens before it.
+
+    Attributes:
+        nonce: Key under which the report is kept for pick-up.
+        length: Number of prompt tokens of the request.
+        positions: int32 little-endian positions of the tokens, strictly ascending from 1.
+    """
+
+    nonce: str
+    length: int
+    positions: bytes
+
+    @classmethod
+    def create(cls, positions: Sequence[int], length: int) -> ScoreSpec:
+        """Builds a spec with a fresh nonce."""
+        at = _position_bytes(torch.tensor(positions, dtype=torch.int32))
+        return cls(nonce=secrets.token_hex(16), length=length, positions=at)
+
+    @property
+    def first_row(self) -> int:
+        """First position that has to be computed: the one before the first token."""
+        return int.from_bytes(self.positions[:4], "little", signed=True) - 1
+
+    def scored_positions(self) -> torch.Tensor:
+        """The positions, int64 ``[P]``; raises ValueError when malformed or outside the prompt."""
+        positions = tensor_of(self.positions, torch.int32).to(torch.int64)
+        inside = bool(((positions >= 1) & (positions < self.length)).all())
+        if not len(positions) or not inside or (positions.diff() <= 0).any():
+            raise ValueError(f"{len(positions)} positions do not fit {self.length} tokens")
+        return positions
+
+
+Spec: TypeAlias = TraceSpec | ScoreSpec
+
+
 def ensure_secret() -> str:
     """Returns the HMAC secret, creating it in this process's environment when absent.
 
@@ -165,7 +207,7 @@ def secret_id() -> str:
     return _mac(b"which secret").hex()[:16]
 
 
-def seal(spec: TraceSpec) -> bytes:
+def seal(spec: Spec) -> bytes:
     """HMAC-SHA256 followed by the msgpack form of ``spec``."""
     payload = msgspec.msgpack.encode(spec)
     return _mac(payload) + payload
@@ -177,7 +219,7 @@ def sealed_spec(extra_args: dict[str, Any] | None) -> bytes | None:
     return value if type(value) is bytes else None
 
 
-def unseal(sealed: bytes) -> TraceSpec:
+def unseal(sealed: bytes) -> Spec:
     """Verifies and decodes a sealed spec.
 
     Raises:
@@ -187,24 +229,34 @@ def unseal(sealed: bytes) -> TraceSpec:
     if not hmac.compare_digest(mac, _mac(payload)):
         raise TraceError("forged_spec", "the trace spec was not made by this server")
     try:
-        return msgspec.msgpack.decode(payload, type=TraceSpec)
+        return msgspec.msgpack.decode(payload, type=Spec)
     except msgspec.MsgspecError as error:
         raise TraceError("forged_spec", f"the trace spec is malformed: {error}") from error
 
 
-def target_range(extra_args: dict[str, Any] | None) -> range | None:
-    """First to last target position of the trace that a request's ``extra_args`` ask for.
+def verified_spec(extra_args: dict[str, Any] | None) -> Spec | None:
+    """The spec in a request's ``extra_args``.
 
     Returns:
-        None where they ask for none, or with a spec that this server has not made: the worker
-        refuses it and says so, and to everybody else it is an ordinary request.
+        None where there is none, or one that this server has not made: the worker refuses it and
+        says so, and to everybody else it is an ordinary request.
     """
     sealed = sealed_spec(extra_args)
     if sealed is None:
         return None
     try:
-        spec = unseal(sealed)
+        return unseal(sealed)
     except TraceError:
+        return None
+
+
+def target_range(extra_args: dict[str, Any] | None) -> range | None:
+    """First to last target position of the trace that a request's ``extra_args`` ask for, if any.
+
+    See `verified_spec`.
+    """
+    spec = verified_spec(extra_args)
+    if not isinstance(spec, TraceSpec):
         return None
     return range(spec.first_target, spec.last_target + 1)
 
@@ -231,7 +283,7 @@ class ModelPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A finished or failed trace as a worker returns it.
+    """A finished or failed trace, or what became of a `ScoreSpec`, as a worker returns it.
 
     Attributes:
         status: ``completed``, ``pending`` (not on the host yet), ``failed`` or ``missing`` (unknown
@@ -239,6 +291,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         scores: float32 ``[sum(hops), length]``, of each hop of each target.
         hops: How many hops were run for each target.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
+        log_probs: float32, one for each scored position; empty on workers without the logits.
         part: What of the model the numbers are of; ``L`` are the layers in it.
         weights: What tells the worker's weights from others, the same in all of the trace's steps.
     """
@@ -249,6 +302,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     scores: bytes = b""
     hops: tuple[int, ...] = (1,)
     layer_scores: bytes = b""
+    log_probs: bytes = b""
     num_layers: int = 0
     recomputed_tokens: int = 0
     cached_tokens: int = 0

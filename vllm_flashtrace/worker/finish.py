@@ -312,10 +312,7 @@ class FinishedTrace:
         """
         facts = self.facts
         scores, own, denominators, weights, *layers = self.copied.tensors
-        if int(weights[1]):
-            raise TraceError(
-                "weights_changed", "the model's weights changed while the trace was recorded"
-            )
+        _check_weights(weights)
         self._check(own, "recording_failed", "a proximity of layer {} is not finite")
         self._check(denominators, "result_missing", "another rank has no totals of layer {}")
         per_layer = layers[0] if layers else None
@@ -330,7 +327,7 @@ class FinishedTrace:
             restarts=facts.restarts,
             seconds=self._seconds(),
             part=facts.part,
-            weights=f"{int(weights[0]) % (1 << 64):016x}",
+            weights=_weights_text(weights),
         )
 
     def _padded(self, layers: Tensor) -> bytes:
@@ -353,6 +350,55 @@ class FinishedTrace:
             "recording": recording,
             "proximity": facts.clock.seconds(self.recorded, self.ended),
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FinishedScore:
+    """What became of a `ScoreSpec`, on the host or under way to it.
+
+    Attributes:
+        part: What of the model the worker holds.
+        copied: int64 ``[2]``, see `WeightsSeen`; and, where the logits are, float32 ``[P]``, the
+            log-probabilities.
+        recomputed_tokens: Tokens prefilled.
+        cached_tokens: Tokens that came from the prefix cache.
+    """
+
+    part: ModelPart
+    copied: HostCopy
+    recomputed_tokens: int
+    cached_tokens: int
+
+    def report(self) -> WireReport:
+        """Its report, once `copied` has arrived.
+
+        Raises:
+            TraceError: ``weights_changed`` when not all steps had the same weights,
+                ``recording_failed`` when a log-probability is not finite.
+        """
+        weights, *log_probs = self.copied.tensors
+        _check_weights(weights)
+        if log_probs and not bool(log_probs[0].isfinite().all()):
+            raise TraceError("recording_failed", "a log-probability is not finite")
+        return WireReport(
+            status="completed",
+            log_probs=tensor_bytes(log_probs[0]) if log_probs else b"",
+            recomputed_tokens=self.recomputed_tokens,
+            cached_tokens=self.cached_tokens,
+            part=self.part,
+            weights=_weights_text(weights),
+        )
+
+
+def _check_weights(weights: Tensor) -> None:
+    if int(weights[1]):
+        raise TraceError(
+            "weights_changed", "the model's weights changed while the trace was recorded"
+        )
+
+
+def _weights_text(weights: Tensor) -> str:
+    return f"{int(weights[0]) % (1 << 64):016x}"
 
 
 @dataclass(frozen=True, slots=True)
