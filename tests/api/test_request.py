@@ -365,7 +365,9 @@ _requests = st.fixed_dictionaries(
         "skip_tokens": st.sampled_from(["none", "punctuation"]) | st.lists(_texts, max_size=5),
         "top_k": st.integers(1, 100_000) | st.none(),
         "include": st.lists(
-            st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
+            st.sampled_from(
+                ["hops", "generated", "segments", "sentences", "layers", "attention", "tokens"]
+            ),
             unique=True,
         ),
         "preset": st.sampled_from(["paper", "sources"]),

@@ -30,7 +30,7 @@ TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1
 OTHER = torch.randint(5, 500, (260,), generator=torch.Generator().manual_seed(2)).tolist()
 JOBS = [
     TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
-    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True),
+    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True, attention=True),
     TraceJob(OTHER, TargetWeights.from_spans([(200, 260)]), layers=True),
 ]
 # In steps of 128 tokens both stages see every trace in several chunks.
@@ -67,6 +67,9 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
         print(f"two stages against one: relative L1 {error:.1e}")
         assert error <= LIMIT
         assert torch.allclose(ours.scores.sum(), expected.scores.sum(), rtol=1e-5)
+        assert (ours.attention is None) == (expected.attention is None)
+        if ours.attention is not None and expected.attention is not None:
+            assert torch.allclose(ours.attention, expected.attention, rtol=2e-3, atol=1e-7)
         if expected.layer_scores is None:
             assert ours.layer_scores is None
             continue

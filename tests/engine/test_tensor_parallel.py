@@ -30,7 +30,7 @@ LIMIT = 1e-5
 TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 JOBS = [
     TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
-    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True),
+    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True, attention=True),
 ]
 
 
@@ -65,6 +65,9 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
     assert with_layers.shape == expected.shape
     for mine, theirs in zip(with_layers, expected, strict=True):
         assert relative_l1(mine, theirs) <= LIMIT
+    heads, expected = several[1].attention, one[1].attention
+    assert heads is not None and expected is not None
+    assert torch.allclose(heads.float(), expected.float(), rtol=2e-3, atol=1e-7)
 
 
 @pytest.fixture(scope="module")

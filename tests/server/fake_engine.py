@@ -17,7 +17,14 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_flashtrace.trace.wire import ScoreSpec, WireReport, sealed_spec, tensor_bytes, unseal
+from vllm_flashtrace.trace.wire import (
+    ModelPart,
+    ScoreSpec,
+    WireReport,
+    sealed_spec,
+    tensor_bytes,
+    unseal,
+)
 
 
 @dataclass
@@ -132,6 +139,11 @@ class FakeEngine:
             yield _request_output(call, [_choice(0, "", [0], "length")], True)
             return
         scores = self.trace_scores(spec.length)
+        attention, heads = b"", 0
+        if spec.attention:
+            heads = self.model_config.get_num_attention_heads(self.vllm_config.parallel_config)
+            sums = (scores / scores.sum()).expand(self.layers, heads, -1)
+            attention = tensor_bytes(sums, torch.float16)
         self._reports[spec.nonce] = WireReport(
             status="completed",
             scores=tensor_bytes(scores.expand(len(spec.targets), -1)),
@@ -140,6 +152,9 @@ class FakeEngine:
             if spec.layers
             else b"",
             num_layers=self.layers if spec.layers else 0,
+            attention=attention,
+            num_heads=heads,
+            part=ModelPart(0, self.layers, self.layers, 1),
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+import torch
 
 from tests.api.samples import check_described
 from vllm_flashtrace.trace.wire import ScoreSpec, WireReport, unseal
@@ -119,6 +120,16 @@ async def test_citations_have_the_verdicts_of_their_sources(app):
     app.engine.log_prob = lambda text: -0.5 if "4821. Which" in text else -4.0
     sources = [{"id": "cat", "text": "The cat sat."}, {"id": "code", "text": "The code is 4821."}]
     field = {**FIELD, "verify": 1, "sources": sources, "citations": True}
+    weights = {"cat": 100.0, "sat": 100.0, "is": 100.0, "code": 200.0}
+
+    def of_words(length):
+        ids = app.engine.generations[0].prompt["prompt_token_ids"]
+        words = [app.engine.get_tokenizer().decode([token]).strip() for token in ids]
+        found = torch.ones(length)
+        found[: len(ids)] = torch.tensor([weights.get(word, 1.0) for word in words])
+        return found
+
+    app.engine.trace_scores = of_words
     app.engine.answers = ["The code is 4821."]
     messages = [{"role": "user", "content": PROMPT}]
     response = await app.chat(messages=messages, flashtrace=field)

@@ -155,6 +155,16 @@ def test_sources_are_taken_out_where_the_request_has_any(byte_level, chat, rende
     assert [one["log_prob_drop"] > 0 for one in data["removed"]] == [True, False]
 
 
+def test_reasoning_that_stays_may_hold_what_was_taken_out(byte_level, chat, render):
+    completion = chat(CHAT, "<think>It is 4821.</think>4821")
+    found = verify(byte_level, completion, [CODE, "The cat sat."], render, target={"text": "4821"})
+    [data] = found.results(reports(found, -1.0, -1.1, -9.0, -1.0))
+    code, cat = data["removed"]
+    assert code["verdict"] == "supported" and "log_prob_drop" in cat and "verdict" not in cat
+    assert cat["reason"] == data["together"]["reason"] and "the reasoning" in cat["reason"]
+    assert "verdict" not in data
+
+
 def test_targets_share_texts_up_to_the_limit(byte_level, chat, render):
     answer = "4821 it is. The cat."
     completion = chat(CHAT, answer)

@@ -7,6 +7,7 @@ loads neither torch nor vLLM.
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import math
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from inseq import FeatureAttributionOutput
     from pandas import DataFrame
     from rich.console import RenderableType
+    from torch import Tensor
 
 __all__ = ["Attribution", "MassBalance", "TokenScore"]
 
@@ -239,6 +241,26 @@ class Attribution:
     def generated(self) -> list[dict[str, Any]]:
         """Scores on generated tokens, if asked for."""
         return list(self._result().get("generated") or [])
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """How much the target attends to every token, float16 ``[layers, heads, tokens]``.
+
+        Of token ``j`` it is ``sum_i w_i alpha_ij`` over the target's tokens ``i``, whose weights
+        ``w_i`` sum to 1. The prompt's tokens come first, the generated ones follow.
+
+        Raises:
+            TraceError: The trace has no result.
+            ValueError: The request did not include 'attention', or it was deferred and the file is
+                to be fetched by itself.
+        """
+        data = (self._completed().get("attention") or {}).get("data")
+        if data is None:
+            where = "GET /v1/attributions/{id}/attention gives those of a deferred attribution"
+            raise ValueError(f"there are no sums of attention in this response; {where}")
+        from safetensors.torch import load
+
+        return load(base64.b64decode(data))["attention"]
 
     @property
     def usage(self) -> dict[str, Any]:

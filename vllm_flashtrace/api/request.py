@@ -309,7 +309,9 @@ _TARGET_LIST = TypeAdapter(tuple[Annotated[Target, BeforeValidator(_read_target)
 
 FIELD = "flashtrace"
 
-Include: TypeAlias = Literal["hops", "generated", "segments", "sentences", "layers", "tokens"]
+Include: TypeAlias = Literal[
+    "hops", "generated", "segments", "sentences", "layers", "attention", "tokens"
+]
 
 _INCLUDES = get_args(Include)
 
@@ -384,7 +386,8 @@ class FlashTraceRequest(StrictModel):
         default=(),
         description="Additional parts of the response: 'hops' (scores of each hop), 'generated' "
         "(scores of generated tokens), 'segments' (scores of messages), 'sentences' (scores of "
-        "sentences), 'layers' (scores by layer), 'tokens' (texts of the prompt's tokens).",
+        "sentences), 'layers' (scores by layer), 'attention' (the target's attention to every "
+        "token by layer and head), 'tokens' (texts of the prompt's tokens).",
     )
     verify: Position = Field(
         default=0,
@@ -488,8 +491,10 @@ class FlashTraceRequest(StrictModel):
             raise RefusedError("needs sources", "citations", True)
         if self.targets is not None and "target" in self.model_fields_set:
             raise RefusedError("cannot be combined with targets", "target", self.target)
-        if self.targets is not None and "layers" in self.include:
-            raise RefusedError("cannot hold 'layers' with targets", "include", list(self.include))
+        for name in ("layers", "attention"):
+            if self.targets is not None and name in self.include:
+                phrase = f"cannot hold '{name}' with targets"
+                raise RefusedError(phrase, "include", list(self.include))
         return self
 
     @field_validator("reasoning", mode="before")

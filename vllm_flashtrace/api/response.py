@@ -287,7 +287,8 @@ class RemovedPart(_Part):
     )
     reason: str | None = Field(
         default=None,
-        description="Why there are no numbers: it could not be taken out, or its request failed.",
+        description="Why there are no numbers: it could not be taken out, or its request failed; "
+        "or why there is no verdict beside the number.",
     )
 
 
@@ -298,7 +299,9 @@ class RemovedTogether(_Part):
         default=None, description="By how many nats the target's log-probability falls."
     )
     verdict: Verdict | None = Field(default=None, description="What it says.")
-    reason: str | None = Field(default=None, description="Why there are no numbers.")
+    reason: str | None = Field(
+        default=None, description="Why there is no number, or no verdict beside it."
+    )
 
 
 class VerificationFound(_Part):
@@ -347,6 +350,21 @@ class GeneratedToken(_Part):
     score: _Share = Field(
         description="Mass that passed through the token, each hop counted with its weight; mass "
         "on reasoning counts again wherever it flows next."
+    )
+
+
+class AttentionSums(_Part):
+    """How much the target attends to every token, by layer and query head: raw sums, no scores."""
+
+    shape: tuple[_Index, _Index, _Index] = Field(
+        description="Layers, query heads, and tokens: all of the prompt's, then the generated ones."
+    )
+    data: str | None = Field(
+        default=None,
+        description="A safetensors file in base64, whose tensor 'attention' (float16) is of this "
+        "shape: the sum over the target's tokens i of w_i times the attention weight of token i on "
+        "token j, where the w_i sum to 1. Absent if deferred: GET "
+        "/v1/attributions/{id}/attention gives the file.",
     )
 
 
@@ -481,6 +499,10 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="For each layer one score per prompt token; with include 'layers'. Over the "
         "layers they add up to the scores.",
+    )
+    attention: AttentionSums | None = Field(
+        default=None,
+        description="Attention of the target by layer and head; with include 'attention'.",
     )
     tokens: list[str] | None = Field(
         default=None,

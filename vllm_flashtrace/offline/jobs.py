@@ -146,12 +146,13 @@ def _batches(
     for call in calls:
         cost = 0
         if budget is not None:
+            spec = call.trace.spec
             try:
-                budget.check(call.trace.spec.length)
+                budget.check(spec.length, attention=spec.attention)
             except TraceError as error:
                 call.job.error = error
                 continue
-            cost = budget.cost(call.trace.spec.length, call.trace.spec.kept_rows)
+            cost = budget.cost(spec.length, spec.kept_rows, attention=spec.attention)
         full = len(batch) == places or (budget is not None and held + cost > budget.limit_bytes)
         if batch and full:
             yield batch

@@ -17,7 +17,7 @@ BEST_TOKENS = 8
 """A source's evidence is the mean score of its best tokens, this many."""
 LEAST_OF_BEST = 0.5
 """A source is cited if its evidence is at least this part of the best one's ..."""
-LEAST_OF_USUAL = 7.5
+LEAST_OF_USUAL = 8.0
 """... and this many times the score of a usual token of the prompt, the median of those above 0."""
 
 

@@ -9,11 +9,14 @@ into a dict again. The tests hold every object that they build against the model
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_flashtrace.api.response import OBJECT
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
@@ -111,12 +114,13 @@ def build_result(
         verifications: What `Verification.results` gives; empty where nothing was verified.
         cache_details: Says how many tokens were in the prefix cache, and how many were not.
         as_tensors: Leaves ``layers`` (float32 ``[L, prompt_length]``) and the ``scores`` of hops
-            (float64 ``[prompt_length]``) tensors, which take a tenth of the memory of lists.
+            (float64 ``[prompt_length]``) tensors, which take a tenth of the memory of lists, and
+            the file of ``attention`` bytes.
 
     Raises:
         TraceError: ``mass_imbalance`` when masses do not add up to 1, ``bad_scores`` when a number
             is not finite or negative, ``no_layer_scores`` when layers were asked for but not
-            measured.
+            measured, ``result_missing`` when sums of attention were.
     """
     first = plans[0]
     tokens = first.prompt.pieces()
@@ -133,6 +137,8 @@ def build_result(
             data["citations"] = sorted(found, key=lambda each: (each["start"], each["end"]))
         data["targets"] = results
         data["prompt_tokens"] = first.prompt_length
+    if "attention" in first.request.include:
+        data["attention"] = _attention(first, usage.attention, as_tensors)
     if "tokens" in first.request.include:
         data["tokens"] = tokens
     data["usage"] = _usage(usage, cache_details)
@@ -329,6 +335,19 @@ def _inclusions(
             raise TraceError("no_layer_scores", "scores per layer were asked for but not measured")
         data["layers"] = numbers(result.layer_scores[:, : plan.prompt_length])
     return data
+
+
+def _attention(plan: TracePlan, sums: Tensor | None, as_bytes: bool) -> dict[str, Any]:
+    """The sums of attention as a file; nothing attends to tokens behind the last target."""
+    if sums is None:
+        raise TraceError("result_missing", "sums of attention were asked for but not measured")
+    missing = len(plan.completion.token_ids) - sums.shape[-1]
+    file = save(
+        {"attention": pad(_checked(sums), (0, missing)).contiguous()},
+        {"prompt_tokens": str(plan.prompt_length)},
+    )
+    shape = [*sums.shape[:2], sums.shape[-1] + missing]
+    return {"shape": shape, "data": file if as_bytes else b64encode(file).decode()}
 
 
 def _generated(plan: TracePlan, result: HopResult) -> list[dict[str, Any]]:

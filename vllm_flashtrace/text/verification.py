@@ -40,6 +40,10 @@ WEAK_NATS, WEAK_NATS_PER_TOKEN = math.log(2), 0.03
 _NO_UNITS = "the prompt has no text of the client whose place is known"
 _NOT_THE_CLIENTS = "it stands in no message: the chat template writes it"
 
+_REASONING_STAYS = (
+    "no verdict: the reasoning before the target stays, and may be what it was taken from"
+)
+
 
 def verdict_of(drop: float, tokens: int) -> Verdict:
     """What a fall of a target's log-probability says.
@@ -243,7 +247,10 @@ class Verification:
                 drop = (whole or 0.0) - log_prob(_removal(removed))
             except CannotRemoveError as error:
                 return {"reason": str(error)}
-            return {"log_prob_drop": drop, "verdict": verdict_of(drop, tokens)}
+            verdict = verdict_of(drop, tokens)
+            if verdict != "supported" and self._plans[index].after_reasoning:
+                return {"log_prob_drop": drop, "reason": _REASONING_STAYS}
+            return {"log_prob_drop": drop, "verdict": verdict}
 
         data["removed"] = [{**unit.fields, **entry([unit])} for unit in units]
         together = entry(units)

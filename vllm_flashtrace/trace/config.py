@@ -77,6 +77,12 @@ class FlashTraceConfig(BaseModel):
         description='Most numbers that `include: ["layers"]` may ask a server for, layers times '
         "prompt tokens; each takes about 22 bytes of the response.",
     )
+    max_attention_sums: int = Field(
+        default=16_000_000,
+        ge=1,
+        description='Most numbers that `include: ["attention"]` may ask a server for, layers times '
+        "query heads times tokens; each takes about 2.7 bytes of the response.",
+    )
     max_verify: int = Field(
         default=8,
         ge=0,
@@ -92,9 +98,10 @@ class FlashTraceConfig(BaseModel):
     max_result_mib: int = Field(
         default=512,
         ge=1,
-        description="MiB that large results (scores per layer or hop, `top_k: null` over a long "
-        "prompt) may take of one API server together, from before the trace until the last byte is "
-        "sent or stored; above it further ones wait like those for a place in the engine.",
+        description="MiB that large results (scores per layer or hop, sums of attention, "
+        "`top_k: null` over a long prompt) may take of one API server together, from before the "
+        "trace until the last byte is sent or stored; above it further ones wait like those for a "
+        "place in the engine.",
     )
     trace_token_share: float = Field(
         default=0.25,

@@ -103,8 +103,8 @@ def visits(plans: Sequence[TracePlan], budget: AccumulatorBudget | None) -> list
     """Puts the targets of one completion together, as far as a worker may keep their rows.
 
     With one hop behind the only target's first, both ways prefill the same rows, and keeping them
-    takes memory. Scores per layer come from hops that have their own: a worker holds those of one
-    hop at a time.
+    takes memory. Scores per layer and sums of attention come from hops that have their own: a
+    worker holds those of one hop at a time.
 
     Args:
         plans: One for each target.
@@ -130,7 +130,8 @@ def visits(plans: Sequence[TracePlan], budget: AccumulatorBudget | None) -> list
 
 def _may_keep(visit: Visit, budget: AccumulatorBudget | None) -> bool:
     """Whether a worker may keep the rows of a visit."""
-    if budget is None or "layers" in visit.plans[0].request.include:
+    include = visit.plans[0].request.include
+    if budget is None or "layers" in include or "attention" in include:
         return False
     return budget.keeps(visit.context, visit.kept_rows)
 
@@ -144,11 +145,13 @@ def _trace_call(
     """The engine request: a prefill up to the last target position."""
     last = max(target.weights.last for target in targets)
     token_ids = max((plan.token_ids for plan in plans), key=len)[: last + 1]
+    first = plans[0]
     spec = TraceSpec.create(
         targets,
         len(token_ids),
         exact_fraction=config.exact_fraction,
-        layers="layers" in plans[0].request.include,
+        layers="layers" in first.request.include,
+        attention="attention" in first.request.include and not first.recursion.begun,
     )
     prompt, params = engine_input(token_ids, spec, cache_salt)
     return TraceCall(tuple(plans), spec, prompt, params)

@@ -3,7 +3,8 @@
 With tensor parallelism each rank gives the part of the scores that came through its own heads. The
 parts add up: what ranks have to know of each other they exchange in the step that finishes a trace.
 With pipeline parallelism each stage holds its own layers and needs nothing of the others: ``e_j``
-is summed over layers, so the stages' scores add up.
+is summed over layers, so the stages' scores add up. Sums of attention are put side by side: ranks
+hold heads, and stages layers, of one whole.
 
 No rank waits for another, or for its device: one that failed says so, and the trace fails with its
 reason; one whose result is still on its way to the host is asked again.
@@ -74,7 +75,11 @@ async def pick_up(
         TraceError: The trace failed in a worker, or a worker does not know it.
     """
     wires = await _answers(nonce, call, carried, pause)
-    members = stages([wire.part for wire in wires])
+    members = [
+        sorted(stage, key=lambda place: wires[place].first_head)
+        for stage in stages([wire.part for wire in wires])
+    ]
+    _check_heads([[wires[place] for place in stage] for stage in members])
     return _merged(members, [wire.to_report() for wire in wires])
 
 
@@ -212,6 +217,7 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
         scores=_sum([report.scores for report in reports]),
         **_kept_rows_scores(reports),
         layer_scores=_layer_scores(per_stage),
+        attention=_attention(per_stage),
         recomputed_tokens=first.recomputed_tokens,
         cached_tokens=first.cached_tokens,
         restarts=first.restarts,
@@ -242,6 +248,32 @@ def _layer_scores(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | 
         raise TraceError("result_missing", "a worker's scores per layer are missing")
     # This runs on the event loop: what is whole already is not copied.
     return layers[0] if len(layers) == 1 else torch.cat(layers) if layers else None
+
+
+def _check_heads(per_stage: Sequence[Sequence[WireReport]]) -> None:
+    """Raises ``result_missing`` if heads are missing, or there twice, where heads are given."""
+    if not any(wire.num_heads for stage in per_stage for wire in stage):
+        return
+    totals = set()
+    for stage in per_stage:
+        reached = 0
+        for wire in stage:
+            if not wire.num_heads or wire.first_head != reached:
+                raise misfit(f"head {reached} of layer {wire.part.first_layer} is not there once")
+            reached += wire.num_heads
+        totals.add(reached)
+    if len(totals) > 1:
+        raise misfit(f"stages have {', '.join(map(str, sorted(totals)))} heads")
+
+
+def _attention(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:
+    """Sums of attention of all layers and heads; what is whole already is not copied."""
+    stages = []
+    for stage in per_stage:
+        parts = [report.attention for report in stage if report.attention is not None]
+        if parts:
+            stages.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    return stages[0] if len(stages) == 1 else torch.cat(stages) if stages else None
 
 
 def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

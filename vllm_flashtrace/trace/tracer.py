@@ -264,9 +264,10 @@ class AsyncTracer:
             first.request,
             prompt=first.prompt_length,
             generated=len(first.completion.generated_token_ids),
-            layers=self._layers if "layers" in first.request.include else 0,
+            layers=self._layers,
             max_hops=self.config.max_hops,
             targets=len(plans),
+            heads=self._heads,
             sources=len(first.sources or ()),
         )
         large = nbytes >= LARGE_BYTES
@@ -311,6 +312,8 @@ class AsyncTracer:
         )
         if "layers" in request.include:
             self._check_layers(plans[0].prompt_length)
+        if "attention" in request.include:
+            self._check_attention(len(completion.token_ids))
         return plans
 
     def _check_layers(self, prompt_length: int) -> None:
@@ -322,10 +325,26 @@ class AsyncTracer:
                 f"tokens are {count} scores; the server gives at most {limit} (max_layer_scores)",
             )
 
+    def _check_attention(self, tokens: int) -> None:
+        limit, count = self.config.max_attention_sums, self._layers * self._heads * tokens
+        if count > limit:
+            raise TraceError(
+                "too_many_attention_sums",
+                f"flashtrace.include 'attention': {self._layers} layers of {self._heads} heads and "
+                f"{tokens} tokens are {count} numbers; the server gives at most {limit} "
+                "(max_attention_sums)",
+            )
+
     @property
     def _layers(self) -> int:
         layers: int = self._engine.model_config.get_total_num_hidden_layers()
         return layers
+
+    @property
+    def _heads(self) -> int:
+        parallel = self._engine.vllm_config.parallel_config
+        own: int = self._engine.model_config.get_num_attention_heads(parallel)
+        return own * int(parallel.tensor_parallel_size)
 
     def _limit(self, budget: AccumulatorBudget | None) -> None:
         if budget is not None:
@@ -348,8 +367,12 @@ class AsyncTracer:
         cost = 0
         if self._budget is not None:
             # Requests run one after the other; none is longer than its visit, or keeps more rows.
-            self._budget.check(max(visit.context for visit in together))
-            cost = max(self._budget.cost(visit.context, visit.kept_rows) for visit in together)
+            attention = "attention" in plans[0].request.include
+            self._budget.check(max(visit.context for visit in together), attention=attention)
+            cost = max(
+                self._budget.cost(visit.context, visit.kept_rows, attention=attention)
+                for visit in together
+            )
         waited_here = await self._admission.enter(cost)
         try:
             usage = TraceUsage(seconds={"queue": waited + waited_here})

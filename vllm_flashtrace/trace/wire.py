@@ -97,6 +97,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
         targets: What is explained, at least one.
         exact_fraction: Share of the proximity bound's mass that is evaluated exactly.
         layers: Whether per-layer scores are wanted; of one target without further hops.
+        attention: Whether the column sums of its attention are wanted; likewise.
     """
 
     nonce: str
@@ -104,6 +105,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
     targets: tuple[TargetSpec, ...]
     exact_fraction: float
     layers: bool
+    attention: bool = False
 
     @classmethod
     def create(
@@ -113,6 +115,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
         *,
         exact_fraction: float,
         layers: bool = False,
+        attention: bool = False,
     ) -> TraceSpec:
         """Builds a spec with a fresh nonce."""
         if isinstance(targets, TargetWeights):
@@ -123,6 +126,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
             targets=tuple(TargetSpec.of(target) for target in targets),
             exact_fraction=exact_fraction,
             layers=layers,
+            attention=attention,
         )
 
     @property
@@ -291,6 +295,10 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         scores: float32 ``[sum(hops), length]``, of each hop of each target.
         hops: How many hops were run for each target.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
+        attention: float16 ``[L, num_heads, columns]``, column sums of attention for the tokens up
+            to the last target; empty when not asked for.
+        first_head: Index among the model's query heads of the first on this worker.
+        num_heads: How many it has; 0 without `attention`.
         log_probs: float32, one for each scored position; empty on workers without the logits.
         part: What of the model the numbers are of; ``L`` are the layers in it.
         weights: What tells the worker's weights from others, the same in all of the trace's steps.
@@ -304,6 +312,9 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     layer_scores: bytes = b""
     log_probs: bytes = b""
     num_layers: int = 0
+    attention: bytes = b""
+    first_head: int = 0
+    num_heads: int = 0
     recomputed_tokens: int = 0
     cached_tokens: int = 0
     restarts: int = 0
@@ -322,6 +333,10 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         layers = None
         if self.num_layers:
             layers = tensor_of(self.layer_scores, torch.float32).view(self.num_layers, -1)
+        attention = None
+        if self.num_heads:
+            sums = tensor_of(self.attention, torch.float16)
+            attention = sums.view(self.part.num_layers, self.num_heads, -1)
         scores = tensor_of(self.scores, torch.float32).view(sum(self.hops), -1)
         (first, *later), *others = (tuple(hops) for hops in scores.split(self.hops))
         return TraceReport(
@@ -329,6 +344,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
             later_scores=tuple(later),
             other_targets=tuple(others),
             layer_scores=layers,
+            attention=attention,
             recomputed_tokens=self.recomputed_tokens,
             cached_tokens=self.cached_tokens,
             restarts=self.restarts,

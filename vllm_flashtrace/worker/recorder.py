@@ -120,7 +120,12 @@ class Recorder:
                 rows = spec.kept_rows
                 if rows and not self.budget.bytes_per_row:
                     raise TraceError("recording_failed", "this worker runs each hop by itself")
-                self.budget.check(spec.last_target + 1, self.accumulator_bytes, rows)
+                self.budget.check(
+                    spec.last_target + 1,
+                    self.accumulator_bytes,
+                    rows,
+                    attention=spec.attention,
+                )
             self._traces[req_id] = Trace(spec, self._model, adapter)
         except Exception as error:
             self.fail(req_id, error)
@@ -185,7 +190,8 @@ class Recorder:
                         "recording_failed", "the trace ended in another step than was scheduled"
                     )
                 shared = None if totals is None else totals[req_id]
-                finished = score(measured, shared, self._model.part, self.buffers)
+                model = self._model
+                finished = score(measured, shared, model.part, self.buffers, model.first_head)
             except Exception as error:
                 self.fail(req_id, error)
             else:

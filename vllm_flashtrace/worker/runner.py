@@ -167,7 +167,9 @@ class RunnerCapture:
         )
         # A worker that is not alone does not know the scores that the next hop begins with.
         row_bytes = self._model.row_bytes() if self._alone else 0
-        self.recorder.budget = AccumulatorBudget.of_model(limit, self._model.shape, row_bytes)
+        self.recorder.budget = AccumulatorBudget.of_model(
+            limit, self._model.shape, row_bytes, normed=self._model.normed
+        )
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(
                 self._places,
