@@ -77,7 +77,7 @@ def cite(page: Chromium, server: PageServer, text: str = ANSWER) -> None:
         # A trace ends with the part that it explains.
         source = ROME if length > len(ids) + len(tokenizer.encode(text)) - 3 else PARIS
         start = prompt.index(source)
-        made = torch.full((length,), 0.001)
+        made = torch.linspace(0.002, 0.001, length)
         made[[i for i, end in enumerate(ends) if start < end <= start + len(source)]] = 1.0
         return made
 
@@ -191,17 +191,15 @@ def test_any_selection_of_a_cited_answer_is_attributed(page, page_server):
 
 
 def test_verdicts(page, page_server):
-    # Of each part its own document and the first one are taken out.
     page_server.engine.log_prob = lambda text: -0.5 if PARIS in text else -4.0
-    hand_over(page, "paste", "#paste", {}, "Bern is in Switzerland.")
     click(page, "verify")
     cite(page, page_server)
     labels = "c => getComputedStyle(c, '::before').content"
     assert value(page, f"[...document.querySelectorAll('.chip')].map({labels})") == [
         '"✓ supported"',
-        '"✗ unsupported"',
+        '"✓ supported"',
     ]
-    said = f"{SOURCES}[1].querySelector('.share').textContent"
+    said = f"{SOURCES}[0].querySelector('.share').textContent"
     assert page.evaluate(said).startswith("cited · ✓ supported · ")
     described = f"document.getElementById({CLAIMS}[0].getAttribute('aria-describedby')).textContent"
     assert page.evaluate(described).endswith(". supported")

@@ -20,7 +20,7 @@ const EXAMPLE = {
     { title: "lighthouse.txt", text: "The Eierland lighthouse was built in 1864. It has 153 steps to the top." },
     { title: "bakery.txt", text: "The bakery in De Koog sells almond rolls. It is closed on Tuesdays." },
   ],
-  question: "How many steps does the Eierland lighthouse have?",
+  question: "Summarize the documents in three sentences.",
 };
 const turns = [];
 let shown = null; // { turn, report, whole }: with citations, the attribution that the report is a part of.
