@@ -97,6 +97,13 @@ def source_table() -> str:
     return "\n\n".join(_fields_table(schema) for schema in parts)
 
 
+def guard_table() -> str:
+    """Options of the guard."""
+    from vllm_flashtrace.api.request import GuardOptions
+
+    return _fields_table(GuardOptions.model_json_schema(), with_default=True)
+
+
 def request_limits() -> str:
     """The most that one request may ask for."""
     from vllm_flashtrace.api.request import RequestLimits

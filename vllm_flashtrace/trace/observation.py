@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ SpanValue = str | int | float | bool
 
 ATTRIBUTION_SPAN = "flashtrace.attribute"
 HOP_SPAN = "flashtrace.hop"
+GUARD_EVENT = "flashtrace.guard.flagged"
 
 
 class Observer:
@@ -144,6 +145,24 @@ class Observation:
         else:
             self._lost(status, code, error.get("message", ""))
         self._observer.metrics.ended(self._route, status, code, seconds)
+        if (guard := result.get("guard")) is not None:
+            self._guarded(guard["arguments"])
+
+    def _guarded(self, arguments: Sequence[Mapping[str, Any]]) -> None:
+        flagged = [each for each in arguments if each["flagged"]]
+        self._observer.metrics.guarded(len(arguments), len(flagged))
+        for each in flagged:
+            # Without names and reasons: a model may write anything as the name of an argument.
+            self._span.event(
+                GUARD_EVENT,
+                {
+                    "flashtrace.tool_call": each["tool_call"],
+                    "flashtrace.trusted_share": each["trusted"]["share"],
+                    "flashtrace.untrusted_share": max(
+                        (entry["share"] for entry in each["untrusted"]), default=0.0
+                    ),
+                },
+            )
 
     def cancelled(self) -> None:
         """Counts and logs an attribution whose client left, or that the server's stop ends."""
@@ -236,6 +255,11 @@ class Span:
         """Sets attributes."""
         if self._span is not None:
             self._span.set_attributes(dict(attributes))
+
+    def event(self, name: str, attributes: Mapping[str, SpanValue]) -> None:
+        """Adds an event."""
+        if self._span is not None:
+            self._span.add_event(name, dict(attributes))
 
     def failed(self, code: str) -> None:
         """Marks the span as failed; the code alone, since messages may quote text."""
