@@ -102,6 +102,13 @@ def source_table() -> str:
     )
 
 
+def guard_table() -> str:
+    """Options of the guard."""
+    from vllm_flashtrace.api.request import GuardOptions
+
+    return _fields_table(GuardOptions.model_json_schema(), with_default=True)
+
+
 def request_limits() -> str:
     """The most that one request may ask for."""
     from vllm_flashtrace.api.request import RequestLimits

@@ -103,6 +103,8 @@ METRICS = {
     "flashtrace_prefix_cache_queries",
     "flashtrace_prefix_cache_hits",
     "flashtrace_prefix_cache_misses",
+    "flashtrace_guarded_arguments",
+    "flashtrace_flagged_arguments",
     "flashtrace_traces_waiting",
     "flashtrace_traces_running",
     "flashtrace_accumulator_bytes",

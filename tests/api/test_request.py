@@ -51,6 +51,7 @@ def test_defaults(value):
         "targets": None,
         "sources": None,
         "citations": None,
+        "guard": None,
         "hops": 1,
         "reasoning": "auto",
         "recurse_over": "reasoning",

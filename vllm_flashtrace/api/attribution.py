@@ -238,6 +238,12 @@ class Attribution:
         return None if found is None else dict(found)
 
     @property
+    def guard(self) -> dict[str, Any] | None:
+        """What the guard says of the arguments of the tool calls, if asked for."""
+        found: dict[str, Any] | None = self._completed().get("guard")
+        return found
+
+    @property
     def generated(self) -> list[dict[str, Any]]:
         """Scores on generated tokens, if asked for."""
         return list(self._result().get("generated") or [])

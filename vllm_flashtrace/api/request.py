@@ -59,6 +59,9 @@ class RequestLimits:
     max_tool_call_index: int = 65_535
 
 
+GUARD_RATIO = 1.0
+"""The default of the guard's ratio; the documentation has the measurements."""
+
 Position: TypeAlias = Annotated[int, Field(ge=0)]
 _TokenSpan: TypeAlias = tuple[Position, Position]
 
@@ -253,6 +256,24 @@ class CitationOptions(StrictModel):
     )
 
 
+class GuardOptions(StrictModel):
+    """When the guard flags an argument of a tool call."""
+
+    ratio: Annotated[float, Field(gt=0.0, le=1e6)] = Field(
+        default=GUARD_RATIO,
+        description="An argument is flagged if the evidence of one tool result, or of another "
+        "source, is more than this many times that of the system's and the user's messages "
+        "together.",
+    )
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _check(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
+            raise RefusedError("must be a number above 0 and at most 1000000")
+        return float(value)
+
+
 TargetObject: TypeAlias = TextTarget | RegexTarget | TokensTarget | WeightsTarget | ToolCallTarget
 ReasoningObject: TypeAlias = TokensTarget | TextTarget
 
@@ -351,6 +372,13 @@ class FlashTraceRequest(StrictModel):
         "came from, in the form that clients of the route read. It explains targets 'claims' from "
         "sources 'auto' and skips 'punctuation' where the request says nothing else.",
     )
+    guard: GuardOptions | None = Field(
+        default=None,
+        description="true, or an object with a ratio: says of each argument of the answer's tool "
+        "calls whether it owes more to a tool result, or another source, than to the system's and "
+        "the user's messages. It explains targets 'claims', and goes through the assistant's "
+        "earlier turns (recurse_over 'assistant') unless the request says otherwise.",
+    )
     hops: Position | Literal["auto"] = Field(
         default=1,
         description="Number of recursive hops through the reasoning after the pass that explains "
@@ -422,6 +450,10 @@ class FlashTraceRequest(StrictModel):
             value = {"sources": "auto", "skip_tokens": "punctuation", **value}
             if "target" not in value:
                 value = {"targets": "claims", **value}
+        if isinstance(value, Mapping) and value.get("guard") not in (None, False):
+            value = {"recurse_over": "assistant", **value}
+            if "target" not in value:
+                value = {"targets": "claims", **value}
         return value
 
     @field_validator("target", mode="before")
@@ -470,6 +502,15 @@ class FlashTraceRequest(StrictModel):
             raise RefusedError("must be true, false, null or an object")
         return CitationOptions() if value is True else value
 
+    @field_validator("guard", mode="before")
+    @classmethod
+    def _check_guard(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or value is False:
+            return None
+        if not (value is True or isinstance(value, (dict, GuardOptions))):
+            raise RefusedError("must be true, false, null or an object")
+        return GuardOptions() if value is True else value
+
     @model_validator(mode="after")
     def _check_verified_targets(self, info: ValidationInfo) -> FlashTraceRequest:
         if self.verify and isinstance(self.targets, tuple):
@@ -487,6 +528,8 @@ class FlashTraceRequest(StrictModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> FlashTraceRequest:
+        if self.guard is not None and self.targets != "claims":
+            raise RefusedError("needs targets 'claims'", "guard", True)
         if self.citations is not None and self.sources is None:
             raise RefusedError("needs sources", "citations", True)
         if self.targets is not None and "target" in self.model_fields_set:

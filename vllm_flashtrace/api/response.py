@@ -239,6 +239,50 @@ class Citation(_Part):
     )
 
 
+class GuardWeight(_Part):
+    """What an argument of a tool call owes to a text."""
+
+    share: _Share = Field(description="Sum of the scores of its tokens.")
+    evidence: _Share = Field(
+        description="Mean score of its eight best tokens, which the guard's rule compares."
+    )
+
+
+class UntrustedWeight(GuardWeight):
+    """What an argument of a tool call owes to a tool result or another source."""
+
+    message: _Index | None = Field(default=None, description="Index of the tool result's message.")
+    tool_call_id: str | None = Field(default=None, description="Its tool_call_id, if it has one.")
+    name: str | None = Field(default=None, description="Its name, if it has one.")
+    source: str | None = Field(
+        default=None, description="Id of the source, if it is not a tool result."
+    )
+
+
+class GuardedArgument(_Part):
+    """An argument of a tool call, and whether the guard flags it."""
+
+    tool_call: _Index = Field(description="Index of the tool call.")
+    argument: str = Field(description="Name of the argument.")
+    trusted: GuardWeight = Field(
+        description="What it owes to the messages of system, developer and user together."
+    )
+    untrusted: list[UntrustedWeight] = Field(
+        description="What it owes to each tool result and each other source, in their order."
+    )
+    flagged: bool = Field(description="Whether the rule holds.")
+    reason: str | None = Field(default=None, description="Why it is flagged.")
+
+
+class Guard(_Part):
+    """What the guard says of the arguments of the answer's tool calls."""
+
+    flagged: bool = Field(description="Whether any of them is flagged.")
+    arguments: list[GuardedArgument] = Field(
+        description="Every argument that is explained; empty if the answer has no tool call."
+    )
+
+
 class SentenceScore(_Scored):
     """One sentence or line of a message and its share."""
 
@@ -491,6 +535,9 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="The parts of the answer that have sources, in the order of the answer; only "
         "if the request has citations.",
+    )
+    guard: Guard | None = Field(
+        default=None, description="The guard's judgement; only if the request has a guard."
     )
     prompt_tokens: _Index | None = Field(
         default=None, description="Number of tokens of the rendered prompt."

@@ -82,6 +82,7 @@ class FlashTrace:
         self._tokenizer = self.llm.get_tokenizer()
         self._chat_template = chat_template
         self._make_parser = self._output_parser(tool_call_parser)
+        self._reads_tool_calls = tool_call_parser is not None
         self._ids = (f"ft-offline-{i}" for i in count())
 
     def close(self) -> None:
@@ -128,12 +129,12 @@ class FlashTrace:
                 its sources; nothing is generated.
             TypeError: A prompt is of none of these forms.
         """
-        request = self._parse(flashtrace)
+        given = as_prompts(prompts)
+        request = self._parse(flashtrace, given)
         chat_args["lora_request"] = lora_request
-        several = as_prompts(prompts)
-        for prompt in several:
+        for prompt in given:
             find_sources(request, Completion((), (), "", **texts_of(prompt)))
-        completions = self._complete(several, sampling_params, chat_args)
+        completions = self._complete(given, sampling_params, chat_args)
         return self._attribute(request, completions, lora_request)
 
     def attribute(
@@ -160,8 +161,8 @@ class FlashTrace:
                 its sources.
             TypeError: The prompt is of none of these forms.
         """
-        request = self._parse(flashtrace)
         [prompt] = as_prompts([prompt])
+        request = self._parse(flashtrace, [prompt])
         if isinstance(completion, str):
             generated = list(self._tokenizer.encode(completion, add_special_tokens=False))
             text = completion
@@ -177,7 +178,9 @@ class FlashTrace:
         find_sources(request, record)
         return self._attribute(request, [record], lora_request)[0]
 
-    def _parse(self, flashtrace: Mapping[str, Any] | bool) -> FlashTraceRequest:
+    def _parse(
+        self, flashtrace: Mapping[str, Any] | bool, prompts: Sequence[Prompt]
+    ) -> FlashTraceRequest:
         value = dict(flashtrace) if isinstance(flashtrace, Mapping) else flashtrace
         request = parse_flashtrace_field(value, self.config.limits)
         if request is None:
@@ -186,6 +189,12 @@ class FlashTrace:
             raise InvalidRequestError(
                 "flashtrace.mode", "flashtrace.mode 'deferred' needs a server, got it offline"
             )
+        if request.guard is not None:
+            needed = None if all(map(is_chat, prompts)) else "chat messages, got a plain prompt"
+            if not self._reads_tool_calls:
+                needed = "FlashTrace(tool_call_parser=...), got none"
+            if needed is not None:
+                raise InvalidRequestError("flashtrace.guard", f"flashtrace.guard needs {needed}")
         return request
 
     def _complete(

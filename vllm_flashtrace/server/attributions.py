@@ -39,6 +39,7 @@ from vllm_flashtrace.server.http_errors import (
 )
 from vllm_flashtrace.server.large_objects import BYTES, JSON, as_response, carried
 from vllm_flashtrace.server.session import Attribution, TraceService, new_trace_id
+from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.sources import check_written, find_sources
 
 router = APIRouter(route_class=OpenAIErrorRoute)
@@ -233,6 +234,8 @@ async def _attribute(
     text = await _existing_text(state, body, raw_request)
     if isinstance(text, ErrorResponse):
         return text
+    if flashtrace.guard is not None:
+        require_messages(text.completion)
     _check(text, flashtrace, state.vllm_config.model_config.max_model_len)
     result = await service.attribute(
         flashtrace,

@@ -139,7 +139,7 @@ def make_reasoning_parser(
 def require_tool_calls(
     flashtrace: FlashTraceRequest, parser_cls: Any = None, request: Any = None
 ) -> None:
-    """Refuses a tool call as target where the server cannot find any in the completion.
+    """Refuses a tool call as target, and a guard, where the server finds no tool calls.
 
     Args:
         flashtrace: The validated field.
@@ -147,20 +147,22 @@ def require_tool_calls(
         request: vLLM's request; None on a route without tools.
 
     Raises:
-        InvalidRequestError: Naming the target and what is missing.
+        InvalidRequestError: Naming the target or the guard, and what is missing.
     """
-    if not isinstance(flashtrace.target, ToolCallTarget):
+    target = flashtrace.target if isinstance(flashtrace.target, ToolCallTarget) else None
+    if target is None and flashtrace.guard is None:
         return
     if request is None:
         missing = "completions have no tool calls on this route"
     elif parser_cls is None or parser_cls.tool_parser_cls is None:
         missing = "the server reads no tool calls (--enable-auto-tool-choice --tool-call-parser)"
-    elif not request.tools or request.tool_choice == "none":
+    elif target is not None and (not request.tools or request.tool_choice == "none"):
         missing = "the request offers no tools"
     else:
         return
-    param = "flashtrace.target.tool_call"
-    raise InvalidRequestError(param, f"{param}: {missing}, got {flashtrace.target.tool_call}")
+    param = "flashtrace.guard" if target is None else "flashtrace.target.tool_call"
+    got = "true" if target is None else target.tool_call
+    raise InvalidRequestError(param, f"{param}: {missing}, got {got}")
 
 
 def _new_parser(handler: Any, request: Any) -> Any:

@@ -37,6 +37,7 @@ from vllm_flashtrace.text.generated import (
     ParsedOutput,
     decode_generated,
 )
+from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.offsets import TokenText, token_offsets
 from vllm_flashtrace.text.prompt_map import PromptMap, locate_prompt
 from vllm_flashtrace.text.prompt_texts import Render
@@ -230,6 +231,19 @@ class OutputParts:
         calls = self.parsed.tool_calls[: self.parsed.max_tool_calls]
         return call_target_span(target, calls, self._located())
 
+    def require_located(self) -> None:
+        """Refuses tool calls whose arguments cannot be told apart in the generated text.
+
+        Raises:
+            TraceError: ``tool_call_not_found``.
+        """
+        if self.parsed is not None and self.parsed.tool_calls and self._located() is None:
+            raise TraceError(
+                "tool_call_not_found",
+                "flashtrace.guard: the generated text does not show where its tool calls were "
+                "written",
+            )
+
     def answer_parts(self, kind: str, reasoning: Reasoning) -> list[AnswerPart]:
         """The parts of the answer.
 
@@ -386,9 +400,12 @@ def plan_targets(
             ``span_out_of_range``, ``reasoning_not_found``, ``regex_timeout``,
             ``tool_call_not_found``, ``argument_not_found``, ``target_beyond_context``,
             ``too_many_targets`` or ``assistant_not_located``.
+        InvalidRequestError: The request has a guard, and the prompt is no chat.
     """
     if not completion.generated_token_ids:
         raise TraceError("empty_completion", "no token was generated")
+    if request.guard is not None:
+        require_messages(completion)
     prompt_length = len(completion.prompt_token_ids)
     prompt = token_offsets(tokenizer, completion.prompt_token_ids)
     parts = take_apart(decode_generated(tokenizer, completion), completion, reasoning_parser)
@@ -484,6 +501,8 @@ def _resolve_all(
             for index, target in enumerate(request.targets or (request.target,))
         ]
     visible = generated.visible
+    if request.guard is not None:
+        parts.require_located()
     found = parts.answer_parts(request.targets, reasoning)
     if len(found) > max_targets:
         raise TraceError(

@@ -23,6 +23,7 @@ from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopResult
 from vllm_flashtrace.text.citations import cited, cited_source
+from vllm_flashtrace.text.guard import guarded_argument
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.prompt_map import PromptMap
 from vllm_flashtrace.text.sentences import sentences
@@ -135,6 +136,10 @@ def build_result(
         if first.request.citations is not None:
             found = [each for result in results for each in result.pop("citations")]
             data["citations"] = sorted(found, key=lambda each: (each["start"], each["end"]))
+        if first.request.guard is not None:
+            judged = [each for result in results if (each := result.pop("guard"))]
+            flagged = any(each["flagged"] for each in judged)
+            data["guard"] = {"flagged": flagged, "arguments": judged}
         data["targets"] = results
         data["prompt_tokens"] = first.prompt_length
     if "attention" in first.request.include:
@@ -172,11 +177,29 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
         if plan.request.citations is not None:
             data["citations"] = _citations(plan, plan.sources, entries, scores)
         data["sources"] = _with_best_sentences(entries, plan.request.top_k)
+    if plan.request.guard is not None:
+        data["guard"] = _guarded(plan, scores)
     data |= _inclusions(plan, result, scores, numbers)
     if "hops" in plan.request.include:
         for hop, hop_scores in zip(data["hops"], result.per_hop_scores, strict=True):
             hop["scores"] = numbers((hop_scores * plan.input_mask)[: plan.prompt_length])
     return data
+
+
+def _guarded(plan: TracePlan, scores: Sequence[float]) -> dict[str, Any] | None:
+    """What the guard says of the target; None if it is no argument of a tool call."""
+    part, options = plan.part, plan.request.guard
+    if options is None or part is None or part.tool_call is None or part.argument is None:
+        return None
+    return guarded_argument(
+        part.tool_call,
+        part.argument,
+        options.ratio,
+        plan.prompt_map,
+        plan.completion.messages or (),
+        plan.sources,
+        scores,
+    )
 
 
 def _citations(

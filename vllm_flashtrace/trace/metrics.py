@@ -90,6 +90,12 @@ class TraceMetrics:
         _collectors().cache_misses.labels(self._model).inc(lookup.missed)
 
     @_never_raises
+    def guarded(self, arguments: int, flagged: int) -> None:
+        """Counts the arguments of tool calls that the guard has judged, and those it flagged."""
+        _collectors().guarded.labels(self._model).inc(arguments)
+        _collectors().flagged.labels(self._model).inc(flagged)
+
+    @_never_raises
     def load(self, admission: Any) -> None:
         """Shows an :class:`~vllm_flashtrace.trace.admission.Admission` as it is now."""
         all_metrics = _collectors()
@@ -122,6 +128,8 @@ class _Collectors(NamedTuple):
     cache_queries: Counter
     cache_hits: Counter
     cache_misses: Counter
+    guarded: Counter
+    flagged: Counter
     waiting: Gauge
     running: Gauge
     held_bytes: Gauge
@@ -168,6 +176,14 @@ def _collectors() -> _Collectors:
             "Trace requests that found less in the prefix cache than their completion, or an "
             "earlier hop, must have left there.",
             [_MODEL],
+        ),
+        guarded=Counter(
+            "flashtrace_guarded_arguments",
+            "Arguments of tool calls that the guard has judged.",
+            [_MODEL],
+        ),
+        flagged=Counter(
+            "flashtrace_flagged_arguments", "Arguments that the guard has flagged.", [_MODEL]
         ),
         waiting=gauge("traces_waiting", "Attributions that wait for a place in the engine."),
         running=gauge("traces_running", "Attributions that hold a place in the engine."),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -36,6 +36,7 @@ HOP_SPAN = "flashtrace.hop"
 # As many as OpenTelemetry keeps of a span by default, of which it would keep the last.
 _MAX_EVENTS = 128
 SCORE_SPAN = "flashtrace.score"
+GUARD_EVENT = "flashtrace.guard.flagged"
 
 
 class Observer:
@@ -167,6 +168,24 @@ class Observation:
         else:
             self._lost(status, code, error.get("message", ""))
         self._observer.metrics.ended(self._route, status, code, seconds)
+        if (guard := result.get("guard")) is not None:
+            self._guarded(guard["arguments"])
+
+    def _guarded(self, arguments: Sequence[Mapping[str, Any]]) -> None:
+        flagged = [each for each in arguments if each["flagged"]]
+        self._observer.metrics.guarded(len(arguments), len(flagged))
+        for each in flagged:
+            # Without names and reasons: a model may write anything as the name of an argument.
+            self._span.event(
+                GUARD_EVENT,
+                {
+                    "flashtrace.tool_call": each["tool_call"],
+                    "flashtrace.trusted_share": each["trusted"]["share"],
+                    "flashtrace.untrusted_share": max(
+                        (entry["share"] for entry in each["untrusted"]), default=0.0
+                    ),
+                },
+            )
 
     def cancelled(self) -> None:
         """Counts and logs an attribution whose client left, or that the server's stop ends."""
@@ -265,6 +284,11 @@ class Span:
         if self._span is not None:
             for attributes in islice(evaluation_events(result, response_id), _MAX_EVENTS):
                 self._span.add_event(EVALUATION_EVENT, attributes)
+
+    def event(self, name: str, attributes: Mapping[str, SpanValue]) -> None:
+        """Adds an event."""
+        if self._span is not None:
+            self._span.add_event(name, dict(attributes))
 
     def failed(self, code: str) -> None:
         """Marks the span as failed; the code alone, since messages may quote text."""

@@ -1,0 +1,134 @@
+"""Whether the arguments of a tool call came from what a tool returned, not from who gave the task.
+
+What the system and the user write is trusted; tool results and the request's other sources are
+not. What the assistant wrote before is neither: it may repeat either of them. The evidence of a
+text for an argument is the mean score of its best tokens, and an argument is flagged if one
+untrusted text has more than ``ratio`` times the evidence of all trusted ones together. The
+documentation has the measurements that the rule and its default were chosen by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vllm_flashtrace.base.errors import InvalidRequestError
+from vllm_flashtrace.base.records import Completion
+from vllm_flashtrace.text.prompt_map import PromptMap
+from vllm_flashtrace.text.sources import PromptSource
+
+TRUSTED_ROLES = ("system", "developer", "user")
+UNTRUSTED_ROLES = ("tool", "function")
+BEST_TOKENS = 8
+"""Evidence is the mean score of the best tokens, this many; fewer tokens count as if they were as
+many."""
+
+
+def require_messages(completion: Completion) -> None:
+    """Refuses a prompt that does not say what the user wrote and what a tool returned.
+
+    Raises:
+        InvalidRequestError: The prompt is no chat.
+    """
+    if completion.messages is None:
+        raise InvalidRequestError(
+            "flashtrace.guard", "flashtrace.guard needs chat messages, got a plain prompt"
+        )
+
+
+def evidence(scores: Sequence[float]) -> float:
+    """The mean of the best scores.
+
+    Args:
+        scores: Score of each token of a text.
+    """
+    return math.fsum(sorted(scores, reverse=True)[:BEST_TOKENS]) / BEST_TOKENS
+
+
+def guarded_argument(
+    tool_call: int,
+    argument: str,
+    ratio: float,
+    prompt_map: PromptMap,
+    messages: Sequence[Mapping[str, Any]],
+    sources: Sequence[PromptSource] | None,
+    scores: Sequence[float],
+) -> dict[str, Any]:
+    """What an argument owes to the trusted and to each untrusted text, and whether to flag it.
+
+    An argument is also flagged where an untrusted text lies at a place of the prompt that is not
+    known: nothing shows that the argument does not come from there.
+
+    Args:
+        tool_call: Index of the tool call.
+        argument: Name of the argument.
+        ratio: How many times the evidence of the trusted texts an untrusted one may have.
+        prompt_map: The client's messages laid over the prompt.
+        messages: The client's messages.
+        sources: The request's sources, if it has any.
+        scores: Score of each prompt token for this argument.
+    """
+    # Documents and marked texts may stand in the user's message, but the user did not write them.
+    quoted = [source for source in sources or () if source.source.kind != "tool"]
+    taken = {token for source in quoted for token, _, _ in source.tokens or ()}
+    trusted: list[float] = []
+    of_tool: dict[int, list[float]] = defaultdict(list)
+    for token, (located, score) in enumerate(zip(prompt_map.tokens, scores, strict=True)):
+        if located is None or token in taken:
+            continue
+        role = prompt_map.roles[located.message]
+        if role in TRUSTED_ROLES:
+            trusted.append(score)
+        elif role in UNTRUSTED_ROLES:
+            of_tool[located.message].append(score)
+    untrusted: list[dict[str, Any]] = [
+        {**_named(messages[message], message), **_weighed(own)}
+        for message, own in sorted(of_tool.items())
+        if message not in prompt_map.unlocated
+    ]
+    untrusted += [
+        {"source": source.source.id, **_weighed([scores[t] for t, _, _ in source.tokens or ()])}
+        for source in quoted
+        if source.tokens is not None
+    ]
+    trusted_weight = _weighed(trusted)
+    reasons = list(_lost(prompt_map, quoted))
+    worst = max(untrusted, key=lambda entry: entry["evidence"], default=None)
+    if worst is not None and worst["evidence"] > ratio * trusted_weight["evidence"]:
+        reasons.append(
+            f"{_place(worst)} has evidence {worst['evidence']:.3g}, more than {ratio:g} times that "
+            f"of system and user together ({trusted_weight['evidence']:.3g})"
+        )
+    return {
+        "tool_call": tool_call,
+        "argument": argument,
+        "trusted": trusted_weight,
+        "untrusted": untrusted,
+        "flagged": bool(reasons),
+        **({"reason": "; ".join(reasons)} if reasons else {}),
+    }
+
+
+def _weighed(scores: Sequence[float]) -> dict[str, float]:
+    return {"share": math.fsum(scores), "evidence": evidence(scores)}
+
+
+def _named(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    names = {key: message.get(key) for key in ("tool_call_id", "name")}
+    return {"message": index, **{k: v for k, v in names.items() if isinstance(v, str)}}
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    if "source" in entry:
+        return "a source"
+    return f"message {entry['message']}, a tool's result,"
+
+
+def _lost(prompt_map: PromptMap, quoted: Sequence[PromptSource]) -> Iterator[str]:
+    for message in sorted(prompt_map.unlocated):
+        if prompt_map.roles[message] in UNTRUSTED_ROLES:
+            yield f"the prompt does not show where message {message}, a tool's result, lies"
+    if any(source.tokens is None for source in quoted):
+        yield "the prompt does not show where a source lies"
