@@ -323,7 +323,7 @@ def test_json_schema_describes_every_key():
     assert schema["additionalProperties"] is False
     assert list(schema["properties"]) == list(FlashTraceRequest.model_fields)
     models = [schema, *schema["$defs"].values()]
-    assert len(models) == 9
+    assert len(models) == 10
     for model in models:
         assert model["description"]
         for field in model["properties"].values():
