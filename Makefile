@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 3
 PYTEST_PARALLEL := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 export VLLM_TARGET_DEVICE ?= cpu
+# Every process of the suite would compile all of its modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-fast test-long check-vllm coverage lint docs bench bench-faithfulness clean
 

@@ -8,7 +8,7 @@ and what the server's own rule cites: of the sentences with a source the share t
 (``recall``), of the sources cited the share that are right (``precision``), and of the sentences
 without a source the share that cite one all the same (``false``).
 
-    python -m benchmarks.citations [--model FOLDER] [--examples 30] [--sources 5] [--json OUT]
+    python -m benchmarks.citations [--model FOLDER] [--examples 30] [--sources 5] [--longest 8]
 """
 
 from __future__ import annotations
@@ -111,12 +111,13 @@ class Example:
     truth: list[int | None]
 
 
-def example(number: int, count: int) -> Example:
+def example(number: int, count: int, longest: int = 8) -> Example:
     """An example, the same for the same number.
 
     Args:
         number: Of the example.
         count: Number of sources.
+        longest: Most sentences beside the fact in a source.
     """
     draw = random.Random(number)
     people, things = draw.sample(_PEOPLE, count), draw.sample(_THINGS, count)
@@ -129,7 +130,7 @@ def example(number: int, count: int) -> Example:
     ]
     sources = []
     for fact, _, _ in facts:
-        sentences = draw.sample(_FILLER, draw.choice([0, 1, 2, 4, 8]))
+        sentences = draw.sample(_FILLER, draw.choice([longest // 2**i for i in range(5)]))
         sentences.insert(draw.randint(0, len(sentences)), fact)
         sources.append(" ".join(sentences))
     asked = draw.sample(range(count), 2)
@@ -202,10 +203,11 @@ class Tally:
                 pooled = [pool(own) for own in scores]
                 self.first[name] += pooled.index(max(pooled)) == truth
 
-    def row(self, model: str, hops: Any, skip: str) -> dict[str, Any]:
+    def row(self, model: str, tokens: int, hops: Any, skip: str) -> dict[str, Any]:
         """The row of the table."""
         return {
             "model": model,
+            "tokens": tokens,
             "hops": hops,
             "skip_tokens": skip,
             "sentences": self.with_source,
@@ -222,7 +224,8 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model; by default SmolLM2-135M-Instruct")
     parser.add_argument("--examples", type=int, default=30)
     parser.add_argument("--sources", type=int, default=5)
-    parser.add_argument("--hops", nargs="+", default=["0", "1", "auto"])
+    parser.add_argument("--longest", type=int, default=8, help="sentences beside the fact")
+    parser.add_argument("--hops", nargs="+", default=["1"])
     parser.add_argument("--skip", nargs="+", default=["none", "punctuation"])
     parser.add_argument("--raw", type=Path, help="write every attribution there")
     parser.add_argument("--json", type=Path)
@@ -243,13 +246,15 @@ def main() -> None:
     ) as engine:
         for hops in (int(each) if each.isdigit() else each for each in args.hops):
             for skip in args.skip:
-                tally = Tally(dict.fromkeys(POOLINGS, 0))
+                tally, tokens = Tally(dict.fromkeys(POOLINGS, 0)), []
                 for number in range(args.examples):
-                    each = example(number, args.sources)
+                    each = example(number, args.sources, args.longest)
                     data = explained(engine, each, hops, skip)
                     tally.add(each, data)
+                    tokens.append(data["prompt_tokens"])
                     raw.append({"hops": hops, "skip": skip, "number": number, "data": data})
-                rows.append(tally.row(Path(model).name, hops, skip))
+                length = round(statistics.fmean(tokens))
+                rows.append(tally.row(Path(model).name, length, hops, skip))
                 print(table({"rows": rows[-1:]}), flush=True)
     if args.raw:
         args.raw.write_text(json.dumps(raw))

@@ -1,12 +1,12 @@
 """Times the kernels of one layer beside PyTorch's attention and what the device could do at best.
 
 A call's time is between CUDA events, the median of several calls, each after a write of more than
-the L2 cache; on the CPU, which only a dry run uses, it is wall-clock time. Rows are prepared once,
-as for a step of many layers; what the first layer of a step pays for that is a row of its own. No
-kernel's time depends on the drawn keys and values but that of the proximities, whose column sums
-are scaled so that a stated share of the pairs of a token and a head needs more than the eight
-nearest coordinates. They are computed for `PROXIMITY_LAYERS` layers at once, as for a model, and
-their time includes that of putting the column sums back in place.
+the L2 cache; on the CPU, which only a dry run uses, it is the wall-clock time of one call. Rows are
+prepared once, as for a step of many layers; what the first layer of a step pays for that is a row
+of its own. No kernel's time depends on the drawn keys and values but that of the proximities, whose
+column sums are scaled so that a stated share of the pairs of a token and a head needs more than the
+eight nearest coordinates. They are computed for `PROXIMITY_LAYERS` layers at once, as for a model,
+and their time includes that of putting the column sums back in place.
 """
 
 from __future__ import annotations
@@ -147,17 +147,17 @@ class Stopwatch:
 
     def measure(self, call: Callable[[], object]) -> tuple[float, float]:
         """Milliseconds on the device and until the host may go on; first calls do not count."""
-        for _ in range(_WARM_UPS if self._on_gpu else 1):
+        if not self._on_gpu:  # A dry run, whose times say nothing.
+            host_ms = self._host_ms(call)
+            return host_ms, host_ms
+        for _ in range(_WARM_UPS):
             call()
         self.wait()
-        host_calls = _HOST_CALLS if self._on_gpu else 1
         began = time.perf_counter()
-        for _ in range(host_calls):
+        for _ in range(_HOST_CALLS):
             call()
-        host_ms = 1e3 * (time.perf_counter() - began) / host_calls
+        host_ms = 1e3 * (time.perf_counter() - began) / _HOST_CALLS
         self.wait()
-        if not self._on_gpu:
-            return statistics.median(self._host_ms(call) for _ in range(self.repeats)), host_ms
         pairs = []
         for _ in range(self.repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

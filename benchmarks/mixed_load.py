@@ -135,9 +135,24 @@ def make_request(index: int, seed: int) -> MixedRequest:
         body["stream"] = True
     if traced:
         body["flashtrace"] = {"hops": source.choice([0, 1, "auto"]), "top_k": 5}
+        body["flashtrace"] |= _parts(route, source)
         if deferred:
             body["flashtrace"]["mode"] = "deferred"
     return MixedRequest(route, body, choices if traced else 0, deferred, stay)
+
+
+def _parts(route: str, source: random.Random) -> dict[str, Any]:
+    """Parts of the answer that are explained one by one, or with their sources, or neither."""
+    kind = source.random()
+    if kind < 0.6:
+        return {}
+    if kind < 0.8:
+        return {"targets": source.choice(["sentences", "lines"])}
+    sources = [
+        {"id": "a", "message": 0, "span": [0, 12]},
+        {"id": "b", "message": 0, "span": [12, 30]},
+    ]
+    return {"sources": sources, **({} if route == "completions" else {"citations": True})}
 
 
 def _body(route: str, prompt: str, source: random.Random) -> tuple[dict[str, Any], int]:

@@ -54,7 +54,8 @@ def run_engine(folder: Path, dtype: str, out: Path) -> None:
     """Writes what an engine answers; for a process of its own."""
     from tests.engine.harness import Engine
 
-    engine = Engine(folder, "same bits", worker_process=_on_gpu(), dtype=dtype, **ENGINE_OPTIONS)
+    place = {"worker_process": True} if _on_gpu() else {"in_process": True}
+    engine = Engine(folder, "same bits", **place, dtype=dtype, **ENGINE_OPTIONS)
     out.write_text(json.dumps(answers(engine)))
     engine.close()
 

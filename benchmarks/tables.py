@@ -148,6 +148,7 @@ def citations(result: Result) -> str:
             Column("model", "model", str),
             Column("hops", "hops", str),
             Column("skip_tokens", "skip_tokens", str),
+            Column("prompt tokens", "tokens", count),
             Column("sentences", "sentences", count),
             *(Column(title, title, decimals(2)) for title in pooled),
             Column("recall", "recall", decimals(2)),

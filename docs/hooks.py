@@ -91,10 +91,15 @@ def target_table() -> str:
 
 def source_table() -> str:
     """A source that the request marks, and sources with a separator between them."""
-    from vllm_flashtrace.api.request import MarkedSource, SeparatedSources
+    from vllm_flashtrace.api.request import CitationOptions, MarkedSource, SeparatedSources
 
-    parts = [model.model_json_schema() for model in (MarkedSource, SeparatedSources)]
-    return "\n\n".join(_fields_table(schema) for schema in parts)
+    schemas = [
+        model.model_json_schema() for model in (MarkedSource, SeparatedSources, CitationOptions)
+    ]
+    return "\n\n".join(
+        f"#### {schema['title']}\n\n{schema['description']}\n\n{_fields_table(schema)}"
+        for schema in schemas
+    )
 
 
 def guard_table() -> str:

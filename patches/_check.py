@@ -33,6 +33,13 @@ def require_fields(kind: type, *fields: str) -> None:
         raise PatchError(f"{kind.__name__} has no {', '.join(missing)} in this vLLM")
 
 
+def require_tuple_fields(kind: Any, name: str, *fields: str) -> None:
+    """Raises PatchError unless a named tuple exists and has the fields."""
+    missing = [field for field in fields if field not in getattr(kind, "_fields", ())]
+    if missing:
+        raise PatchError(f"{name} has no {', '.join(missing)} in this vLLM")
+
+
 def require_keyword(function: Callable[..., Any] | None, name: str, keyword: str) -> None:
     """Raises PatchError unless ``function`` exists and can be given ``keyword`` by name."""
     if function is None:

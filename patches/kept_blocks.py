@@ -24,7 +24,8 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
-from vllm_flashtrace.patches.prefix_cache import first_target
+from vllm_flashtrace.patches.prefix_cache import spec_of
+from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker.layers import keeps_blocks
 
 # First target position of the traces that hold blocks, by request id; ids are unique.
@@ -100,9 +101,9 @@ def _forgetting(stock: Any) -> Any:
 
 def _note(manager: KVCacheManager, request: Any) -> None:
     try:
-        target = first_target(request)
+        spec = spec_of(request)
         fits = keeps_blocks(manager.kv_cache_config, request.num_prompt_tokens)
-        if target is not None and fits:
-            _traces[request.request_id] = target
+        if isinstance(spec, TraceSpec) and fits:
+            _traces[request.request_id] = spec.first_target
     except Exception as error:
         log_unexpected("keeping the blocks of a trace", error)

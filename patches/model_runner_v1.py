@@ -3,9 +3,10 @@
 What it changes: four methods of ``GPUModelRunner``, which the CPU runner inherits.
 ``execute_model`` first shows the scheduler's output to the capture.
 ``_determine_batch_execution_and_padding`` keeps a step with target rows of a trace out of CUDA
-graphs. ``_model_forward`` runs such a step with an observer. To the output of ``sample_tokens`` the
-results of traces that the step finished are added; see ``trace_results``. Each always calls the
-stock method; the only argument that changes is ``force_eager``.
+graphs. ``_model_forward`` runs such a step with an observer. Before ``sample_tokens`` tokens are
+scored from the hidden states in ``execute_model_state``, and to its output the results that the
+step finished are added; see ``trace_results``. Each always calls the stock method; the only
+argument that changes is ``force_eager``.
 
 Why here: vLLM has no public hook around a step. It documents ``_model_forward`` as the method to
 override for inspecting the forward pass; it runs with the forward context set and the requests' KV
@@ -20,11 +21,17 @@ import functools
 from contextlib import nullcontext
 from typing import Any
 
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_flashtrace.patches._check import require_fields, require_keyword, require_parameters
+from vllm_flashtrace.patches._check import (
+    require_fields,
+    require_keyword,
+    require_parameters,
+    require_tuple_fields,
+)
 from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import batch_rows_v1, existing_capture, observe_step
@@ -47,6 +54,8 @@ def check() -> None:
         "GPUModelRunner.sample_tokens",
         *("self", "grammar_output"),
     )
+    state = getattr(gpu_model_runner, "ExecuteModelState", None)
+    require_tuple_fields(state, "ExecuteModelState", "hidden_states")
     dispatch = getattr(GPUModelRunner, "_determine_batch_execution_and_padding", None)
     require_parameters(
         dispatch, "GPUModelRunner._determine_batch_execution_and_padding", "self", "num_tokens"

@@ -4,8 +4,9 @@ What it changes: four functions of ``vllm.v1.worker.gpu.model_runner``.
 ``GPUModelRunner.execute_model`` first shows the scheduler's output to the capture; dummy runs are
 not touched. Until it returns, ``dispatch_cg_and_sync_dp`` keeps the step out of CUDA graphs if it
 computes target rows of a trace, and ``GPUModelRunner.prepare_attn``, which knows the batch and its
-block tables, sets the observer. To the output of ``GPUModelRunner.sample_tokens`` the results of
-traces that the step finished are added; see ``trace_results``. Each always calls the stock
+block tables, sets the observer. Before ``GPUModelRunner.sample_tokens`` tokens are scored from the
+hidden states in ``execute_model_state``, and to its output the results that the step finished are
+added; see ``trace_results``. Each always calls the stock
 function; the only argument that changes is ``need_eager``.
 
 Why here: vLLM has no public hook around a step. A step outside CUDA graphs still runs compiled code
@@ -24,7 +25,11 @@ from typing import Any
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_flashtrace.patches._check import require_keyword, require_parameters
+from vllm_flashtrace.patches._check import (
+    require_keyword,
+    require_parameters,
+    require_tuple_fields,
+)
 from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import (
@@ -69,6 +74,8 @@ def check() -> None:
     for name, parameters in _METHODS.items():
         method = getattr(GPUModelRunner, name, None)
         require_parameters(method, f"GPUModelRunner.{name} (V2)", *parameters)
+    state = getattr(model_runner, "ExecuteModelState", None)
+    require_tuple_fields(state, "ExecuteModelState (V2)", "hidden_states")
     require_keyword(getattr(model_runner, _DISPATCH, None), _DISPATCH, "need_eager")
 
 

@@ -1,10 +1,11 @@
-"""Keeps a trace request from skipping its own target rows.
+"""Keeps a request of ours from skipping the rows that it is for.
 
-What it changes: for a request with a sealed trace spec, ``KVCacheManager.get_computed_blocks``
-looks for cached blocks up to the first target position instead of ``num_tokens - 1``. For other
-requests nothing changes.
+What it changes: for a request with a sealed spec, ``KVCacheManager.get_computed_blocks`` looks for
+cached blocks up to the first position that has to be computed instead of ``num_tokens - 1``: the
+first target of a trace, or the position before the first token that is scored. For other requests
+nothing changes.
 
-Why here: rows whose KV is cached are not computed, and target rows must be. The limit is computed
+Why here: rows whose KV is cached are not computed, and these must be. The limit is computed
 inside ``get_computed_blocks``, and no request field sets it.
 
 Tested on: vLLM 0.32.0.
@@ -18,9 +19,9 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 from vllm_flashtrace.patches._check import require_parameters
-from vllm_flashtrace.trace.wire import target_range
+from vllm_flashtrace.trace.wire import Spec, verified_spec
 
-_KNOWN = "_flashtrace_first_target"
+_KNOWN = "_flashtrace_spec"
 
 
 class _CappedRequest:
@@ -52,22 +53,21 @@ def apply() -> None:
         params = request.sampling_params
         if params is None or not params.extra_args:
             return stock(self, request)
-        target = first_target(request)
-        if target is None:
+        spec = spec_of(request)
+        if spec is None:
             return stock(self, request)
         # Stock code looks up at most ``num_tokens - 1`` tokens.
-        return stock(self, _CappedRequest(request, min(target + 1, request.num_tokens)))
+        return stock(self, _CappedRequest(request, min(spec.first_row + 1, request.num_tokens)))
 
     KVCacheManager.get_computed_blocks = get_computed_blocks
 
 
-def first_target(request: Any) -> int | None:
-    """First target position of a request's trace; None where it has none.
+def spec_of(request: Any) -> Spec | None:
+    """The spec of a request; None where it has none, or one that was not made here.
 
     A request that waits is looked up at every attempt to schedule it, its spec verified once.
     """
     if not hasattr(request, _KNOWN):
-        target = target_range(request.sampling_params.extra_args)
-        setattr(request, _KNOWN, None if target is None else target.start)
-    found: int | None = getattr(request, _KNOWN)
+        setattr(request, _KNOWN, verified_spec(request.sampling_params.extra_args))
+    found: Spec | None = getattr(request, _KNOWN)
     return found

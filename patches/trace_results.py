@@ -60,13 +60,18 @@ def apply() -> None:
 
 
 def with_results(stock: Any) -> Any:
-    """A model runner's ``sample_tokens`` whose output has the results of traces that have ended."""
+    """A model runner's ``sample_tokens`` whose output has the results of requests that have ended.
+
+    Before it, tokens are scored, of the state that ``execute_model`` has left for it.
+    """
 
     @functools.wraps(stock)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = stock(self, *args, **kwargs)
         capture = existing_capture(self)
-        return output if capture is None else capture.with_results(output)
+        if capture is None:
+            return stock(self, *args, **kwargs)
+        capture.score(self)
+        return capture.with_results(stock(self, *args, **kwargs))
 
     return sample_tokens
 

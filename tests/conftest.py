@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests import engine_starts
+from tests import engine_starts, heap
 from tests.cores import BIND
 
 # Read when Ray is imported: what a test leaves to the garbage collector must start no Ray.
@@ -27,6 +27,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Read when torch is imported. What computes in this process or is forked off it cannot be bound,
 # and threads that wait for a core that another process has take milliseconds per operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+heap.import_without_collecting()
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the modules of all tests out of garbage collection."""
+    heap.leave_out_what_is_there()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

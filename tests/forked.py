@@ -24,17 +24,6 @@ from typing import Any
 import pytest
 from prometheus_client import values
 
-PRELOADED = [
-    "vllm.entrypoints.cli.serve",
-    "vllm.entrypoints.openai.api_server",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm_flashtrace.server.endpoint",
-    "vllm_flashtrace.server.launcher",
-    "vllm_flashtrace.worker.runner",
-]
 _get_context = multiprocessing.get_context
 
 
@@ -112,7 +101,7 @@ def _context() -> _Context:
 
     prepare_environment()
     context = _Context()
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 

@@ -106,6 +106,15 @@ def oracle_scores(model: Any, input_ids: Any, positions: Any, weights: Any) -> T
     return oracle_layer_scores(model, input_ids, positions, weights).sum(0)
 
 
+def oracle_attention(model: Any, input_ids: Any, positions: Any, weights: Any) -> Tensor:
+    """Attention sums [L, H, N] of a target whose weights are made to sum to 1."""
+    ids = _row(input_ids)
+    w = dense_weights(ids.shape[1], positions, weights)
+    sums: list[Tensor] = []
+    _run(model, ids, lambda layer: sums.append(torch.einsum("i,hij->hj", w, layer.alpha)))
+    return torch.stack(sums) / w.sum()
+
+
 def oracle_hops(
     one_hop: Callable[[Tensor], Tensor], target: Tensor, is_input: Tensor, followed: Tensor, k: int
 ) -> tuple[Tensor, float]:

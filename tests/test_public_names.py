@@ -62,6 +62,7 @@ FIELD_KEYS = {
     "skip_tokens",
     "top_k",
     "include",
+    "verify",
     "preset",
     "mode",
 }
@@ -74,6 +75,9 @@ SERVER_OPTIONS = {
     "max_waiting_seconds",
     "max_accumulator_mib",
     "max_layer_scores",
+    "max_attention_sums",
+    "max_verify",
+    "max_verify_requests",
     "max_result_mib",
     "trace_token_share",
     "trace_timeout_seconds",
@@ -87,6 +91,7 @@ ROUTES = {
     ("POST", "/v1/attributions"),
     ("GET", "/v1/attributions/status"),
     ("GET", "/v1/attributions/{attribution_id}"),
+    ("GET", "/v1/attributions/{attribution_id}/attention"),
     ("DELETE", "/v1/attributions/{attribution_id}"),
     ("GET", "/flashtrace"),
 }
@@ -141,6 +146,7 @@ ERROR_CODES = {
     "target_beyond_context",
     "target_not_found",
     "timeout",
+    "too_many_attention_sums",
     "too_many_layer_scores",
     "too_many_targets",
     "tool_call_not_found",

@@ -189,3 +189,31 @@ def test_an_attention_sink_in_the_template_does_not_wash_out_the_text() -> None:
 
 def test_a_vanishing_scale_does_not_overflow() -> None:
     assert heat_level(1.0, 5e-324) == LEVELS
+
+
+def test_cited_answer_has_the_numbers_of_its_sources() -> None:
+    text = "\U0001f5fc <b>Paris</b> is one. Who knows. Rome is another."
+    parts = ["<b>Paris</b> is one.", "Rome is another."]
+    sources = [
+        {"index": 1, "id": "p", "title": "On <i>Paris</i>", "text": "Paris & France."},
+        {"index": 0, "id": "r", "url": "https://example.com/rome", "text": "Rome, Italy."},
+    ]
+    citations = [
+        {"text": parts[0], "start": 2, "end": 22, "sources": sources},
+        {"text": parts[1], "start": 34, "end": 50, "sources": sources[1:]},
+    ]
+    targets = [
+        {key: value for key, value in response(haystack()).items() if key != "usage"}
+        | {"target": {"text": part, "tokens": [[0, 1]]}}
+        for part in parts
+    ]
+    data = response(haystack()) | {"targets": targets, "citations": citations}
+    page = Attribution(data, text=text).to_html()
+    shown = Page(page)
+    assert shown.prompt == ("\U0001f5fc <b>Paris</b> is one.[2][1] Who knows. Rome is another.[1]")
+    assert not [tag for tag, _ in shown.tags if tag in ("b", "a", "script")]
+    assert page.index("[1]</td>") < page.index("https://example.com/rome") < page.index("[2]</td>")
+    assert page.count("Rome, Italy.") == 1 and "Paris &amp; France." in page
+    # Where the text is another than the one that was cited, there is no answer to number.
+    assert "<sup>" not in Attribution(data, text=f" {text}").to_html()
+    assert "<sup>" not in Attribution(data).to_html()

@@ -58,6 +58,7 @@ def test_defaults(value):
         "skip_tokens": "none",
         "top_k": 20,
         "include": (),
+        "verify": 0,
         "preset": "paper",
         "mode": "inline",
     }
@@ -264,6 +265,8 @@ def test_deep_values_are_shortened():
     [
         (RequestLimits(max_hops=2), {"hops": 3}, "hops"),
         (RequestLimits(max_hops=0), True, "hops"),  # The default is one hop.
+        (RequestLimits(max_verify=2), {"verify": 3}, "verify"),
+        (RequestLimits(max_verify_requests=6), {"verify": 2, "targets": ["output"] * 2}, "verify"),
         (RequestLimits(max_top_k=10), {"hops": 1}, "top_k"),
         (RequestLimits(max_spans=1), {"target": {"tokens": [[0, 1], [2, 3]]}}, "target.tokens"),
         (RequestLimits(max_spans=1), {"reasoning": {"tokens": [[0, 1]] * 2}}, "reasoning.tokens"),
@@ -363,7 +366,9 @@ _requests = st.fixed_dictionaries(
         "skip_tokens": st.sampled_from(["none", "punctuation"]) | st.lists(_texts, max_size=5),
         "top_k": st.integers(1, 100_000) | st.none(),
         "include": st.lists(
-            st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
+            st.sampled_from(
+                ["hops", "generated", "segments", "sentences", "layers", "attention", "tokens"]
+            ),
             unique=True,
         ),
         "preset": st.sampled_from(["paper", "sources"]),

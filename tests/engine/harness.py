@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests import engine_starts
+from tests import engine_starts, heap
 from tests.cores import BIND, worker_in_engine
 from tests.forked import processes_are_forked
-from vllm_flashtrace.base.records import TraceReport
+from tests.oracle import oracle_attention
+from vllm_flashtrace.base.records import ScoredText, ScoreReport, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, HopResult, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
@@ -39,6 +40,7 @@ class TraceJob:
     weights: TargetWeights
     exact_fraction: float = 1.0
     layers: bool = False
+    attention: bool = False
     lora_request: Any = None
     further: FurtherHops | None = None
     others: Sequence[TracedTarget] = ()
@@ -82,6 +84,7 @@ class Engine:
         self._outputs: dict[str, Any] = {}
         with pytest.MonkeyPatch.context() as patch:
             if in_process:
+                heap.leave_out_what_is_there()
                 overrides["distributed_executor_backend"] = "uni"
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
                 # The other tests of this process keep its cores.
@@ -163,6 +166,27 @@ class Engine:
 
         return pick_up_now(self.llm, nonce, self._outputs.pop(nonce, None))
 
+    def score_many(self, texts: Sequence[ScoredText], lora: Any = None) -> list[ScoreReport]:
+        """Scores tokens of texts, all in one batch."""
+        from vllm_flashtrace.trace.pickup import carried_answer, pick_up_score_now
+        from vllm_flashtrace.trace.scoring import checked, score_call
+
+        calls = [score_call(text, None) for text in texts]
+        outputs = self.llm.generate(
+            [call.prompt for call in calls],
+            [call.params for call in calls],
+            use_tqdm=False,
+            lora_request=lora,
+        )
+        return [
+            checked(pick_up_score_now(call.spec.nonce, self._call, carried_answer(output)), text)
+            for text, call, output in zip(texts, calls, outputs, strict=True)
+        ]
+
+    def _call(self, method: str, args: tuple[Any, ...]) -> Sequence[Any]:
+        replies: Sequence[Any] = self.llm.collective_rpc(method, args=args)
+        return replies
+
     def status(self) -> dict[str, Any]:
         from vllm_flashtrace.trace.pickup import decode_status
 
@@ -199,6 +223,7 @@ class Engine:
             len(job.token_ids),
             exact_fraction=job.exact_fraction,
             layers=job.layers,
+            attention=job.attention,
         )
 
     @staticmethod
@@ -228,6 +253,23 @@ def relative_l1(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """L1 distance of two score vectors after each is normalised to sum 1."""
     ours, reference = ours.double(), reference.double()
     return float((ours / ours.sum() - reference / reference.sum()).abs().sum())
+
+
+def attention_error(report: TraceReport, model: Any, job: TraceJob) -> float:
+    """Largest difference of the sums of attention from the oracle's.
+
+    Args:
+        report: Of a trace that asked for them.
+        model: The Hugging Face model.
+        job: The trace.
+    """
+    sums = report.attention
+    assert sums is not None and sums.dtype == torch.float16
+    weights = job.weights
+    expected = oracle_attention(model, job.token_ids, weights.positions, weights.weights)
+    assert sums.shape == expected[..., : weights.last + 1].shape
+    assert not expected[..., weights.last + 1 :].any()
+    return float((sums.double() - expected[..., : weights.last + 1]).abs().max())
 
 
 def top_overlap(ours: torch.Tensor, reference: torch.Tensor, k: int = 10) -> int:

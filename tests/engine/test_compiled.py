@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from benchmarks.same_bits import ENGINE_OPTIONS, answers
 from tests import engine_starts
 from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
+from tests.forked import run_forked
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -97,10 +95,8 @@ def test_untraced_requests_get_the_bytes_of_a_stock_engine(
     engine_starts.note("compiled, without the plugin: its bytes are the reference")
     out = tmp_path / "stock.json"
     command = ["-m", "benchmarks.same_bits", "--dtype=float32", "--engine", str(folder), str(out)]
-    subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "VLLM_FLASHTRACE_DISABLE": "1"},
-        check=True,
-        timeout=450,
+    status, output = run_forked(
+        command, tmp_path / "stock.log", 450, VLLM_FLASHTRACE_DISABLE="1", VLLM_PLUGINS="none"
     )
+    assert status == 0, output
     assert answers(compiled) == json.loads(out.read_text())

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_scores import log_probs
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace import FlashTrace
 from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.records import ScoredText
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-3
@@ -70,6 +72,11 @@ def adapters(base: Path) -> list[Adapter]:
 
 
 @pytest.fixture(scope="module")
+def of_the_head(base: Path) -> Adapter:
+    return make_adapter(base, base.parent / "head", 4, ["o_proj", "lm_head"])
+
+
+@pytest.fixture(scope="module")
 def engine(base: Path) -> Iterator[Engine]:
     engine = Engine(
         base,
@@ -111,6 +118,17 @@ def test_an_adapter_beside_the_base_model(
 def test_more_adapters_than_slots(engine: Engine, adapters: list[Adapter]) -> None:
     """Only two fit at a time, so that slots change hands between the traces of one batch."""
     compare(engine, [*adapters, adapters[0]])
+
+
+def test_tokens_are_scored_with_their_own_adapter(
+    engine: Engine, adapters: list[Adapter], of_the_head: Adapter
+) -> None:
+    """Logits are asked for of other rows than those vLLM has noted adapters of."""
+    text = ScoredText(TOKENS, [*range(3, 60, 3), *range(120, 200)])
+    cases = [of_the_head, adapters[1]]
+    reports = engine.score_many([text, text], [case.request for case in cases])
+    for case, report in zip(cases, reports, strict=True):
+        assert (report.log_probs - log_probs(case.model, text)).abs().max() <= 1e-3
 
 
 def test_offline_explains_with_the_adapter_it_is_given(

@@ -17,7 +17,7 @@ MESSAGES = SCENARIO.messages
 CONTEXT = MESSAGES[0]["content"]
 EVERYTHING = {
     "top_k": None,
-    "include": ["hops", "generated", "segments", "sentences", "layers", "tokens"],
+    "include": ["hops", "generated", "segments", "sentences", "layers", "attention", "tokens"],
 }
 
 
@@ -93,6 +93,13 @@ def test_masses_balance(answer: Attribution) -> None:
     layers = [sum(column) for column in zip(*data["layers"], strict=True)]
     assert layers == pytest.approx([t["score"] for t in data["scores"]], rel=1e-4, abs=1e-7)
     assert len(data["layers"]) == 30
+    assert answer.attention.shape == tuple(data["attention"]["shape"])
+    assert answer.attention.shape[:2] == (30, 9)
+    sums = answer.attention.float().sum(-1)
+    assert (sums > 0.9).all() and (sums < 1.001).all()
+    # Nothing attends to what is behind the target.
+    [(_, end)] = data["target"]["tokens"]
+    assert not answer.attention[..., data["prompt_tokens"] + end :].any()
     json.loads(json.dumps(data, allow_nan=False))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1
 from tests.oracle import oracle_scores
 from tests.tiny_models import (
     FAMILIES,
@@ -47,7 +47,9 @@ def _compare(folder: Path, reference: Path, **engine_args: Any) -> None:
     expected = oracle_scores(model, token_ids, weights.positions, weights.weights)
     engine = Engine(folder, "a model family", in_process=True, max_model_len=1024, **engine_args)
     try:
-        exact = engine.trace(TraceJob(token_ids, weights)).scores
+        job = TraceJob(token_ids, weights, attention=True)
+        report = engine.trace(job)
+        exact = report.scores
         pruned = engine.trace(TraceJob(token_ids, weights, exact_fraction=0.9)).scores
     finally:
         engine.close()
@@ -55,3 +57,6 @@ def _compare(folder: Path, reference: Path, **engine_args: Any) -> None:
     print(f"{folder.name}: relative L1 exact {errors[0]:.2e}, pruned {errors[1]:.2e}")
     assert errors[0] <= LIMIT
     assert errors[1] <= LIMIT
+    attention = attention_error(report, model, job)
+    print(f"{folder.name}: attention {attention:.1e}")
+    assert attention <= LIMIT

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_scores import reference
 from tests.engine.worker_faults import (
     FAULTS,
     check_failing_rank,
@@ -19,7 +20,7 @@ from tests.engine.worker_faults import (
 )
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-5
@@ -29,7 +30,7 @@ TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1
 OTHER = torch.randint(5, 500, (260,), generator=torch.Generator().manual_seed(2)).tolist()
 JOBS = [
     TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
-    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True),
+    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True, attention=True),
     TraceJob(OTHER, TargetWeights.from_spans([(200, 260)]), layers=True),
 ]
 # In steps of 128 tokens both stages see every trace in several chunks.
@@ -66,6 +67,9 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
         print(f"two stages against one: relative L1 {error:.1e}")
         assert error <= LIMIT
         assert torch.allclose(ours.scores.sum(), expected.scores.sum(), rtol=1e-5)
+        assert (ours.attention is None) == (expected.attention is None)
+        if ours.attention is not None and expected.attention is not None:
+            assert torch.allclose(ours.attention, expected.attention, rtol=2e-3, atol=1e-7)
         if expected.layer_scores is None:
             assert ours.layer_scores is None
             continue
@@ -98,6 +102,12 @@ def test_layers_of_two_stages(
         compare(several, engine.trace_many(JOBS))
     finally:
         engine.close()
+
+
+def test_tokens_scored_by_two_stages(two_stages: Engine, folder: Path) -> None:
+    text = ScoredText(TOKENS, [1, *range(100, 300)])
+    [report] = two_stages.score_many([text])
+    assert (report.log_probs - reference(folder, text)).abs().max() <= 1e-4
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.rank_faults import Load, Outcome, lost, run_load, run_with_faults
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_scores import reference
 from tests.engine.worker_faults import (
     FAULTS,
     check_failing_rank,
@@ -21,7 +22,7 @@ from tests.engine.worker_faults import (
 )
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -29,7 +30,7 @@ LIMIT = 1e-5
 TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 JOBS = [
     TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
-    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True),
+    TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True, attention=True),
 ]
 
 
@@ -64,6 +65,9 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
     assert with_layers.shape == expected.shape
     for mine, theirs in zip(with_layers, expected, strict=True):
         assert relative_l1(mine, theirs) <= LIMIT
+    heads, expected = several[1].attention, one[1].attention
+    assert heads is not None and expected is not None
+    assert torch.allclose(heads.float(), expected.float(), rtol=2e-3, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,12 @@ def test_heads_shared_by_two_ranks(
 ) -> None:
     compare(two_ranks.trace_many(JOBS), one_rank(folder, monkeypatch))
     check_nothing_left(two_ranks)
+
+
+def test_tokens_scored_by_two_ranks(two_ranks: Engine, folder: Path) -> None:
+    text = ScoredText(TOKENS, [1, *range(100, 300)])
+    [report] = two_ranks.score_many([text])
+    assert (report.log_probs - reference(folder, text)).abs().max() <= 1e-4
 
 
 def test_further_hops_need_the_scores_of_all_ranks(two_ranks: Engine) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1
 from tests.engine.test_start_proof import start_reports
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_windowed_llama
@@ -43,9 +43,11 @@ def test_traces(kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.Monk
 
     def errors(stop: int, start: int, rows: FurtherHops | None = None) -> float:
         weights = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(start, stop)})
-        job = TraceJob(TOKENS[:stop], weights, further=rows)
+        job = TraceJob(TOKENS[:stop], weights, attention=rows is None, further=rows)
         decoding = [TOKENS[place : place + 150] for place in (100, 300, 500)]
         [report] = engine.trace_many([job], decoding, new_tokens=50)
+        if job.attention:
+            assert attention_error(report, model, job) <= 1e-3
         expected = oracle_scores(model, job.token_ids, weights.positions, weights.weights)
         return relative_l1(report.scores, expected)
 

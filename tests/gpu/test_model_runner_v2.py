@@ -12,12 +12,14 @@ import torch
 from vllm.v1.worker.gpu import model_runner
 
 from tests.engine.harness import relative_l1
+from tests.engine.test_scores import log_probs
 from tests.gpu.test_start_proof import proof
 from tests.gpu.v2_engine import (
     LIMIT,
     V2Engine,
     apply_patches,
     assert_exact,
+    token_ids,
     traced,
     untraced,
     v2_engine,
@@ -25,9 +27,11 @@ from tests.gpu.v2_engine import (
 from tests.oracle import as_float64
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.base.records import ScoredText
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.trace.wire import TraceSpec
+from vllm_flashtrace.trace.pickup import pick_up_score_now
+from vllm_flashtrace.trace.wire import ScoreSpec, TraceSpec, decode_wire, seal
 from vllm_flashtrace.worker import gpu_model, taps
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker.gpu_cache import KeyValueViews
@@ -45,6 +49,21 @@ def test_chunks(engine: V2Engine, float64_llama: Any, chunks: tuple[int, ...]) -
         new = {}
     report = assert_exact(engine, trace, float64_llama)
     assert report.recomputed_tokens == 100 and report.cached_tokens == report.restarts == 0
+
+
+def test_tokens_are_scored_in_chunks_beside_a_trace(engine: V2Engine, float64_llama: Any) -> None:
+    text, trace = ScoredText(token_ids(90, 3), [1, *range(30, 66), 89]), traced(60, (50, 60))
+    spec = ScoreSpec.create(text.positions, 90)
+    new = {"trace": trace.new, "score": (list(text.token_ids), seal(spec))}
+    engine.step({"trace": 40, "score": 32}, new=new)
+    engine.step({"score": 33, "trace": 20})
+    assert_exact(engine, trace, float64_llama)
+    with pytest.raises(TraceError, match="holds no result"):
+        decode_wire(engine.capture.recorder.collect(spec.nonce))
+    engine.step({"score": 25})
+    report = pick_up_score_now(spec.nonce, lambda _, args: [engine.capture.recorder.collect(*args)])
+    assert (report.log_probs - log_probs(float64_llama, text)).abs().max() < 1e-4
+    assert (report.recomputed_tokens, report.cached_tokens) == (90, 0)
 
 
 @pytest.mark.parametrize("spans", [((20, 61),), ((20, 40), (45, 61))], ids=["near", "apart"])

@@ -174,6 +174,9 @@ class V2Engine:
         """Runs one step; arguments as `StepMaker.step`. Returns hidden states ``[tokens, D]``."""
         output = self.steps.step(scheduled, **arguments)
         assert self.runner.execute_model(output, None) is None
+        capture = adapter.existing_capture(self.runner)
+        if capture is not None:
+            capture.score(self.runner)  # As the patch of `sample_tokens` does, which needs a GPU.
         state, self.runner.execute_model_state = self.runner.execute_model_state, None
         hidden: torch.Tensor = state.hidden_states[: output.total_num_scheduled_tokens]
         return hidden

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.patches import prefix_cache
 from vllm_flashtrace.trace import wire
-from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
+from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, ScoreSpec, TraceSpec, seal
 
 SPEC = TraceSpec.create(TargetWeights.from_spans([(40, 60)]), 60, exact_fraction=1.0)
 
@@ -33,6 +33,7 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_cap(looked_up: Any) -> None:
+    assert looked_up(request(seal(ScoreSpec.create([20, 40], 60)))) == 20
     assert looked_up(request(seal(SPEC))) == 41
     assert looked_up(request(None)) == 60
     assert looked_up(request(bytes(100))) == 60

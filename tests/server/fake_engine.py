@@ -17,7 +17,14 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_flashtrace.trace.wire import WireReport, sealed_spec, tensor_bytes, unseal
+from vllm_flashtrace.trace.wire import (
+    ModelPart,
+    ScoreSpec,
+    WireReport,
+    sealed_spec,
+    tensor_bytes,
+    unseal,
+)
 
 
 @dataclass
@@ -49,6 +56,7 @@ class FakeEngine:
         status: What else the workers report.
         trace_scores: Makes the scores of a trace from its length.
         layers: Layers that share the scores of a trace.
+        log_prob: The log-probability of each token scored in a text, or what the worker answers.
     """
 
     vllm_config: Any
@@ -57,6 +65,7 @@ class FakeEngine:
     status: dict[str, Any] = field(default_factory=dict)
     trace_scores: Callable[[int], torch.Tensor] = torch.ones
     layers: int = 2
+    log_prob: Callable[[str], float | WireReport] = field(default=lambda _: -1.0)
     fail_after: int | None = None
     before_step: Callable[[int], Awaitable[None]] | None = None
     calls: list[Call] = field(default_factory=list)
@@ -78,6 +87,7 @@ class FakeEngine:
         self.before_step = None
         self.trace_scores = torch.ones
         self.layers = 2
+        self.log_prob = lambda _: -1.0
         self.calls.clear()
         self.trace_gate = asyncio.Event()
         self.trace_gate.set()
@@ -124,7 +134,16 @@ class FakeEngine:
         await self.trace_gate.wait()
         spec = unseal(call.params.extra_args["flashtrace"])
         assert len(call.prompt["prompt_token_ids"]) == spec.length
+        if isinstance(spec, ScoreSpec):
+            self._score(call, spec)
+            yield _request_output(call, [_choice(0, "", [0], "length")], True)
+            return
         scores = self.trace_scores(spec.length)
+        attention, heads = b"", 0
+        if spec.attention:
+            heads = self.model_config.get_num_attention_heads(self.vllm_config.parallel_config)
+            sums = (scores / scores.sum()).expand(self.layers, heads, -1)
+            attention = tensor_bytes(sums, torch.float16)
         self._reports[spec.nonce] = WireReport(
             status="completed",
             scores=tensor_bytes(scores.expand(len(spec.targets), -1)),
@@ -133,11 +152,28 @@ class FakeEngine:
             if spec.layers
             else b"",
             num_layers=self.layers if spec.layers else 0,
+            attention=attention,
+            num_heads=heads,
+            part=ModelPart(0, self.layers, self.layers, 1),
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},
         ).encode()
         yield _request_output(call, [_choice(0, "", [0], "length")], True)
+
+    def _score(self, call: Call, spec: ScoreSpec) -> None:
+        text = self.get_tokenizer().decode(call.prompt["prompt_token_ids"])
+        positions = spec.scored_positions()
+        scored = self.log_prob(text)
+        if isinstance(scored, WireReport):
+            self._reports[spec.nonce] = scored.encode()
+            return
+        self._reports[spec.nonce] = WireReport(
+            status="completed",
+            log_probs=tensor_bytes(torch.full((len(positions),), scored)),
+            recomputed_tokens=spec.length - spec.first_row,
+            cached_tokens=spec.first_row,
+        ).encode()
 
     async def _complete(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
         count = call.params.n

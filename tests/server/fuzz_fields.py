@@ -137,10 +137,11 @@ _TARGETS = st.one_of(
 
 
 def _without_a_single_one(field: dict[str, Any]) -> dict[str, Any]:
-    """Several targets go without ``target`` and scores by layer."""
+    """Several targets go without ``target``, scores by layer and sums of attention."""
     if "targets" in field:
         field.pop("target", None)
-        field["include"] = [part for part in field.get("include", []) if part != "layers"]
+        single = ("layers", "attention")
+        field["include"] = [part for part in field.get("include", []) if part not in single]
     return field
 
 
@@ -158,9 +159,12 @@ PLAUSIBLE = st.fixed_dictionaries(
         "skip_tokens": st.sampled_from(["none", "punctuation", [], ["4821", " "]]),
         "top_k": st.sampled_from([None, 1, 3, 100_000]),
         "include": st.lists(
-            st.sampled_from(["hops", "generated", "segments", "sentences", "layers", "tokens"]),
+            st.sampled_from(
+                ["hops", "generated", "segments", "sentences", "layers", "attention", "tokens"]
+            ),
             max_size=5,
         ),
+        "verify": st.integers(0, 3),
         "preset": st.sampled_from(["paper", "sources"]),
     },
 ).map(_without_a_single_one)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -12,9 +11,12 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
+from safetensors.torch import load
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from tests.server.scripted_app import App, build
+from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.api.response import AttributionObject
 from vllm_flashtrace.server import deferred
 from vllm_flashtrace.server.session import new_trace_id
@@ -106,6 +108,37 @@ async def test_the_answer_does_not_wait_and_the_result_is_the_inline_one(app, ro
     assert result["id"] == queued["id"]
     same = [key for key in inline if key not in ("id", "usage")]
     assert {key: result[key] for key in same} == {key: inline[key] for key in same}
+
+
+async def test_sums_of_attention_are_fetched_by_themselves(app):
+    async def asked(attribution_id: str) -> Any:
+        return await app.client.get(f"/v1/attributions/{attribution_id}/attention")
+
+    wanted = {**DEFERRED, "include": ["attention"]}
+    inline = (await app.post("/v1/attributions", **{**EXISTING, "flashtrace": {
+        **wanted, "mode": "inline"}})).json()  # fmt: skip
+    app.engine.trace_gate.clear()
+    queued = (await app.post("/v1/attributions", **{**EXISTING, "flashtrace": wanted})).json()
+    refused = await asked(queued["id"])
+    assert refused.status_code == 404
+    assert "has no sums of attention: it is" in refused.json()["error"]["message"]
+    app.engine.trace_gate.set()
+    found = await finished(app, queued["id"])
+    assert found["attention"] == {"shape": inline["attention"]["shape"]}
+    file = await asked(queued["id"])
+    assert file.headers["content-type"] == "application/octet-stream"
+    sums = load(file.content)["attention"]
+    assert torch.equal(sums, Attribution(inline).attention)
+    assert list(sums.shape) == found["attention"]["shape"] and sums.dtype == torch.float16
+    with pytest.raises(ValueError, match="no sums of attention in this response"):
+        Attribution(found).attention  # noqa: B018
+    assert (await app.client.delete(f"/v1/attributions/{queued['id']}")).status_code == 200
+    assert (await asked(queued["id"])).status_code == 404
+    without = (await app.post("/v1/attributions", **EXISTING)).json()
+    await finished(app, without["id"])
+    refused = await asked(without["id"])
+    assert refused.status_code == 404
+    assert "its request has no include 'attention'" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if route != "/v1/attributions"])
@@ -254,7 +287,6 @@ async def test_shutdown_ends_what_is_unfinished_and_says_what_was_lost(
         with caplog.at_level(logging.WARNING, logger=deferred.logger.name):
             logging.getLogger(deferred.logger.name).addHandler(caplog.handler)
     logging.getLogger(deferred.logger.name).removeHandler(caplog.handler)
-    gc.unfreeze()  # vLLM's lifespan freezes the heap, for a process that ends with it.
     lost = [line for line in caplog.messages if queued["id"] in line]
     assert any("server stops" in line for line in lost)
     assert [trace.aborted for trace in app.engine.traces] == [True]

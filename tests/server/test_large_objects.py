@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.server.scripted_app import App
+from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.server import attributions
 from vllm_flashtrace.server.large_objects import as_text, json_pieces, plain
 from vllm_flashtrace.trace import tracer as tracer_module
@@ -20,7 +22,11 @@ from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 WORDS = "The harbour master wrote the tide times on a slate. " * 60
-LARGE = {"hops": 1, "top_k": None, "include": ["layers", "hops", "segments", "tokens"]}
+LARGE = {
+    "hops": 1,
+    "top_k": None,
+    "include": ["layers", "attention", "hops", "segments", "tokens"],
+}
 CHAT = {"messages": [{"role": "user", "content": f"{WORDS} Straße 東京 \u2028 “4821”?"}]}
 ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {**CHAT, "n": 2},
@@ -85,6 +91,10 @@ async def test_every_route_carries_the_object_that_it_would_carry_in_one_piece(
     monkeypatch.setattr(tracer_module, "LARGE_BYTES", 1 << 40)
     assert found == await ask(app, path, body)
     assert [len(one["layers"]) for one in found] == [2] * (2 if "completions" in path else 1)
+    sums = Attribution(found[0]).attention
+    assert list(sums.shape) == found[0]["attention"]["shape"]
+    generated = sums.shape[-1] - found[0]["prompt_tokens"]
+    assert generated > 0 and sums[..., :-generated].gt(0).any()
     assert all(len(one["scores"]) == one["prompt_tokens"] > 600 for one in found)
 
 
@@ -97,7 +107,12 @@ async def test_existing_text_and_deferred_ones_too(app, monkeypatch):
                 response = await app.client.get(f"/v1/attributions/{queued['id']}")
                 if response.json()["status"] == "completed":
                     assert int(response.headers["content-length"]) == len(response.content)
-                    return objects(response.json())
+                    found = objects(response.json())
+                    assert list(found[0]["attention"]) == ["shape"]
+                    file = await app.client.get(f"/v1/attributions/{queued['id']}/attention")
+                    assert int(file.headers["content-length"]) == len(file.content)
+                    found[0]["attention"]["data"] = base64.b64encode(file.content).decode()
+                    return found
                 await asyncio.sleep(0.02)
 
     now, later = await ask(app, "/v1/attributions", EXISTING), await fetched()
@@ -282,6 +297,7 @@ async def test_pieces_are_the_json_of_the_object():
         "scores": [{"index": i, "token": "é"} for i in range(1000)],
         "no numbers": torch.empty(0),
         "none": None,
+        "file": {"data": bytes(range(256)) * 400 + b"end"},
         "empty": [],
         "nothing": {},
         "one": [1.0],

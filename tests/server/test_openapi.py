@@ -88,13 +88,17 @@ async def test_only_the_field_is_new(plugins, model_path, app, monkeypatch):
 async def test_our_routes_are_described(app):
     paths = (await app.client.get("/openapi.json")).json()["paths"]
     assert set(paths["/v1/attributions"]) == {"post"}
-    assert set(paths["/v1/attributions/{attribution_id}"]) == {"get", "delete"}
-    for operation in paths["/v1/attributions/{attribution_id}"].values():
+    one = "/v1/attributions/{attribution_id}"
+    assert set(paths[one]) == {"get", "delete"}
+    assert set(paths[f"{one}/attention"]) == {"get"}
+    for operation in [*paths[one].values(), paths[f"{one}/attention"]["get"]]:
         assert "404" in operation["responses"]
+    file = paths[f"{one}/attention"]["get"]["responses"]["200"]
+    assert list(file["content"]) == ["application/octet-stream"]
 
 
 async def test_attributions_are_what_the_schema_says(app):
-    everything = ["hops", "generated", "segments", "sentences", "layers", "tokens"]
+    everything = ["hops", "generated", "segments", "sentences", "layers", "attention", "tokens"]
     field = {"include": everything, "top_k": None, "hops": "auto"}
     found = (await app.chat(flashtrace=field)).json()["choices"][0]["flashtrace"]
     assert found["status"] == "completed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.server.scripted_app import build
@@ -91,20 +93,24 @@ async def test_reasoning_parser_decides_what_is_reasoning(plugins, model_path):
     assert "It is 4821." in choice["flashtrace"]["target"]["text"]
 
 
-async def test_more_scores_per_layer_than_the_server_gives(plugins, model_path):
-    limit = '{"flashtrace": {"max_layer_scores": 1000}}'
-    app = await build(model_path, "--additional-config", limit)
-    field = {"include": ["layers"], "hops": 0}
+@pytest.mark.parametrize(
+    ("name", "option", "limit"),
+    [("layers", "max_layer_scores", 1000), ("attention", "max_attention_sums", 12_000)],
+)
+async def test_more_numbers_than_the_server_gives(plugins, model_path, name, option, limit):
+    options = json.dumps({"flashtrace": {option: limit}})
+    app = await build(model_path, "--additional-config", options)
+    field = {"include": [name], "hops": 0}
     answer = (await app.chat(flashtrace=field)).json()["choices"][0]
     assert answer["message"]["content"]
     error = answer["flashtrace"]["error"]
-    assert error["code"] == "too_many_layer_scores"
-    assert "at most 1000 (max_layer_scores)" in error["message"]
+    assert error["code"] == option.replace("max", "too_many")
+    assert f"at most {limit} ({option})" in error["message"]
     body = {"prompt": "The code is 4821. " * 20, "completion": " It is 4821."}
     refused = await app.post("/v1/attributions", **body, flashtrace=field)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "flashtrace.include"
     body["prompt"] = "The code is 4821."
     given = await app.post("/v1/attributions", **body, flashtrace=field)
-    assert given.json()["status"] == "completed" and given.json()["layers"]
+    assert given.json()["status"] == "completed" and given.json()[name]
     await app.client.aclose()

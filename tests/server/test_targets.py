@@ -88,6 +88,7 @@ async def test_parts_that_are_skipped_have_no_result(app):
         ({"targets": [{"tokens": [[0, 5000]]}]}, "flashtrace.targets[0].tokens[0]"),
         ({"targets": "lines", "target": "output"}, "flashtrace.target"),
         ({"targets": "lines", "include": ["layers"]}, "flashtrace.include"),
+        ({"targets": "lines", "include": ["attention"]}, "flashtrace.include"),
     ],
 )
 async def test_bad_targets_are_named_before_anything_is_generated(app, field, param):

@@ -91,6 +91,49 @@ async def test_the_attribution_is_a_child_of_the_requests_span(traced, exporter)
     )
 
 
+async def test_its_measures_are_evaluation_events(traced, exporter):
+    secret = {"role": "a secret role", "content": "Hello"}
+    body = {"messages": [secret, *CHAT["messages"]], "flashtrace": {"include": ["segments"]}}
+    answer = await chat(traced, HEADERS, **body)
+    [choice] = answer["choices"]
+    attribution = exporter.get_finished_spans()[-1]
+    result = choice["flashtrace"]
+    masses = ("input_mass", "remaining_mass", "target_mass", "skipped_mass")
+    other, user, template = result["segments"]
+    assert [
+        (
+            event.name,
+            event.attributes["gen_ai.evaluation.name"],
+            event.attributes["gen_ai.evaluation.score.value"],
+            event.attributes.get("flashtrace.message"),
+        )
+        for event in attribution.events
+    ] == [
+        ("gen_ai.evaluation.result", f"flashtrace.{name}", value, message)
+        for name, value, message in (
+            *((name, result[name], None) for name in masses),
+            ("segment.other", other["score"], 0),
+            ("segment.user", user["score"], 1),
+            ("segment.template", template["score"], None),
+        )
+    ]
+    for event in attribution.events:
+        assert event.attributes["gen_ai.response.id"] == answer["id"]
+        assert event.attributes["flashtrace.id"] == result["id"]
+    assert "secret" not in attribution.to_json()
+
+
+async def test_a_span_has_no_more_events_than_are_kept(traced, exporter):
+    targets = [{"text": "4821"}] * 40
+    answer = await chat(traced, HEADERS, flashtrace={"targets": targets})
+    attribution = exporter.get_finished_spans()[-1]
+    assert len(answer["choices"][0]["flashtrace"]["targets"]) == 40
+    assert len(attribution.events) == 128
+    assert attribution.dropped_events == 0
+    names = [event.attributes["gen_ai.evaluation.name"] for event in attribution.events]
+    assert names[:40] == ["flashtrace.input_mass"] * 40
+
+
 async def test_vllms_spans_of_our_requests_nest_under_the_hops(traced, exporter):
     await chat(traced, HEADERS, flashtrace={"hops": 1})
     [generation] = traced.engine.generations

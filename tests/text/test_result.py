@@ -317,6 +317,9 @@ def test_layers_that_were_not_measured_are_an_error(trace):
     with pytest.raises(TraceError) as error:
         trace(include=["layers"], layers=False)
     assert error.value.code == "no_layer_scores"
+    with pytest.raises(TraceError) as error:
+        trace(include=["attention"])
+    assert error.value.code == "result_missing"
 
 
 def test_dropped_target_tokens_are_counted(trace, chat):

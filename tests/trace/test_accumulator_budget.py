@@ -36,15 +36,20 @@ BUDGET = AccumulatorBudget.of_model(10_000, SHAPE)
 MODEL: Any = types.SimpleNamespace(shape=SHAPE, device=torch.device("cpu"), clock=HostClock())
 
 
-def spec(context: int) -> TraceSpec:
+def spec(context: int, attention: bool = False) -> TraceSpec:
     weights = TargetWeights.from_spans([(context - 2, context)])
-    return TraceSpec.create(weights, context, exact_fraction=1.0)
+    return TraceSpec.create(weights, context, exact_fraction=1.0, attention=attention)
 
 
 @pytest.mark.parametrize("context", [2, 3, 100, 1001])
 def test_the_price_is_what_a_trace_takes(context: int) -> None:
     trace = Trace(spec(context), MODEL)
     assert BUDGET.cost(context) == trace.nbytes
+    for normed in (False, True):
+        model: Any = types.SimpleNamespace(**vars(MODEL), normed=normed)
+        budget = AccumulatorBudget.of_model(10_000, SHAPE, normed=normed)
+        asked = Trace(spec(context, attention=True), model)
+        assert budget.cost(context, attention=True) == asked.nbytes > trace.nbytes
 
 
 KEEPING = AccumulatorBudget.of_model(60_000, SHAPE, KeptRows.row_bytes(SHAPE, 8, torch.float32))
@@ -86,6 +91,7 @@ def test_rows_are_kept_for_two_hops_and_more() -> None:
     assert kept_rows(plan(2), KEEPING) == 4  # Two of reasoning, two of the target.
     assert kept_rows(plan(1), KEEPING) == 0
     assert kept_rows(plan(2, ("layers",)), KEEPING) == 0
+    assert kept_rows(plan(2, ("attention",)), KEEPING) == 0
     assert kept_rows(plan(2), BUDGET) == kept_rows(plan(2), None) == 0
     assert kept_rows(plan(2), dataclasses.replace(KEEPING, limit_bytes=30_000)) == 0
 

@@ -52,9 +52,12 @@ class Rank:
         first_layer: int = 0,
         layers: bool = True,
         model_layers: int = LAYERS,
+        attention: torch.Tensor | None = None,
+        first_head: int = 0,
     ) -> None:
         self.part = ModelPart(first_layer, len(tokens), model_layers, ranks)
-        self.recorder = Recorder(types.SimpleNamespace(part=self.part, device=CPU), 60.0)  # type: ignore[arg-type]
+        model: Any = types.SimpleNamespace(part=self.part, device=CPU, first_head=first_head)
+        self.recorder = Recorder(model, 60.0)
         self.pending = 0
         trace: Any = types.SimpleNamespace(
             spec=TraceSpec("n", LENGTH, (), 1.0, layers),
@@ -66,6 +69,7 @@ class Rank:
             cached_tokens=5,
             restarts=0,
             weights_seen=torch.tensor([7, 0]),
+            attention=attention,
         )
         trace.recording._seconds = 0.5
         totals = tokens.sum(1, dtype=torch.float64)
@@ -309,15 +313,19 @@ def test_stages_add_up_to_one(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.rand(ranks, total, CONTEXT, generator=generator)
     residual = torch.rand(total, generator=generator)
+    attention = torch.rand(total, 2 * ranks, CONTEXT, generator=generator).half()
     workers, first = [], 0
     for size in sizes:
         own = slice(first, first + size)
-        for part in tokens[:, own]:
-            workers.append(Rank(part, residual[own], ranks, first, layers, total))
+        for rank, part in enumerate(tokens[:, own]):
+            sums = attention[own, 2 * rank : 2 * rank + 2].contiguous() if layers else None
+            workers.append(Rank(part, residual[own], ranks, first, layers, total, sums, 2 * rank))
         first += size
     order.shuffle(workers)
     one = Rank(tokens.double().sum(0), residual, 1, 0, layers, total)
     ours, expected = drive(workers), drive([one])
+    assert (ours.attention is not None) == layers
+    assert ours.attention is None or torch.equal(ours.attention, attention)
     assert torch.allclose(ours.scores, expected.scores, rtol=1e-6, atol=0)
     if layers:
         assert ours.layer_scores is not None and expected.layer_scores is not None
@@ -326,6 +334,25 @@ def test_stages_add_up_to_one(
     else:
         assert ours.layer_scores is None
     assert all(worker.empty for worker in workers)
+
+
+@pytest.mark.parametrize(
+    ("heads", "reason"),
+    [
+        ([(0, 2), (0, 2)], "head 2 of layer 0 is not there once"),
+        ([(0, 2), (3, 2)], "head 2 of layer 0 is not there once"),
+        ([(0, 2), (2, 0)], "head 2 of layer 0 is not there once"),
+    ],
+)
+def test_heads_that_do_not_make_one_layer(heads: list[tuple[int, int]], reason: str) -> None:
+    tokens, residual = proximities(2, 3)
+    ranks = []
+    for part, (first, count) in zip(tokens, heads, strict=True):
+        sums = torch.zeros(LAYERS, count, CONTEXT).half() if count else None
+        ranks.append(Rank(part, residual, 2, attention=sums, first_head=first))
+    with pytest.raises(TraceError, match=reason) as caught:
+        drive(ranks)
+    assert caught.value.code == "result_missing"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -113,7 +113,7 @@ def test_the_budget_is_measured_when_first_asked_for(alone: bool) -> None:
     asked: list[tuple[int | None, int]] = []
 
     class Model:
-        shape, device = ModelShape(2, 2, 2, 8), torch.device("cpu")
+        shape, device, normed = ModelShape(2, 2, 2, 8), torch.device("cpu"), False
 
         def take_scratch(self, activations: int) -> None:
             assert not asked and activations == 77

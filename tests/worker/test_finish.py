@@ -29,7 +29,7 @@ class Model:
     """A worker's model whose proximities are given; it counts what is asked of it."""
 
     shape = ModelShape(LAYERS, HEADS, HEADS, HIDDEN)
-    device, clock, part = CPU, HostClock(), ModelPart(0, LAYERS, LAYERS, 1)
+    device, clock, part, first_head = CPU, HostClock(), ModelPart(0, LAYERS, LAYERS, 1), 0
 
     def __init__(self, proximities: Tensor) -> None:
         self.proximities = proximities

@@ -7,6 +7,7 @@ loads neither torch nor vLLM.
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import math
@@ -23,7 +24,11 @@ from vllm_flashtrace.api.response import OBJECT, TokenScore
 from vllm_flashtrace.base.errors import TraceError
 
 if TYPE_CHECKING:
+    from captum.attr import LLMAttributionResult
+    from inseq import FeatureAttributionOutput
+    from pandas import DataFrame
     from rich.console import RenderableType
+    from torch import Tensor
 
 __all__ = ["Attribution", "MassBalance", "TokenScore"]
 
@@ -227,6 +232,12 @@ class Attribution:
         return list(self._completed().get("citations") or [])
 
     @property
+    def verification(self) -> dict[str, Any] | None:
+        """What becomes of the target without the parts that score best; None if not asked for."""
+        found = self._result().get("verification")
+        return None if found is None else dict(found)
+
+    @property
     def guard(self) -> dict[str, Any] | None:
         """What the guard says of the arguments of the tool calls, if asked for."""
         found: dict[str, Any] | None = self._completed().get("guard")
@@ -236,6 +247,26 @@ class Attribution:
     def generated(self) -> list[dict[str, Any]]:
         """Scores on generated tokens, if asked for."""
         return list(self._result().get("generated") or [])
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """How much the target attends to every token, float16 ``[layers, heads, tokens]``.
+
+        Of token ``j`` it is ``sum_i w_i alpha_ij`` over the target's tokens ``i``, whose weights
+        ``w_i`` sum to 1. The prompt's tokens come first, the generated ones follow.
+
+        Raises:
+            TraceError: The trace has no result.
+            ValueError: The request did not include 'attention', or it was deferred and the file is
+                to be fetched by itself.
+        """
+        data = (self._completed().get("attention") or {}).get("data")
+        if data is None:
+            where = "GET /v1/attributions/{id}/attention gives those of a deferred attribution"
+            raise ValueError(f"there are no sums of attention in this response; {where}")
+        from safetensors.torch import load
+
+        return load(base64.b64decode(data))["attention"]
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -349,6 +380,100 @@ class Attribution:
             Path(path).write_text(page, "utf-8")
         return page
 
+    def to_dataframe(self) -> DataFrame:
+        """One row for each returned score, with the keys of a score as columns.
+
+        ``message``, ``part``, ``start`` and ``end`` are ``Int64`` and may be missing. Where there
+        are several targets, the column ``target`` has the index of the row's.
+
+        Raises:
+            TraceError: The trace has no result.
+            ImportError: pandas is not installed (extra ``dataframe``).
+        """
+        from vllm_flashtrace.api.converters import dataframe
+
+        return dataframe(self.targets, several=self._has_several)
+
+    def to_inseq(self) -> FeatureAttributionOutput:
+        """An output of inseq with one sequence, for its ``show`` and ``save``.
+
+        The source are the prompt's tokens and the target is one column for each target, named by
+        its text, with id -1. ``source_attributions`` (float32 ``[source, targets]``) holds the
+        scores, ``step_scores`` the four masses of each target.
+
+        Raises:
+            TraceError: The trace has no result.
+            ValueError: The scores are only the top k.
+            ImportError: inseq is not installed (extra ``inseq``).
+        """
+        from vllm_flashtrace.api.converters import inseq_output
+
+        return inseq_output(self._complete_targets(), self.text)
+
+    def to_captum(self, top_k: int | None = None) -> LLMAttributionResult:
+        """A result of Captum, for its ``plot_token_attr`` and ``plot_seq_attr``.
+
+        ``token_attr`` (float32 ``[targets, tokens]``) has one row for each target, whose text
+        stands as its output token; ``seq_attr`` (``[tokens]``) is the mean of the rows.
+
+        Args:
+            top_k: Keep the tokens with the highest mean only, in the order of the prompt. Captum's
+                plots are 130 pixels wide for each token, which Matplotlib draws for some 500.
+
+        Raises:
+            TraceError: The trace has no result.
+            ValueError: The scores are only the top k, or ``top_k`` is less than 1.
+            ImportError: Captum is not installed (extra ``captum``).
+        """
+        from vllm_flashtrace.api.converters import captum_result
+
+        return captum_result(self._complete_targets(), top_k)
+
+    def to_langfuse(self, trace_id: str, observation_id: str | None = None) -> list[dict[str, Any]]:
+        """Scores for ``Langfuse.create_score(**score)``: masses, and sources and segments if any.
+
+        Scores sent again replace the earlier ones, since their ids stay the same. ``metadata`` has
+        the target's text and what tells source or message.
+
+        Args:
+            trace_id: Langfuse's id of the trace that the completion belongs to.
+            observation_id: Its id of the generation there.
+
+        Raises:
+            TraceError: The trace has no result.
+        """
+        from vllm_flashtrace.api.converters import langfuse_scores
+
+        return langfuse_scores(self._completed(), trace_id, observation_id)
+
+    def to_phoenix(self, span_id: str) -> list[dict[str, Any]]:
+        """Annotations for ``phoenix.client.Client().spans.log_span_annotations``, as scores are.
+
+        Args:
+            span_id: OpenTelemetry's id of the completion's span, 16 hexadecimal digits.
+
+        Raises:
+            TraceError: The trace has no result.
+        """
+        from vllm_flashtrace.api.converters import phoenix_annotations
+
+        return phoenix_annotations(self._completed(), span_id)
+
+    def to_opentelemetry(self, response_id: str | None = None) -> list[dict[str, Any]]:
+        """Attributes of ``gen_ai.evaluation.result`` events, one for each score; without texts.
+
+        A server with tracing on has these events in its own span of the attribution.
+
+        Args:
+            response_id: The completion's id, for events that are no part of its own span.
+
+        Raises:
+            TraceError: The trace has no result.
+        """
+        from vllm_flashtrace.api.converters import evaluation_events
+
+        return list(evaluation_events(self._completed(), response_id))
+
     def _repr_html_(self) -> str:
         from vllm_flashtrace.api.html import render_fragment
 
@@ -398,6 +523,11 @@ class Attribution:
         if self.prompt_tokens is not None:
             return len(self.prompt_tokens)
         return self._data.get("prompt_tokens")
+
+    def _complete_targets(self) -> list[Attribution]:
+        for part in self.targets:
+            part._require_complete()
+        return self.targets
 
     def _require_complete(self) -> None:
         if not self.is_complete:

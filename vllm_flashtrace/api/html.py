@@ -69,7 +69,8 @@ def _context(attribution: Attribution) -> dict[str, Any]:
         return {"status": attribution.status, "error": attribution.error, "text": attribution.text}
     if attribution.targets != [attribution]:
         parts = [{"target": part.target, "sources": _sources(part)} for part in attribution.targets]
-        return {"status": "several", "id": attribution.id, "parts": parts}
+        cited = _cited(attribution)
+        return {"status": "several", "id": attribution.id, "parts": parts, "cited": cited}
     scale = heat_scale(attribution.scores)
     prompt = prompt_heat(attribution)
     mass = attribution.mass
@@ -108,6 +109,31 @@ def _sources(attribution: Attribution) -> list[tuple[str, float]]:
     else:
         found = [(visible(score.token), score.score) for score in attribution.top(TABLE_ROWS)]
     return found[:_SOURCES]
+
+
+def _cited(attribution: Attribution) -> dict[str, Any] | None:
+    """The answer in pieces, each with the numbers of its sources, and these with what is cited.
+
+    None where nothing is cited, or the text that is known is not the one that citations count in.
+    """
+    pieces: list[tuple[str, list[int]]] = []
+    rows: dict[int, dict[str, Any]] = {}
+    text, at = attribution.text or "", 0
+    for citation in attribution.citations:
+        start, end = citation["start"], citation["end"]
+        if start < at or text[start:end] != citation["text"]:
+            return None
+        numbers = [source["index"] + 1 for source in citation["sources"]]
+        pieces += [(text[at:start], []), (text[start:end], numbers)]
+        at = end
+        for source in citation["sources"]:
+            name = source.get("title") or source["id"]
+            row = rows.setdefault(
+                source["index"] + 1, {"name": name, "url": source.get("url"), "quotes": []}
+            )
+            if source["text"] not in row["quotes"]:
+                row["quotes"].append(source["text"])
+    return {"answer": [*pieces, (text[at:], [])], "sources": sorted(rows.items())} if rows else None
 
 
 def _hop_rows(attribution: Attribution) -> list[dict[str, float]]:

@@ -52,6 +52,8 @@ class RequestLimits:
     max_text_length: int = 65_536
     max_weights: int = 65_536
     max_targets: int = 64
+    max_verify: int = 8
+    max_verify_requests: int = 128
     max_sources: int = 256
     max_id_length: int = 256
     max_tool_call_index: int = 65_535
@@ -328,7 +330,9 @@ _TARGET_LIST = TypeAdapter(tuple[Annotated[Target, BeforeValidator(_read_target)
 
 FIELD = "flashtrace"
 
-Include: TypeAlias = Literal["hops", "generated", "segments", "sentences", "layers", "tokens"]
+Include: TypeAlias = Literal[
+    "hops", "generated", "segments", "sentences", "layers", "attention", "tokens"
+]
 
 _INCLUDES = get_args(Include)
 
@@ -366,7 +370,7 @@ class FlashTraceRequest(StrictModel):
         default=None,
         description="true, or an object with a format: adds to the answer which sources its parts "
         "came from, in the form that clients of the route read. It explains targets 'claims' from "
-        "sources 'auto' where the request names no others.",
+        "sources 'auto' and skips 'punctuation' where the request says nothing else.",
     )
     guard: GuardOptions | None = Field(
         default=None,
@@ -410,7 +414,15 @@ class FlashTraceRequest(StrictModel):
         default=(),
         description="Additional parts of the response: 'hops' (scores of each hop), 'generated' "
         "(scores of generated tokens), 'segments' (scores of messages), 'sentences' (scores of "
-        "sentences), 'layers' (scores by layer), 'tokens' (texts of the prompt's tokens).",
+        "sentences), 'layers' (scores by layer), 'attention' (the target's attention to every "
+        "token by layer and head), 'tokens' (texts of the prompt's tokens).",
+    )
+    verify: Position = Field(
+        default=0,
+        description="How many of the best sources, or of the sentences with the highest mean where "
+        "the request has no sources, are verified: each is taken out of the prompt in turn, and "
+        "all of them together, and the response's verification says by how much the target's "
+        "log-probability falls. 0 verifies nothing.",
     )
     preset: Literal["paper", "sources"] = Field(
         default="paper",
@@ -435,7 +447,7 @@ class FlashTraceRequest(StrictModel):
         if isinstance(preset, str) and preset in PRESETS:
             value = {**PRESETS[preset], **value}
         if isinstance(value, Mapping) and value.get("citations") not in (None, False):
-            value = {"sources": "auto", **value}
+            value = {"sources": "auto", "skip_tokens": "punctuation", **value}
             if "target" not in value:
                 value = {"targets": "claims", **value}
         if isinstance(value, Mapping) and value.get("guard") not in (None, False):
@@ -500,6 +512,21 @@ class FlashTraceRequest(StrictModel):
         return GuardOptions() if value is True else value
 
     @model_validator(mode="after")
+    def _check_verified_targets(self, info: ValidationInfo) -> FlashTraceRequest:
+        if self.verify and isinstance(self.targets, tuple):
+            most = limits_of(info).max_verify_requests
+            # Each target as it is at once, then without each sentence, and without all.
+            requests = 1 + len(self.targets) * (self.verify + (self.verify > 1))
+            if requests > most:
+                raise RefusedError(
+                    f"may take {requests} requests with {len(self.targets)} targets, the server "
+                    f"allows {most} (max_verify_requests)",
+                    "verify",
+                    self.verify,
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_together(self) -> FlashTraceRequest:
         if self.guard is not None and self.targets != "claims":
             raise RefusedError("needs targets 'claims'", "guard", True)
@@ -507,8 +534,10 @@ class FlashTraceRequest(StrictModel):
             raise RefusedError("needs sources", "citations", True)
         if self.targets is not None and "target" in self.model_fields_set:
             raise RefusedError("cannot be combined with targets", "target", self.target)
-        if self.targets is not None and "layers" in self.include:
-            raise RefusedError("cannot hold 'layers' with targets", "include", list(self.include))
+        for name in ("layers", "attention"):
+            if self.targets is not None and name in self.include:
+                phrase = f"cannot hold '{name}' with targets"
+                raise RefusedError(phrase, "include", list(self.include))
         return self
 
     @field_validator("reasoning", mode="before")
@@ -539,6 +568,12 @@ class FlashTraceRequest(StrictModel):
     def _check_top_k(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
             check_integer(value, 1, limits_of(info).max_top_k, alternative=" or null")
+        return value
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _check_verify(cls, value: Any, info: ValidationInfo) -> Any:
+        check_integer(value, 0, limits_of(info).max_verify, alternative="")
         return value
 
     @field_validator("include", mode="before")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 OBJECT = "flashtrace.attribution"
 
+Verdict: TypeAlias = Literal["supported", "weak", "unsupported"]
 Status: TypeAlias = Literal["queued", "running", "completed", "failed", "skipped"]
 _Index: TypeAlias = Annotated[int, Field(ge=0)]
 _Share: TypeAlias = Annotated[float, Field(ge=0)]
@@ -195,7 +196,8 @@ class SourceScore(_Part):
     )
     mean: _Share | None = Field(description="Mean of the scores of its tokens; null likewise.")
     sentences: list[SourceSentence] = Field(
-        description="Its sentences, the highest mean first, at most top_k."
+        description="Its sentences, the highest mean first; at most top_k of all sources. With "
+        "top_k null all, in the order of the text."
     )
 
 
@@ -220,6 +222,10 @@ class CitedSource(_Part):
         default=None,
         description="Of a search result: the half-open range of its blocks with the sentence.",
     )
+    log_prob_drop: float | None = Field(
+        default=None, description="See RemovedPart; if the source is among those verified."
+    )
+    verdict: Verdict | None = Field(default=None, description="Likewise.")
 
 
 class Citation(_Part):
@@ -283,6 +289,89 @@ class SentenceScore(_Scored):
     )
 
 
+class RemovedPart(_Part):
+    """A sentence or a source that was taken out of the prompt, and what that did to the target.
+
+    A sentence has the keys of `SentenceScore`, a source those of `SourceScore` but its sentences.
+    """
+
+    index: _Index | None = Field(default=None, description="Number of the source.")
+    id: str | None = Field(default=None, description="Name of the source.")
+    kind: Literal["marked", "document", "search_result", "tool"] | None = Field(
+        default=None, description="What the source is."
+    )
+    title: str | None = Field(default=None, description="Title of the source, if it has one.")
+    url: str | None = Field(default=None, description="URL of the source, if it has one.")
+    message: _Index | None = Field(
+        default=None, description="Index of the message that it stands in."
+    )
+    part: _Index | None = Field(
+        default=None, description="Index of the content part within the message, if it has parts."
+    )
+    start: _Index | None = Field(default=None, description="First character within the content.")
+    end: _Index | None = Field(default=None, description="One past its last character there.")
+    text: str | None = Field(default=None, description="Text of the sentence.")
+    tokens: _Index = Field(description="How many tokens of the prompt it has.")
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    mean: _Share = Field(description="Mean of the scores of its tokens.")
+    log_prob_drop: float | None = Field(
+        default=None,
+        description="By how many nats the target's log-probability falls without it; negative "
+        "where the target is more likely without it.",
+    )
+    verdict: Verdict | None = Field(
+        default=None, description="What log_prob_drop says; see the verification's own verdict."
+    )
+    reason: str | None = Field(
+        default=None,
+        description="Why there are no numbers: it could not be taken out, or its request failed; "
+        "or why there is no verdict beside the number.",
+    )
+
+
+class RemovedTogether(_Part):
+    """What taking out all of them at once did to the target."""
+
+    log_prob_drop: float | None = Field(
+        default=None, description="By how many nats the target's log-probability falls."
+    )
+    verdict: Verdict | None = Field(default=None, description="What it says.")
+    reason: str | None = Field(
+        default=None, description="Why there is no number, or no verdict beside it."
+    )
+
+
+class VerificationFound(_Part):
+    """How much less likely the target is without the parts of the prompt that score best."""
+
+    log_prob: float | None = Field(
+        default=None,
+        description="Natural logarithm of the target's probability, given the prompt and all that "
+        "was generated before each of its tokens: the sum over its tokens.",
+    )
+    target_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="How many tokens that is of."
+    )
+    removed: list[RemovedPart] | None = Field(
+        default=None,
+        description="The parts that were taken out, the best first: the sources of a request that "
+        "has any, else sentences.",
+    )
+    together: RemovedTogether | None = Field(
+        default=None, description="All of them taken out at once."
+    )
+    verdict: Verdict | None = Field(
+        default=None,
+        description="What the fall without all of them says: 'supported' where it is at least ln "
+        "10 nats (the target is a tenth as likely without them) and 0.1 nats per target token, "
+        "'weak' where it is at least ln 2 nats (half as likely) and 0.03 per token, else "
+        "'unsupported'.",
+    )
+    reason: str | None = Field(
+        default=None, description="Why nothing could be verified; then nothing else is here."
+    )
+
+
 class GeneratedToken(_Part):
     """One generated token and the mass that passed through it."""
 
@@ -301,6 +390,21 @@ class GeneratedToken(_Part):
     )
 
 
+class AttentionSums(_Part):
+    """How much the target attends to every token, by layer and query head: raw sums, no scores."""
+
+    shape: tuple[_Index, _Index, _Index] = Field(
+        description="Layers, query heads, and tokens: all of the prompt's, then the generated ones."
+    )
+    data: str | None = Field(
+        default=None,
+        description="A safetensors file in base64, whose tensor 'attention' (float16) is of this "
+        "shape: the sum over the target's tokens i of w_i times the attention weight of token i on "
+        "token j, where the w_i sum to 1. Absent if deferred: GET "
+        "/v1/attributions/{id}/attention gives the file.",
+    )
+
+
 class AttributionUsage(_Part):
     """What the attribution cost."""
 
@@ -313,8 +417,19 @@ class AttributionUsage(_Part):
     cached_tokens: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Tokens that came from the prefix cache; absent likewise."
     )
+    scored_requests: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Engine requests that verification took; with verify."
+    )
+    scored_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Tokens prefilled by them; absent as recomputed_tokens, which they are not "
+        "part of.",
+    )
+    scored_cached_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Tokens that they found in the prefix cache; absent likewise."
+    )
     seconds: dict[str, float] = Field(
-        description="Seconds by phase, over all hops: queue, prefill, attribution."
+        description="Seconds by phase, over all hops: queue, prefill, attribution; and verify."
     )
     dropped_target_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
@@ -389,6 +504,10 @@ class TargetResult(_Part):
         description="Sentences of the messages, the highest mean first, at most top_k; with "
         "include 'sentences'.",
     )
+    verification: VerificationFound | None = Field(
+        default=None,
+        description="What becomes of the target without the parts that score best; with verify.",
+    )
     generated: list[GeneratedToken] | None = Field(
         default=None, description="Every generated token; with include 'generated'."
     )
@@ -420,6 +539,10 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="For each layer one score per prompt token; with include 'layers'. Over the "
         "layers they add up to the scores.",
+    )
+    attention: AttentionSums | None = Field(
+        default=None,
+        description="Attention of the target by layer and head; with include 'attention'.",
     )
     tokens: list[str] | None = Field(
         default=None,

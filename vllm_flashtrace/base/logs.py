@@ -54,6 +54,7 @@ CLIENT_CODES = frozenset(
         "span_out_of_range",
         "target_beyond_context",
         "target_not_found",
+        "too_many_attention_sums",
         "too_many_layer_scores",
         "too_many_targets",
         "tool_call_not_found",

@@ -75,6 +75,9 @@ class TraceReport:
         later_scores: The same of each hop that followed.
         other_targets: The same of all hops of each further target.
         layer_scores: float32 ``[layers, N]`` when asked for, else None.
+        attention: float16 ``[layers, H, columns]`` when asked for, else None: column sums of the
+            attention of the target's rows, ``sum_i w_i alpha_ij`` with weights that sum to 1, for
+            the tokens up to the last target.
         recomputed_tokens: Tokens prefilled.
         cached_tokens: Tokens whose KV came from the prefix cache.
         restarts: How often recording began again after a preemption.
@@ -86,6 +89,7 @@ class TraceReport:
     later_scores: tuple[torch.Tensor, ...] = ()
     other_targets: tuple[tuple[torch.Tensor, ...], ...] = ()
     layer_scores: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
     recomputed_tokens: int = 0
     cached_tokens: int = 0
     restarts: int = 0
@@ -98,23 +102,69 @@ class TraceReport:
         return (self.scores, *self.later_scores), *self.other_targets
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """Tokens, some of which are scored.
+
+    Attributes:
+        token_ids: The tokens.
+        positions: Which of them are scored, ascending from 1.
+    """
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReport:
+    """Log-probabilities of tokens, given all tokens before each.
+
+    Attributes:
+        log_probs: float32 ``[P]``, natural logarithms, in the order of the positions.
+        recomputed_tokens: Tokens prefilled.
+        cached_tokens: Tokens whose KV came from the prefix cache.
+        weights: As in `TraceReport`.
+    """
+
+    log_probs: torch.Tensor
+    recomputed_tokens: int = 0
+    cached_tokens: int = 0
+    weights: str = ""
+
+
 @dataclass(slots=True)
 class TraceUsage:
-    """Cost of a whole attribution, summed over its hops.
+    """Cost of a whole attribution, summed over its hops, and what they share.
 
     Attributes:
         weights: `TraceReport.weights` of its hops; None before the first.
+        attention: `TraceReport.attention` of the hop that explains the target, if asked for.
+        scored_requests: Requests that scored the target, with and without parts of the prompt.
+        scored_tokens: Tokens that these prefilled.
+        scored_cached_tokens: Tokens that they found in the prefix cache.
     """
 
     recomputed_tokens: int = 0
     cached_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     weights: str | None = None
+    attention: torch.Tensor | None = None
+    scored_requests: int = 0
+    scored_tokens: int = 0
+    scored_cached_tokens: int = 0
 
     def add(self, report: TraceReport) -> None:
-        """Adds the cost of one trace request."""
+        """Adds one trace request."""
         self.weights = report.weights
+        if report.attention is not None:
+            self.attention = report.attention
         self.recomputed_tokens += report.recomputed_tokens
         self.cached_tokens += report.cached_tokens
         for phase, value in report.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+
+    def add_score(self, report: ScoreReport) -> None:
+        """Adds the cost of one request that scored the target."""
+        self.scored_requests += 1
+        self.scored_tokens += report.recomputed_tokens
+        self.scored_cached_tokens += report.cached_tokens

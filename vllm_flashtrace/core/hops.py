@@ -106,6 +106,11 @@ class HopRecursion:
         """
         return self._next
 
+    @property
+    def begun(self) -> bool:
+        """Whether a hop has been run."""
+        return bool(self._hops)
+
     def next_target(self) -> TracedTarget | None:
         """The hop to run now and those that may follow it, or None as `next_weights`."""
         return None if self._next is None else TracedTarget(self._next, self.further_hops())

@@ -96,7 +96,7 @@ def write_model_folder(gguf_path: Path, folder: Path) -> None:
 
 def _weights(reader: gguf.GGUFReader, metadata: Metadata) -> dict[str, Array]:
     interleaved: dict[str, int] = {}
-    suffixes = ("weight", "bias")
+    suffixes: tuple[str, ...] = ("weight", "bias")
     if metadata["general.architecture"] == "llama":
         interleaved = {
             "attn_q": metadata["llama.attention.head_count"],
@@ -183,7 +183,7 @@ def _tokenizer(metadata: Metadata) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    splits = pre_tokenizers.Digits(individual_digits=True)
+    splits: Any = pre_tokenizers.Digits(individual_digits=True)
     joined = pre_tokenizers.ByteLevel(False)
     if metadata["tokenizer.ggml.pre"] == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

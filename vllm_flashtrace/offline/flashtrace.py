@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, Self, TypeGuard
 
@@ -19,7 +20,9 @@ from vllm_flashtrace.offline.engine import (
 )
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.text.plan import plan_targets
+from vllm_flashtrace.text.sources import find_sources
 from vllm_flashtrace.text.tool_calls import call_arguments
+from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
 Messages = Sequence[Mapping[str, Any]]
@@ -122,12 +125,15 @@ class FlashTrace:
             ``error`` says why; the completion's text is there all the same.
 
         Raises:
-            InvalidRequestError: The ``flashtrace`` field is bad; nothing is generated.
+            InvalidRequestError: The ``flashtrace`` field is bad, or a prompt does not have one of
+                its sources; nothing is generated.
             TypeError: A prompt is of none of these forms.
         """
         given = as_prompts(prompts)
         request = self._parse(flashtrace, given)
         chat_args["lora_request"] = lora_request
+        for prompt in given:
+            find_sources(request, Completion((), (), "", **texts_of(prompt)))
         completions = self._complete(given, sampling_params, chat_args)
         return self._attribute(request, completions, lora_request)
 
@@ -151,7 +157,8 @@ class FlashTrace:
             The attribution; see :meth:`generate` for its ``status``.
 
         Raises:
-            InvalidRequestError: The ``flashtrace`` field is bad.
+            InvalidRequestError: The ``flashtrace`` field is bad, or the prompt does not have one of
+                its sources.
             TypeError: The prompt is of none of these forms.
         """
         [prompt] = as_prompts([prompt])
@@ -166,9 +173,9 @@ class FlashTrace:
             prompt_token_ids=self._prompt_ids(prompt),
             generated_token_ids=generated,
             text=text,
-            prompt_text=prompt if isinstance(prompt, str) else None,
-            messages=prompt if is_chat(prompt) else None,
+            **texts_of(prompt),
         )
+        find_sources(request, record)
         return self._attribute(request, [record], lora_request)[0]
 
     def _parse(
@@ -244,6 +251,13 @@ class FlashTrace:
             )
         except FlashTraceError as error:
             job.error = error
+        if request.verify:
+            job.verify = partial(
+                Verification,
+                tokenizer=self._tokenizer,
+                render=self._render,
+                max_requests=self.config.max_verify_requests,
+            )
         return job
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -302,6 +316,13 @@ def engine_input(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
 
 
+def texts_of(prompt: Prompt) -> dict[str, Any]:
+    """What a `Completion` keeps of the prompt as the client gave it."""
+    if isinstance(prompt, str):
+        return {"prompt_text": prompt}
+    return {"messages": prompt} if is_chat(prompt) else {}
+
+
 def completions_of(output: Any, prompt: Prompt) -> list[Completion]:
     """The completions in a vLLM ``RequestOutput``, in the order of their index."""
     return [
@@ -309,8 +330,7 @@ def completions_of(output: Any, prompt: Prompt) -> list[Completion]:
             prompt_token_ids=list(output.prompt_token_ids),
             generated_token_ids=list(choice.token_ids),
             text=choice.text,
-            prompt_text=prompt if isinstance(prompt, str) else None,
-            messages=prompt if is_chat(prompt) else None,
+            **texts_of(prompt),
         )
         for choice in sorted(output.outputs, key=lambda choice: choice.index)
     ]

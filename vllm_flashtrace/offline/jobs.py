@@ -6,14 +6,15 @@ One that fails keeps its error and drops out, and the others go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
-from vllm_flashtrace.base.records import Completion, TraceReport, TraceUsage
+from vllm_flashtrace.base.records import Completion, ScoreReport, TraceReport, TraceUsage
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.result import build_result, failed_result
+from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace import pickup
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class TraceJob:
-    """One attribution under way; without plans of its targets it has failed already."""
+    """One attribution under way; without plans of its targets it has failed already.
+
+    Attributes:
+        verify: Makes the texts that verify it, once all hops are run; None if nothing is to be.
+        verifications: What these say of each target.
+    """
 
     completion: Completion
     trace_id: str
@@ -33,12 +39,16 @@ class TraceJob:
     usage: TraceUsage = field(default_factory=TraceUsage)
     error: FlashTraceError | None = None
     lora_request: Any | None = None
+    verify: Callable[[list[TracePlan]], Verification] | None = None
+    verifications: Sequence[Mapping[str, Any]] = ()
 
     def outcome(self) -> dict[str, Any]:
         """The attribution object once the job has run all its hops or failed."""
         if self.error is None and self.plans:
             try:
-                return build_result(self.plans, self.usage, self.trace_id)
+                return build_result(
+                    self.plans, self.usage, self.trace_id, verifications=self.verifications
+                )
             except FlashTraceError as error:
                 self.error = error
         return failed_result(self.trace_id, self.error or TraceError("internal_error", "no plan"))
@@ -63,6 +73,36 @@ def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> No
         job.visits = visits(job.plans, budget)
     while _advance(jobs, llm, config, places, budget):
         pass
+    for job in jobs:
+        if job.error is None and job.plans and job.verify is not None:
+            _verify(job, job.verify(job.plans), llm, places)
+
+
+def _verify(job: TraceJob, verification: Verification, llm: Any, places: int) -> None:
+    """Scores the texts that verify an attribution."""
+    from vllm_flashtrace.trace.scoring import checked, score_call
+
+    began = time.monotonic()
+    reports: list[ScoreReport | FlashTraceError] = []
+    for start in range(0, len(verification.texts), places):
+        texts = verification.texts[start : start + places]
+        calls = [score_call(text, None) for text in texts]
+        outputs = llm.generate(
+            [call.prompt for call in calls],
+            [call.params for call in calls],
+            use_tqdm=False,
+            lora_request=[job.lora_request] * len(calls),
+        )
+        for text, call, output in zip(texts, calls, outputs, strict=True):
+            try:
+                carried = pickup.carried_answer(output)
+                found = pickup.pick_up_score_now(call.spec.nonce, _worker_call(llm), carried)
+                reports.append(checked(found, text))
+                job.usage.add_score(found)
+            except FlashTraceError as error:
+                reports.append(error)
+    job.usage.seconds["verify"] = time.monotonic() - began
+    job.verifications = verification.results(reports, job.usage.weights)
 
 
 def _advance(
@@ -106,12 +146,13 @@ def _batches(
     for call in calls:
         cost = 0
         if budget is not None:
+            spec = call.trace.spec
             try:
-                budget.check(call.trace.spec.length)
+                budget.check(spec.length, attention=spec.attention)
             except TraceError as error:
                 call.job.error = error
                 continue
-            cost = budget.cost(call.trace.spec.length, call.trace.spec.kept_rows)
+            cost = budget.cost(spec.length, spec.kept_rows, attention=spec.attention)
         full = len(batch) == places or (budget is not None and held + cost > budget.limit_bytes)
         if batch and full:
             yield batch
@@ -134,8 +175,8 @@ def _collect(llm: Any, call: _Call, output: Any, seconds: float) -> None:
 
 def pick_up_now(llm: Any, nonce: str, output: Any) -> TraceReport:
     """A trace's report, as its request's output or the workers of a ``vllm.LLM`` have it."""
-    return pickup.pick_up_now(
-        nonce,
-        lambda method, args: llm.collective_rpc(method, args=args),
-        pickup.carried_answer(output),
-    )
+    return pickup.pick_up_now(nonce, _worker_call(llm), pickup.carried_answer(output))
+
+
+def _worker_call(llm: Any) -> pickup.WorkerCall:
+    return lambda method, args: llm.collective_rpc(method, args=args)

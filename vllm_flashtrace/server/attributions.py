@@ -7,6 +7,7 @@ there is no list of them.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -36,7 +37,7 @@ from vllm_flashtrace.server.http_errors import (
     error_response,
     not_found_response,
 )
-from vllm_flashtrace.server.large_objects import carried, text_as_response
+from vllm_flashtrace.server.large_objects import BYTES, JSON, as_response, carried
 from vllm_flashtrace.server.session import Attribution, TraceService, new_trace_id
 from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.sources import check_written, find_sources
@@ -143,7 +144,34 @@ async def get_attribution(attribution_id: str, raw_request: Request) -> Response
     attribution = await service.deferred.get(attribution_id)
     if attribution is None:
         return _unknown(attribution_id)
-    return text_as_response(attribution)
+    return as_response(attribution, JSON)
+
+
+@router.get(
+    "/v1/attributions/{attribution_id}/attention",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A safetensors file, see AttentionSums.",
+            "content": {BYTES: {"schema": {"type": "string", "format": "binary"}}},
+        },
+        404: {"model": ErrorResponse},
+    },
+)
+async def get_attention(attribution_id: str, raw_request: Request) -> Response:
+    """The sums of attention of the deferred attribution with this id, once it is completed."""
+    service: TraceService = raw_request.app.state.flashtrace
+    stored = await service.deferred.get_with_file(attribution_id)
+    if stored is None:
+        return _unknown(attribution_id)
+    attribution, file = stored
+    if file is None:
+        status = json.loads(attribution)["status"]
+        message = f"attribution {attribution_id} has no sums of attention: it is {status}"
+        if status == "completed":
+            message += ", and its request has no include 'attention'"
+        return as_http(not_found_response(message, "attribution_id"))
+    return as_response(file, BYTES)
 
 
 @router.delete(
@@ -182,6 +210,7 @@ _FIELD_AT_FAULT = {
     "span_out_of_range": FIELD,
     "target_beyond_context": "flashtrace.target",
     "target_not_found": "flashtrace.target",
+    "too_many_attention_sums": "flashtrace.include",
     "too_many_layer_scores": "flashtrace.include",
     "too_many_targets": "flashtrace.targets",
     "tool_call_not_found": "flashtrace.target.tool_call",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,9 @@ from vllm_flashtrace.text.result import failed_result
 
 # What a store raises when it cannot be used; one behind a network raises ``ConnectionError``.
 STORE_ERRORS = (OSError, sqlite3.Error)
+
+# Between an attribution's JSON, which has no line break, and its file in base64.
+_FILE_BEHIND = "\n"
 
 Job = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -80,7 +84,28 @@ class DeferredAttributions:
 
     async def get(self, attribution_id: str) -> str | None:
         """JSON of the attribution object; None when the id is unknown or its time is over."""
-        return await asyncio.to_thread(self.store.get, attribution_id)
+        stored = await asyncio.to_thread(self._stored, attribution_id)
+        return None if stored is None else stored[0]
+
+    async def get_with_file(self, attribution_id: str) -> tuple[str, bytes | None] | None:
+        """As `get`, with the file of its sums of attention, None where it has none."""
+
+        def both() -> tuple[str, bytes | None] | None:
+            stored = self._stored(attribution_id)
+            if stored is None:
+                return None
+            body, file = stored
+            return body, base64.b64decode(file) if file else None
+
+        return await asyncio.to_thread(both)
+
+    def _stored(self, attribution_id: str) -> tuple[str, str] | None:
+        """JSON and file, as `_with_file` has put them together."""
+        stored = self.store.get(attribution_id)
+        if stored is None:
+            return None
+        body, _, file = stored.partition(_FILE_BEHIND)
+        return body, file
 
     async def delete(self, attribution_id: str) -> bool:
         """Drops an entry and stops its trace; False when unknown or over its time."""
@@ -145,7 +170,11 @@ class DeferredAttributions:
             reason = TraceError("internal_error", f"{type(error).__name__}: {error}")
             attribution = failed_result(attribution_id, reason)
         try:
-            status, body = attribution["status"], await as_text(attribution)
+            status = attribution["status"]
+            file = (attribution.get("attention") or {}).pop("data", None)
+            body = await as_text(attribution)
+            if file is not None:
+                body = await asyncio.to_thread(_with_file, body, file)
             if not await asyncio.to_thread(self.store.finish, attribution_id, status, body):
                 logger.info("Deferred attribution %s was deleted while it ran", attribution_id)
         except Exception:
@@ -184,6 +213,11 @@ class DeferredAttributions:
         return there
 
 
+def _with_file(body: str, file: bytes | str) -> str:
+    text = file if isinstance(file, str) else base64.b64encode(file).decode()
+    return f"{body}{_FILE_BEHIND}{text}"
+
+
 class AttributionStore(Protocol):
     """One API server's view of a store; its bounds hold for all servers that share it.
 
@@ -209,12 +243,16 @@ class AttributionStore(Protocol):
         Args:
             attribution_id: Its id.
             status: The object's ``status``.
-            body: The object's JSON, in ASCII.
+            body: The object's JSON, and what belongs to it, in ASCII.
         """
         ...
 
     def get(self, attribution_id: str) -> str | None:
-        """The JSON of an entry's attribution object; None when unknown or over its time."""
+        """What `finish` was given, or the JSON of an entry that is not finished.
+
+        Returns:
+            None when unknown or over its time.
+        """
         ...
 
     def delete(self, attribution_id: str) -> bool:

@@ -10,6 +10,7 @@ the process, no faster than the client reads.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -29,11 +30,13 @@ from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution
 Carried = dict[str, Any] | str
 """What a response carries: an attribution object, or the mark of a large one."""
 
-_JSON = "application/json"
+JSON, BYTES = "application/json", "application/octet-stream"
 # Numbers and entries of a piece: less than a millisecond of encoding, some 40 kB.
 _NUMBERS = 2048
 _ENTRIES = 128
 _PIECE_BYTES = 32 << 10
+# Bytes of a file to a piece of base64; a multiple of three.
+_FILE_BYTES = 24 << 10
 _THREAD = ThreadPoolExecutor(1, thread_name_prefix="flashtrace-json")
 # The marks of the HTTP request at hand, in JSON's quotes.
 _marks: ContextVar[dict[bytes, LargeAttribution] | None] = ContextVar("marks", default=None)
@@ -101,18 +104,19 @@ async def _with_objects(
     return {**message, "body": body}
 
 
-def text_as_response(text: str) -> Response:
-    """An HTTP response whose body is JSON in ASCII."""
-    if len(text) < LARGE_BYTES:
-        return Response(text, media_type=_JSON)
+def as_response(body: str | bytes, media_type: str) -> Response:
+    """An HTTP response whose body is text in ASCII, or bytes."""
+    if len(body) < LARGE_BYTES:
+        return Response(body, media_type=media_type)
 
     async def pieces() -> AsyncIterator[bytes]:
-        for at in range(0, len(text), LARGE_BYTES):
-            yield text[at : at + LARGE_BYTES].encode()
+        for at in range(0, len(body), LARGE_BYTES):
+            piece = body[at : at + LARGE_BYTES]
+            yield piece.encode() if isinstance(piece, str) else piece
             await asyncio.sleep(0)
 
-    length = {"content-length": str(len(text))}
-    return StreamingResponse(pieces(), media_type=_JSON, headers=length)
+    length = {"content-length": str(len(body))}
+    return StreamingResponse(pieces(), media_type=media_type, headers=length)
 
 
 async def as_text(attribution: dict[str, Any]) -> str:
@@ -135,9 +139,11 @@ async def json_pieces(attribution: LargeAttribution) -> AsyncGenerator[bytes, No
 
 
 def plain(value: Any) -> Any:
-    """The same with lists in the place of tensors."""
+    """The same with lists in the place of tensors, and base64 of bytes."""
     if isinstance(value, Tensor):
         return value.tolist()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list) and _is_nested(value):
@@ -160,6 +166,11 @@ def _gathered(texts: Iterator[bytes]) -> Iterator[bytes]:
 def _written(value: Any) -> Iterator[bytes]:
     if isinstance(value, Tensor):
         yield from _array(value)
+    elif isinstance(value, bytes):
+        yield b'"'
+        for at in range(0, len(value), _FILE_BYTES):
+            yield base64.b64encode(value[at : at + _FILE_BYTES])
+        yield b'"'
     elif isinstance(value, dict):
         for i, (key, part) in enumerate(value.items()):
             yield b"%b%b:" % (b"," if i else b"{", _dumps(key))

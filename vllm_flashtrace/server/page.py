@@ -24,6 +24,8 @@ _FILES = [
         for name in (
             "api",
             "app",
+            "citations",
+            "documents",
             "dom",
             "download",
             "heat",

@@ -126,7 +126,7 @@ async def _with_citation_deltas(
         async for event in events:
             if event.startswith(_MESSAGE_ENDS):
                 session.start(0)
-                for citation in await session.citations(0) or ():
+                for citation in (await session.citations(0) or ()) if blocks else ():
                     block = blocks[bisect_right(starts, citation["start"]) - 1]
                     for each in anthropic_citations([citation]):
                         delta = {"type": "citations_delta", "citation": each}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from vllm_flashtrace.text.sources import PromptSource
@@ -15,9 +16,9 @@ from vllm_flashtrace.text.sources import PromptSource
 BEST_TOKENS = 8
 """A source's evidence is the mean score of its best tokens, this many."""
 LEAST_OF_BEST = 0.5
-"""A source is cited if its evidence is at least this part of the best one's."""
-LEAST_MASS = 0.02
-"""No source is cited if all of them together have less than this share of the input mass."""
+"""A source is cited if its evidence is at least this part of the best one's ..."""
+LEAST_OF_USUAL = 8.0
+"""... and this many times the score of a usual token of the prompt, the median of those above 0."""
 
 
 def evidence(source: PromptSource, scores: Sequence[float]) -> float:
@@ -41,11 +42,11 @@ def cited(sources: Sequence[PromptSource], scores: Sequence[float]) -> list[int]
         scores: Score of each prompt token for this part.
     """
     known = [evidence(source, scores) for source in sources]
-    mass = sum(scores[token] for source in sources for token, _, _ in source.tokens or ())
-    best = max(known, default=0.0)
-    if best == 0 or mass < LEAST_MASS * sum(scores):
+    counted = [score for score in scores if score > 0]
+    if not known or not counted:
         return []
-    numbers = [i for i, each in enumerate(known) if each >= LEAST_OF_BEST * best]
+    least = max(LEAST_OF_BEST * max(known), LEAST_OF_USUAL * median(counted))
+    numbers = [i for i, each in enumerate(known) if each >= least]
     return sorted(numbers, key=lambda i: (-known[i], i))
 
 

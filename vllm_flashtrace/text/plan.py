@@ -334,6 +334,7 @@ class TracePlan:
         sources: What the answer may have been taken from; None where nothing was asked for.
         in_answer: Characters of the target within the content that the client gets; None where it
             lies elsewhere, or in no one place.
+        after_reasoning: Whether reasoning that is marked as such stands before it.
     """
 
     request: FlashTraceRequest
@@ -352,6 +353,7 @@ class TracePlan:
     prompt_map: PromptMap
     sources: list[PromptSource] | None
     in_answer: Span | None
+    after_reasoning: bool
 
     @property
     def target_spans(self) -> list[Span]:
@@ -465,6 +467,8 @@ def plan_targets(
             prompt_map=prompt_map,
             sources=sources,
             in_answer=parts.in_answer(found, target, prompt_length),
+            after_reasoning=reasoning.located
+            and any(prompt_length + i < target.first for i in reasoning.tokens[:1]),
         )
         plans.append(plan)
     if not plans:

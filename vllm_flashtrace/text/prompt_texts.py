@@ -109,6 +109,24 @@ def _with_marks(
     return marked
 
 
+def replaced_texts(
+    messages: Sequence[Mapping[str, Any]], changes: Mapping[MessageText, str]
+) -> list[Mapping[str, Any]]:
+    """The messages with other texts in the place of some of theirs.
+
+    Args:
+        messages: The messages; those that change are copied.
+        changes: What takes the place of each text.
+    """
+    changed: dict[int, dict[str, Any]] = {}
+    for source, text in changes.items():
+        message = changed.get(source.message)
+        if message is None:
+            message = changed[source.message] = copy.deepcopy(dict(messages[source.message]))
+        _replace(message, source.path, text)
+    return [changed.get(index, message) for index, message in enumerate(messages)]
+
+
 def _tool_call_texts(index: int, message: Mapping[str, Any]) -> Iterator[MessageText]:
     calls = message.get("tool_calls")
     for number, call in enumerate(calls if isinstance(calls, Sequence) else ()):

@@ -9,11 +9,14 @@ into a dict again. The tests hold every object that they build against the model
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_flashtrace.api.response import OBJECT
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
@@ -99,6 +102,7 @@ def build_result(
     usage: TraceUsage,
     trace_id: str,
     *,
+    verifications: Sequence[Mapping[str, Any]] = (),
     cache_details: bool = True,
     as_tensors: bool = False,
 ) -> dict[str, Any]:
@@ -108,22 +112,27 @@ def build_result(
         plans: The plans that were run, one for each target.
         usage: What they cost.
         trace_id: Id of the attribution.
+        verifications: What `Verification.results` gives; empty where nothing was verified.
         cache_details: Says how many tokens were in the prefix cache, and how many were not.
         as_tensors: Leaves ``layers`` (float32 ``[L, prompt_length]``) and the ``scores`` of hops
-            (float64 ``[prompt_length]``) tensors, which take a tenth of the memory of lists.
+            (float64 ``[prompt_length]``) tensors, which take a tenth of the memory of lists, and
+            the file of ``attention`` bytes.
 
     Raises:
         TraceError: ``mass_imbalance`` when masses do not add up to 1, ``bad_scores`` when a number
             is not finite or negative, ``no_layer_scores`` when layers were asked for but not
-            measured.
+            measured, ``result_missing`` when sums of attention were.
     """
     first = plans[0]
     tokens = first.prompt.pieces()
     data: dict[str, Any] = {"id": trace_id, "object": OBJECT, "status": "completed"}
+    results = [_target_result(plan, tokens, as_tensors) for plan in plans]
+    for result, verification in zip(results, verifications, strict=False):
+        result["verification"] = verification
+        _add_verdicts(result.get("citations") or (), verification)
     if first.request.targets is None:
-        data |= _target_result(first, tokens, as_tensors)
+        data |= results[0]
     else:
-        results = [_target_result(plan, tokens, as_tensors) for plan in plans]
         if first.request.citations is not None:
             found = [each for result in results for each in result.pop("citations")]
             data["citations"] = sorted(found, key=lambda each: (each["start"], each["end"]))
@@ -133,6 +142,8 @@ def build_result(
             data["guard"] = {"flagged": flagged, "arguments": judged}
         data["targets"] = results
         data["prompt_tokens"] = first.prompt_length
+    if "attention" in first.request.include:
+        data["attention"] = _attention(first, usage.attention, as_tensors)
     if "tokens" in first.request.include:
         data["tokens"] = tokens
     data["usage"] = _usage(usage, cache_details)
@@ -165,7 +176,7 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
         entries = [source.scored(i, scores) for i, source in enumerate(plan.sources)]
         if plan.request.citations is not None:
             data["citations"] = _citations(plan, plan.sources, entries, scores)
-        data["sources"] = [_limited(entry, plan.request.top_k) for entry in entries]
+        data["sources"] = _with_best_sentences(entries, plan.request.top_k)
     if plan.request.guard is not None:
         data["guard"] = _guarded(plan, scores)
     data |= _inclusions(plan, result, scores, numbers)
@@ -206,11 +217,23 @@ def _citations(
     return [{"start": start, "end": end, "text": plan.target_text, "sources": named}]
 
 
-def _limited(source: dict[str, Any], top_k: int | None) -> dict[str, Any]:
-    """The source with its best sentences only."""
-    found = source["sentences"]
-    best = _chosen([entry["mean"] for entry in found], top_k)
-    return {**source, "sentences": [found[i] for i in best]}
+def _with_best_sentences(sources: list[dict[str, Any]], top_k: int | None) -> list[dict[str, Any]]:
+    """The sources with those of their sentences that are among the best of all sources."""
+    found = [(i, each) for i, source in enumerate(sources) for each in source["sentences"]]
+    kept: list[list[dict[str, Any]]] = [[] for _ in sources]
+    for at in _chosen([each["mean"] for _, each in found], top_k):
+        kept[found[at][0]].append(found[at][1])
+    return [{**source, "sentences": own} for source, own in zip(sources, kept, strict=True)]
+
+
+def _add_verdicts(citations: Sequence[dict[str, Any]], verification: Mapping[str, Any]) -> None:
+    """Tells of each cited source what taking it out has done."""
+    removed = {each.get("index"): each for each in verification.get("removed", ())}
+    for source in [source for each in citations for source in each["sources"]]:
+        found = removed.get(source["index"], {})
+        for name in ("log_prob_drop", "verdict"):
+            if name in found:
+                source[name] = found[name]
 
 
 def _target(plan: TracePlan) -> dict[str, Any]:
@@ -233,8 +256,13 @@ def _usage(usage: TraceUsage, cache_details: bool) -> dict[str, Any]:
         "recomputed_tokens": int(usage.recomputed_tokens),
         "cached_tokens": int(usage.cached_tokens),
     }
+    requests = {}
+    if usage.scored_requests:
+        requests["scored_requests"] = usage.scored_requests
+        counts["scored_tokens"] = int(usage.scored_tokens)
+        counts["scored_cached_tokens"] = int(usage.scored_cached_tokens)
     seconds = {phase: float(value) for phase, value in usage.seconds.items()}
-    return {**(counts if cache_details else {}), "seconds": seconds}
+    return {**(counts if cache_details else {}), **requests, "seconds": seconds}
 
 
 def failed_result(
@@ -330,6 +358,19 @@ def _inclusions(
             raise TraceError("no_layer_scores", "scores per layer were asked for but not measured")
         data["layers"] = numbers(result.layer_scores[:, : plan.prompt_length])
     return data
+
+
+def _attention(plan: TracePlan, sums: Tensor | None, as_bytes: bool) -> dict[str, Any]:
+    """The sums of attention as a file; nothing attends to tokens behind the last target."""
+    if sums is None:
+        raise TraceError("result_missing", "sums of attention were asked for but not measured")
+    missing = len(plan.completion.token_ids) - sums.shape[-1]
+    file = save(
+        {"attention": pad(_checked(sums), (0, missing)).contiguous()},
+        {"prompt_tokens": str(plan.prompt_length)},
+    )
+    shape = [*sums.shape[:2], sums.shape[-1] + missing]
+    return {"shape": shape, "data": file if as_bytes else b64encode(file).decode()}
 
 
 def _generated(plan: TracePlan, result: HopResult) -> list[dict[str, Any]]:

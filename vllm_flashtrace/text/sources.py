@@ -17,7 +17,12 @@ from typing import Any, Literal
 
 from vllm_flashtrace.api.checks import shown
 from vllm_flashtrace.api.patterns import all_matches
-from vllm_flashtrace.api.request import FlashTraceRequest, MarkedSource, SeparatedSources
+from vllm_flashtrace.api.request import (
+    FlashTraceRequest,
+    MarkedSource,
+    RequestLimits,
+    SeparatedSources,
+)
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.base.records import Completion, Document, Span
 from vllm_flashtrace.text.offsets import TokenText
@@ -107,7 +112,8 @@ def find_sources(request: FlashTraceRequest, completion: Completion) -> list[Sou
             or messages and its documents.
 
     Raises:
-        InvalidRequestError: ``source_not_found``, ``sources_overlap`` or ``regex_timeout``.
+        InvalidRequestError: ``source_not_found``, ``sources_overlap``, ``regex_timeout``, or there
+            are too many.
     """
     if request.sources is None:
         return []
@@ -119,6 +125,11 @@ def find_sources(request: FlashTraceRequest, completion: Completion) -> list[Sou
         found = _separated(request.sources, texts, _last_of_user(completion))
     else:
         found = _marked(request.sources, texts)
+    most = RequestLimits().max_sources
+    if len(found) > most:
+        raise InvalidRequestError(
+            _FIELD, f"{_FIELD}: the request has {len(found)} sources; at most {most} are scored"
+        )
     _refuse_overlap(found)
     return found
 

@@ -140,6 +140,11 @@ class Admission:
             raise
         return time.monotonic() - began
 
+    def shrink(self, nbytes: int) -> None:
+        """Gives back ``nbytes`` of a place that is kept."""
+        self._held_bytes -= nbytes
+        self._admit()
+
     def leave(self, nbytes: int = 0) -> None:
         """Gives back a place and ``nbytes``, and lets in who waits for them."""
         self._holders -= 1

@@ -14,6 +14,7 @@ from typing import Any, Self
 from vllm_flashtrace.base.errors import TraceError
 
 _FLOAT_BYTES = 4
+_HALF_BYTES = 2
 _DEFAULT_PART_OF_MEMORY = 16
 # A trace that keeps rows takes at most this part of the limit.
 _MOST_KEPT = 4
@@ -39,21 +40,36 @@ class AccumulatorBudget:
         fixed_bytes: Cost of a trace beside its context.
         bytes_per_row: Cost of each row that a trace keeps for further hops; 0 where workers keep
             none.
+        attention_bytes_per_token: Further cost of each token where sums of attention are asked for.
     """
 
     limit_bytes: int
     bytes_per_token: int
     fixed_bytes: int
     bytes_per_row: int = 0
+    attention_bytes_per_token: int = 0
 
     @classmethod
-    def of_model(cls, limit_bytes: int, shape: ModelShape, bytes_per_row: int = 0) -> Self:
-        """The budget of a worker: column sums per head, ``r`` and ``x`` per layer, in float32."""
+    def of_model(
+        cls,
+        limit_bytes: int,
+        shape: ModelShape,
+        bytes_per_row: int = 0,
+        *,
+        normed: bool = False,
+    ) -> Self:
+        """The budget of a worker: column sums per head, ``r`` and ``x`` per layer, in float32.
+
+        Sums of attention are a copy in float16 of the column sums; where blocks are normed, whose
+        column sums are of other weights, they are also added up by themselves.
+        """
+        sums = shape.num_layers * shape.num_heads
         return cls(
             limit_bytes,
-            bytes_per_token=shape.num_layers * shape.num_heads * _FLOAT_BYTES,
+            bytes_per_token=sums * _FLOAT_BYTES,
             fixed_bytes=shape.num_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
             bytes_per_row=bytes_per_row,
+            attention_bytes_per_token=sums * (_HALF_BYTES + (_FLOAT_BYTES if normed else 0)),
         )
 
     @classmethod
@@ -66,6 +82,7 @@ class AccumulatorBudget:
             bytes_per_token=status["accumulator_bytes_per_token"],
             fixed_bytes=status["accumulator_fixed_bytes"],
             bytes_per_row=status.get("accumulator_bytes_per_row", 0),
+            attention_bytes_per_token=status.get("accumulator_attention_bytes_per_token", 0),
         )
 
     @classmethod
@@ -81,6 +98,9 @@ class AccumulatorBudget:
             bytes_per_token=max(b._scaled(b.bytes_per_token, limit) for b in budgets),
             fixed_bytes=max(b._scaled(b.fixed_bytes, limit) for b in budgets),
             bytes_per_row=max(b._scaled(b.bytes_per_row, limit) for b in budgets),
+            attention_bytes_per_token=max(
+                b._scaled(b.attention_bytes_per_token, limit) for b in budgets
+            ),
         )
 
     def _scaled(self, price: int, limit: int) -> int:
@@ -93,28 +113,38 @@ class AccumulatorBudget:
             "accumulator_bytes_per_token": self.bytes_per_token,
             "accumulator_fixed_bytes": self.fixed_bytes,
             "accumulator_bytes_per_row": self.bytes_per_row,
+            "accumulator_attention_bytes_per_token": self.attention_bytes_per_token,
         }
 
     def shared_by(self, parts: int) -> Self:
         """The same prices with an equal part of the limit."""
         return dataclasses.replace(self, limit_bytes=self.limit_bytes // max(1, parts))
 
-    def cost(self, context: int, kept_rows: int = 0) -> int:
-        """Bytes that a trace of ``context`` tokens takes, with so many rows for further hops."""
-        return self.fixed_bytes + self.bytes_per_token * context + self.bytes_per_row * kept_rows
+    def cost(self, context: int, kept_rows: int = 0, *, attention: bool = False) -> int:
+        """Bytes that a trace of ``context`` tokens takes.
+
+        Args:
+            context: Its tokens.
+            kept_rows: Rows that are kept for further hops.
+            attention: Whether sums of attention are asked for.
+        """
+        per_token = self.bytes_per_token + (self.attention_bytes_per_token if attention else 0)
+        return self.fixed_bytes + per_token * context + self.bytes_per_row * kept_rows
 
     def keeps(self, context: int, rows: int) -> bool:
         """Whether a trace may keep ``rows`` rows: not where that leaves too little for others."""
         most = self.limit_bytes // _MOST_KEPT
         return self.bytes_per_row > 0 and self.cost(context, rows) <= most
 
-    def check(self, context: int, held_bytes: int = 0, kept_rows: int = 0) -> None:
+    def check(
+        self, context: int, held_bytes: int = 0, kept_rows: int = 0, *, attention: bool = False
+    ) -> None:
         """Refuses a trace of ``context`` tokens beside ``held_bytes`` of others if it has no room.
 
         Raises:
             TraceError: ``overloaded``.
         """
-        cost = self.cost(context, kept_rows)
+        cost = self.cost(context, kept_rows, attention=attention)
         if held_bytes + cost > self.limit_bytes:
             held = f", of which {held_bytes} bytes are taken" if held_bytes else ""
             raise TraceError(

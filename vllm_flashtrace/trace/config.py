@@ -77,12 +77,31 @@ class FlashTraceConfig(BaseModel):
         description='Most numbers that `include: ["layers"]` may ask a server for, layers times '
         "prompt tokens; each takes about 22 bytes of the response.",
     )
+    max_attention_sums: int = Field(
+        default=16_000_000,
+        ge=1,
+        description='Most numbers that `include: ["attention"]` may ask a server for, layers times '
+        "query heads times tokens; each takes about 2.7 bytes of the response.",
+    )
+    max_verify: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="Largest `verify` a request may ask for; 0 turns verification off.",
+    )
+    max_verify_requests: int = Field(
+        default=128,
+        ge=2,
+        description="Engine requests that one attribution's verification may take; what needs "
+        "more has a `reason` in place of numbers.",
+    )
     max_result_mib: int = Field(
         default=512,
         ge=1,
-        description="MiB that large results (scores per layer or hop, `top_k: null` over a long "
-        "prompt) may take of one API server together, from before the trace until the last byte is "
-        "sent or stored; above it further ones wait like those for a place in the engine.",
+        description="MiB that large results (scores per layer or hop, sums of attention, "
+        "`top_k: null` over a long prompt) may take of one API server together, from before the "
+        "trace until the last byte is sent or stored; above it further ones wait like those for a "
+        "place in the engine.",
     )
     trace_token_share: float = Field(
         default=0.25,
@@ -169,4 +188,8 @@ class FlashTraceConfig(BaseModel):
     @property
     def limits(self) -> RequestLimits:
         """What a request's ``flashtrace`` field may ask for."""
-        return RequestLimits(max_hops=self.max_hops)
+        return RequestLimits(
+            max_hops=self.max_hops,
+            max_verify=self.max_verify,
+            max_verify_requests=self.max_verify_requests,
+        )

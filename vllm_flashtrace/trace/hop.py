@@ -28,7 +28,7 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines, noting_ranks
 from vllm_flashtrace.trace.pickup import carried_answer, pick_up
-from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
+from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, Spec, TraceSpec, seal
 
 if TYPE_CHECKING:
     from vllm_flashtrace.text.plan import TracePlan
@@ -103,8 +103,8 @@ def visits(plans: Sequence[TracePlan], budget: AccumulatorBudget | None) -> list
     """Puts the targets of one completion together, as far as a worker may keep their rows.
 
     With one hop behind the only target's first, both ways prefill the same rows, and keeping them
-    takes memory. Scores per layer come from hops that have their own: a worker holds those of one
-    hop at a time.
+    takes memory. Scores per layer and sums of attention come from hops that have their own: a
+    worker holds those of one hop at a time.
 
     Args:
         plans: One for each target.
@@ -130,7 +130,8 @@ def visits(plans: Sequence[TracePlan], budget: AccumulatorBudget | None) -> list
 
 def _may_keep(visit: Visit, budget: AccumulatorBudget | None) -> bool:
     """Whether a worker may keep the rows of a visit."""
-    if budget is None or "layers" in visit.plans[0].request.include:
+    include = visit.plans[0].request.include
+    if budget is None or "layers" in include or "attention" in include:
         return False
     return budget.keeps(visit.context, visit.kept_rows)
 
@@ -144,13 +145,23 @@ def _trace_call(
     """The engine request: a prefill up to the last target position."""
     last = max(target.weights.last for target in targets)
     token_ids = max((plan.token_ids for plan in plans), key=len)[: last + 1]
+    first = plans[0]
     spec = TraceSpec.create(
         targets,
         len(token_ids),
         exact_fraction=config.exact_fraction,
-        layers="layers" in plans[0].request.include,
+        layers="layers" in first.request.include,
+        attention="attention" in first.request.include and not first.recursion.begun,
     )
-    prompt = TokensPrompt(prompt_token_ids=token_ids)
+    prompt, params = engine_input(token_ids, spec, cache_salt)
+    return TraceCall(tuple(plans), spec, prompt, params)
+
+
+def engine_input(
+    token_ids: Sequence[int], spec: Spec, cache_salt: str | None
+) -> tuple[TokensPrompt, SamplingParams]:
+    """Prompt and parameters of an engine request that prefills tokens as a spec says."""
+    prompt = TokensPrompt(prompt_token_ids=list(token_ids))
     if cache_salt is not None:
         prompt["cache_salt"] = cache_salt
     params = SamplingParams(
@@ -160,7 +171,7 @@ def _trace_call(
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args={EXTRA_ARGS_KEY: seal(spec)},
     )
-    return TraceCall(tuple(plans), spec, prompt, params)
+    return prompt, params
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +194,51 @@ class EngineContext:
     trace_headers: Mapping[str, str] | None = None
     data_parallel_rank: int | None = None
     request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRun:
+    """What became of an engine request that is ours.
+
+    Attributes:
+        rank: The engine it ran on; None if there is only one.
+        cached_tokens: Tokens that the scheduler found in the prefix cache.
+        carried: The worker's answer, if it came with the output.
+    """
+
+    rank: int | None
+    cached_tokens: int | None
+    carried: bytes | None
+
+
+async def run_request(
+    engines: Engines,
+    prompt: TokensPrompt,
+    params: SamplingParams,
+    context: EngineContext,
+    request_id: str,
+    trace_headers: Mapping[str, str] | None,
+) -> RequestRun:
+    """Runs a request with a sealed spec; see `run_hop`."""
+    outputs: list[Any] = []
+    ranks: list[int] = []
+    cached: int | None = None
+    carried: bytes | None = None
+    with noting_ranks(ranks):
+        async for output in engines.client.generate(
+            prompt,
+            params,
+            request_id,
+            lora_request=context.lora_request,
+            trace_headers=trace_headers,
+            priority=context.priority,
+            data_parallel_rank=context.data_parallel_rank,
+        ):
+            outputs, cached = output.outputs, output.num_cached_tokens
+            carried = carried_answer(output)
+    if any(output.finish_reason == "abort" for output in outputs):
+        raise TraceError("aborted", "the engine aborted the trace (sleep, pause or shutdown)")
+    return RequestRun(ranks[0] if ranks else context.data_parallel_rank, cached, carried)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,27 +286,10 @@ async def _run(
     request_id: str,
     trace_headers: Mapping[str, str] | None,
 ) -> HopRun:
-    outputs: list[Any] = []
-    ranks: list[int] = []
-    cached: int | None = None
-    carried: bytes | None = None
-    with noting_ranks(ranks):
-        async for output in engines.client.generate(
-            call.prompt,
-            call.params,
-            request_id,
-            lora_request=context.lora_request,
-            trace_headers=trace_headers,
-            priority=context.priority,
-            data_parallel_rank=context.data_parallel_rank,
-        ):
-            outputs, cached = output.outputs, output.num_cached_tokens
-            carried = carried_answer(output)
-    if any(output.finish_reason == "abort" for output in outputs):
-        raise TraceError("aborted", "the engine aborted the trace (sleep, pause or shutdown)")
-    rank = ranks[0] if ranks else context.data_parallel_rank
-    report = await pick_up(call.spec.nonce, functools.partial(engines.call, rank), carried)
-    return HopRun(report, rank, cached)
+    run = await run_request(engines, call.prompt, call.params, context, request_id, trace_headers)
+    call_worker = functools.partial(engines.call, run.rank)
+    report = await pick_up(call.spec.nonce, call_worker, run.carried)
+    return HopRun(report, run.rank, run.cached_tokens)
 
 
 async def while_alive(engines: Engines, work: Coroutine[Any, Any, T]) -> T:

@@ -21,11 +21,15 @@ LARGE_BYTES = 128 << 10
 _BYTES_PER_LAYER_SCORE = 16
 # float64 as added up, and without what is not input.
 _BYTES_PER_HOP_SCORE = 16
+# float16 as received, put side by side, filled up and in its file.
+_BYTES_PER_ATTENTION_SUM = 10
 # A dict with a text, four whole numbers and a score.
 _BYTES_PER_ENTRY = 512
 _BYTES_PER_TEXT = 64
 # JSON of a number and of an entry; a deferred result is JSON as a whole, twice while it is stored.
 _JSON_BYTES_PER_NUMBER, _JSON_BYTES_PER_ENTRY = 2 * 24, 2 * 160
+# Base64, by itself and behind that JSON.
+_TEXT_BYTES_PER_ATTENTION_SUM = 6
 
 
 def result_bytes(
@@ -36,6 +40,8 @@ def result_bytes(
     layers: int,
     max_hops: int,
     targets: int = 1,
+    heads: int = 0,
+    sources: int = 0,
 ) -> int:
     """Bytes of an API server that an attribution's result takes at most at one time.
 
@@ -46,6 +52,8 @@ def result_bytes(
         layers: Layers of the model.
         max_hops: Where ``hops: "auto"`` stops at the latest.
         targets: How many parts of the completion are explained.
+        heads: Query heads of a layer.
+        sources: How many sources have scores, each with a sentence in a citation.
     """
     include = request.include
     tokens = prompt + generated
@@ -54,19 +62,25 @@ def result_bytes(
     # The scores of all targets are there before the first of them is written out.
     of_hops = targets * hops * tokens if "hops" in include or targets > 1 else 0
     entries = prompt if request.top_k is None else min(request.top_k, prompt)
-    entries *= 2 if "sentences" in include else 1  # No more sentences than tokens.
+    # No more sentences than tokens, of the messages and of the sources.
+    entries *= 1 + ("sentences" in include) + (sources > 0)
+    entries += request.verify
     entries += generated if "generated" in include else 0
+    entries += 2 * sources
     entries *= targets
-    total = _BYTES_PER_LAYER_SCORE * of_layers + _BYTES_PER_HOP_SCORE * of_hops
+    of_attention = layers * heads * tokens if "attention" in include else 0
+    total = _BYTES_PER_ATTENTION_SUM * of_attention
+    total += _BYTES_PER_LAYER_SCORE * of_layers + _BYTES_PER_HOP_SCORE * of_hops
     total += _BYTES_PER_ENTRY * entries
     total += _BYTES_PER_TEXT * prompt if "tokens" in include else 0
     if request.mode == "deferred":
+        total += _TEXT_BYTES_PER_ATTENTION_SUM * of_attention
         total += _JSON_BYTES_PER_NUMBER * (of_layers + of_hops) + _JSON_BYTES_PER_ENTRY * entries
     return total
 
 
 class LargeAttribution(dict[str, Any]):
-    """An attribution object whose long lists of numbers are tensors.
+    """An attribution object whose long lists of numbers are tensors, and whose files are bytes.
 
     Attributes:
         release: Gives back what it holds of the budget; the first call counts. Called at the latest

@@ -14,10 +14,12 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
+from vllm_flashtrace.api.converters import EVALUATION_EVENT, evaluation_events
 from vllm_flashtrace.base.logs import log_lost_trace
-from vllm_flashtrace.base.records import TraceReport, TraceUsage
+from vllm_flashtrace.base.records import ScoredText, ScoreReport, TraceReport, TraceUsage
 from vllm_flashtrace.trace.metrics import CacheLookup, CacheUse, TraceMetrics
 
 try:
@@ -31,6 +33,9 @@ SpanValue = str | int | float | bool
 
 ATTRIBUTION_SPAN = "flashtrace.attribute"
 HOP_SPAN = "flashtrace.hop"
+# As many as OpenTelemetry keeps of a span by default, of which it would keep the last.
+_MAX_EVENTS = 128
+SCORE_SPAN = "flashtrace.score"
 GUARD_EVENT = "flashtrace.guard.flagged"
 
 
@@ -122,6 +127,23 @@ class Observation:
             }
         )
 
+    @contextmanager
+    def scoring(self, text: ScoredText) -> Iterator[Span]:
+        """Scores a text; the span's headers belong to its engine request."""
+        attributes = {"flashtrace.target_tokens": len(text.positions)}
+        with self._observer.telemetry.span(SCORE_SPAN, self._span.headers, attributes) as span:
+            yield span
+
+    def scored(self, span: Span, report: ScoreReport) -> None:
+        """Takes what scoring a text cost."""
+        self._observer.metrics.hop(report.recomputed_tokens, report.cached_tokens)
+        span.set(
+            {
+                "flashtrace.recomputed_tokens": report.recomputed_tokens,
+                "flashtrace.cached_tokens": report.cached_tokens,
+            }
+        )
+
     def ended(self, result: dict[str, Any], usage: TraceUsage | None = None) -> None:
         """Takes the attribution object: counts it, and logs it unless it is completed.
 
@@ -142,6 +164,7 @@ class Observation:
                     "flashtrace.cached_tokens": usage.cached_tokens,
                 }
             )
+            self._span.evaluated(result, self._request_id)
         else:
             self._lost(status, code, error.get("message", ""))
         self._observer.metrics.ended(self._route, status, code, seconds)
@@ -255,6 +278,12 @@ class Span:
         """Sets attributes."""
         if self._span is not None:
             self._span.set_attributes(dict(attributes))
+
+    def evaluated(self, result: Mapping[str, Any], response_id: str | None) -> None:
+        """Adds the measures of a completed attribution as events, the first 128 of them."""
+        if self._span is not None:
+            for attributes in islice(evaluation_events(result, response_id), _MAX_EVENTS):
+                self._span.add_event(EVALUATION_EVENT, attributes)
 
     def event(self, name: str, attributes: Mapping[str, SpanValue]) -> None:
         """Adds an event."""

@@ -3,7 +3,8 @@
 With tensor parallelism each rank gives the part of the scores that came through its own heads. The
 parts add up: what ranks have to know of each other they exchange in the step that finishes a trace.
 With pipeline parallelism each stage holds its own layers and needs nothing of the others: ``e_j``
-is summed over layers, so the stages' scores add up.
+is summed over layers, so the stages' scores add up. Sums of attention are put side by side: ranks
+hold heads, and stages layers, of one whole.
 
 No rank waits for another, or for its device: one that failed says so, and the trace fails with its
 reason; one whose result is still on its way to the host is asked again.
@@ -16,14 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import ScoreReport, TraceReport
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import (
     SECRET_ENV,
@@ -32,7 +33,10 @@ from vllm_flashtrace.trace.wire import (
     misfit,
     secret_id,
     stages,
+    tensor_of,
 )
+
+T = TypeVar("T")
 
 WorkerCall = Callable[[str, tuple[Any, ...]], Sequence[Any]]
 """A ``collective_rpc``: takes a method's name and arguments, returns every worker's answer."""
@@ -70,6 +74,43 @@ async def pick_up(
     Raises:
         TraceError: The trace failed in a worker, or a worker does not know it.
     """
+    wires = await _answers(nonce, call, carried, pause)
+    members = [
+        sorted(stage, key=lambda place: wires[place].first_head)
+        for stage in stages([wire.part for wire in wires])
+    ]
+    _check_heads([[wires[place] for place in stage] for stage in members])
+    return _merged(members, [wire.to_report() for wire in wires])
+
+
+async def pick_up_score(
+    nonce: str,
+    call: AsyncWorkerCall,
+    carried: bytes | None = None,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> ScoreReport:
+    """As `pick_up`, of the tokens that a `ScoreSpec` names."""
+    wires = await _answers(nonce, call, carried, pause)
+    stages([wire.part for wire in wires])
+    # The last stage has the logits, and of its ranks one or all.
+    known = [wire for wire in wires if wire.log_probs]
+    if not known:
+        raise misfit("no worker has the log-probabilities")
+    return ScoreReport(
+        log_probs=tensor_of(known[0].log_probs, torch.float32),
+        recomputed_tokens=known[0].recomputed_tokens,
+        cached_tokens=known[0].cached_tokens,
+        weights=" ".join(wire.weights for wire in wires),
+    )
+
+
+async def _answers(
+    nonce: str,
+    call: AsyncWorkerCall,
+    carried: bytes | None,
+    pause: Callable[[float], Awaitable[None]],
+) -> list[WireReport]:
+    """What all workers answer, none of them pending."""
     answers = [carried] if carried is not None else await call("flashtrace_collect", (nonce,))
     wires = await _decoded(answers, nonce, call)
     while any(wire.status == "pending" for wire in wires):
@@ -79,13 +120,25 @@ async def pick_up(
         asked = [r for r, wire in zip(again, wires, strict=True) if wire.status == "pending"]
         answered = iter(await _decoded(asked, nonce, call))
         wires = [next(answered) if wire.status == "pending" else wire for wire in wires]
-    members = stages([wire.part for wire in wires])
-    return _merged(members, [wire.to_report() for wire in wires])
+    return wires
 
 
 def pick_up_now(nonce: str, call: WorkerCall, carried: bytes | None = None) -> TraceReport:
     """As `pick_up`, where calls to the workers block."""
+    return _now(pick_up, nonce, call, carried)
 
+
+def pick_up_score_now(nonce: str, call: WorkerCall, carried: bytes | None = None) -> ScoreReport:
+    """As `pick_up_score`, where calls to the workers block."""
+    return _now(pick_up_score, nonce, call, carried)
+
+
+def _now(
+    pick_up: Callable[..., Coroutine[Any, Any, T]],
+    nonce: str,
+    call: WorkerCall,
+    carried: bytes | None,
+) -> T:
     async def answered(method: str, args: tuple[Any, ...]) -> Sequence[Any]:
         return call(method, args)
 
@@ -96,7 +149,7 @@ def pick_up_now(nonce: str, call: WorkerCall, carried: bytes | None = None) -> T
     try:
         pickup.send(None)  # Nothing in it suspends, so it needs no event loop.
     except StopIteration as done:
-        report: TraceReport = done.value
+        report: T = done.value
         return report
     pickup.close()
     raise RuntimeError("a call that blocks has suspended")
@@ -164,6 +217,7 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
         scores=_sum([report.scores for report in reports]),
         **_kept_rows_scores(reports),
         layer_scores=_layer_scores(per_stage),
+        attention=_attention(per_stage),
         recomputed_tokens=first.recomputed_tokens,
         cached_tokens=first.cached_tokens,
         restarts=first.restarts,
@@ -194,6 +248,32 @@ def _layer_scores(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | 
         raise TraceError("result_missing", "a worker's scores per layer are missing")
     # This runs on the event loop: what is whole already is not copied.
     return layers[0] if len(layers) == 1 else torch.cat(layers) if layers else None
+
+
+def _check_heads(per_stage: Sequence[Sequence[WireReport]]) -> None:
+    """Raises ``result_missing`` if heads are missing, or there twice, where heads are given."""
+    if not any(wire.num_heads for stage in per_stage for wire in stage):
+        return
+    totals = set()
+    for stage in per_stage:
+        reached = 0
+        for wire in stage:
+            if not wire.num_heads or wire.first_head != reached:
+                raise misfit(f"head {reached} of layer {wire.part.first_layer} is not there once")
+            reached += wire.num_heads
+        totals.add(reached)
+    if len(totals) > 1:
+        raise misfit(f"stages have {', '.join(map(str, sorted(totals)))} heads")
+
+
+def _attention(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:
+    """Sums of attention of all layers and heads; what is whole already is not copied."""
+    stages = []
+    for stage in per_stage:
+        parts = [report.attention for report in stage if report.attention is not None]
+        if parts:
+            stages.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    return stages[0] if len(stages) == 1 else torch.cat(stages) if stages else None
 
 
 def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

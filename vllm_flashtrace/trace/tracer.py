@@ -7,20 +7,21 @@ import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from vllm_flashtrace.api.request import FlashTraceRequest
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.logs import log_unexpected, logger
-from vllm_flashtrace.base.records import Completion, TraceReport, TraceUsage
+from vllm_flashtrace.base.records import Completion, ScoreReport, TraceReport, TraceUsage
 from vllm_flashtrace.text.plan import TracePlan, plan_targets
 from vllm_flashtrace.text.result import build_result, failed_result
+from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace.admission import Admission
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
@@ -37,6 +38,7 @@ from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution, r
 from vllm_flashtrace.trace.metrics import cache_lookup
 from vllm_flashtrace.trace.observation import Observation, Observer
 from vllm_flashtrace.trace.pickup import decode_status
+from vllm_flashtrace.trace.scoring import run_score
 
 __all__ = ["AsyncTracer", "EngineContext", "served_name"]
 
@@ -46,7 +48,11 @@ _NO_ROUTE = "unknown"
 _TEXT_THREAD = ThreadPoolExecutor(1, thread_name_prefix="flashtrace-text")
 _SWITCH_SECONDS = 0.001
 
+# How long making the result may take when verification has used up the attribution's time.
+_RESULT_SECONDS = 10.0
+
 T = TypeVar("T")
+Verifier: TypeAlias = Callable[..., Awaitable[Sequence[Mapping[str, Any]]]]
 
 
 class AsyncTracer:
@@ -177,11 +183,14 @@ class AsyncTracer:
             try:
                 # Before the work of planning.
                 self._admission.refuse_if_full(self._planning + self._results.waiting)
-                async with asyncio.timeout(self.config.trace_timeout_seconds):
+                async with asyncio.timeout(self.config.trace_timeout_seconds) as limit:
                     plans, waited = await self._planned(
                         partial(self._plan, request, completion, reasoning_parser, render)
                     )
-                    result, usage = await self._run(plans, context, trace_id, watch, waited)
+                    verifier = partial(self._verify, plans, render=render, limit=limit)
+                    result, usage = await self._run(
+                        plans, context, trace_id, watch, waited, verifier
+                    )
             except Exception as error:
                 result = failed_result(trace_id, self._reason(error))
             watch.ended(result, usage)
@@ -247,6 +256,7 @@ class AsyncTracer:
         trace_id: str,
         watch: Observation,
         waited: float,
+        verifier: Verifier,
     ) -> tuple[dict[str, Any], TraceUsage]:
         """The attribution object and its cost; a large one holds its memory of the budget."""
         first = plans[0]
@@ -254,17 +264,26 @@ class AsyncTracer:
             first.request,
             prompt=first.prompt_length,
             generated=len(first.completion.generated_token_ids),
-            layers=self._layers if "layers" in first.request.include else 0,
+            layers=self._layers,
             max_hops=self.config.max_hops,
             targets=len(plans),
+            heads=self._heads,
+            sources=len(first.sources or ()),
         )
         large = nbytes >= LARGE_BYTES
         if large:
             waited += await self._results.enter(nbytes)
         result: dict[str, Any] | None = None
         try:
-            usage = await self._admitted(plans, context, trace_id, watch, waited)
-            build = partial(build_result, cache_details=self._cache_details, as_tensors=large)
+            usage, verifications = await self._admitted(
+                plans, context, trace_id, watch, waited, verifier
+            )
+            build = partial(
+                build_result,
+                verifications=verifications,
+                cache_details=self._cache_details,
+                as_tensors=large,
+            )
             result = await _in_text_thread(lambda: build(plans, usage, trace_id))
             if large:
                 result = LargeAttribution(result, partial(self._results.leave, nbytes))
@@ -293,6 +312,8 @@ class AsyncTracer:
         )
         if "layers" in request.include:
             self._check_layers(plans[0].prompt_length)
+        if "attention" in request.include:
+            self._check_attention(len(completion.token_ids))
         return plans
 
     def _check_layers(self, prompt_length: int) -> None:
@@ -304,10 +325,26 @@ class AsyncTracer:
                 f"tokens are {count} scores; the server gives at most {limit} (max_layer_scores)",
             )
 
+    def _check_attention(self, tokens: int) -> None:
+        limit, count = self.config.max_attention_sums, self._layers * self._heads * tokens
+        if count > limit:
+            raise TraceError(
+                "too_many_attention_sums",
+                f"flashtrace.include 'attention': {self._layers} layers of {self._heads} heads and "
+                f"{tokens} tokens are {count} numbers; the server gives at most {limit} "
+                "(max_attention_sums)",
+            )
+
     @property
     def _layers(self) -> int:
         layers: int = self._engine.model_config.get_total_num_hidden_layers()
         return layers
+
+    @property
+    def _heads(self) -> int:
+        parallel = self._engine.vllm_config.parallel_config
+        own: int = self._engine.model_config.get_num_attention_heads(parallel)
+        return own * int(parallel.tensor_parallel_size)
 
     def _limit(self, budget: AccumulatorBudget | None) -> None:
         if budget is not None:
@@ -323,15 +360,21 @@ class AsyncTracer:
         trace_id: str,
         watch: Observation,
         waited: float,
-    ) -> TraceUsage:
-        """Runs all hops in one place, so that later hops do not queue behind new attributions."""
+        verifier: Verifier,
+    ) -> tuple[TraceUsage, Sequence[Mapping[str, Any]]]:
+        """Runs all requests in one place, so that later ones do not queue behind others'."""
         together = visits(plans, self._budget)
         cost = 0
         if self._budget is not None:
             # Requests run one after the other; none is longer than its visit, or keeps more rows.
-            self._budget.check(max(visit.context for visit in together))
-            cost = max(self._budget.cost(visit.context, visit.kept_rows) for visit in together)
-        async with self._admission.place(cost) as waited_here:
+            attention = "attention" in plans[0].request.include
+            self._budget.check(max(visit.context for visit in together), attention=attention)
+            cost = max(
+                self._budget.cost(visit.context, visit.kept_rows, attention=attention)
+                for visit in together
+            )
+        waited_here = await self._admission.enter(cost)
+        try:
             usage = TraceUsage(seconds={"queue": waited + waited_here})
             hop = 0
             # A completion leaves its tokens in its engine's cache, and every hop does.
@@ -354,7 +397,72 @@ class AsyncTracer:
                     context = dataclasses.replace(context, data_parallel_rank=run.rank)
                     computed_before = True
                     hop += sum(map(len, run.report.targets))
-        return usage
+            if not plans[0].request.verify:
+                return usage, ()
+            self._admission.shrink(cost)
+            cost = 0
+            return usage, await verifier(context, trace_id, watch, usage)
+        finally:
+            self._admission.leave(cost)
+
+    async def _verify(
+        self,
+        plans: list[TracePlan],
+        context: EngineContext,
+        trace_id: str,
+        watch: Observation,
+        usage: TraceUsage,
+        *,
+        render: Any | None,
+        limit: asyncio.Timeout,
+    ) -> list[dict[str, Any]]:
+        """The ``verification`` of each target, one request after the other.
+
+        What fails, or is not there when the attribution's time is up, has a reason in place of
+        numbers; the attribution is there by then.
+        """
+        began, ends = time.monotonic(), limit.when()
+        make = partial(
+            Verification,
+            plans,
+            self._tokenizer,
+            render=render,
+            max_requests=self.config.max_verify_requests,
+        )
+        verification: Verification | None = None
+        reports: list[ScoreReport | FlashTraceError] = []
+        failure: FlashTraceError | None = None
+        # The result is still to be made behind it.
+        limit.reschedule(None if ends is None else ends + _RESULT_SECONDS)
+        try:
+            async with asyncio.timeout_at(ends):
+                verification = await _in_text_thread(lambda: make())
+                for number, text in enumerate(verification.texts):
+                    name = f"{trace_id}-score{number}"
+                    with watch.scoring(text) as span:
+                        try:
+                            report = await run_score(
+                                self._engines, text, context, name, span.headers
+                            )
+                        except Exception as error:
+                            failure = self._reason(error)
+                            span.failed(failure.code)
+                            reports.append(failure)
+                            if number == 0:
+                                break  # Without it no other one says anything.
+                        else:
+                            watch.scored(span, report)
+                            usage.add_score(report)
+                            reports.append(report)
+        except Exception as error:
+            failure = self._reason(error)
+        usage.seconds["verify"] = time.monotonic() - began
+        if verification is None:
+            reason = "internal_error" if failure is None else f"{failure.code}: {failure.message}"
+            return [{"reason": reason} for _ in plans]
+        lost = failure or TraceError("internal_error", "not scored")
+        reports += [lost] * (len(verification.texts) - len(reports))
+        return verification.results(reports, usage.weights)
 
 
 async def _take(call: TraceCall, usage: TraceUsage, report: TraceReport, seconds: float) -> None:

@@ -1,9 +1,10 @@
-"""The two messages between API server and workers: a sealed trace spec and its report.
+"""The messages between API server and workers: a sealed spec and the report that answers it.
 
-A spec rides in ``SamplingParams.extra_args[EXTRA_ARGS_KEY]``. HTTP clients can reach the same
-dictionary through ``vllm_xargs``, but JSON has no byte strings and clients do not know the secret:
-a spec is accepted only if it is of type ``bytes`` *and* its HMAC-SHA256 is right. Whatever a worker
-returns is plain ``bytes``, because nothing else comes through ``collective_rpc`` unchanged.
+There are two kinds of specs: of a trace, and of tokens that are scored. A spec rides in
+``SamplingParams.extra_args[EXTRA_ARGS_KEY]``. HTTP clients can reach the same dictionary through
+``vllm_xargs``, but JSON has no byte strings and clients do not know the secret: a spec is accepted
+only if it is of type ``bytes`` *and* its HMAC-SHA256 is right. Whatever a worker returns is plain
+``bytes``, because nothing else comes through ``collective_rpc`` unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -87,7 +88,7 @@ class TargetSpec(msgspec.Struct, frozen=True, array_like=True):
         return FurtherHops(positions, self.hops, self.threshold)
 
 
-class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
+class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
     """What a worker must record for one trace request.
 
     Attributes:
@@ -96,6 +97,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         targets: What is explained, at least one.
         exact_fraction: Share of the proximity bound's mass that is evaluated exactly.
         layers: Whether per-layer scores are wanted; of one target without further hops.
+        attention: Whether the column sums of its attention are wanted; likewise.
     """
 
     nonce: str
@@ -103,6 +105,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
     targets: tuple[TargetSpec, ...]
     exact_fraction: float
     layers: bool
+    attention: bool = False
 
     @classmethod
     def create(
@@ -112,6 +115,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         *,
         exact_fraction: float,
         layers: bool = False,
+        attention: bool = False,
     ) -> TraceSpec:
         """Builds a spec with a fresh nonce."""
         if isinstance(targets, TargetWeights):
@@ -122,12 +126,18 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
             targets=tuple(TargetSpec.of(target) for target in targets),
             exact_fraction=exact_fraction,
             layers=layers,
+            attention=attention,
         )
 
     @property
     def first_target(self) -> int:
         """First target position of any hop: no token from here on may come from the cache."""
         return min(target.first for target in self.targets)
+
+    @property
+    def first_row(self) -> int:
+        """First position that has to be computed and may not come from the cache."""
+        return self.first_target
 
     @property
     def last_target(self) -> int:
@@ -151,6 +161,42 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True):
         return [target.target(self.length) for target in self.targets]
 
 
+class ScoreSpec(msgspec.Struct, frozen=True, array_like=True, tag="score"):
+    """Asks for the log-probabilities of tokens of a prompt, each given all tokens before it.
+
+    Attributes:
+        nonce: Key under which the report is kept for pick-up.
+        length: Number of prompt tokens of the request.
+        positions: int32 little-endian positions of the tokens, strictly ascending from 1.
+    """
+
+    nonce: str
+    length: int
+    positions: bytes
+
+    @classmethod
+    def create(cls, positions: Sequence[int], length: int) -> ScoreSpec:
+        """Builds a spec with a fresh nonce."""
+        at = _position_bytes(torch.tensor(positions, dtype=torch.int32))
+        return cls(nonce=secrets.token_hex(16), length=length, positions=at)
+
+    @property
+    def first_row(self) -> int:
+        """First position that has to be computed: the one before the first token."""
+        return int.from_bytes(self.positions[:4], "little", signed=True) - 1
+
+    def scored_positions(self) -> torch.Tensor:
+        """The positions, int64 ``[P]``; raises ValueError when malformed or outside the prompt."""
+        positions = tensor_of(self.positions, torch.int32).to(torch.int64)
+        inside = bool(((positions >= 1) & (positions < self.length)).all())
+        if not len(positions) or not inside or (positions.diff() <= 0).any():
+            raise ValueError(f"{len(positions)} positions do not fit {self.length} tokens")
+        return positions
+
+
+Spec: TypeAlias = TraceSpec | ScoreSpec
+
+
 def ensure_secret() -> str:
     """Returns the HMAC secret, creating it in this process's environment when absent.
 
@@ -165,7 +211,7 @@ def secret_id() -> str:
     return _mac(b"which secret").hex()[:16]
 
 
-def seal(spec: TraceSpec) -> bytes:
+def seal(spec: Spec) -> bytes:
     """HMAC-SHA256 followed by the msgpack form of ``spec``."""
     payload = msgspec.msgpack.encode(spec)
     return _mac(payload) + payload
@@ -177,7 +223,7 @@ def sealed_spec(extra_args: dict[str, Any] | None) -> bytes | None:
     return value if type(value) is bytes else None
 
 
-def unseal(sealed: bytes) -> TraceSpec:
+def unseal(sealed: bytes) -> Spec:
     """Verifies and decodes a sealed spec.
 
     Raises:
@@ -187,24 +233,34 @@ def unseal(sealed: bytes) -> TraceSpec:
     if not hmac.compare_digest(mac, _mac(payload)):
         raise TraceError("forged_spec", "the trace spec was not made by this server")
     try:
-        return msgspec.msgpack.decode(payload, type=TraceSpec)
+        return msgspec.msgpack.decode(payload, type=Spec)
     except msgspec.MsgspecError as error:
         raise TraceError("forged_spec", f"the trace spec is malformed: {error}") from error
 
 
-def target_range(extra_args: dict[str, Any] | None) -> range | None:
-    """First to last target position of the trace that a request's ``extra_args`` ask for.
+def verified_spec(extra_args: dict[str, Any] | None) -> Spec | None:
+    """The spec in a request's ``extra_args``.
 
     Returns:
-        None where they ask for none, or with a spec that this server has not made: the worker
-        refuses it and says so, and to everybody else it is an ordinary request.
+        None where there is none, or one that this server has not made: the worker refuses it and
+        says so, and to everybody else it is an ordinary request.
     """
     sealed = sealed_spec(extra_args)
     if sealed is None:
         return None
     try:
-        spec = unseal(sealed)
+        return unseal(sealed)
     except TraceError:
+        return None
+
+
+def target_range(extra_args: dict[str, Any] | None) -> range | None:
+    """First to last target position of the trace that a request's ``extra_args`` ask for, if any.
+
+    See `verified_spec`.
+    """
+    spec = verified_spec(extra_args)
+    if not isinstance(spec, TraceSpec):
         return None
     return range(spec.first_target, spec.last_target + 1)
 
@@ -231,7 +287,7 @@ class ModelPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A finished or failed trace as a worker returns it.
+    """A finished or failed trace, or what became of a `ScoreSpec`, as a worker returns it.
 
     Attributes:
         status: ``completed``, ``pending`` (not on the host yet), ``failed`` or ``missing`` (unknown
@@ -239,6 +295,11 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         scores: float32 ``[sum(hops), length]``, of each hop of each target.
         hops: How many hops were run for each target.
         layer_scores: float32 ``[num_layers, length]``, empty when not asked for.
+        attention: float16 ``[L, num_heads, columns]``, column sums of attention for the tokens up
+            to the last target; empty when not asked for.
+        first_head: Index among the model's query heads of the first on this worker.
+        num_heads: How many it has; 0 without `attention`.
+        log_probs: float32, one for each scored position; empty on workers without the logits.
         part: What of the model the numbers are of; ``L`` are the layers in it.
         weights: What tells the worker's weights from others, the same in all of the trace's steps.
     """
@@ -249,7 +310,11 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     scores: bytes = b""
     hops: tuple[int, ...] = (1,)
     layer_scores: bytes = b""
+    log_probs: bytes = b""
     num_layers: int = 0
+    attention: bytes = b""
+    first_head: int = 0
+    num_heads: int = 0
     recomputed_tokens: int = 0
     cached_tokens: int = 0
     restarts: int = 0
@@ -268,6 +333,10 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         layers = None
         if self.num_layers:
             layers = tensor_of(self.layer_scores, torch.float32).view(self.num_layers, -1)
+        attention = None
+        if self.num_heads:
+            sums = tensor_of(self.attention, torch.float16)
+            attention = sums.view(self.part.num_layers, self.num_heads, -1)
         scores = tensor_of(self.scores, torch.float32).view(sum(self.hops), -1)
         (first, *later), *others = (tuple(hops) for hops in scores.split(self.hops))
         return TraceReport(
@@ -275,6 +344,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
             later_scores=tuple(later),
             other_targets=tuple(others),
             layer_scores=layers,
+            attention=attention,
             recomputed_tokens=self.recomputed_tokens,
             cached_tokens=self.cached_tokens,
             restarts=self.restarts,

@@ -113,6 +113,9 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
         for segment, (totals, residual) in zip(segments, results, strict=True)
     ]
     tables = [segment.batch_row.block_tables for segment in segments]
+    for trace in traces:
+        if trace.attention is not None:  # Proximities are about to take the place of the sums.
+            trace.attention.copy_((trace.unscaled or trace.sums).column_sums)
     model.replace_by_proximities(inputs, tables, traces[0].adapter)
     return {
         segment.batch_row.req_id: Measured(
@@ -180,7 +183,11 @@ class TotalsExchange:
 
 
 def score(
-    measured: Measured, totals: Tensor | None, part: ModelPart, buffers: HostBuffers
+    measured: Measured,
+    totals: Tensor | None,
+    part: ModelPart,
+    buffers: HostBuffers,
+    first_head: int = 0,
 ) -> FinishedTrace:
     """Makes the scores ``e_j`` of each token, summed over the layers of this stage.
 
@@ -193,6 +200,7 @@ def score(
             all the heads.
         part: What of the model it is of.
         buffers: Where the result goes.
+        first_head: See `TracedModel`.
 
     Raises:
         TraceError: ``overloaded``: there is no room for it on the host.
@@ -201,7 +209,8 @@ def score(
     trace = measured.trace
     scores = _scores(measured, totals)
     copied = _copy([[part] for part in scores], trace, buffers, measured.tokens)
-    return FinishedTrace(TraceFacts.of(trace, part), copied, measured.recorded, trace.clock.mark())
+    facts = TraceFacts.of(trace, part, first_head)
+    return FinishedTrace(facts, copied, measured.recorded, trace.clock.mark())
 
 
 def run_hops(segment: Segment, model: TracedModel, buffers: HostBuffers) -> FinishedTrace:
@@ -278,7 +287,8 @@ def _copy(
         raise ValueError("the weights of no step were noted")
     stacked = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
     layers = [tokens] if tokens is not None and trace.spec.layers else []
-    return buffers.copy([*stacked, weights, *layers])
+    attention = [] if trace.attention is None else [trace.attention]
+    return buffers.copy([*stacked, weights, *layers, *attention])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,7 +300,7 @@ class FinishedTrace:
         copied: float32 ``[hops, length]``, the scores; float64 ``[hops, L]``, the proximities of
             all tokens and the residual over this rank's heads; float64 ``[hops, L]``, over all
             ranks'; int64 ``[2]``, see `WeightsSeen`; and, if the trace asked for them, the scores
-            per layer, float32 ``[L, context]``.
+            per layer, float32 ``[L, context]``, and the sums of attention, see `Trace.attention`.
         recorded: Mark at the end of the last recording step.
         ended: Mark after the scores.
         hops: How many hops each target has.
@@ -311,33 +321,34 @@ class FinishedTrace:
                 another rank is not.
         """
         facts = self.facts
-        scores, own, denominators, weights, *layers = self.copied.tensors
-        if int(weights[1]):
-            raise TraceError(
-                "weights_changed", "the model's weights changed while the trace was recorded"
-            )
+        scores, own, denominators, weights, *asked = self.copied.tensors
+        attention = asked.pop() if facts.attention else None
+        _check_weights(weights)
         self._check(own, "recording_failed", "a proximity of layer {} is not finite")
         self._check(denominators, "result_missing", "another rank has no totals of layer {}")
-        per_layer = layers[0] if layers else None
+        per_layer = asked[0] if asked else None
         return WireReport(
             status="completed",
             scores=tensor_bytes(scores),
             hops=self.hops,
             layer_scores=b"" if per_layer is None else self._padded(per_layer),
             num_layers=0 if per_layer is None else len(per_layer),
+            attention=b"" if attention is None else _bytes_of(attention),
+            first_head=0 if attention is None else facts.first_head,
+            num_heads=0 if attention is None else attention.shape[1],
             recomputed_tokens=facts.recomputed_tokens,
             cached_tokens=facts.cached_tokens,
             restarts=facts.restarts,
             seconds=self._seconds(),
             part=facts.part,
-            weights=f"{int(weights[0]) % (1 << 64):016x}",
+            weights=_weights_text(weights),
         )
 
     def _padded(self, layers: Tensor) -> bytes:
         """The bytes of ``[L, length]``; a view of the host's copy, to be encoded at once."""
         if behind := self.facts.length - layers.shape[1]:
             layers = torch.nn.functional.pad(layers, (0, behind))
-        return cast(bytes, layers.numpy().data.cast("B"))
+        return _bytes_of(layers)
 
     def _check(self, sums: Tensor, code: str, message: str) -> None:
         finite = sums.isfinite()
@@ -355,9 +366,63 @@ class FinishedTrace:
         }
 
 
+def _bytes_of(tensor: Tensor) -> bytes:
+    """A view of a contiguous tensor's bytes, to be encoded at once."""
+    return cast(bytes, tensor.view(torch.uint8).numpy().data.cast("B"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FinishedScore:
+    """What became of a `ScoreSpec`, on the host or under way to it.
+
+    Attributes:
+        part: What of the model the worker holds.
+        copied: int64 ``[2]``, see `WeightsSeen`; and, where the logits are, float32 ``[P]``, the
+            log-probabilities.
+        recomputed_tokens: Tokens prefilled.
+        cached_tokens: Tokens that came from the prefix cache.
+    """
+
+    part: ModelPart
+    copied: HostCopy
+    recomputed_tokens: int
+    cached_tokens: int
+
+    def report(self) -> WireReport:
+        """Its report, once `copied` has arrived.
+
+        Raises:
+            TraceError: ``weights_changed`` when not all steps had the same weights,
+                ``recording_failed`` when a log-probability is not finite.
+        """
+        weights, *log_probs = self.copied.tensors
+        _check_weights(weights)
+        if log_probs and not bool(log_probs[0].isfinite().all()):
+            raise TraceError("recording_failed", "a log-probability is not finite")
+        return WireReport(
+            status="completed",
+            log_probs=tensor_bytes(log_probs[0]) if log_probs else b"",
+            recomputed_tokens=self.recomputed_tokens,
+            cached_tokens=self.cached_tokens,
+            part=self.part,
+            weights=_weights_text(weights),
+        )
+
+
+def _check_weights(weights: Tensor) -> None:
+    if int(weights[1]):
+        raise TraceError(
+            "weights_changed", "the model's weights changed while the trace was recorded"
+        )
+
+
+def _weights_text(weights: Tensor) -> str:
+    return f"{int(weights[0]) % (1 << 64):016x}"
+
+
 @dataclass(frozen=True, slots=True)
 class TraceFacts:
-    """What is kept of a trace beside its numbers; see `Trace`."""
+    """What is kept of a trace beside its numbers; see `Trace` and `TracedModel`."""
 
     length: int
     recomputed_tokens: int
@@ -367,9 +432,11 @@ class TraceFacts:
     started: Any
     recording_seconds: Callable[[], float]
     part: ModelPart
+    first_head: int
+    attention: bool
 
     @classmethod
-    def of(cls, trace: Trace, part: ModelPart) -> TraceFacts:
+    def of(cls, trace: Trace, part: ModelPart, first_head: int = 0) -> TraceFacts:
         """Takes over from a trace of ``part`` of the model."""
         return cls(
             trace.spec.length,
@@ -380,6 +447,8 @@ class TraceFacts:
             trace.started,
             trace.recording.seconds,
             part,
+            first_head,
+            trace.attention is not None,
         )
 
 

@@ -1,7 +1,8 @@
 """Keeps a worker's traces from their first chunk to the pick-up of their results.
 
 A trace is in exactly one place: recording, or finished with a result that waits for pick-up until
-its time-to-live ends. It leaves the first when its request is finished or aborted.
+its time-to-live ends. It leaves the first when its request is finished or aborted. Results of
+requests that score tokens wait for pick-up here too; see `scorer`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from vllm_flashtrace.base.errors import FlashTraceError, TraceError, Unsupported
 from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.kernels import SumsTouchedError
 from vllm_flashtrace.trace.budget import AccumulatorBudget
-from vllm_flashtrace.trace.wire import WireReport, unseal
+from vllm_flashtrace.trace.wire import ScoreSpec, WireReport, unseal
 from vllm_flashtrace.worker.finish import (
+    FinishedScore,
     FinishedTrace,
     HostBuffers,
     Measured,
@@ -32,6 +34,8 @@ from vllm_flashtrace.worker.step import BatchRow, Segment, StepRecorder, Trace
 
 if TYPE_CHECKING:
     from vllm_flashtrace.worker.traced_model import TracedModel
+
+Finished: TypeAlias = FinishedTrace | FinishedScore
 
 
 class Recorder:
@@ -101,9 +105,11 @@ class Recorder:
         except FlashTraceError as error:
             logger.warning("Request %s carries a trace spec that is refused: %s", req_id, error)
             return
+        if isinstance(spec, ScoreSpec):
+            return
         if req_id in self._traces and self._nonces.get(req_id) == spec.nonce:
             return
-        self._nonces[req_id] = spec.nonce
+        self.expect(req_id, spec.nonce)
         self._traces.pop(req_id, None)
         try:
             if self._model is None:
@@ -114,10 +120,19 @@ class Recorder:
                 rows = spec.kept_rows
                 if rows and not self.budget.bytes_per_row:
                     raise TraceError("recording_failed", "this worker runs each hop by itself")
-                self.budget.check(spec.last_target + 1, self.accumulator_bytes, rows)
+                self.budget.check(
+                    spec.last_target + 1,
+                    self.accumulator_bytes,
+                    rows,
+                    attention=spec.attention,
+                )
             self._traces[req_id] = Trace(spec, self._model, adapter)
         except Exception as error:
             self.fail(req_id, error)
+
+    def expect(self, req_id: str, nonce: str) -> None:
+        """Notes under which nonce a request's result is to wait."""
+        self._nonces[req_id] = nonce
 
     def begin_step(self, batch: Sequence[BatchRow]) -> StepRecorder | None:
         """The recorder of a step, or None when it computes no target row of any trace."""
@@ -154,7 +169,7 @@ class Recorder:
             cause = error.__cause__ if isinstance(error, SumsTouchedError) else None
             self.fail(req_id, cause or error)
         else:
-            self._store(req_id, finished)
+            self.store(req_id, finished)
 
     def totals(self, req_id: str) -> Tensor | None:
         """The proximity of all tokens, float64 ``[L]``, of a trace that `finish_step` measured."""
@@ -175,15 +190,16 @@ class Recorder:
                         "recording_failed", "the trace ended in another step than was scheduled"
                     )
                 shared = None if totals is None else totals[req_id]
-                finished = score(measured, shared, self._model.part, self.buffers)
+                model = self._model
+                finished = score(measured, shared, model.part, self.buffers, model.first_head)
             except Exception as error:
                 self.fail(req_id, error)
             else:
-                self._store(req_id, finished)
+                self.store(req_id, finished)
 
     def fail(self, req_id: str, error: BaseException) -> None:
         """Ends a trace with a reason; the request itself goes on."""
-        self._store(req_id, _failure(f"request {req_id}", error))
+        self.store(req_id, _failure(f"request {req_id}", error))
 
     def hand_out(self, req_ids: Iterable[str]) -> HandOut | None:
         """Takes out the results of requests that a step finishes; None if they have none."""
@@ -220,7 +236,7 @@ class Recorder:
     def discard(self, nonce: str) -> None:
         """Forgets a result that will not be picked up."""
         stored = self._results.pop(nonce, None)
-        if stored is not None and isinstance(stored.result, FinishedTrace):
+        if stored is not None and not isinstance(stored.result, WireReport):
             self.buffers.give_back(stored.result.copied)
 
     def expire(self) -> None:
@@ -243,7 +259,7 @@ class Recorder:
             self._take_back()
             return True
         for nonce, stored in self._results.items():
-            if isinstance(stored.result, FinishedTrace):
+            if not isinstance(stored.result, WireReport):
                 self.buffers.give_back(stored.result.copied)
                 error = TraceError(
                     "result_missing",
@@ -253,7 +269,8 @@ class Recorder:
                 return True
         return False
 
-    def _store(self, req_id: str, result: WireReport | FinishedTrace) -> None:
+    def store(self, req_id: str, result: WireReport | Finished) -> None:
+        """Ends a request of ours: its result waits for pick-up."""
         self._traces.pop(req_id, None)
         self._measured.pop(req_id, None)
         nonce = self._nonces.pop(req_id, None)
@@ -265,7 +282,7 @@ class Recorder:
 
 @dataclass(slots=True)
 class _Stored:
-    result: WireReport | FinishedTrace
+    result: WireReport | Finished
     expires: float
     sent: bool = False
 
@@ -273,7 +290,7 @@ class _Stored:
         """The result as it goes to the API server; None while it is on its way to the host."""
         try:
             result = self.result
-            if isinstance(result, FinishedTrace):
+            if not isinstance(result, WireReport):
                 if not result.copied.arrived():
                     return None
                 result = result.report()

@@ -24,7 +24,7 @@ from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.base.process import lineage
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.wire import sealed_spec, target_range
+from vllm_flashtrace.trace.wire import ScoreSpec, sealed_spec, target_range, verified_spec
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.finish import TotalsExchange, host_bytes
 from vllm_flashtrace.worker.layers import (
@@ -35,6 +35,7 @@ from vllm_flashtrace.worker.layers import (
     keeps_blocks,
 )
 from vllm_flashtrace.worker.recorder import HandOut, Recorder
+from vllm_flashtrace.worker.scorer import Scorer
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder
 from vllm_flashtrace.worker.traced_model import TracedModel
 
@@ -108,6 +109,7 @@ class RunnerCapture:
 
     Attributes:
         recorder: The traces.
+        scorer: The requests whose tokens are scored.
         refusal: Why the model cannot be traced, or None.
         records_step: Whether the step that was last observed computes target rows; it must then
             run as code and not as a CUDA graph. See `TargetSteps`.
@@ -142,6 +144,7 @@ class RunnerCapture:
                 log_refusal(self.refusal)
         ttl = self._config.result_ttl_seconds
         self.recorder = Recorder(self._model, ttl, refusal=self.refusal)
+        self.scorer = Scorer(self._model, self.recorder, refusal=self.refusal)
         self._exchange = _totals_exchange(runner)
         # Of several workers vLLM hears one only, and none has the whole result.
         self._alone = runner.vllm_config.parallel_config.world_size == 1
@@ -164,7 +167,9 @@ class RunnerCapture:
         )
         # A worker that is not alone does not know the scores that the next hop begins with.
         row_bytes = self._model.row_bytes() if self._alone else 0
-        self.recorder.budget = AccumulatorBudget.of_model(limit, self._model.shape, row_bytes)
+        self.recorder.budget = AccumulatorBudget.of_model(
+            limit, self._model.shape, row_bytes, normed=self._model.normed
+        )
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(
                 self._places,
@@ -179,6 +184,7 @@ class RunnerCapture:
             self.records_step = self._target_steps.includes(scheduler_output)
             self._finishing = self._target_steps.finishing
             self.recorder.drop(scheduler_output.finished_req_ids)
+            self.scorer.drop(scheduler_output.finished_req_ids)
             self.scheduled = scheduler_output.num_scheduled_tokens
         except Exception as error:
             log_unexpected("reading the scheduler's output", error)
@@ -195,19 +201,19 @@ class RunnerCapture:
         if sealed is None:
             return
         self.settle_budget()
+        lora = new.lora_request
+        adapter = lora.lora_int_id if lora is not None else None
+        spec = verified_spec(params.extra_args)
+        if isinstance(spec, ScoreSpec):
+            self.scorer.register(new.req_id, spec, new.prompt_token_ids or (), adapter)
+            return
         tokens = len(new.prompt_token_ids or ())
         if not keeps_blocks(self._cache, tokens):
             refused = f"the KV cache is too small to keep all blocks of {tokens} tokens"
             self.recorder.register(new.req_id, sealed, tokens)
             self.recorder.fail(new.req_id, TraceError("recording_failed", refused))
             return
-        lora = new.lora_request
-        self.recorder.register(
-            new.req_id,
-            sealed,
-            tokens,
-            lora.lora_int_id if lora is not None else None,
-        )
+        self.recorder.register(new.req_id, sealed, tokens, adapter)
 
     def forget_step(self) -> None:
         """Ends the step: what runs until the next one is not recorded."""
@@ -222,9 +228,14 @@ class RunnerCapture:
             batch: Gives the step's requests; called only if a trace is among them.
         """
         try:
-            if self._model is None or self.recorder.active_requests.isdisjoint(self.scheduled):
+            scores = self.scorer.takes_part(self.scheduled)
+            traces = not self.recorder.active_requests.isdisjoint(self.scheduled)
+            if self._model is None or not (scores or traces):
                 return None
-            step = self.recorder.begin_step(list(batch(self._model.cache_groups)))
+            rows = list(batch(self._model.cache_groups))
+            if scores:
+                self.scorer.begin_step(rows)
+            step = self.recorder.begin_step(rows) if traces else None
             if step is None:
                 return None
             return StepObserver(self._model, step, self._fail_scheduled)
@@ -257,6 +268,25 @@ class RunnerCapture:
             self._fail_scheduled(error)
         if self._alone:
             self._outgoing = finishing
+
+    def score(self, runner: Any) -> None:
+        """Scores the tokens of the step that has run; called before the runner samples.
+
+        Args:
+            runner: The V1 or V2 model runner, whose state of the step is about to be used up.
+        """
+        if not self.scorer.in_step:
+            return
+        try:
+            state = runner.execute_model_state
+            # None on pipeline stages that only hand on what they have computed.
+            hidden_states = None if state is None else state.hidden_states
+            model = runner.model
+            finished = self.scorer.end_step(hidden_states, model.compute_logits, model)
+            if finished and self._alone:
+                self._outgoing = [*self._outgoing, *finished]
+        except Exception as error:
+            log_unexpected("scoring tokens", error)
 
     def with_results(self, output: Any) -> Any:
         """A step's output with the results of the traces that it finishes, if this worker is alone.

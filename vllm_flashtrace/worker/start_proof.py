@@ -352,6 +352,9 @@ class Proof:
             log_unexpected("measuring the probe", error)
             self.fail(error)
 
+    def score(self, _: Any) -> None:
+        """No token of the probe is scored."""
+
     def with_results(self, output: Any) -> Any:
         """The output as it is."""
         return output

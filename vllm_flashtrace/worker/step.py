@@ -8,7 +8,7 @@ its other requests and the other traces go on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from vllm_flashtrace.kernels import (
     RowSegment,
     SumsTouchedError,
     add_row_sums,
+    touching_sums,
 )
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import TraceSpec
@@ -328,6 +329,10 @@ class Trace:
         recording: Time spent on recording; on a GPU, on column sums.
         clock: Sets and reads those marks.
         sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
+        attention: float16 ``[L, H, context]``, if asked for: gets the column sums of attention
+            itself when the trace is complete.
+        unscaled: Where these are added up, if the weights of `sums` have a factor for each row and
+            layer; else None.
         stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r`` and the
             gain of norms behind blocks.
         weights: Whether the model's weights were the same in all chunks.
@@ -369,12 +374,23 @@ class Trace:
         self.sums = Accumulators(
             zeros(layers, heads, self.context), zeros(layers, hidden), zeros(layers, hidden)
         )
+        self.attention: Tensor | None = None
+        self.unscaled: Accumulators | None = None
+        if spec.attention:
+            if spec.keeps_rows:
+                raise ValueError("sums of attention are of one target without further hops")
+            columns = self.sums.column_sums
+            self.attention = torch.empty_like(columns, dtype=torch.float16)
+            if model.normed:
+                self.unscaled = self.sums._replace(column_sums=torch.zeros_like(columns))
 
     @property
     def nbytes(self) -> int:
-        """Size of the accumulators in bytes, and of the rows that are kept."""
-        kept = 0 if self.rows is None else self.rows.nbytes
-        return kept + sum(accumulator.nbytes for accumulator in self.sums)
+        """Size in bytes of the accumulators, the sums of attention and the rows that are kept."""
+        more = 0 if self.rows is None else self.rows.nbytes
+        more += 0 if self.attention is None else self.attention.nbytes
+        more += 0 if self.unscaled is None else self.unscaled.column_sums.nbytes
+        return more + sum(accumulator.nbytes for accumulator in self.sums)
 
     @property
     def weights_seen(self) -> torch.Tensor | None:
@@ -436,6 +452,8 @@ class Trace:
         self.restarts += self.next_position > 0
         for accumulator in self.sums:
             accumulator.zero_()
+        if self.unscaled is not None:
+            self.unscaled.column_sums.zero_()
         self.cached_tokens = start
         self.recomputed_tokens = 0
 
@@ -457,9 +475,22 @@ def row_group(segments: list[Segment], model: TracedModel) -> RowGroup:
         scales = None
         if model.normed:
             scales = _new_scales(model.shape.num_layers, len(rows), model.device)
-        return RowGroup(segments, rows, model.clock, scales)
+        return RowGroup(segments, rows, model.clock, scales, _unscaled(segments, model))
     [segment] = segments
     return KeptGroup(segment, rows, model.clock, kept)
+
+
+def _unscaled(segments: Sequence[Segment], model: TracedModel) -> RowGroup | None:
+    """Those whose column sums are also added up without factors on the weights, or None."""
+    own = [
+        replace(segment, row_segment=replace(segment.row_segment, sums=sums))
+        for segment in segments
+        if (sums := segment.trace.unscaled) is not None
+    ]
+    if not own:
+        return None
+    rows = model.plan_rows([segment.row_segment for segment in own])
+    return RowGroup(own, rows, model.clock)
 
 
 class RowGroup:
@@ -472,6 +503,7 @@ class RowGroup:
         scales: float32 ``[L, R]``, the factors on the rows' weights that layers have, where their
             blocks are normed; else None. Four bytes a row and layer.
         waiting: ``[R, H, d]``, a layer's queries that wait for these factors, or None.
+        unscaled: Those whose column sums are also wanted without the factors, see `Trace`.
     """
 
     def __init__(
@@ -480,6 +512,7 @@ class RowGroup:
         rows: PagedRows,
         clock: Clock,
         scales: Tensor | None = None,
+        unscaled: RowGroup | None = None,
     ) -> None:
         """Begins to time their recording."""
         self.segments = segments
@@ -488,6 +521,7 @@ class RowGroup:
         self._rows_in: dict[tuple[int, int], PagedRows] = {}
         self.scales = scales
         self.waiting: Tensor | None = None
+        self.unscaled = unscaled
         self._clock = clock
         self._pieces = Pieces(clock)
         for segment in segments:
@@ -536,6 +570,14 @@ class RowGroup:
     def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
         """Adds a layer's column sums, or lets its queries wait for what else they need."""
         heads = model.heads_of(layer, query)
+        if self.unscaled is None:
+            self._add_attention(model, layer, heads)
+            return
+        model.add_column_sums(layer, heads, self.unscaled, self.unscaled.rows, None)
+        with touching_sums():
+            self._add_attention(model, layer, heads)
+
+    def _add_attention(self, model: TracedModel, layer: int, heads: Tensor) -> None:
         if self.kept is not None and self.kept.keep(layer, heads):
             return
         if self.scales is None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.kernels import (
@@ -125,6 +126,7 @@ class TracedModel(ABC):
         device: Where accumulators live.
         part: What of the whole model is on this worker.
         shape: Sizes of that part.
+        first_head: Index among the model's query heads of the first on this worker.
         clock: Times the device's work.
         normed: Whether what attention blocks add to the stream is normed, see `BlockNorm`.
         fingerprint: Tells whether the model's weights have changed.
@@ -154,6 +156,8 @@ class TracedModel(ABC):
             num_kv_heads=attention.num_kv_heads,
             hidden_size=config.model_config.get_hidden_size(),
         )
+        rank = get_tensor_model_parallel_rank() if self.part.ranks > 1 else 0
+        self.first_head = rank * attention.num_heads
         self.normed = self.layers[0].block_norm is not None
         self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
         self.fingerprint = WeightsFingerprint(model, device)

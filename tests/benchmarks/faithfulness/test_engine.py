@@ -21,8 +21,8 @@ from benchmarks.faithfulness.example import (
     prepare,
 )
 from benchmarks.faithfulness.ours import VARIANTS, OursFamily
-from tests import engine_starts
-from tests.cores import own_core
+from tests import engine_starts, heap
+from tests.cores import MULTIPROCESSING, own_core
 from tests.tiny_models import make_tiny_model
 
 LONGEST = 640
@@ -45,15 +45,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[EngineResource]:
-    """Eager, to start sooner, and with steps shorter than the longest sequence."""
-    engine_starts.note("the faithfulness benchmark's own, with short steps")
-    resource = EngineResource(
-        folder,
-        max_model_len=LONGEST,
-        enforce_eager=True,
-        max_num_batched_tokens=CHUNK,
-        kv_cache_memory_bytes=64 << 20,
-    )
+    """Eager and in this process, to start sooner, with steps shorter than the longest sequence."""
+    engine_starts.note("the faithfulness benchmark's own, with short steps (in this process)")
+    heap.leave_out_what_is_there()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MULTIPROCESSING, "0")
+        resource = EngineResource(
+            folder,
+            max_model_len=LONGEST,
+            enforce_eager=True,
+            max_num_batched_tokens=CHUNK,
+            kv_cache_memory_bytes=64 << 20,
+            distributed_executor_backend="uni",
+        )
     yield resource
     resource.close()
 

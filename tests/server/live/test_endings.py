@@ -15,7 +15,6 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.processes import engine_core
 from tests.server.live_server import OURS, Server, serve
 from tests.server.otlp_receiver import Receiver, receive
 from tests.server.test_metrics import parse, value
@@ -23,10 +22,12 @@ from tests.server.test_metrics import parse, value
 pytestmark = pytest.mark.timeout(1200)
 
 TRACE_ID, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+# Where the machine is busy all still wait when the last has come.
+WAITING = {"max_concurrent_traces": 1, "max_waiting_seconds": 300.0}
 # One place for traces, and short steps: what is generated beside a long trace takes a step a token.
 ONE_PLACE = (
     "--max-num-batched-tokens=256",
-    *("--additional-config", json.dumps({"flashtrace": {"max_concurrent_traces": 1}})),
+    *("--additional-config", json.dumps({"flashtrace": WAITING})),
 )
 # Hops that keep the engine busy for long enough to end the server meanwhile.
 LONG = {
@@ -187,6 +188,12 @@ def check_lost(server: Server, futures: list[Future[Any]]) -> None:
     assert len(lines) == len(lost)
 
 
+def core(server: psutil.Process) -> psutil.Process:
+    """The engine core, which may have been forked off."""
+    [found] = [each for each in server.children() if "resource_tracker" not in str(each.cmdline())]
+    return found
+
+
 def check_sigterm(server: Server, wait: int) -> None:
     with ThreadPoolExecutor() as pool:
         futures = submit(pool, server, wait)
@@ -213,11 +220,13 @@ def test_sigterm_while_traces_run_and_wait(one):
         assert "EngineCore encountered an issue" in generation.result(timeout=300)
 
 
-def test_death_of_the_engine_while_traces_run_and_wait(model_path, tmp_path):
+@pytest.mark.parametrize("by_command", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_death_of_the_engine_while_traces_run_and_wait(by_command, model_path, tmp_path):
     log = tmp_path / "server.log"
-    with serve(OURS, model_path, log, *ONE_PLACE, worker_process=True, by_command=True) as server:
+    start = {"worker_process": True, "by_command": by_command}
+    with serve(OURS, model_path, log, *ONE_PLACE, **start) as server:
         with ThreadPoolExecutor() as pool:
             futures = submit(pool, server, wait=4)
-            engine_core(psutil.Process(server.pid)).kill()
+            core(psutil.Process(server.pid)).kill()
             check_lost(server, futures)
         until(lambda: ended(server))

@@ -102,7 +102,7 @@ def test_json_download(page, page_server, tmp_path):
     drag(page, 0, 0)
     page.wait_for(f"{SHOWN} && document.querySelector('.headline q').textContent === 'First'")
     read = Attribution.from_response(json.loads(downloaded(page, tmp_path, "json").read_text()))
-    assert read.target == {"text": pieces[0], "tokens": [[0, 1]]}
+    assert read.target == {"text": pieces[0], "tokens": [[0, 1]], "start": 0, "end": 5}
     assert read.text == ANSWER
     assert read.is_complete
     own = [score for score in read.scores if score.message == 0]

@@ -3,6 +3,8 @@
 // cancels the older, whose outcome is then never shown.
 
 import { ApiError, attribute, models, setApiKey, streamChat } from "./api.js";
+import { Citations, partsOf } from "./citations.js";
+import { Documents, withDocuments } from "./documents.js";
 import { $, el } from "./dom.js";
 import { saveHtml, saveJson } from "./download.js";
 import { number, percent } from "./heat.js";
@@ -12,12 +14,16 @@ import { chatBody, selectionBody, textBody } from "./requests.js";
 import { watchSelections } from "./selecting.js";
 import { Turn } from "./turn.js";
 
-const EXAMPLE =
-  "Ferries to Texel leave Den Helder every hour. Bicycles travel free of charge. The Eierland " +
-  "lighthouse was built in 1864. It has 153 steps to the top. The bakery in De Koog sells almond " +
-  "rolls and is closed on Tuesdays.\n\nHow many steps does the Eierland lighthouse have?";
+const EXAMPLE = {
+  documents: [
+    { title: "harbour.txt", text: "Ferries to Texel leave Den Helder every hour. Bicycles travel free of charge." },
+    { title: "lighthouse.txt", text: "The Eierland lighthouse was built in 1864. It has 153 steps to the top." },
+    { title: "bakery.txt", text: "The bakery in De Koog sells almond rolls. It is closed on Tuesdays." },
+  ],
+  question: "Summarize the documents in three sentences.",
+};
 const turns = [];
-let shown = null; // { turn, report }
+let shown = null; // { turn, report, whole }: with citations, the attribution that the report is a part of.
 let view = "all";
 let generating = null;
 let tracing = null;
@@ -51,13 +57,24 @@ async function loadModels() {
   }
 }
 
-function history() {
+const documents = new Documents(() => turns.at(-1)?.documents.length ?? 0, say, problem);
+
+/** The messages with a new one of the user, and all documents in them, numbered. */
+function conversation(question, added) {
   const system = $("system").value.trim();
   const messages = system ? [{ role: "system", content: system }] : [];
+  const placed = [];
+  const send = (content, sent) => {
+    for (const document of sent) placed.push({ ...document, number: placed.length + 1, message: messages.length });
+    messages.push({ role: "user", content });
+  };
   for (const turn of turns) {
-    messages.push(turn.request.messages.at(-1), { role: "assistant", content: turn.content });
+    send(turn.request.messages.at(-1).content, turn.sent);
+    messages.push({ role: "assistant", content: turn.content });
   }
-  return messages;
+  const last = withDocuments(question, added);
+  send(last.content, last.documents);
+  return { messages, placed };
 }
 
 async function ask(question) {
@@ -65,9 +82,11 @@ async function ask(question) {
   if (!$("model").value) await loadModels();
   if (!$("model").value) return;
   problem("");
-  const request = { model: $("model").value, messages: [...history(), { role: "user", content: question }] };
-  const turn = new Turn(turns.length + 1, request, explain);
+  const { messages, placed } = conversation(question, documents.all());
+  const turn = new Turn(turns.length + 1, { model: $("model").value, messages }, placed, explain);
   const label = el("li", { class: "turn question" }, el("h2", {}, "You"), el("div", { class: "text", dir: "auto" }, question));
+  const names = turn.sent.map(({ number, title }) => el("li", { dir: "auto" }, el("b", {}, `[${number}] `), title));
+  if (names.length) label.append(el("ul", { class: "picked", "aria-label": "Documents" }, ...names));
   $("turns").append(label, turn.element);
   generating = new AbortController();
   tracing?.abort();
@@ -75,6 +94,7 @@ async function ask(question) {
   try {
     await generate(turn, generating.signal);
     $("question").value = "";
+    documents.set([]);
   } catch (error) {
     failed(error);
     if (error.name === "AbortError") turn.note.textContent = "Stopped.";
@@ -100,8 +120,15 @@ async function generate(turn, signal) {
     const error = data?.error;
     throw new ApiError(`No attribution of the whole answer: ${error ? `${error.code}: ${error.message}` : "none came"}.`);
   }
-  turn.setTokens(data);
-  show(turn, data);
+  const parts = partsOf(data);
+  if (!data.citations) {
+    turn.setTokens(data);
+    return show(turn, data);
+  }
+  const pin = (index) => show(turn, parts[index], { whole: data, index });
+  const citations = new Citations(data, turn.content, turn.documents, turn.number, pin);
+  turn.setTokens(parts[0], citations);
+  pin(citations.claims[0]?.index ?? 0);
 }
 
 /** Attributes what the user selected in a turn. */
@@ -140,10 +167,12 @@ function completed(data) {
   throw new ApiError(`No attribution: ${data.error?.code ?? data.status}: ${data.error?.message ?? ""}`);
 }
 
-function show(turn, data) {
+/** Shows an attribution, which may be that of one part of a cited answer. */
+function show(turn, data, { whole = data, index = null } = {}) {
   for (const other of turns) other.unmark();
+  turn.citations?.pin(index);
   turn.mark(data.target.tokens, data.generated);
-  shown = { turn, report: new Report(data, turn.first, turn.request.messages) };
+  shown = { turn, report: new Report(data, turn.first, turn.request.messages), whole };
   if (view !== "all" && view >= data.hops.length) view = "all";
   $("hint").hidden = true;
   $("shown").hidden = false;
@@ -207,6 +236,7 @@ function clear() {
   shown = null;
   view = "all";
   $("turns").replaceChildren();
+  documents.draw();
   $("shown").hidden = true;
   $("hint").hidden = false;
   say("");
@@ -228,7 +258,8 @@ $("question").addEventListener("keydown", (event) => {
 $("stop").addEventListener("click", () => generating?.abort());
 $("clear").addEventListener("click", clear);
 $("example").addEventListener("click", () => {
-  $("question").value = EXAMPLE;
+  documents.set(EXAMPLE.documents);
+  $("question").value = EXAMPLE.question;
   $("question").focus();
 });
 $("problem-close").addEventListener("click", () => problem(""));

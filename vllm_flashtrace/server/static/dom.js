@@ -16,6 +16,12 @@ export function el(name, attributes = {}, ...children) {
   return element;
 }
 
+/** How many code points a text has: the server counts these, as Python does. */
+export const points = (text) => Array.from(text).length;
+
+/** The place of a code point in a text, in UTF-16 units. */
+export const units = (text, point) => Array.from(text).slice(0, point).join("").length;
+
 /** The part of an element's text that is selected, as [start, end) in UTF-16 units, or null. */
 export function selectedRange(element) {
   const selection = document.getSelection();

@@ -6,8 +6,9 @@ import { el, save } from "./dom.js";
 
 const POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
 
-export function saveJson({ report, turn }) {
-  const data = { ...report.data, text: turn.content, tokens: report.pieces };
+export function saveJson({ report, turn, whole }) {
+  const shown = whole.targets ? whole : report.data;
+  const data = { ...shown, text: turn.content, tokens: report.pieces };
   save(`${data.id}.json`, "application/json", `${JSON.stringify(data, null, 2)}\n`);
 }
 
@@ -15,10 +16,14 @@ export async function saveHtml({ report, turn }, shown) {
   const sheets = ["heat.css", "app.css"].map((name) => fetch(new URL(name, import.meta.url)));
   const styles = await Promise.all(sheets.map(async (sheet) => (await sheet).text()));
   const answer = turn.answer.cloneNode(true);
-  for (const name of ["tabindex", "role", "aria-label"]) answer.removeAttribute(name);
+  for (const element of [answer, ...answer.querySelectorAll(".claim")]) {
+    for (const name of ["tabindex", "role", "aria-label", "aria-pressed", "aria-describedby"]) element.removeAttribute(name);
+  }
   const main = el("main", { class: "alone" }, el("p", { class: "eyebrow" }, `FlashTrace attribution · ${report.data.id}`));
   main.append(...[...shown.childNodes].map((node) => node.cloneNode(true)));
-  main.append(el("section", { class: "card" }, el("h2", {}, "Answer"), answer));
+  const card = el("section", { class: "card" }, el("h2", {}, "Answer"), answer);
+  if (turn.citations) card.append(el("h2", { class: "above" }, "Sources"), turn.citations.list.cloneNode(true));
+  main.append(card);
   for (const mark of main.querySelectorAll("mark")) mark.setAttribute("tabindex", "0");
   const head = [
     el("meta", { charset: "utf-8" }),

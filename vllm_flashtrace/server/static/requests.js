@@ -4,6 +4,7 @@
 
 import { $ } from "./dom.js";
 
+const VERIFIED = 2; // Sources of each part.
 // Everything that the page draws; `tokens` and `generated` make selections exact.
 const EVERYTHING = { top_k: null, include: ["hops", "generated", "segments", "tokens"] };
 
@@ -12,12 +13,15 @@ function options() {
   return { hops: hops === "auto" ? hops : Number(hops), recurse_over: $("over").value };
 }
 
+/** Asks for citations where there is something to cite. */
 export function chatBody(turn) {
+  const sources = turn.documents.map(({ number, title, message, span }) => ({ id: String(number), title, message, span }));
+  const cited = { sources, citations: true, verify: $("verify").checked ? VERIFIED : 0 };
   return {
     ...turn.request,
     max_tokens: Number($("tokens").value),
     temperature: Number($("temperature").value),
-    flashtrace: { ...EVERYTHING, ...options(), target: "output" },
+    flashtrace: { ...EVERYTHING, ...options(), ...(sources.length ? cited : { target: "output" }) },
   };
 }
 

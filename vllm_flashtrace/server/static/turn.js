@@ -7,11 +7,13 @@ import { el, selectedRange } from "./dom.js";
 const PATH_LEVELS = 4;
 
 export class Turn {
-  /** `request` is what was sent: `model` and `messages`. `onSelect(turn, selection)` is
-   * told what the user chose with the keyboard. */
-  constructor(number, request, onSelect) {
+  /** `request` is what was sent: `model` and `messages`; `documents` are all that stand in these.
+   * `onSelect(turn, selection)` is told what the user chose with the keyboard. */
+  constructor(number, request, documents, onSelect) {
     this.number = number;
     this.request = request;
+    this.documents = documents;
+    this.citations = null;
     this.content = "";
     this.reasoning = "";
     this.finished = false;
@@ -43,8 +45,9 @@ export class Turn {
     }
   }
 
-  /** Takes over the tokens of an attribution that includes the generated ones. */
-  setTokens(data) {
+  /** Takes over the tokens of an attribution that includes the generated ones, and draws the
+   * citations, if any, into the answer. */
+  setTokens(data, citations = null) {
     this.first = data;
     this.pieces = data.generated.map((row) => row.token ?? "");
     this.tokenIds = data.generated.map((row) => row.token_id);
@@ -56,9 +59,18 @@ export class Turn {
       this.#fill(this.answer, [0, joined.length]);
       this.note.textContent = "Shown as generated: the answer's text does not occur in its tokens.";
     } else {
-      this.#fill(this.answer, [answerAt, answerAt + this.content.length]);
+      this.#fill(this.answer, [answerAt, answerAt + this.content.length], citations?.claims);
+      if (citations) {
+        this.citations = citations;
+        this.answer.after(citations.descriptions, el("h2", { class: "above" }, "Sources"), citations.list);
+      }
     }
     if (thoughtAt >= 0) this.#fill(this.thought, [thoughtAt, thoughtAt + this.reasoning.length]);
+  }
+
+  /** The documents that the question came with. */
+  get sent() {
+    return this.documents.filter(({ message }) => message === this.request.messages.length - 1);
   }
 
   /** Token spans of the reasoning, [] if none is known. */
@@ -97,6 +109,7 @@ export class Turn {
   }
 
   unmark() {
+    this.citations?.pin(null);
     this.legend.hidden = true;
     for (const span of this.spans.values()) {
       span.className = "t";
@@ -121,17 +134,25 @@ export class Turn {
     return first === null ? null : [first, last];
   }
 
-  #fill(part, [start, end]) {
+  /** `claims` are the parts of the text that have elements of their own, in order. */
+  #fill(part, [start, end], claims = []) {
     part.dataset.offset = start;
     part.replaceChildren();
     let at = 0;
     this.pieces.forEach((piece, index) => {
       const text = piece.slice(Math.max(0, start - at), Math.max(0, end - at));
+      const from = Math.max(0, at - start);
       at += piece.length;
       if (!text) return;
-      const span = el("span", { class: "t" }, text);
+      const claim = claims.find(({ range }) => from < range[1] && from + text.length > range[0]);
+      const [first, last] = claim ? claim.range.map((edge) => Math.max(0, edge - from)) : [0, text.length];
+      const span = el("span", { class: "t" }, text.slice(first, last));
       this.spans.set(index, span);
-      part.append(span);
+      // What a token has outside its claim, such as a line break, stands outside.
+      if (first) part.append(text.slice(0, first));
+      if (claim && !part.contains(claim.element)) part.append(...[claim.element, claim.chip].filter(Boolean));
+      (claim?.element ?? part).append(span);
+      if (last < text.length) part.append(text.slice(last));
     });
   }
 
