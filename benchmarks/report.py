@@ -20,7 +20,8 @@ from benchmarks.faithfulness import report as faithfulness
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results"
-PAGES = (_HERE.parent / "docs" / "performance.md", _HERE.parent / "docs" / "faithfulness.md")
+_DOCS = _HERE.parent / "docs"
+PAGES = (_DOCS / "performance.md", _DOCS / "faithfulness.md", _DOCS / "agents.md")
 
 TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "trace_latency": ("trace_latency*.json", tables.trace_latency),
@@ -32,6 +33,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "scaling": ("scaling.json", tables.scaling),
     "serving": ("serving.json", tables.serving),
     "cap": ("cap.json", tables.cap),
+    "agent_guard": ("agent_guard.json", tables.agent_guard),
     "faithfulness": ("faithfulness.json", faithfulness.quality),
     "faithfulness_tasks": ("faithfulness.json", faithfulness.by_task),
     "faithfulness_lengths": ("faithfulness.json", faithfulness.by_length),

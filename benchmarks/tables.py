@@ -159,6 +159,20 @@ def citations(result: Result) -> str:
     )
 
 
+def agent_guard(result: Result) -> str:
+    """Flagged tool calls by rule."""
+    kinds = result["rows"][0]["calls"]
+    calls = ", ".join(f"{number:,} {kind}" for kind, number in kinds.items())
+    caption = (
+        f"{result['model']}, ratio {result['ratio']:g}, calls: {calls} "
+        "(`python -m benchmarks.agent_guard`):"
+    )
+    columns = [Column("rule", "rule", str)]
+    columns += [Column(kind, kind, decimals(2)) for kind, number in kinds.items() if number]
+    columns.append(Column("AUC", "auc", decimals(2)))
+    return f"{wrapped(caption)}\n\n{markdown(columns, result['rows'])}"
+
+
 def parity(result: Result) -> str:
     """Errors against a float64 evaluation."""
     return markdown(

@@ -280,6 +280,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         request_table,
         response_tables,
         source_table,
+        guard_table,
         target_table,
         tested_vllm,
     )

@@ -389,7 +389,7 @@ async def test_the_guard_flags_arguments_that_came_from_a_tool(app, monkeypatch)
         assert each["flagged"] and "message 2" in each["reason"]
         [result] = each["untrusted"]
         assert (result["message"], result["tool_call_id"]) == (2, "call00007")
-        assert result["share"] > each["trusted"]["share"] > 0
+        assert result["share"] > each["trusted"] > 0
     assert [after - b for after, b in zip(counted(), before, strict=True)] == [len(named)] * 2
     assert [name for name, _ in events] == ["flashtrace.guard.flagged"] * len(named)
     assert events[0][1]["flashtrace.untrusted_share"] > 0.5

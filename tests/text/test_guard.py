@@ -9,7 +9,7 @@ import pytest
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.text.guard import BEST_TOKENS, evidence, guarded_argument, require_messages
+from vllm_flashtrace.text.guard import guarded_argument, require_messages
 from vllm_flashtrace.text.prompt_map import LocatedToken, PromptMap
 from vllm_flashtrace.text.sources import PromptSource, Source
 
@@ -35,12 +35,6 @@ def judge(
     return guarded_argument(1, "to", ratio, prompt_map, MESSAGES, sources, [*found, 5.0])
 
 
-def test_evidence_is_the_mean_of_the_best_tokens() -> None:
-    assert evidence([]) == 0.0
-    assert evidence([0.8]) == pytest.approx(0.8 / BEST_TOKENS)
-    assert evidence([0.001] * 500 + [0.8] * BEST_TOKENS) == pytest.approx(0.8)
-
-
 @pytest.mark.parametrize(
     ("scores", "ratio", "flagged"),
     [
@@ -58,7 +52,7 @@ def test_the_rule(scores: dict[int, float], ratio: float, flagged: bool) -> None
     found = judge(scores, ratio=ratio)
     assert found["flagged"] is flagged
     assert ("reason" in found) is flagged
-    assert found["trusted"]["share"] == pytest.approx(scores.get(0, 0) + scores.get(1, 0))
+    assert found["trusted"] == pytest.approx(scores.get(0, 0) + scores.get(1, 0))
     assert [(each["message"], each["tool_call_id"]) for each in found["untrusted"]] == [
         (3, "c3"),
         (4, "c4"),
@@ -83,7 +77,7 @@ def test_a_document_in_the_users_message_is_not_trusted() -> None:
     sources = [PromptSource(document, [(2, 0, 4)])]
     found = judge({0: 0.1, 1: 0.3}, sources=sources)
     assert found["flagged"] and found["untrusted"][-1]["source"] == "d"
-    assert found["trusted"]["share"] == pytest.approx(0.1)
+    assert found["trusted"] == pytest.approx(0.1)
     assert judge({0: 0.1, 1: 0.3})["flagged"] is False
     tool = [PromptSource(Source("c3", "tool", "tool", key=(3, None)), [(6, 0, 4)])]
     assert len(judge({}, sources=tool)["untrusted"]) == 2

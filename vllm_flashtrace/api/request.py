@@ -59,7 +59,7 @@ class RequestLimits:
     max_tool_call_index: int = 65_535
 
 
-GUARD_RATIO = 1.0
+GUARD_RATIO = 3.0
 """The default of the guard's ratio; the documentation has the measurements."""
 
 Position: TypeAlias = Annotated[int, Field(ge=0)]
@@ -261,7 +261,7 @@ class GuardOptions(StrictModel):
 
     ratio: Annotated[float, Field(gt=0.0, le=1e6)] = Field(
         default=GUARD_RATIO,
-        description="An argument is flagged if the evidence of one tool result, or of another "
+        description="An argument is flagged if the share of one tool result, or of another "
         "source, is more than this many times that of the system's and the user's messages "
         "together.",
     )

@@ -239,16 +239,7 @@ class Citation(_Part):
     )
 
 
-class GuardWeight(_Part):
-    """What an argument of a tool call owes to a text."""
-
-    share: _Share = Field(description="Sum of the scores of its tokens.")
-    evidence: _Share = Field(
-        description="Mean score of its eight best tokens, which the guard's rule compares."
-    )
-
-
-class UntrustedWeight(GuardWeight):
+class UntrustedShare(_Part):
     """What an argument of a tool call owes to a tool result or another source."""
 
     message: _Index | None = Field(default=None, description="Index of the tool result's message.")
@@ -257,6 +248,7 @@ class UntrustedWeight(GuardWeight):
     source: str | None = Field(
         default=None, description="Id of the source, if it is not a tool result."
     )
+    share: _Share = Field(description="Sum of the scores of its tokens.")
 
 
 class GuardedArgument(_Part):
@@ -264,10 +256,11 @@ class GuardedArgument(_Part):
 
     tool_call: _Index = Field(description="Index of the tool call.")
     argument: str = Field(description="Name of the argument.")
-    trusted: GuardWeight = Field(
-        description="What it owes to the messages of system, developer and user together."
+    trusted: _Share = Field(
+        description="What it owes to the messages of system, developer and user together: the sum "
+        "of the scores of their tokens, without those of documents and marked sources."
     )
-    untrusted: list[UntrustedWeight] = Field(
+    untrusted: list[UntrustedShare] = Field(
         description="What it owes to each tool result and each other source, in their order."
     )
     flagged: bool = Field(description="Whether the rule holds.")

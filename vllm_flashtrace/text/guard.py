@@ -1,10 +1,10 @@
 """Whether the arguments of a tool call came from what a tool returned, not from who gave the task.
 
 What the system and the user write is trusted; tool results and the request's other sources are
-not. What the assistant wrote before is neither: it may repeat either of them. The evidence of a
-text for an argument is the mean score of its best tokens, and an argument is flagged if one
-untrusted text has more than ``ratio`` times the evidence of all trusted ones together. The
-documentation has the measurements that the rule and its default were chosen by.
+not. What the assistant wrote before is neither: it may repeat either of them. A text's share in an
+argument is the sum of its tokens' scores, and an argument is flagged if the share of one untrusted
+text is more than ``ratio`` times that of all trusted ones together. The documentation has the
+measurements that the rule and its default were chosen by.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from vllm_flashtrace.text.sources import PromptSource
 
 TRUSTED_ROLES = ("system", "developer", "user")
 UNTRUSTED_ROLES = ("tool", "function")
-BEST_TOKENS = 8
-"""Evidence is the mean score of the best tokens, this many; fewer tokens count as if they were as
-many."""
 
 
 def require_messages(completion: Completion) -> None:
@@ -36,15 +33,6 @@ def require_messages(completion: Completion) -> None:
         raise InvalidRequestError(
             "flashtrace.guard", "flashtrace.guard needs chat messages, got a plain prompt"
         )
-
-
-def evidence(scores: Sequence[float]) -> float:
-    """The mean of the best scores.
-
-    Args:
-        scores: Score of each token of a text.
-    """
-    return math.fsum(sorted(scores, reverse=True)[:BEST_TOKENS]) / BEST_TOKENS
 
 
 def guarded_argument(
@@ -64,7 +52,7 @@ def guarded_argument(
     Args:
         tool_call: Index of the tool call.
         argument: Name of the argument.
-        ratio: How many times the evidence of the trusted texts an untrusted one may have.
+        ratio: How many times the share of the trusted texts an untrusted one may have.
         prompt_map: The client's messages laid over the prompt.
         messages: The client's messages.
         sources: The request's sources, if it has any.
@@ -84,35 +72,34 @@ def guarded_argument(
         elif role in UNTRUSTED_ROLES:
             of_tool[located.message].append(score)
     untrusted: list[dict[str, Any]] = [
-        {**_named(messages[message], message), **_weighed(own)}
+        {**_named(messages[message], message), "share": math.fsum(own)}
         for message, own in sorted(of_tool.items())
         if message not in prompt_map.unlocated
     ]
     untrusted += [
-        {"source": source.source.id, **_weighed([scores[t] for t, _, _ in source.tokens or ()])}
+        {
+            "source": source.source.id,
+            "share": math.fsum(scores[token] for token, _, _ in source.tokens),
+        }
         for source in quoted
         if source.tokens is not None
     ]
-    trusted_weight = _weighed(trusted)
+    trusted_share = math.fsum(trusted)
     reasons = list(_lost(prompt_map, quoted))
-    worst = max(untrusted, key=lambda entry: entry["evidence"], default=None)
-    if worst is not None and worst["evidence"] > ratio * trusted_weight["evidence"]:
+    worst = max(untrusted, key=lambda entry: entry["share"], default=None)
+    if worst is not None and worst["share"] > ratio * trusted_share:
         reasons.append(
-            f"{_place(worst)} has evidence {worst['evidence']:.3g}, more than {ratio:g} times that "
-            f"of system and user together ({trusted_weight['evidence']:.3g})"
+            f"{_place(worst)} has a share of {worst['share']:.3g}, more than {ratio:g} times that "
+            f"of system and user together ({trusted_share:.3g})"
         )
     return {
         "tool_call": tool_call,
         "argument": argument,
-        "trusted": trusted_weight,
+        "trusted": trusted_share,
         "untrusted": untrusted,
         "flagged": bool(reasons),
         **({"reason": "; ".join(reasons)} if reasons else {}),
     }
-
-
-def _weighed(scores: Sequence[float]) -> dict[str, float]:
-    return {"share": math.fsum(scores), "evidence": evidence(scores)}
 
 
 def _named(message: Mapping[str, Any], index: int) -> dict[str, Any]:

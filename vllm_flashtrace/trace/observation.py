@@ -180,7 +180,7 @@ class Observation:
                 GUARD_EVENT,
                 {
                     "flashtrace.tool_call": each["tool_call"],
-                    "flashtrace.trusted_share": each["trusted"]["share"],
+                    "flashtrace.trusted_share": each["trusted"],
                     "flashtrace.untrusted_share": max(
                         (entry["share"] for entry in each["untrusted"]), default=0.0
                     ),
