@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from vllm_flashtrace.text.sources import PromptSource
@@ -17,8 +16,8 @@ BEST_TOKENS = 8
 """A source's evidence is the mean score of its best tokens, this many."""
 LEAST_OF_BEST = 0.5
 """A source is cited if its evidence is at least this part of the best one's ..."""
-LEAST_OF_USUAL = 8.0
-"""... and this many times the score of a usual token of the prompt, the median of those above 0."""
+LEAST_EVIDENCE = 0.006
+"""... and this large: its best tokens hold about 5 % of all that went into the target."""
 
 
 def evidence(source: PromptSource, scores: Sequence[float]) -> float:
@@ -42,10 +41,7 @@ def cited(sources: Sequence[PromptSource], scores: Sequence[float]) -> list[int]
         scores: Score of each prompt token for this part.
     """
     known = [evidence(source, scores) for source in sources]
-    counted = [score for score in scores if score > 0]
-    if not known or not counted:
-        return []
-    least = max(LEAST_OF_BEST * max(known), LEAST_OF_USUAL * median(counted))
+    least = max(LEAST_OF_BEST * max(known, default=0.0), LEAST_EVIDENCE)
     numbers = [i for i, each in enumerate(known) if each >= least]
     return sorted(numbers, key=lambda i: (-known[i], i))
 
