@@ -21,12 +21,13 @@ from benchmarks.faithfulness import report as faithfulness
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results"
 _DOCS = _HERE.parent / "docs"
-PAGES = (_DOCS / "performance.md", _DOCS / "faithfulness.md", _DOCS / "agents.md")
+PAGES = tuple(_DOCS / f"{name}.md" for name in ("performance", "faithfulness", "agents", "rag"))
 
 TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "trace_latency": ("trace_latency*.json", tables.trace_latency),
     "hops": ("hops.json", tables.hops),
     "targets": ("targets.json", tables.targets),
+    "citations": ("citations.json", tables.citations),
     "parity": ("parity.json", tables.parity),
     "vs_reference": ("vs_reference.json", tables.vs_reference),
     "per_token": ("vs_reference.json", tables.per_token),

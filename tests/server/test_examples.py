@@ -97,10 +97,12 @@ def test_streaming(tool_server):
 def test_sources_of_a_retrieved_answer(tool_server):
     output = run(tool_server.url, "rag_with_sources.py")
     assert "153" in output
-    rows = re.findall(r"(\w+\.txt) .*?([\d.]+)% .*?([\d.]+)%", output)
-    assert rows[0][0] == "lighthouse.txt"
-    assert float(rows[0][2]) > 50
-    assert sum(float(row[2]) for row in rows) == pytest.approx(100, abs=0.3)
+    rows = re.findall(r"\[(\d)\] (\w+\.txt) .*?([\d.]+)%", output)
+    assert [name for _, name, _ in rows][2] == "lighthouse.txt"
+    shares = {name: float(share) for _, name, share in rows}
+    assert max(shares, key=shares.__getitem__) == "lighthouse.txt"
+    assert sum(shares.values()) == pytest.approx(100, abs=0.3)
+    assert "[3]" in output.partition("Share of the answer")[0]
 
 
 def test_injected_instruction_is_exposed(tool_server):

@@ -179,7 +179,7 @@ class FlashTrace:
         return self._attribute(request, [record], lora_request)[0]
 
     def _parse(
-        self, flashtrace: Mapping[str, Any] | bool, prompts: Sequence[Prompt]
+        self, flashtrace: Mapping[str, Any] | bool, prompts: Sequence[Prompt] = ()
     ) -> FlashTraceRequest:
         value = dict(flashtrace) if isinstance(flashtrace, Mapping) else flashtrace
         request = parse_flashtrace_field(value, self.config.limits)
