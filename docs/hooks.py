@@ -106,7 +106,8 @@ def guard_table() -> str:
     """Options of the guard."""
     from vllm_flashtrace.api.request import GuardOptions
 
-    return _fields_table(GuardOptions.model_json_schema(), with_default=True)
+    schema = GuardOptions.model_json_schema()
+    return f"#### {schema['title']}\n\n{_fields_table(schema, with_default=True)}"
 
 
 def request_limits() -> str:
