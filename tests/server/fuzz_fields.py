@@ -164,6 +164,7 @@ PLAUSIBLE = st.fixed_dictionaries(
             ),
             max_size=5,
         ),
+        "sources": st.sampled_from(["auto", [{"id": "a", "message": 0}]]),
         "verify": st.integers(0, 3),
         "preset": st.sampled_from(["paper", "sources"]),
     },
@@ -193,7 +194,7 @@ FIELDS = st.one_of(
     st.sampled_from(["true", "false", "null"]),
     st.sampled_from(HOSTILE),
     # Equal strategies would count once.
-    *[PLAUSIBLE.map(json.dumps) for _ in range(5)],
+    *[PLAUSIBLE.map(json.dumps) for _ in range(8)],
     schema_fields().map(json.dumps),
     _mutated(),
     _mutated(),
