@@ -132,7 +132,7 @@ def check_attribution(found: dict[str, Any], field: Any) -> None:
         assert described.error.message
         assert described.error.code != "internal_error", described.error.message
     if described.status == "completed":
-        several = isinstance(field, dict) and field.get("targets") is not None
+        several = isinstance(field, dict) and _has_targets(field)
         assert several == (described.targets is not None)
         for result in described.targets or [described]:
             scores = [score.score for score in result.scores or ()]
@@ -173,3 +173,11 @@ def _streamed(route: str, text: str) -> list[list[Any]]:
 
 def _refuse_constant(name: str) -> Any:
     raise AssertionError(f"{name} is not JSON")
+
+
+def _has_targets(field: dict[str, Any]) -> bool:
+    """Whether several parts are explained: citations and the guard ask for it by themselves."""
+    if "targets" in field:
+        return field["targets"] is not None
+    asked = any(field.get(name) not in (None, False) for name in ("citations", "guard"))
+    return asked and "target" not in field

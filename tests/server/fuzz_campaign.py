@@ -139,7 +139,8 @@ class Campaign:
         self.tally["traces"] += 1
         spec = unseal(sealed)
         if isinstance(spec, ScoreSpec):
-            assert 0 <= spec.first_row < spec.length == len(call.prompt["prompt_token_ids"])
+            length = len(call.prompt["prompt_token_ids"])
+            assert 0 <= spec.first_row < spec.length == length, (spec, length)
             return
         assert all(t.weights.weights.sum() > 0 for t in spec.traced_targets())
 

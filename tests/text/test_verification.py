@@ -79,7 +79,6 @@ def test_prompts_are_those_of_chats_without_the_sentences(byte_level, chat, rend
         ("One. Two. Three.", "Three.", "One. Two."),
         ("One.\nTwo. Three.\n", "Two.", "One.\nThree.\n"),
         ("One. Two.\n\nThree.", "Two.", "One.\n\nThree."),
-        ("Only this.", "Only this.", ""),
     ],
 )
 def test_one_separator_is_left(byte_level, content, removed, left):
@@ -88,6 +87,15 @@ def test_one_separator_is_left(byte_level, content, removed, left):
     completion = Completion(ids, answer, " The cat", prompt_text=content)
     found = verify(byte_level, completion, [removed], verify=1)
     assert list(found.texts[1].token_ids) == [*byte_level.encode(left), *answer]
+
+
+def test_a_prompt_of_which_nothing_is_left_is_not_scored(byte_level):
+    ids = byte_level.encode(CODE, add_special_tokens=False)
+    answer = byte_level.encode(" 4821", add_special_tokens=False)
+    found = verify(byte_level, Completion(ids, answer, " 4821", prompt_text=CODE), [CODE])
+    assert found.texts == []
+    [result] = found.results([])
+    assert result["removed"][0]["reason"] == "nothing is left of the prompt without it"
 
 
 def test_templates_that_break_are_named(byte_level, chat, render):

@@ -328,7 +328,10 @@ class _Prompt:
                         "the chat template writes more than this in another way without it"
                     )
                 text = shorter
-        return self._tokens(text, bool(self._special))
+        token_ids = self._tokens(text, bool(self._special))
+        if not token_ids:  # The first generated token would stand behind nothing.
+            raise CannotRemoveError("nothing is left of the prompt without it")
+        return token_ids
 
     def _rendered(self, changes: Mapping[MessageText, str]) -> str:
         completion = self._completion
