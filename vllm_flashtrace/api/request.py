@@ -493,23 +493,14 @@ class FlashTraceRequest(StrictModel):
             known.add(source.id)
         return sources
 
-    @field_validator("citations", mode="before")
+    @field_validator("citations", "guard", mode="before")
     @classmethod
-    def _check_citations(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_switch(cls, value: Any) -> Any:
         if value is None or value is False:
             return None
-        if not (value is True or isinstance(value, (dict, CitationOptions))):
+        if not (value is True or isinstance(value, (dict, StrictModel))):
             raise RefusedError("must be true, false, null or an object")
-        return CitationOptions() if value is True else value
-
-    @field_validator("guard", mode="before")
-    @classmethod
-    def _check_guard(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None or value is False:
-            return None
-        if not (value is True or isinstance(value, (dict, GuardOptions))):
-            raise RefusedError("must be true, false, null or an object")
-        return GuardOptions() if value is True else value
+        return {} if value is True else value
 
     @model_validator(mode="after")
     def _check_verified_targets(self, info: ValidationInfo) -> FlashTraceRequest:

@@ -17,10 +17,9 @@ from typing import Any
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.text.prompt_map import PromptMap
-from vllm_flashtrace.text.sources import PromptSource
+from vllm_flashtrace.text.sources import TOOL_ROLES, PromptSource
 
 TRUSTED_ROLES = ("system", "developer", "user")
-UNTRUSTED_ROLES = ("tool", "function")
 
 
 def require_messages(completion: Completion) -> None:
@@ -69,7 +68,7 @@ def guarded_argument(
         role = prompt_map.roles[located.message]
         if role in TRUSTED_ROLES:
             trusted.append(score)
-        elif role in UNTRUSTED_ROLES:
+        elif role in TOOL_ROLES:
             of_tool[located.message].append(score)
     untrusted: list[dict[str, Any]] = [
         {**_named(messages[message], message), "share": math.fsum(own)}
@@ -115,7 +114,7 @@ def _place(entry: Mapping[str, Any]) -> str:
 
 def _lost(prompt_map: PromptMap, quoted: Sequence[PromptSource]) -> Iterator[str]:
     for message in sorted(prompt_map.unlocated):
-        if prompt_map.roles[message] in UNTRUSTED_ROLES:
+        if prompt_map.roles[message] in TOOL_ROLES:
             yield f"the prompt does not show where message {message}, a tool's result, lies"
     if any(source.tokens is None for source in quoted):
         yield "the prompt does not show where a source lies"

@@ -39,7 +39,8 @@ from vllm_flashtrace.text.sentences import Key, contents, scored_sentences
 
 _FIELD = "flashtrace.sources"
 _REGEX_SECONDS = 0.25
-_TOOL_ROLES = ("tool", "function")
+TOOL_ROLES = ("tool", "function")
+"""Roles of messages that hold what a tool returned."""
 # Where a document of a chat request has its text, by the custom of chat templates.
 _TEXT_KEYS = ("text", "contents", "content", "snippet", "data")
 
@@ -165,7 +166,7 @@ def _tool_results(
     parts = Counter(message for message, _ in texts)
     for key, text in texts.items():
         message = messages[key[0]] if messages else {}
-        if message.get("role") not in _TOOL_ROLES or key in with_documents:
+        if message.get("role") not in TOOL_ROLES or key in with_documents:
             continue
         given = message.get("tool_call_id")
         name = given if isinstance(given, str) and given else f"message-{key[0]}"
