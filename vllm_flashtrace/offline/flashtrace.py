@@ -19,6 +19,7 @@ from vllm_flashtrace.offline.engine import (
     stop_engine,
 )
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
+from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.plan import plan_targets
 from vllm_flashtrace.text.sources import find_sources
 from vllm_flashtrace.text.tool_calls import call_arguments
@@ -132,8 +133,6 @@ class FlashTrace:
         given = as_prompts(prompts)
         request = self._parse(flashtrace, given)
         chat_args["lora_request"] = lora_request
-        for prompt in given:
-            find_sources(request, Completion((), (), "", **texts_of(prompt)))
         completions = self._complete(given, sampling_params, chat_args)
         return self._attribute(request, completions, lora_request)
 
@@ -175,7 +174,6 @@ class FlashTrace:
             text=text,
             **texts_of(prompt),
         )
-        find_sources(request, record)
         return self._attribute(request, [record], lora_request)[0]
 
     def _parse(
@@ -189,12 +187,16 @@ class FlashTrace:
             raise InvalidRequestError(
                 "flashtrace.mode", "flashtrace.mode 'deferred' needs a server, got it offline"
             )
-        if request.guard is not None:
-            needed = None if all(map(is_chat, prompts)) else "chat messages, got a plain prompt"
-            if not self._reads_tool_calls:
-                needed = "FlashTrace(tool_call_parser=...), got none"
-            if needed is not None:
-                raise InvalidRequestError("flashtrace.guard", f"flashtrace.guard needs {needed}")
+        if request.guard is not None and not self._reads_tool_calls:
+            raise InvalidRequestError(
+                "flashtrace.guard",
+                "flashtrace.guard needs FlashTrace(tool_call_parser=...), got none",
+            )
+        for prompt in prompts:
+            known = Completion((), (), "", **texts_of(prompt))
+            if request.guard is not None:
+                require_messages(known)
+            find_sources(request, known)
         return request
 
     def _complete(
