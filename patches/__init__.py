@@ -15,6 +15,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``model_runner_v1``     | all      | four methods of the V1 model runner             |
 | ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
 | ``output_handler``      | all      | a stopped server's requests in flight end       |
+| ``port_owner``          | all      | a stopping server waits for its connections     |
 | ``prefix_cache``        | all      | how far a trace request may hit the cache       |
 | ``scheduler_share``     | all      | how much of a step trace prefills may take      |
 | ``trace_results``       | all      | results of traces go to the API server          |
@@ -68,6 +69,7 @@ def _modules() -> list[ModuleType]:
         model_load,
         model_runner_v1,
         output_handler,
+        port_owner,
         prefix_cache,
         scheduler_share,
         trace_results,
@@ -82,6 +84,7 @@ def _modules() -> list[ModuleType]:
         model_load,
         model_runner_v1,
         output_handler,
+        port_owner,
         prefix_cache,
         scheduler_share,
         trace_results,

@@ -72,6 +72,7 @@ def test_kill_switch(run: Run) -> None:
         "model_load",
         "model_runner_v1",
         "output_handler",
+        "port_owner",
         "prefix_cache",
         "scheduler_share",
         "worker_rpc",
