@@ -83,7 +83,7 @@ def default_kv_cache_bytes(workers: int = 1) -> int | None:
     """
     if not is_cpu_build() or os.environ.get(_KV_CACHE_SPACE):
         return None
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     available: int = psutil.virtual_memory().available
     return min(4 * _GIB, available // 4) // max(1, workers)

@@ -17,7 +17,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from vllm_flashtrace.base.errors import FlashTraceError, in_one_line
 from vllm_flashtrace.base.process import (

@@ -156,7 +156,7 @@ class AccumulatorBudget:
 
 def part_of_memory() -> int:
     """The default limit where accumulators live in the machine's memory, a sixteenth of it."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     total: int = psutil.virtual_memory().total
     return total // _DEFAULT_PART_OF_MEMORY
