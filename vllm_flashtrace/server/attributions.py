@@ -38,9 +38,8 @@ from vllm_flashtrace.server.http_errors import (
     not_found_response,
 )
 from vllm_flashtrace.server.large_objects import BYTES, JSON, as_response, carried
-from vllm_flashtrace.server.session import Attribution, TraceService, new_trace_id
+from vllm_flashtrace.server.session import Attribution, TraceService, check_sources, new_trace_id
 from vllm_flashtrace.text.guard import require_messages
-from vllm_flashtrace.text.sources import check_written, find_sources
 
 router = APIRouter(route_class=OpenAIErrorRoute)
 
@@ -236,7 +235,7 @@ async def _attribute(
         return text
     if flashtrace.guard is not None:
         require_messages(text.completion)
-    _check(text, flashtrace, state.vllm_config.model_config.max_model_len)
+    await _check(text, flashtrace, state.vllm_config.model_config.max_model_len)
     result = await service.attribute(
         flashtrace,
         text.completion,
@@ -281,7 +280,7 @@ def _handler(handler: Any) -> Any:
     return handler
 
 
-def _check(text: ExistingText, flashtrace: FlashTraceRequest, max_model_len: int) -> None:
+async def _check(text: ExistingText, flashtrace: FlashTraceRequest, max_model_len: int) -> None:
     """Refuses what the text makes impossible.
 
     Raises:
@@ -296,5 +295,4 @@ def _check(text: ExistingText, flashtrace: FlashTraceRequest, max_model_len: int
             f"{max_model_len}",
         )
     check_against_limit(flashtrace, len(text.completion.generated_token_ids))
-    sources = find_sources(flashtrace, text.completion)
-    check_written(sources, text.completion.messages, text.render)
+    await check_sources(flashtrace, text.completion, text.render)

@@ -43,7 +43,7 @@ class TracedMessages(TracedHandler, AnthropicServingMessages):
         """Serves a message; see :meth:`TracedHandler.serve`."""
         return await self.serve("create_messages", request, raw_request)
 
-    def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
+    async def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """A copy that notes the chat request that vLLM makes of the request."""
         refuse_citations(flashtrace, "/v1/messages", forms=True)
         handler = _RecordingMessages(self._stock, flashtrace)
@@ -81,7 +81,7 @@ class _RecordingMessages(AnthropicServingMessages):
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
         require_tool_calls(self._flashtrace, self.parser_cls, request)
-        facts = chat_facts(self, request, self._flashtrace, documents_of_request())
+        facts = await chat_facts(self, request, self._flashtrace, documents_of_request())
         self._facts = dataclasses.replace(facts, route="/v1/messages")
         return await super().create_chat_completion(request, raw_request)
 

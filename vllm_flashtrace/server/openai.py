@@ -36,10 +36,10 @@ class TracedChat(TracedHandler, OpenAIServingChat):
         """Serves a chat request; see :meth:`TracedHandler.serve`."""
         return await self.serve("create_chat_completion", request, raw_request)
 
-    def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
+    async def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """A recording copy, with what the request says of its completions."""
         require_tool_calls(flashtrace, self.parser_cls, request)
-        facts = chat_facts(self._stock, request, flashtrace)
+        facts = await chat_facts(self._stock, request, flashtrace)
         return recording_copy(self._stock, facts, self._service)
 
     async def attach(self, response: Any, session: TraceSession) -> Any:
@@ -66,7 +66,7 @@ class TracedCompletion(TracedHandler, OpenAIServingCompletion):
         """Serves a completion request; see :meth:`TracedHandler.serve`."""
         return await self.serve("create_completion", request, raw_request)
 
-    def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
+    async def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """A recording copy, with what the request says of its completions."""
         require_tool_calls(flashtrace)
         refuse_citations(flashtrace, "/v1/completions")
@@ -78,7 +78,7 @@ class TracedCompletion(TracedHandler, OpenAIServingCompletion):
             generates=not (request.echo and request.max_tokens == 0),
             route="/v1/completions",
         )
-        facts.check_sources()
+        await facts.check_sources()
         return recording_copy(self._stock, facts, self._service)
 
     def attach_to_stream(
@@ -88,7 +88,7 @@ class TracedCompletion(TracedHandler, OpenAIServingCompletion):
         return with_attributions(events, session(), text_choice)
 
 
-def chat_facts(
+async def chat_facts(
     handler: OpenAIServingChat,
     request: Any,
     flashtrace: FlashTraceRequest,
@@ -114,7 +114,7 @@ def chat_facts(
         reasoning_parser=make_reasoning_parser(handler, request),
         documents=[*documents, *chat_documents(request.documents)],
     )
-    facts.check_sources()
+    await facts.check_sources()
     return facts
 
 

@@ -36,9 +36,13 @@ from vllm_flashtrace.server.rendering import (
     render_with,
     require_tool_calls,
 )
-from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
+from vllm_flashtrace.server.session import (
+    RequestFacts,
+    TraceService,
+    TraceSession,
+    check_sources,
+)
 from vllm_flashtrace.server.traced_handler import Recording, TracedHandler
-from vllm_flashtrace.text.sources import find_sources
 
 
 class TracedResponses(TracedHandler, OpenAIServingResponses):
@@ -48,7 +52,7 @@ class TracedResponses(TracedHandler, OpenAIServingResponses):
         """Serves a response; see :meth:`TracedHandler.serve`."""
         return await self.serve("create_responses", request, raw_request)
 
-    def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
+    async def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """A copy that notes what vLLM makes of the request while it renders it."""
         if request.background:
             raise InvalidRequestError(
@@ -144,7 +148,8 @@ class _RecordingResponses(OpenAIServingResponses):
         """Notes what is rendered, and how; vLLM may rewrite the messages while it renders."""
         check_messages(messages, "input")
         self._messages = copied_messages(messages)
-        find_sources(self._flashtrace, Completion((), (), "", messages=self._messages))
+        known = Completion((), (), "", messages=self._messages)
+        await check_sources(self._flashtrace, known)
         defaults = merge_kwargs(default_template_kwargs, {"tools": tool_dicts, "tokenize": False})
         params = request.build_chat_params(
             default_template, default_template_content_format

@@ -26,8 +26,9 @@ from vllm_flashtrace.base.records import Completion, Document
 from vllm_flashtrace.server.deferred import DeferredAttributions
 from vllm_flashtrace.server.large_objects import Carried, carried, plain
 from vllm_flashtrace.server.recording_client import RecordedPrompt
+from vllm_flashtrace.text.prompt_texts import Render
 from vllm_flashtrace.text.sources import check_written, find_sources
-from vllm_flashtrace.trace.tracer import AsyncTracer, EngineContext
+from vllm_flashtrace.trace.tracer import AsyncTracer, EngineContext, in_text_thread
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY
 
 Attribution = dict[str, Any]
@@ -187,17 +188,36 @@ class RequestFacts:
     route: str = "/v1/chat/completions"
     documents: Sequence[Document] = ()
 
-    def check_sources(self) -> None:
+    async def check_sources(self) -> None:
         """Refuses sources that the messages or the prompts do not hold, before the generation.
 
         Raises:
             InvalidRequestError: Naming the source.
         """
-        if self.flashtrace.sources is None:
-            return
         for prompt_text in (None,) if self.messages is not None else self.prompt_texts:
             known = Completion((), (), "", prompt_text, self.messages, self.documents)
-            check_written(find_sources(self.flashtrace, known), known.messages, self.render)
+            await check_sources(self.flashtrace, known, self.render)
+
+
+async def check_sources(
+    request: FlashTraceRequest, completion: Completion, render: Render | None = None
+) -> None:
+    """Refuses sources that a text does not hold; in a thread, for a separator may take its time.
+
+    Args:
+        request: The client's options.
+        completion: The completion, or what is known of it before it is generated.
+        render: Renders messages as the prompt was rendered; documents are looked for in it.
+
+    Raises:
+        InvalidRequestError: Naming the source.
+    """
+
+    def check() -> None:
+        check_written(find_sources(request, completion), completion.messages, render)
+
+    if request.sources is not None:
+        await in_text_thread(check)
 
 
 @dataclass(frozen=True, slots=True)

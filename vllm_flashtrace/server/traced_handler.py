@@ -68,7 +68,7 @@ class TracedHandler:
             flashtrace = self._service.parse_request(request, value)
             if flashtrace is None:
                 return await getattr(self._stock, method)(request, raw_request)
-            recording = self.record(request, flashtrace)
+            recording = await self.record(request, flashtrace)
             response = await getattr(recording.handler, method)(request, raw_request)
         except InvalidRequestError as error:
             return error_response(error)
@@ -79,7 +79,7 @@ class TracedHandler:
         return await self.attach(response, recording.session())
 
     @abstractmethod
-    def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
+    async def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """Makes the handler for one traced request.
 
         Raises:

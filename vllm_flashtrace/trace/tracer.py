@@ -245,7 +245,7 @@ class AsyncTracer:
 
         self._planning += 1
         try:
-            return await _in_text_thread(timed)
+            return await in_text_thread(timed)
         finally:
             self._planning -= 1
 
@@ -284,7 +284,7 @@ class AsyncTracer:
                 cache_details=self._cache_details,
                 as_tensors=large,
             )
-            result = await _in_text_thread(lambda: build(plans, usage, trace_id))
+            result = await in_text_thread(lambda: build(plans, usage, trace_id))
             if large:
                 result = LargeAttribution(result, partial(self._results.leave, nbytes))
             return result, usage
@@ -436,7 +436,7 @@ class AsyncTracer:
         limit.reschedule(None if ends is None else ends + _RESULT_SECONDS)
         try:
             async with asyncio.timeout_at(ends):
-                verification = await _in_text_thread(lambda: make())
+                verification = await in_text_thread(lambda: make())
                 for number, text in enumerate(verification.texts):
                     name = f"{trace_id}-score{number}"
                     with watch.scoring(text) as span:
@@ -472,7 +472,7 @@ async def _take(call: TraceCall, usage: TraceUsage, report: TraceReport, seconds
         await asyncio.to_thread(take_report, call, usage, report, seconds)
 
 
-async def _in_text_thread(work: Callable[[], T]) -> T:
+async def in_text_thread(work: Callable[[], T]) -> T:
     """Runs ``work`` after what others have asked for; never begins it once the caller has left."""
 
     def politely() -> T:
