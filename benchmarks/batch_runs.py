@@ -33,7 +33,7 @@ ENGINE_OPTIONS = (
     "--max-model-len=512",
     "--enforce-eager",
     "--dtype=float32",
-    f"--kv-cache-memory-bytes={128 << 20}",
+    f"--kv-cache-memory-bytes={32 << 20}",
 )
 _POLL_SECONDS = 0.05
 # Fields of an answer that differ from run to run by their nature.

@@ -24,7 +24,7 @@ from benchmarks.tables import emit
 ENGINE_OPTIONS = {
     "enforce_eager": False,
     "max_model_len": 1024,
-    "kv_cache_memory_bytes": 256 << 20,
+    "kv_cache_memory_bytes": 64 << 20,
 }
 
 

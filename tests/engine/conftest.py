@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.harness import Engine
+from tests.engine.harness import SMOLLM2_KV_BYTES, Engine
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.commands.demo import FILLER
 
@@ -16,7 +16,11 @@ from vllm_flashtrace.commands.demo import FILLER
 @pytest.fixture(scope="package")
 def smollm2(smollm2_folder: Path) -> Iterator[Engine]:
     """SmolLM2 in float32, eager, with prefix caching."""
-    engine = Engine(smollm2_folder, "SmolLM2, float32, eager: real weights")
+    engine = Engine(
+        smollm2_folder,
+        "SmolLM2, float32, eager: real weights",
+        kv_cache_memory_bytes=SMOLLM2_KV_BYTES,
+    )
     yield engine
     engine.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.engine.harness import Engine, TraceJob, relative_l1, top_overlap
+from tests.engine.harness import SMOLLM2_KV_BYTES, Engine, TraceJob, relative_l1, top_overlap
 from vllm_flashtrace.core.weights import TargetWeights
 
 
@@ -13,7 +13,13 @@ def test_bfloat16_against_float32(
 ) -> None:
     job = TraceJob(trace_tokens[:160], TargetWeights.from_spans([(130, 160)]))
     reference = smollm2.trace(job).scores
-    engine = Engine(smollm2_folder, "bfloat16", in_process=True, dtype="bfloat16")
+    engine = Engine(
+        smollm2_folder,
+        "bfloat16",
+        in_process=True,
+        dtype="bfloat16",
+        kv_cache_memory_bytes=SMOLLM2_KV_BYTES,
+    )
     try:
         cold = engine.trace(job).scores  # the whole trace in one step
         scores = engine.trace(job).scores  # what the prefix cache does not hold

@@ -47,6 +47,7 @@ def engine(model: tuple[Path, list[str], list[int]]) -> Iterator[Engine]:
         in_process=True,
         skip_tokenizer_init=True,
         disable_hybrid_kv_cache_manager=True,
+        kv_cache_memory_bytes=512 << 20,
     )
     yield engine
     engine.close()

@@ -57,7 +57,12 @@ def test_parity(folder: Path) -> None:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer.encode(text, add_special_tokens=False)
     # One after the other: each takes 7 GB.
-    engine = Engine(folder, "Qwen2.5-Coder-1.5B, float32: real weights", in_process=True)
+    engine = Engine(
+        folder,
+        "Qwen2.5-Coder-1.5B, float32: real weights",
+        in_process=True,
+        kv_cache_memory_bytes=512 << 20,
+    )
     try:
         token_ids = prompt + engine.generate(prompt, 12)
         weights = TargetWeights.from_spans([(len(prompt), len(token_ids))])

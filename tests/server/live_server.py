@@ -28,7 +28,7 @@ OPTIONS = [
     "--dtype=float32",
     "--max-model-len=2048",
     "--max-num-seqs=8",
-    "--kv-cache-memory-bytes=1G",
+    "--kv-cache-memory-bytes=384M",
     "--disable-uvicorn-access-log",
     "--host=127.0.0.1",
 ]

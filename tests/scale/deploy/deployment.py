@@ -29,7 +29,7 @@ OPTIONS = (
     "--dtype=float32",
     "--max-model-len=2048",
     "--max-num-seqs=8",
-    "--kv-cache-memory-bytes=100M",
+    "--kv-cache-memory-bytes=32M",
     UNI,
 )
 
