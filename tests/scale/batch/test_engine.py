@@ -1,23 +1,32 @@
-"""The command on a real engine, killed and run again.
+"""The command on a real engine, killed and run again, against a run that nothing interrupts.
 
-Three engines start, each in a run of the command that has a Ray of its own, which is what a kill
-ends: the uninterrupted run that the others are compared with, the run that is killed, and the one
-that goes on from there.
+Three engines start: that of the run that is killed and of the one that goes on from there, each in
+a run of the command that has a Ray of its own, which is what a kill ends; and the one that answers
+the same rows in one process, without Ray.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.batch_runs import Batch, difference, malformed, requests, results, write_lines
+from benchmarks.batch_runs import (
+    ENGINE_OPTIONS,
+    Batch,
+    difference,
+    malformed,
+    requests,
+    results,
+    write_lines,
+)
 from tests import engine_starts
 from tests.cores import MULTIPROCESSING
+from tests.forked import run_forked
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(1800)
@@ -46,15 +55,24 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def whole(batch: Batch) -> dict[str, dict[str, Any]]:
-    """What an uninterrupted run gives."""
-    run_to_the_end(batch, "a batch that nothing interrupts")
-    return results(batch.output)
+def killed(batch: Batch) -> int:
+    """Kills a run of the command; how many rows are on disk then."""
+    engine_starts.note("a batch that is killed")
+    run = batch.start()
+    run.wait_for_rows(8, SECONDS)
+    engines = run.kill()
+    assert engines
+    assert psutil.wait_procs(engines, timeout=120)[1] == []
+    return run.rows()
 
 
-def run_to_the_end(batch: Batch, reason: str) -> None:
-    """Its engine is in the replica's own process, which starts in a third of the time."""
-    engine_starts.note(reason)
+@pytest.fixture(scope="module")
+def finished(batch: Batch, killed: int) -> dict[str, dict[str, Any]]:
+    """What the command gives that goes on from there.
+
+    Its engine is in the replica's own process, which starts in a third of the time.
+    """
+    engine_starts.note("a batch that goes on after a kill")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MULTIPROCESSING, "0")
         run = batch.start()
@@ -63,11 +81,14 @@ def run_to_the_end(batch: Batch, reason: str) -> None:
     finally:
         if run.process.poll() is None:
             run.kill()
+    return results(batch.output)
 
 
-def test_every_row_is_answered_or_refused(batch: Batch, whole: dict[str, dict[str, Any]]) -> None:
-    assert len(whole) == ROWS + BAD
-    errors = [record for record in whole.values() if record["error"] is not None]
+def test_every_row_is_answered_or_refused(
+    batch: Batch, finished: dict[str, dict[str, Any]]
+) -> None:
+    assert len(finished) == ROWS + BAD
+    errors = [record for record in finished.values() if record["error"] is not None]
     assert len(errors) == BAD
     rows = pq.read_table(batch.output / "results.parquet").to_pylist()
     assert len(rows) == ROWS + BAD + 1  # One row has two choices.
@@ -84,19 +105,15 @@ def test_every_row_is_answered_or_refused(batch: Batch, whole: dict[str, dict[st
     assert not (batch.output / "parts").exists()
 
 
-def test_killed_runs_end_as_an_uninterrupted_one(
-    batch: Batch, whole: dict[str, dict[str, Any]]
+def test_a_killed_run_ends_as_one_that_nothing_interrupts(
+    batch: Batch, killed: int, finished: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    killed = replace(batch, output=batch.output.with_name("killed"))
-    engine_starts.note("a batch that is killed")
-    run = killed.start()
-    run.wait_for_rows(8, SECONDS)
-    engines = run.kill()
-    assert engines
-    assert psutil.wait_procs(engines, timeout=120)[1] == []
-    before = run.rows()
-    assert 8 <= before < ROWS + BAD
-    run_to_the_end(killed, "a batch that goes on after a kill")
-    unequal, distance = difference(whole, results(killed.output))
+    assert 8 <= killed < ROWS + BAD
+    engine_starts.note("a batch that nothing interrupts (in one process)")
+    paths = map(str, (batch.input, tmp_path / "out", batch.model))
+    command = ["-m", "tests.scale.batch.without_ray", *paths, str(batch.batch_size), "--"]
+    status, output = run_forked([*command, *ENGINE_OPTIONS], tmp_path / "log", SECONDS)
+    assert status == 0, output
+    unequal, distance = difference(results(tmp_path / "out"), finished)
     assert unequal == 0
     assert distance < 1e-3
