@@ -96,6 +96,7 @@ class Run:
 
     def kill(self) -> list[psutil.Process]:
         """SIGKILL to the whole process group; returns its engines' processes."""
+        self.process.send_signal(signal.SIGSTOP)  # It would end replicas that have no more to do.
         engines = [one for actor in self.replicas() for one in engine_processes(actor)]
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

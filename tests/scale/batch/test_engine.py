@@ -38,7 +38,7 @@ SECONDS = 800.0
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     folder = tmp_path_factory.mktemp("batch")
-    lines = [json.dumps(request) for request in requests(ROWS - 5, tokens=16)]
+    lines = [json.dumps(request) for request in requests(ROWS - 5, tokens=48)]
     greedy = {"prompt": "The key", "max_tokens": 4, "temperature": 0}
     plain: list[dict[str, Any]] = [
         {"prompt": "The train leaves at seven", "max_tokens": 4, "n": 2, "seed": 1},
