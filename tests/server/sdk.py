@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import anthropic
+import cohere
+import httpx
 import httpx2
 import openai
 
@@ -19,6 +21,12 @@ def anthropic_client(app: App) -> anthropic.AsyncAnthropic:
     return anthropic.AsyncAnthropic(
         base_url="http://test", api_key="none", max_retries=0, http_client=_transport(app)
     )
+
+
+def cohere_client(app: App) -> cohere.AsyncClientV2:
+    transport = httpx.ASGITransport(app=app.app, raise_app_exceptions=False)
+    client = httpx.AsyncClient(transport=transport)
+    return cohere.AsyncClientV2("none", base_url="http://test/cohere", httpx_client=client)
 
 
 def _transport(app: App) -> httpx2.AsyncClient:

@@ -54,7 +54,7 @@ def cited_message(message: ChatMessage, citations: Citations, form: str) -> Cite
 def message_fields(citations: Citations, form: str) -> dict[str, Any]:
     """What a chat message, or the delta of a streamed one, has for its citations."""
     if form == "cohere":
-        return {"citations": list(_cohere(citations))}
+        return {"citations": list(cohere_citations(citations))}
     return {"annotations": list(_url_citations(citations))}
 
 
@@ -133,15 +133,20 @@ def anthropic_citations(citations: Citations) -> Iterator[dict[str, Any]]:
         }
 
 
-def _cohere(citations: Citations) -> Iterator[dict[str, Any]]:
-    """Citations of Cohere's chat, version 2."""
+def cohere_citations(citations: Citations, content_index: int = 0) -> Iterator[dict[str, Any]]:
+    """Citations of Cohere's chat, version 2.
+
+    Args:
+        citations: The citations.
+        content_index: Number of the content block that holds the text.
+    """
     for citation in citations:
         yield {
             "start": citation["start"],
             "end": citation["end"],
             "text": citation["text"],
             "type": "TEXT_CONTENT",
-            "content_index": 0,
+            "content_index": content_index,
             "sources": [_cohere_source(source) for source in citation["sources"]],
         }
 

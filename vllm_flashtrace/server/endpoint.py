@@ -104,7 +104,6 @@ _REFUSING = (
         "create_batch_chat_completion",
         "/v1/chat/completions/batch",
     ),
-    ("cohere_serving_chat_v2", "create_chat_v2", "/cohere/v2/chat"),
     ("serving_tokens", "serve_tokens", "/inference/v1/generate"),
     ("serving_generative_scoring", "create_generative_scoring", "/generative_scoring"),
     ("serving_structured_decisions", "create_decision", "/v1/systemone"),
@@ -118,7 +117,12 @@ def replace_handlers(state: Any, service: TraceService) -> None:
         state: ``app.state``, with all of vLLM's handlers in place.
         service: Attribution service of this process.
     """
-    for attribute, traced in _TRACED.items():
+    traced_handlers = dict(_TRACED)
+    if getattr(state, "cohere_serving_chat_v2", None) is not None:
+        from vllm_flashtrace.server.cohere_chat import TracedCohereChat  # Needs Cohere's package.
+
+        traced_handlers["cohere_serving_chat_v2"] = TracedCohereChat
+    for attribute, traced in traced_handlers.items():
         stock = getattr(state, attribute, None)
         if stock is not None:
             setattr(state, attribute, traced(stock, service))
@@ -157,6 +161,7 @@ _DESCRIBED_ROUTES = (
     "/v1/completions",
     "/v1/responses",
     "/v1/messages",
+    "/cohere/v2/chat",
     "/v1/attributions",
 )
 

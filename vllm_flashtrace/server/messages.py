@@ -10,7 +10,6 @@ Written against vLLM 0.32.0: ``AnthropicServingMessages`` is a chat handler that
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -22,11 +21,10 @@ from vllm_flashtrace.api.request import FlashTraceRequest, refuse_citations
 from vllm_flashtrace.server.anthropic_documents import documents_of_request
 from vllm_flashtrace.server.citation_forms import cited_blocks
 from vllm_flashtrace.server.large_objects import Carried
-from vllm_flashtrace.server.openai import chat_facts
-from vllm_flashtrace.server.rendering import require_tool_calls
-from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
+from vllm_flashtrace.server.openai import RecordedChat
+from vllm_flashtrace.server.session import TraceSession
 from vllm_flashtrace.server.streams import with_attribution_of_message
-from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, recording_client
+from vllm_flashtrace.server.traced_handler import Recording, TracedHandler
 
 
 class MessageWithAttribution(AnthropicMessagesResponse):
@@ -46,7 +44,9 @@ class TracedMessages(TracedHandler, AnthropicServingMessages):
     async def record(self, request: Any, flashtrace: FlashTraceRequest) -> Recording:
         """A copy that notes the chat request that vLLM makes of the request."""
         refuse_citations(flashtrace, "/v1/messages", forms=True)
-        handler = _RecordingMessages(self._stock, flashtrace)
+        handler = _RecordingMessages(
+            self._stock, flashtrace, "/v1/messages", documents_of_request()
+        )
         return Recording(handler, lambda: handler.session(self._service))
 
     async def attach(self, response: Any, session: TraceSession) -> MessageWithAttribution:
@@ -70,22 +70,5 @@ class TracedMessages(TracedHandler, AnthropicServingMessages):
         return with_attribution_of_message(events, session())
 
 
-class _RecordingMessages(AnthropicServingMessages):
+class _RecordingMessages(RecordedChat, AnthropicServingMessages):
     """The stock handler for one traced request."""
-
-    def __init__(self, stock: AnthropicServingMessages, flashtrace: FlashTraceRequest) -> None:
-        self.__dict__.update(vars(stock))
-        self._flashtrace = flashtrace
-        self._facts: RequestFacts | None = None
-        self.engine_client: Any = recording_client(stock.engine_client, flashtrace)
-
-    async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
-        require_tool_calls(self._flashtrace, self.parser_cls, request)
-        facts = await chat_facts(self, request, self._flashtrace, documents_of_request())
-        self._facts = dataclasses.replace(facts, route="/v1/messages")
-        return await super().create_chat_completion(request, raw_request)
-
-    def session(self, service: TraceService) -> TraceSession:
-        """The traces of the request, once it has been given to the engine."""
-        assert self._facts is not None
-        return TraceSession(service, self._facts, self.engine_client.prompts)

@@ -7,6 +7,7 @@ prompt, in prompt order, before they return.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -23,9 +24,14 @@ from vllm_flashtrace.server.rendering import (
     make_render,
     require_tool_calls,
 )
-from vllm_flashtrace.server.session import RequestFacts, TraceSession
+from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
 from vllm_flashtrace.server.streams import chat_choice, text_choice, with_attributions
-from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, recording_copy
+from vllm_flashtrace.server.traced_handler import (
+    Recording,
+    TracedHandler,
+    recording_client,
+    recording_copy,
+)
 from vllm_flashtrace.text.sources import chat_documents
 
 
@@ -86,6 +92,52 @@ class TracedCompletion(TracedHandler, OpenAIServingCompletion):
     ) -> AsyncGenerator[Any, None]:
         """One more chunk per choice."""
         return with_attributions(events, session(), text_choice)
+
+
+class RecordedChat(OpenAIServingChat):
+    """Notes what a handler of another form asks of the chat handler that it derives from.
+
+    A base of a handler's copy for one traced request, before the stock class, which answers it by
+    its own ``create_chat_completion``.
+    """
+
+    def __init__(
+        self,
+        stock: OpenAIServingChat,
+        flashtrace: FlashTraceRequest,
+        route: str,
+        documents: Sequence[Document],
+    ) -> None:
+        """Takes over the attributes of ``stock``.
+
+        Args:
+            stock: vLLM's handler.
+            flashtrace: The validated field of the request.
+            route: Route of the request.
+            documents: Documents of the request that the chat request does not name.
+        """
+        self.__dict__.update(vars(stock))
+        self._flashtrace = flashtrace
+        self._route = route
+        self._documents = documents
+        self._facts: RequestFacts | None = None
+        self.engine_client: Any = recording_client(stock.engine_client, flashtrace)
+
+    async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
+        """Serves the chat request that vLLM made of the request.
+
+        Raises:
+            InvalidRequestError: It cannot be traced as asked.
+        """
+        require_tool_calls(self._flashtrace, self.parser_cls, request)
+        facts = await chat_facts(self, request, self._flashtrace, self._documents)
+        self._facts = dataclasses.replace(facts, route=self._route)
+        return await super().create_chat_completion(request, raw_request)
+
+    def session(self, service: TraceService) -> TraceSession:
+        """The traces of the request, once it has been given to the engine."""
+        assert self._facts is not None
+        return TraceSession(service, self._facts, self.engine_client.prompts)
 
 
 async def chat_facts(

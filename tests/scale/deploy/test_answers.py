@@ -44,6 +44,17 @@ def test_a_whole_answer_of_messages_is_anthropics_error():
     assert answer["error"]["message"] == "gone"
 
 
+def test_answers_of_coheres_chat_are_coheres_errors():
+    _, body = whole_answer("/cohere/v2/chat", "replica_lost", "gone")
+    assert json.loads(body["body"]) == {"message": "gone"}
+    [(_, end), done] = events(end_of_stream("/cohere/v2/chat", "replica_lost", "gone")["body"])
+    assert json.loads(end) == {
+        "type": "message-end",
+        "delta": {"error": "gone", "finish_reason": "ERROR"},
+    }
+    assert done == (None, "[DONE]")
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_a_stream_ends_with_the_error_and_done(path):
     message = end_of_stream(path, "replica_lost", "gone")

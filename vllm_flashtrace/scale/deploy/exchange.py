@@ -86,6 +86,8 @@ def error_body(path: str, code: str, message: str) -> dict[str, Any]:
     """The body of an HTTP 503 in the form of ``path``'s interface."""
     if path.startswith("/v1/messages"):
         return {"type": "error", "error": {"type": _TYPE, "code": code, "message": message}}
+    if path.startswith("/cohere/"):
+        return {"message": message}
     error = {"message": message, "type": _TYPE, "param": None, "code": code}
     return {"error": error}
 
@@ -122,7 +124,10 @@ def end_of_stream(path: str, code: str, message: str) -> Message:
     elif path.startswith("/v1/messages"):
         text = f"event: error\ndata: {json.dumps(error_body(path, code, message))}\n\n"
     else:
-        text = f"data: {json.dumps(error_body(path, code, message))}\n\ndata: [DONE]\n\n"
+        last: dict[str, Any] = error_body(path, code, message)
+        if path.startswith("/cohere/"):
+            last = {"type": "message-end", "delta": {"error": message, "finish_reason": "ERROR"}}
+        text = f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n"
     return {"type": "http.response.body", "body": text.encode(), "more_body": False}
 
 
