@@ -118,14 +118,16 @@ class Engine:
     def trace_many(
         self, jobs: Sequence[TraceJob], decoding: Sequence[Sequence[int]] = (), new_tokens: int = 32
     ) -> list[TraceReport]:
-        """Runs traces in one batch; ``decoding`` prompts generate in the same steps."""
+        """Runs traces in one batch; ``decoding`` prompts, which come first, generate beside them.
+
+        The engine holds still until it has all of them, so that what is computed together does not
+        depend on how fast they come.
+        """
         specs = [self._spec(job) for job in jobs]
         engine = self.llm.llm_engine
+        self.llm.sleep(level=0)
         for prompt in decoding:
             engine.add_request(self._id(), self._prompt(prompt), self._generate(new_tokens))
-        started: set[str] = set()
-        while len(started) < len(decoding):  # so that they decode beside the traces
-            started |= {out.request_id for out in engine.step() if out.outputs[0].token_ids}
         for job, spec in zip(jobs, specs, strict=True):
             request_id = self._id()
             self._nonces[request_id] = spec.nonce
@@ -135,6 +137,7 @@ class Engine:
                 self._record(spec),
                 lora_request=job.lora_request,
             )
+        self.llm.wake_up(tags=["scheduling"])
         self.run()
         return [self.collect(spec.nonce) for spec in specs]
 

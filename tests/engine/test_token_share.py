@@ -66,12 +66,20 @@ def test_a_long_trace_among_decoding_requests(logged: Engine) -> None:
     steps = logged.on_worker(take_log)
     trace = _last_come(steps)
     with_trace = [step for step in steps if trace in step]
-    assert [step.pop(trace) for step in with_trace] == [SHARE] * 25
+    lengths = list(map(len, decoding))
+    left = STEP - sum(lengths)  # Of the first step, which has the decoding requests' prompts.
+    assert 0 < left < SHARE
+    assert [step.pop(trace) for step in with_trace] == [
+        left,
+        *[SHARE] * 24,
+        1000 - left - 24 * SHARE,
+    ]
+    assert list(with_trace.pop(0).values()) == lengths
     for step in with_trace:
         assert list(step.values()) == [1] * 4  # every decoding request went on
     assert report.restarts == 0
     error = relative_l1(report.scores, alone.scores)
-    print(f"in 25 chunks among 4 decoding requests: relative L1 {error:.2e}")
+    print(f"in 26 chunks among 4 decoding requests: relative L1 {error:.2e}")
     assert error <= LIMIT
 
 
