@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 def tool_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose chat template writes tool calls."""
     log = tmp_path_factory.mktemp("examples") / "server.log"
-    with serve(OURS, model_path, log, *OPTIONS) as running:
+    with serve(OURS, model_path, log, *OPTIONS, VLLM_ENABLE_COHERE_API="1") as running:
         yield running
 
 
@@ -103,6 +103,26 @@ def test_sources_of_a_retrieved_answer(tool_server):
     assert max(shares, key=shares.__getitem__) == "lighthouse.txt"
     assert sum(shares.values()) == pytest.approx(100, abs=0.3)
     assert "[3]" in output.partition("Share of the answer")[0]
+
+
+def test_citations_in_four_forms(tool_server):
+    output = run(tool_server.url, "citations.py")
+    answer, *forms = output.split("\n\nPOST ")
+    assert [form.partition(",")[0] for form in forms] == [
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/cohere/v2/chat",
+    ]
+    chat, response, message, cohere = (form.splitlines()[1:] for form in forms)
+    assert chat and all(line.split("'")[1] in answer for line in chat)
+    sources = [
+        [re.findall(r"<- (?:source:)?(\w+)", line)[0] for line in each]
+        for each in (chat, response, cohere)
+    ]
+    assert sources[0] == sources[1] == sources[2]
+    assert {name for each in sources for name in each} <= {"Lighthouse", "Ferry", "Museum"}
+    assert message  # Its prompt is another one, with the documents where the blocks were.
 
 
 def test_injected_instruction_is_exposed(tool_server):
