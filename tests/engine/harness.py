@@ -120,12 +120,13 @@ class Engine:
     ) -> list[TraceReport]:
         """Runs traces in one batch; ``decoding`` prompts, which come first, generate beside them.
 
-        The engine holds still until it has all of them, so that what is computed together does not
-        depend on how fast they come.
+        Beside such prompts the engine holds still until it has all, so that what is computed
+        together does not depend on how fast they come.
         """
         specs = [self._spec(job) for job in jobs]
         engine = self.llm.llm_engine
-        self.llm.sleep(level=0)
+        if decoding:
+            self.llm.sleep(level=0)
         for prompt in decoding:
             engine.add_request(self._id(), self._prompt(prompt), self._generate(new_tokens))
         for job, spec in zip(jobs, specs, strict=True):
@@ -137,7 +138,8 @@ class Engine:
                 self._record(spec),
                 lora_request=job.lora_request,
             )
-        self.llm.wake_up(tags=["scheduling"])
+        if decoding:
+            self.llm.wake_up(tags=["scheduling"])
         self.run()
         return [self.collect(spec.nonce) for spec in specs]
 
