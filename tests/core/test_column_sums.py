@@ -125,6 +125,26 @@ def test_rows_among_those_of_other_requests(apart: int) -> None:
     )
 
 
+@pytest.mark.parametrize("form", [FORM, AttentionForm(0.3, sliding_window=7, soft_cap=5.0)])
+def test_several_targets_are_what_each_is_alone(form: AttentionForm) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(12, 4, 8, generator=generator)
+    key = torch.randn(20, 2, 8, generator=generator)
+    positions, scales = torch.arange(8, 20), torch.rand(12, generator=generator)
+    weights = torch.rand(3, 12, generator=generator)
+    weights[0, :9] = weights[1, 4:] = 0.0  # Their rows differ and overlap with those of the third.
+    together = [torch.zeros(4, 20) for _ in weights]
+    blocks = TargetRowBlocks(weights, positions, 4, 2, block_rows=5)
+    blocks.add(query, key.permute(1, 2, 0).clone(), form, together, scales)
+    for own, out in zip(weights, together, strict=True):
+        alone = torch.zeros(4, 20)
+        blocks = TargetRowBlocks(own, positions, 4, 2, block_rows=5)
+        blocks.add(query, key.permute(1, 2, 0).clone(), form, alone, scales)
+        torch.testing.assert_close(out, alone, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="of one length"):
+        TargetRowBlocks(weights[:, :5], positions, 4, 2)
+
+
 def test_low_precision_inputs_are_computed_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(5, 2, 16, generator=generator).bfloat16()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -137,7 +139,10 @@ def test_targets_together_are_what_each_is_alone(
     ]
     first, *others = targets
     job = TraceJob(tokens, first.weights, further=first.further, others=others)
-    for engine in (tiny, crowded):
+    # All at once, one by one, and as two and one.
+    for engine, spare in ((tiny, None), (crowded, None), (tiny, 0), (tiny, 50_000)):
+        if spare is not None:
+            engine.on_worker(give_spare_bytes, spare)
         report = engine.trace(job)
         assert report.recomputed_tokens == 600 - (256 if engine is tiny else 0)
         for ours, expected in zip(report.targets, alone, strict=True):
@@ -145,6 +150,16 @@ def test_targets_together_are_what_each_is_alone(
             for hop, one in zip(ours, expected, strict=True):
                 assert relative_l1(hop, one) <= 1e-5
         assert engine.status()["accumulator_bytes"] == 0
+    tiny.on_worker(give_spare_bytes, None)
+
+
+def give_spare_bytes(_: Any, spare: int | None) -> None:
+    """Lets the targets' sums take so much, or as much as they may take again."""
+    from vllm_flashtrace.worker.recorder import Recorder
+
+    kind: Any = Recorder
+    kind.stock_spare = getattr(kind, "stock_spare", kind._spare_bytes)
+    kind._spare_bytes = kind.stock_spare if spare is None else lambda self: spare
 
 
 def test_weights_scale_does_not_matter(

@@ -8,6 +8,7 @@ sums are additive over rows, so a target may be fed in pieces, in any order.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,8 @@ class TargetRowBlocks:
         """Cuts the rows.
 
         Args:
-            weights: float32 ``[R]``, non-negative target weight of each row.
+            weights: float32 ``[R]``, non-negative target weight of each row; ``[T, R]`` for the
+                sums of T targets, which share the attention weights of their rows.
             positions: int64 ``[R]``, absolute position of each row; row ``i`` attends to keys
                 ``j <= positions[i]``. Any order.
             num_heads: Query heads H.
@@ -110,7 +112,7 @@ class TargetRowBlocks:
             raise ValueError(
                 f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads"
             )
-        if weights.dim() != 1 or weights.shape != positions.shape:
+        if weights.dim() not in (1, 2) or weights.shape[-1:] != positions.shape:
             raise ValueError(
                 f"weights and positions must be of one length; "
                 f"got {tuple(weights.shape)} and {tuple(positions.shape)}"
@@ -120,7 +122,8 @@ class TargetRowBlocks:
         if block_rows < 1:
             raise ValueError(f"block_rows must be at least 1, got {block_rows}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        kept = weights.nonzero().squeeze(1)
+        weights = torch.atleast_2d(weights)
+        kept = (weights != 0).any(dim=0).nonzero().squeeze(1)
         kept = kept[positions[kept].argsort()]  # ascending, so early blocks see few columns
         places = kept if rows is None else rows[kept]
         visible = (positions[kept] + 1).tolist()
@@ -136,7 +139,7 @@ class TargetRowBlocks:
             self.blocks.append(
                 RowBlock(
                     rows=as_slice(places[start:stop]),
-                    row_weights=weights[kept[start:stop]].float(),
+                    row_weights=weights[:, kept[start:stop]].float(),
                     given=kept[start:stop],
                     positions=positions[kept[start:stop]],
                     columns=visible[stop - 1],
@@ -145,7 +148,7 @@ class TargetRowBlocks:
                 )
             )
             start = stop
-        largest = max((len(b.row_weights) * b.columns for b in self.blocks), default=0)
+        largest = max((len(b.positions) * b.columns for b in self.blocks), default=0)
         self._memory_size = num_heads * largest
         self._memory: Tensor | None = None
 
@@ -154,7 +157,7 @@ class TargetRowBlocks:
         query: Tensor,
         keys: Tensor,
         form: AttentionForm,
-        out: Tensor,
+        out: Tensor | Sequence[Tensor],
         scales: Tensor | None = None,
     ) -> None:
         """Adds ``c_h[j] = sum_i w_i s_i alpha^h_ij`` for every head and token.
@@ -164,12 +167,13 @@ class TargetRowBlocks:
             keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token;
                 overwritten.
             form: How the layer makes attention weights ``alpha`` of queries and keys.
-            out: float32 ``[H, >= n]``, added to in place.
+            out: float32 ``[H, >= n]``, added to in place; of several targets, one for each.
             scales: float32 ``[R]``, factors ``s`` on the weights of the rows in this layer, in the
                 order in which they were given; 1 if None.
         """
         if not self.blocks:
             return
+        outs = [out] if isinstance(out, Tensor) else out
         keys = keys[:, :, : self.columns]
         if form.is_plain:
             keys -= keys[:, :, :1].clone()
@@ -182,11 +186,12 @@ class TargetRowBlocks:
                 first = form.first_visible(int(block.positions[0]))
                 attention, denominators, _ = block.weights_of(form, queries, keys, first, memory)
             # The softmax denominator is folded into the row weights: one pass less over the block.
-            row_weights = block.row_weights / denominators
+            row_weights = block.row_weights / denominators[:, None]  # [H, T, B]
             if scales is not None:
                 row_weights *= scales[block.given]
-            sums = torch.bmm(row_weights[:, None], attention).squeeze(1)
-            out[:, first : block.columns] += sums
+            sums = torch.bmm(row_weights, attention)
+            for target, one in enumerate(outs):
+                one[:, first : block.columns] += sums[:, target]
 
     def block_memory(self, like: Tensor) -> Tensor:
         """Memory for one block of attention weights, made at first use."""
@@ -204,7 +209,7 @@ class RowBlock:
 
     Attributes:
         rows: Rows of the query tensor, a slice where they are adjacent.
-        row_weights: float32 ``[B]``.
+        row_weights: float32 ``[T, B]``.
         given: int64 ``[B]``, their places among all rows as they were given.
         positions: int64 ``[B]``.
         columns: Number of columns that the last row sees.
@@ -223,7 +228,7 @@ class RowBlock:
     def queries(self, query: Tensor, num_kv_heads: int, scale: float) -> Tensor:
         """Scaled queries of the block, float32 ``[G, H/G * B, d]``."""
         queries = query[self.rows].float().mul(scale)
-        queries = queries.view(len(self.row_weights), num_kv_heads, -1, query.shape[-1])
+        queries = queries.view(len(self.positions), num_kv_heads, -1, query.shape[-1])
         return queries.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, query.shape[-1])
 
     def plain_weights(self, queries: Tensor, keys: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,14 +283,14 @@ class RowBlock:
     def _plain_logits(self, queries: Tensor, keys: Tensor, out: Tensor) -> None:
         torch.bmm(queries, keys[:, :, : self.columns], out=out)
         if self.hidden is not None:
-            later = out.view(-1, len(self.row_weights), self.columns)[:, :, self.common :]
+            later = out.view(-1, len(self.positions), self.columns)[:, :, self.common :]
             later.masked_fill_(self.hidden, float("-inf"))
 
     def _within(self, memory: Tensor, queries: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Two views into the memory: ``[G, H/G * B, columns]`` and ``[H, B, columns]``."""
         groups, count = queries.shape[:2]
         grouped = memory[: groups * count * columns].view(groups, count, columns)
-        return grouped, grouped.view(-1, len(self.row_weights), columns)
+        return grouped, grouped.view(-1, len(self.positions), columns)
 
 
 def _hidden(visible: list[int], device: torch.device) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.core import TargetRowBlocks
 from vllm_flashtrace.kernels import (
     AttentionForm,
     AttentionInputs,
@@ -30,7 +31,7 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_values,
 )
 from vllm_flashtrace.worker.layers import TracedLayer
-from vllm_flashtrace.worker.step import RowGroup
+from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 # What is gathered looks to the kernels like a cache of one large block.
@@ -68,6 +69,30 @@ class CPUTracedModel(TracedModel):
         form = self.attention_form(layer)
         inputs = AttentionInputs(query, keys.transpose(1, 2)[None], rows, form, scales)
         paged_column_sums(inputs, layer, overwrite_keys=True)
+
+    def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
+        """See `TracedModel`; the targets share the attention weights of their rows."""
+        targets = [group.segments[0].row_segment for group in groups]
+        batch_row = groups[0].segments[0].batch_row
+        rows = torch.cat([target.rows for target in targets]).unique()
+        weights = torch.zeros(len(targets), len(rows))
+        for own, target in zip(weights, targets, strict=True):
+            own[torch.searchsorted(rows, target.rows)] = target.weights
+        heads = self.shape.num_heads, self.shape.num_kv_heads
+        blocks = TargetRowBlocks(weights, kept.positions[rows], *heads, rows=rows)
+        for layer, traced in enumerate(self.layers):
+            keys = read_keys(
+                traced.attention.kv_cache,
+                batch_row.block_tables[self.cache_groups.places[layer]].tolist(),
+                blocks.columns,
+                _order(traced.attention),
+                self._scratch,
+            )
+            scales = None if kept.scales is None else kept.scales[layer, rows]
+            out = [target.sums.column_sums[layer] for target in targets]
+            blocks.add(kept.queries[layer], keys, self.attention_form(layer), out, scales)
+        for group in groups:
+            self.add_kept_rows(kept, group)
 
     def attention_form(self, layer: int) -> AttentionForm:
         """See `TracedModel`."""

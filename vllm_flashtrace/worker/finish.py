@@ -25,7 +25,7 @@ from torch import Tensor
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.kernels import ProximityTrace, SumsTouchedError, sum_shares
+from vllm_flashtrace.kernels import Accumulators, ProximityTrace, SumsTouchedError, sum_shares
 from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes
 from vllm_flashtrace.worker.step import RowGroup, Segment, Trace
 
@@ -213,9 +213,12 @@ def score(
     return FinishedTrace(facts, copied, measured.recorded, trace.clock.mark())
 
 
-def run_hops(segment: Segment, model: TracedModel, buffers: HostBuffers) -> FinishedTrace:
+def run_hops(
+    segment: Segment, model: TracedModel, buffers: HostBuffers, spare_bytes: int
+) -> FinishedTrace:
     """All hops of all targets of a trace whose rows are kept, as far as `FurtherHops` ask for them.
 
+    The targets go from hop to hop side by side, as many at once as there is room for their sums.
     Must be called while the blocks are held, by a worker that has the whole model. Waits for each
     hop's scores that a next one's weights are made of.
 
@@ -223,48 +226,66 @@ def run_hops(segment: Segment, model: TracedModel, buffers: HostBuffers) -> Fini
         segment: Of the trace, whose last row is there.
         model: The model that ran the step.
         buffers: Where the result goes.
+        spare_bytes: What the sums of further targets may take besides the trace's own.
 
     Raises:
         TraceError: ``overloaded``: there is no room for it on the host.
     """
     trace = segment.trace
     recorded = trace.clock.mark()
-    hops: list[tuple[Tensor, Tensor, Tensor]] = []
-    counts = []
-    lacking = trace.stream_lacks_residual
-    for target in trace.targets:
-        before = len(hops)
-        weights: TargetWeights | None = target.weights
-        mass = 1.0
-        while weights is not None:
-            trace.stream_lacks_residual = lacking
-            hops.append(_weigh(segment, weights, model))
-            further = target.further
-            if further is None or len(hops) - before > further.hops:
-                break
-            weights, mass = further.after(hops[-1][0], mass)
-        counts.append(len(hops) - before)
-    parts: list[list[Tensor]] = [list(part) for part in zip(*hops, strict=True)]
+    hops: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in trace.targets]
+    waiting = [(index, target.weights, 1.0) for index, target in enumerate(trace.targets)]
+    own = sum(sums.nbytes for sums in trace.sums)
+    more = min(len(waiting) - 1, max(0, spare_bytes) // own)
+    sums = [trace.sums, *(Accumulators(*map(torch.empty_like, trace.sums)) for _ in range(more))]
+    while waiting:
+        together, waiting = waiting[: len(sums)], waiting[len(sums) :]
+        found = _weigh(segment, [weights for _, weights, _ in together], sums, model)
+        for (index, _, mass), result in zip(together, found, strict=True):
+            hops[index].append(result)
+            further = trace.targets[index].further
+            if further is not None and len(hops[index]) <= further.hops:
+                weights, mass = further.after(result[0], mass)
+                if weights is not None:
+                    waiting.append((index, weights, mass))
+    in_order = [hop for of_target in hops for hop in of_target]
+    parts: list[list[Tensor]] = [list(part) for part in zip(*in_order, strict=True)]
     copied = _copy(parts, trace, buffers)
     ended = trace.clock.mark()
-    return FinishedTrace(TraceFacts.of(trace, model.part), copied, recorded, ended, tuple(counts))
+    counts = tuple(map(len, hops))
+    return FinishedTrace(TraceFacts.of(trace, model.part), copied, recorded, ended, counts)
 
 
 def _weigh(
-    segment: Segment, weights: TargetWeights, model: TracedModel
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One hop over kept rows, see `_scores`."""
+    segment: Segment,
+    targets: Sequence[TargetWeights],
+    sums: Sequence[Accumulators],
+    model: TracedModel,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """One hop of each target over kept rows, see `_scores`; overwrites as many of the sums."""
     trace = segment.trace
     kept = trace.rows
     if kept is None:
         raise ValueError("the trace has kept no rows")
-    for sums in trace.sums:
-        sums.zero_()
-    rows = kept.weighed(weights, segment.batch_row.block_tables[0], trace.sums)
-    hop = Segment(trace, segment.batch_row, rows)
-    group = RowGroup([hop], model.plan_rows([rows]), model.clock)
-    group.run(lambda group: model.weigh(kept, group), timed=True)
-    return _scores(_measure_together([hop], model)[segment.batch_row.req_id], None)
+    groups = []
+    for weights, own in zip(targets, sums, strict=False):
+        for accumulator in own:
+            accumulator.zero_()
+        rows = kept.weighed(weights, segment.batch_row.block_tables[0], own)
+        hop = Segment(trace, segment.batch_row, rows)
+        groups.append(RowGroup([hop], model.plan_rows([rows]), model.clock))
+    groups[0].run(lambda _: model.weigh_together(kept, groups), timed=True)
+    lacking, of_trace = trace.stream_lacks_residual, trace.sums
+    found = []
+    try:
+        for group in groups:
+            [hop] = group.segments
+            trace.sums, trace.stream_lacks_residual = hop.row_segment.sums, lacking
+            measured = _measure_together([hop], model)
+            found.append(_scores(measured[segment.batch_row.req_id], None))
+    finally:
+        trace.sums, trace.stream_lacks_residual = of_trace, lacking
+    return found
 
 
 def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

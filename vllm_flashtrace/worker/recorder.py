@@ -35,6 +35,9 @@ from vllm_flashtrace.worker.step import BatchRow, Segment, StepRecorder, Trace
 if TYPE_CHECKING:
     from vllm_flashtrace.worker.traced_model import TracedModel
 
+# Where accumulators have no limit.
+_SPARE_BYTES = 256 << 20
+
 Finished: TypeAlias = FinishedTrace | FinishedScore
 
 
@@ -164,12 +167,23 @@ class Recorder:
     def _run_hops(self, segment: Segment, model: TracedModel) -> None:
         req_id = segment.batch_row.req_id
         try:
-            finished = run_hops(segment, model, self.buffers)
+            finished = run_hops(segment, model, self.buffers, self._spare_bytes())
         except Exception as error:
             cause = error.__cause__ if isinstance(error, SumsTouchedError) else None
             self.fail(req_id, cause or error)
         else:
             self.store(req_id, finished)
+
+    def _spare_bytes(self) -> int:
+        """What the hops of a trace may take for a moment; on other devices they take nothing more.
+
+        Within the limit of all accumulators: no trace begins meanwhile.
+        """
+        if self._model is None or self._model.device.type != "cpu":
+            return 0
+        if self.budget is None:
+            return _SPARE_BYTES
+        return self.budget.limit_bytes - self.accumulator_bytes
 
     def totals(self, req_id: str) -> Tensor | None:
         """The proximity of all tokens, float64 ``[L]``, of a trace that `finish_step` measured."""

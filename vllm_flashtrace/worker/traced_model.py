@@ -258,6 +258,11 @@ class TracedModel(ABC):
             self.add_column_sums(layer, kept.queries[layer], group, group.rows, scales)
         self.add_kept_rows(kept, group)
 
+    def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
+        """As `weigh` for several targets, each with sums of its own."""
+        for group in groups:
+            self.weigh(kept, group)
+
     def add_kept_rows(self, kept: KeptRows, group: RowGroup) -> None:
         """The part of `weigh` that is not attention's."""
         for layer in range(self.shape.num_layers):
