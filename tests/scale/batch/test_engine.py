@@ -109,7 +109,7 @@ def test_a_killed_run_ends_as_one_that_nothing_interrupts(
     batch: Batch, killed: int, finished: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     assert 8 <= killed < ROWS + BAD
-    engine_starts.note("a batch that nothing interrupts (in one process)")
+    engine_starts.note("a batch that nothing interrupts, without Ray")
     paths = map(str, (batch.input, tmp_path / "out", batch.model))
     command = ["-m", "tests.scale.batch.without_ray", *paths, str(batch.batch_size), "--"]
     status, output = run_forked([*command, *ENGINE_OPTIONS], tmp_path / "log", SECONDS)
