@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_flashtrace.base.errors import UnsupportedModelError
+from vllm_flashtrace.base.errors import InvalidRequestError, UnsupportedModelError
 from vllm_flashtrace.offline import flashtrace as offline
 from vllm_flashtrace.offline.flashtrace import FlashTrace
 
@@ -102,3 +102,15 @@ def test_an_engine_without_such_a_parser_is_stopped(monkeypatch: pytest.MonkeyPa
 def test_an_existing_engine_takes_no_arguments() -> None:
     with pytest.raises(ValueError, match="no effect"):
         FlashTrace(llm=FakeLLM(), max_model_len=8)
+
+
+def test_a_guard_needs_a_parser_of_tool_calls_and_messages() -> None:
+    ft = FlashTrace(llm=FakeLLM())
+    with pytest.raises(
+        InvalidRequestError, match=r"needs FlashTrace\(tool_call_parser="
+    ) as refused:
+        ft.attribute([{"role": "user", "content": "Pay."}], "done", {"guard": True})
+    assert refused.value.param == "flashtrace.guard"
+    ft._reads_tool_calls = True
+    with pytest.raises(InvalidRequestError, match="needs chat messages, got a plain prompt"):
+        ft.attribute("Pay.", "done", {"guard": True})

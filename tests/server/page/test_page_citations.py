@@ -190,19 +190,24 @@ def test_any_selection_of_a_cited_answer_is_attributed(page, page_server):
     assert value(page, f"{CLAIMS}.map(c => c.ariaPressed)") == ["false", "false"]
 
 
-def test_verdicts(page, page_server):
-    page_server.engine.log_prob = lambda text: -0.5 if PARIS in text else -4.0
+@pytest.mark.parametrize(
+    ("without", "verdict", "sign"),
+    [(-4.0, "supported", "✓"), (-0.8, "weak", "≈"), (-0.5, "unsupported", "✗")],
+)
+def test_verdicts(page, page_server, without, verdict, sign):
+    """By the log-probability of each token of the answer where the source is taken out."""
+    page_server.engine.log_prob = lambda text: -0.5 if PARIS in text else without
     click(page, "verify")
     cite(page, page_server)
     labels = "c => getComputedStyle(c, '::before').content"
     assert value(page, f"[...document.querySelectorAll('.chip')].map({labels})") == [
-        '"✓ supported"',
-        '"✓ supported"',
+        f'"{sign} {verdict}"',
+        f'"{sign} {verdict}"',
     ]
     said = f"{SOURCES}[0].querySelector('.share').textContent"
-    assert page.evaluate(said).startswith("cited · ✓ supported · ")
+    assert page.evaluate(said).startswith(f"cited · {sign} {verdict} · ")
     described = f"document.getElementById({CLAIMS}[0].getAttribute('aria-describedby')).textContent"
-    assert page.evaluate(described).endswith(". supported")
+    assert page.evaluate(described).endswith(f". {verdict}")
     assert page.evaluate("document.querySelector('.answer').textContent") == ANSWER
 
 
