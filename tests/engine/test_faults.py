@@ -28,7 +28,7 @@ FURTHER_PHASES = {
     "queries": ("vllm_flashtrace.worker.step", "KeptGroup", "add_attention"),
     "rows": ("vllm_flashtrace.worker.step", "KeptGroup", "add_rows"),
     "weights": ("vllm_flashtrace.worker.step", "KeptRows", "weighed"),
-    "sums": ("vllm_flashtrace.worker.traced_model", "TracedModel", "weigh"),
+    "sums": ("vllm_flashtrace.worker.cpu_model", "CPUTracedModel", "weigh_together"),
     "next target": ("vllm_flashtrace.core.hops", "FurtherHops", "after"),
     "value read": PHASES["value read"],
 }
