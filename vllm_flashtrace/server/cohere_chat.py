@@ -1,7 +1,8 @@
 """``/cohere/v2/chat``, vLLM's form of Cohere's Chat API, with the ``flashtrace`` field.
 
 vLLM itself turns the request into a chat request and the chat's answer into Cohere's form; that
-chat request is only looked at here. vLLM has the route where the package ``cohere`` is installed.
+chat request is only looked at here. vLLM has the route with ``VLLM_ENABLE_COHERE_API=1``, where the
+package ``cohere`` is installed.
 
 Written against vLLM 0.32.0: ``CohereServingChatV2`` is a chat handler that calls its own
 ``create_chat_completion``, and its request model drops unknown keys.
@@ -33,6 +34,8 @@ from vllm_flashtrace.text.sources import chat_documents
 
 _DATA = "data: "
 _CITATION_EVENTS = ("citation-start", "citation-end")
+# What has none of these words, as most tokens of a stream, is handed on unread.
+_READ_EVENTS = ("content-start", "message-end", *_CITATION_EVENTS)
 
 
 class ChatWithAttribution(CohereChatV2Response):
@@ -102,8 +105,11 @@ async def _with_attribution(
     try:
         async with aclosing(events):
             async for event in events:
-                data = _read(event)
-                kind = data.get("type")
+                if not any(kind in event for kind in _READ_EVENTS):
+                    yield event
+                    continue
+                data: dict[str, Any] = json.loads(event.removeprefix(_DATA))
+                kind = data["type"]
                 if kind in _CITATION_EVENTS and cites:
                     continue
                 if kind == "content-start" and _is_text(data):
@@ -129,13 +135,6 @@ def _citation_events(citations: Citations, content_index: int) -> Iterator[str]:
 
 def _is_text(data: dict[str, Any]) -> bool:
     return bool(data["delta"]["message"]["content"]["type"] == "text")
-
-
-def _read(event: str) -> dict[str, Any]:
-    """The object of an event; empty for ``[DONE]``."""
-    text = event.removeprefix(_DATA)
-    data: dict[str, Any] = json.loads(text) if text.startswith("{") else {}
-    return data
 
 
 def _write(data: dict[str, Any]) -> str:

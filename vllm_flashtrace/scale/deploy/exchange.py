@@ -124,9 +124,10 @@ def end_of_stream(path: str, code: str, message: str) -> Message:
     elif path.startswith("/v1/messages"):
         text = f"event: error\ndata: {json.dumps(error_body(path, code, message))}\n\n"
     else:
-        last: dict[str, Any] = error_body(path, code, message)
         if path.startswith("/cohere/"):
             last = {"type": "message-end", "delta": {"error": message, "finish_reason": "ERROR"}}
+        else:
+            last = error_body(path, code, message)
         text = f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n"
     return {"type": "http.response.body", "body": text.encode(), "more_body": False}
 
