@@ -99,12 +99,12 @@ def measure(
 def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[str, Measured]:
     traces = [segment.trace for segment in segments]
     recorded = traces[0].clock.mark()
-    _complete_sums(traces, model)
+    _complete_sums(segments, model)
     size = (len(traces), 2, model.shape.num_layers)
     results = torch.empty(size, dtype=torch.float64, device=model.device)
     inputs = [
         ProximityTrace(
-            segment.trace.sums,
+            segment.row_segment.sums,
             segment.batch_row.block_tables[0],
             totals,
             residual,
@@ -125,16 +125,16 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     }
 
 
-def _complete_sums(traces: Sequence[Trace], model: TracedModel) -> None:
+def _complete_sums(segments: Sequence[Segment], model: TracedModel) -> None:
     """Makes ``x`` of all layers the sums of the stream behind the blocks."""
-    lacking = [trace for trace in traces if trace.stream_lacks_residual]
+    lacking = [segment for segment in segments if segment.trace.stream_lacks_residual]
     if lacking:
-        streams = [trace.sums.stream for trace in lacking]
+        streams = [segment.row_segment.sums.stream for segment in lacking]
         if model.normed:
             torch._foreach_mul_(streams, [model.gains()] * len(streams))
-        torch._foreach_add_(streams, [trace.sums.residual for trace in lacking])
-    for trace in lacking:
-        trace.stream_lacks_residual = False
+        torch._foreach_add_(streams, [segment.row_segment.sums.residual for segment in lacking])
+    for segment in lacking:
+        segment.trace.stream_lacks_residual = False
 
 
 class TotalsExchange:
@@ -275,16 +275,12 @@ def _weigh(
         hop = Segment(trace, segment.batch_row, rows)
         groups.append(RowGroup([hop], model.plan_rows([rows]), model.clock))
     groups[0].run(lambda _: model.weigh_together(kept, groups), timed=True)
-    lacking, of_trace = trace.stream_lacks_residual, trace.sums
+    lacking = trace.stream_lacks_residual
     found = []
-    try:
-        for group in groups:
-            [hop] = group.segments
-            trace.sums, trace.stream_lacks_residual = hop.row_segment.sums, lacking
-            measured = _measure_together([hop], model)
-            found.append(_scores(measured[segment.batch_row.req_id], None))
-    finally:
-        trace.sums, trace.stream_lacks_residual = of_trace, lacking
+    for group in groups:
+        measured = _measure_together(group.segments, model)
+        found.append(_scores(measured[segment.batch_row.req_id], None))
+        trace.stream_lacks_residual = lacking  # So do the sums of the next target, and of any hop.
     return found
 
 
