@@ -45,6 +45,12 @@ class Model:
             trace.residual.copy_(trace.sums.residual.sum(1))
 
 
+def segment_of(trace: Trace, row: Any) -> Any:
+    """Target rows of a trace that has one target."""
+    rows = types.SimpleNamespace(sums=trace.sums)
+    return types.SimpleNamespace(trace=trace, batch_row=row, row_segment=rows)
+
+
 def finished(
     recorder: Recorder, model: Any, context: int, name: str = "a", layers: bool = False
 ) -> str:
@@ -58,7 +64,7 @@ def finished(
     trace.weights.note(torch.tensor(7))
     recorder._traces[name], recorder._nonces[name] = trace, spec.nonce
     row: Any = types.SimpleNamespace(req_id=name, block_tables=[torch.zeros(1, dtype=torch.int32)])
-    segment: Any = types.SimpleNamespace(trace=trace, batch_row=row)
+    segment = segment_of(trace, row)
     step: Any = types.SimpleNamespace(
         flush=lambda: None,
         check_complete=lambda: None,
@@ -86,7 +92,7 @@ class Segments:
             trace.stream_lacks_residual = number != 1
             table = torch.zeros(1, dtype=torch.int32)
             row = types.SimpleNamespace(req_id=f"{number}", block_tables=[table])
-            self.segments.append(types.SimpleNamespace(trace=trace, batch_row=row))
+            self.segments.append(segment_of(trace, row))
 
     def measure(self, model: Any) -> list[str]:
         """The traces that do not fail."""

@@ -87,7 +87,8 @@ def segment_of(model: Model, tokens: int, number: int) -> Any:
     trace.stream_lacks_residual = True
     table = torch.zeros(-(-tokens // 16), dtype=torch.int32, device=META)
     row = types.SimpleNamespace(req_id=str(number), block_tables=[table])
-    return types.SimpleNamespace(trace=trace, batch_row=row)
+    rows = types.SimpleNamespace(sums=trace.sums)
+    return types.SimpleNamespace(trace=trace, batch_row=row, row_segment=rows)
 
 
 @pytest.mark.parametrize("lengths", [[2048], [32_768], [770] * 8, [300 + n for n in range(64)]])
