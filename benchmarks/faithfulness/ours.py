@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class Variant:
             product's default.
         drop_sink: Whether the first four of the user's tokens score 0: what attention rests on
             when it looks for nothing, and that gathers at the beginning.
+        surprise: Whether each token of the target is weighted by how little the model expected it,
+            ``-log p`` (nats).
     """
 
     hops: int | str
@@ -51,6 +53,7 @@ class Variant:
     skip: str = "none"
     exact_fraction: float | None = None
     drop_sink: bool = False
+    surprise: bool = False
 
 
 VARIANTS: Mapping[str, tuple[Variant, str]] = {
@@ -155,11 +158,13 @@ class OursFamily(Family):
     ``rho_0``, ``rho_1``, ... of all hops.
     """
 
+    variants: ClassVar[Mapping[str, tuple[Variant, str]]] = VARIANTS
     labels = {name: label for name, (_, label) in VARIANTS.items()}  # noqa: RUF012
 
     def __init__(self, resources: Any) -> None:
-        """Takes the engine from ``resources.engine``."""
+        """Takes ``resources.engine``, and ``resources.surprise`` where a variant asks for it."""
         self._ft = resources.engine.ft
+        self._resources = resources
         self._calls = itertools.count()
 
     def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
@@ -167,12 +172,12 @@ class OursFamily(Family):
 
         A method that fails where others do not is left out.
         """
-        variants = {name: VARIANTS[name][0] for name in names}
+        variants = {name: self.variants[name][0] for name in names}
         if not variants:
             return {}
         salt = f"faithfulness-{next(self._calls)}"  # so that nothing is cached but by the prefill
         prefill = self._prefill(prepared, salt)
-        shared: dict[tuple[bool, str, float], list[str]] = {}
+        shared: dict[tuple[Any, ...], list[str]] = {}
         for name, variant in variants.items():
             shared.setdefault(self._run_key(variant), []).append(name)
         results: dict[str, Scores] = {}
@@ -192,8 +197,9 @@ class OursFamily(Family):
             raise error
         return results
 
-    def _run_key(self, variant: Variant) -> tuple[bool, str, float]:
-        return variant.predicting, variant.skip, self._config(variant).exact_fraction
+    def _run_key(self, variant: Variant) -> tuple[Any, ...]:
+        exact = self._config(variant).exact_fraction
+        return variant.predicting, variant.surprise, variant.skip, exact
 
     def _config(self, variant: Variant) -> FlashTraceConfig:
         config: FlashTraceConfig = self._ft.config
@@ -243,7 +249,7 @@ class OursFamily(Family):
         target = [position - boundary - shift for position in prepared.target]
         reasoning = [position - boundary for position in prepared.reasoning]
         options = {
-            "target": {"tokens": [target]},
+            "target": self._target(prepared, target) if variant.surprise else {"tokens": [target]},
             "reasoning": {"tokens": [reasoning]} if reasoning[0] < reasoning[1] else "none",
             "hops": config.max_hops,
             "skip_tokens": variant.skip,
@@ -260,6 +266,12 @@ class OursFamily(Family):
             text=tokenizer.decode(tokens[boundary:], skip_special_tokens=True),
         )
         return plan_trace(request, completion, tokenizer, max_hops=config.max_hops)
+
+    def _target(self, prepared: Prepared, span: list[int]) -> dict[str, Any]:
+        weights = self._resources.surprise[prepared.example.id]
+        least = 1e-4 * max(*weights, 1e-4)  # A token of which the model was sure counts a little.
+        spread = zip(range(*span), weights, strict=True)
+        return {"weights": {str(i): max(w, least) for i, w in spread}}
 
     def _scores(
         self, prepared: Prepared, run: Recursion, variant: Variant, prefill: float

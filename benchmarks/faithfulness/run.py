@@ -341,14 +341,21 @@ def attribute(
         family = kind(resources)
         try:
             for case, names in track(pending, kind.__name__, console=console):
-                for row in _explain(family, case, names, console):
+                for row in explained(family, case, names, console):
                     work.add(row)
         finally:
             family.close()
 
 
-def _explain(family: Any, case: Case, names: Collection[str], console: Console) -> Iterator[Row]:
-    """A row for each method: its scores, or why there are none."""
+def explained(family: Any, case: Any, names: Collection[str], console: Console) -> Iterator[Row]:
+    """A row for each method: its scores, or why there are none.
+
+    Args:
+        family: Constructed with `Resources`.
+        case: With ``key`` and ``prepared``.
+        names: Methods of the family.
+        console: Where faults go.
+    """
     found: dict[str, Scores] = {}
     reason, final = "the family gave no scores", True
     try:

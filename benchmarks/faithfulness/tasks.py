@@ -57,10 +57,12 @@ _ENDS = _words(
 
 def filler(source: random.Random) -> str:
     """A sentence about nothing."""
-    return (
-        f"The {source.choice(_ADJECTIVES)} {source.choice(_THINGS)} {source.choice(_ACTIONS)} "
-        f"{source.choice(_PLACES)} {source.choice(_TIMES)}."
-    )
+    return f"{short_filler(source)[:-1]} {source.choice(_PLACES)} {source.choice(_TIMES)}."
+
+
+def short_filler(source: random.Random) -> str:
+    """The same without place and time."""
+    return f"The {source.choice(_ADJECTIVES)} {source.choice(_THINGS)} {source.choice(_ACTIONS)}."
 
 
 def number(source: random.Random, taken: set[str], digits: int = 4) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import io
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from benchmarks.faithfulness import own_answers, own_summary
 from benchmarks.faithfulness.baselines import AblationFamily
 from benchmarks.faithfulness.engine import EngineResource, EngineScorer
 from benchmarks.faithfulness.example import (
@@ -20,7 +26,12 @@ from benchmarks.faithfulness.example import (
     Scores,
     prepare,
 )
+from benchmarks.faithfulness.hf import HFModel
 from benchmarks.faithfulness.ours import VARIANTS, OursFamily
+from benchmarks.faithfulness.own_answers import OwnResources
+from benchmarks.faithfulness.own_methods import attention_by_sentence, logit_directions
+from benchmarks.faithfulness.paraphrased import make_question
+from benchmarks.faithfulness.run import WorkFile
 from tests import engine_starts, heap
 from tests.cores import MULTIPROCESSING, own_core
 from tests.tiny_models import make_tiny_model
@@ -227,3 +238,124 @@ def attribute(
             **options,
         },
     )
+
+
+# ---- The model's own answers
+
+
+@pytest.fixture(scope="module")
+def hf_model(folder: Path) -> HFModel:
+    return HFModel(folder)
+
+
+def own_options(output: Path) -> argparse.Namespace:
+    return argparse.Namespace(
+        **{"tasks": ["digits", "code"], "examples": 2, "left_out": 1, "ablated": 1, "offline": 1},
+        **{"sentences": 9, "seed": 0, "json": output, "model": None},
+    )
+
+
+def write_answers(path: Path, engine: EngineResource, folder: Path) -> None:
+    """As if the model had given these answers; a random one gives none."""
+    tokenizer = engine.ft.llm.get_tokenizer()
+    config = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8).hexdigest()
+    fingerprint = {"model": config, "dtype": "float32", "seed": 0, "sentences": 9}
+    work = WorkFile(path, fingerprint)
+    for task in ("digits", "code"):
+        for n in range(16):
+            text = f"It is {make_question(task, n, 9, 0).answer}."
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            row = {
+                "text": text,
+                "token_ids": ids,
+                "logprobs": [-0.5] * len(ids),
+                "right": n % 4 > 0,
+            }
+            work.add({"kind": "answer", "example": f"{task}/{n}", **row})
+    work.close()
+
+
+def test_own_answers_are_explained_and_a_second_run_does_nothing(
+    engine: EngineResource, hf: Any, hf_model: HFModel, folder: Path, tmp_path: Path
+) -> None:
+    options = own_options(tmp_path / "own.json")
+    work = options.json.with_suffix(".work.jsonl")
+    write_answers(work, engine, folder)
+    resources = OwnResources(folder)
+    vars(resources).update(engine=engine, hf=hf_model)
+    resources.close = lambda *names: None  # type: ignore[method-assign]
+    console = Console(file=io.StringIO())
+    result = own_answers.run(options, resources, console)
+    rows = {(row["method"], row["pooling"]): row for row in result["rows"]}
+    for method in (*own_answers.OURS, *own_answers.WORDS, "heads-mean-predicting"):
+        pooling = "sum" if method.startswith("heads") else "mean"
+        assert rows[method, pooling]["n"] == 4
+    for method in (*own_answers.COST, *own_answers.HF):
+        assert rows[method, "mean"]["n"] == 2
+        assert rows[method, "best 2"]["lds"][3] == 2
+        assert method not in own_answers.DROPPED or rows[method, "mean"]["drop3"][3] == 2
+    assert result["answers"] == {"digits": [12, 16], "code": [12, 16]}
+    assert "| loo-sentence | mean |" in own_summary.tables(result)
+
+    done = work.read_text().count("\n")
+    again = own_answers.run(options, resources, console)
+    assert work.read_text().count("\n") == done + 1  # The session's own row.
+    assert again["rows"] == result["rows"]
+
+    # The best sentence is really cut out, and nothing else.
+    [case, *_] = own_answers.make_cases(
+        options, WorkFile(work, fingerprint_of(work)), resources.tokenizer
+    )
+    first, end = case.prepared.sentences[2]
+    tokens = list(case.prepared.token_ids)
+    response = case.prepared.response_length
+    whole = reference(hf, tokens, response)
+    lost = whole - reference(hf, tokens[:first] + tokens[end:], response)
+    ablations = own_answers.CutFamily(resources).attribute(case.prepared, ["loo-sentence"])
+    at = first - case.prepared.user[0]
+    assert ablations["loo-sentence"].values[at] * (end - first) == pytest.approx(lost, abs=1e-3)
+
+
+def fingerprint_of(work: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(work.read_text().splitlines()[0])["fingerprint"]
+    return found
+
+
+def test_attention_of_sentences_equals_hugging_face(
+    engine: EngineResource, hf_model: HFModel, prepared: Prepared
+) -> None:
+    recorded = hf_model.recorded(prepared)
+    for predicting in (False, True):
+        sums, _ = attention_by_sentence(engine.ft, prepared, predicting=predicting)
+        rows = slice(prepared.target[0] - predicting, prepared.target[1] - predicting)
+        for own, (first, end) in zip(sums, prepared.sentences, strict=True):
+            heads = [
+                layer.attention[:, rows, first:end].sum(2).mean(1) for layer in recorded.layers
+            ]
+            np.testing.assert_allclose(own, torch.cat(heads).numpy(), rtol=2e-2, atol=1e-3)
+
+
+def test_logit_directions_are_what_attention_adds_to_the_logits(
+    hf_model: HFModel, prepared: Prepared
+) -> None:
+    """Over all tokens they sum to what the attention blocks write, along the same directions."""
+    recorded = hf_model.recorded(prepared)
+    total = logit_directions(hf_model, recorded, prepared).sum()
+    first, end = prepared.target
+    rows = slice(first - 1, end - 1)
+    written = sum((layer.after - layer.before)[rows] for layer in recorded.layers)
+    model = hf_model.model
+    with torch.no_grad():
+        head = model.lm_head.weight
+        unembedding = head[list(prepared.token_ids[first:end])] - head.mean(0)
+        hooked: list[torch.Tensor] = []
+        handle = model.model.norm.register_forward_pre_hook(
+            lambda _, args: hooked.append(args[0][0])
+        )
+        model.model(input_ids=torch.tensor([prepared.token_ids]))
+        handle.remove()
+        factor = (
+            hooked[0][rows].pow(2).mean(-1, keepdim=True) + model.model.norm.variance_epsilon
+        ).rsqrt()
+        expected = (written * unembedding * model.model.norm.weight * factor).sum()
+    assert float(total) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)

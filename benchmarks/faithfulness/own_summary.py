@@ -1,0 +1,295 @@
+"""Numbers and tables of `benchmarks.faithfulness.own_answers`, from the rows of its work file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.faithfulness.example import Values
+from benchmarks.faithfulness.metrics import bootstrap, holm, paired_test
+from benchmarks.faithfulness.summary import rounded
+from vllm_flashtrace.text.plan import skip_mask
+
+Pooling = Callable[[Values], float]
+
+
+def best(count: int) -> Pooling:
+    """The mean of the highest scores."""
+    return lambda scores: float(np.sort(scores)[-count:].mean())
+
+
+POOLINGS: dict[str, Pooling] = {
+    "mean": lambda scores: float(scores.mean()),
+    "sum": lambda scores: float(scores.sum()),
+    "best 1": best(1),
+    "best 2": best(2),
+    "best 4": best(4),
+}
+"""How the scores of a sentence's tokens become one; punctuation is left out of all but the sum."""
+DROPS = (1, 3, 5)
+REFERENCE = "loo-sentence"
+"""The method that the others are tested against."""
+RIDGE = 0.3
+
+
+def found(scores: Values, gold: frozenset[int]) -> float:
+    """Share of the gold sentences among as many best ones; ties count against the method."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i in gold))
+    return len(gold & set(order[: len(gold)])) / len(gold)
+
+
+def ranks(values: Values) -> Values:
+    """Average ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+def spearman(first: Values, second: Values) -> float:
+    """Rank correlation; 0 where one side is constant."""
+    a, b = ranks(first), ranks(second)
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else 0.0
+
+
+def kept_of(row: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """Which sentences each ablation keeps, ``[ablations, sentences]`` of 0 and 1."""
+    return np.array([[float(c) for c in mask] for mask in row["kept"]])
+
+
+def fit_heads(examples: Sequence[tuple[Values, Values, Values]], ridge: float = RIDGE) -> Values:
+    """Weights of heads after AT2 (Cohen-Wang et al. 2025), by ridge regression, ``[L * H]``.
+
+    Predicted is the log-probability of the response after an ablation, standardised within its
+    example, from the attention on the kept sentences, less its mean over the ablations.
+
+    Args:
+        examples: Of each the attention ``[sentences, L * H]``, what was kept
+            ``[ablations, sentences]``, and the log-probabilities ``[ablations]``.
+        ridge: Penalty, as a share of the mean square of the features.
+    """
+    features, targets = [], []
+    for attention, kept, logprobs in examples:
+        own = kept @ attention
+        features.append(own - own.mean(0))
+        spread = logprobs.std()
+        targets.append((logprobs - logprobs.mean()) / (spread if spread > 0 else 1.0))
+    x, y = np.concatenate(features), np.concatenate(targets)
+    scale = x.std(0)
+    scale[scale == 0] = 1.0
+    x = x / scale
+    penalty = ridge * len(x) * np.eye(x.shape[1])
+    return np.linalg.solve(x.T @ x + penalty, x.T @ y) / scale
+
+
+def _pooled(case: Any, values: Values) -> dict[str, Values]:
+    """Of each pooling the scores of the sentences."""
+    prepared = case.prepared
+    offset = prepared.user[0]
+    skipped = skip_mask(prepared.texts[slice(*prepared.user)], "punctuation")
+    assert skipped is not None
+    rest = ~skipped.numpy()
+    by_pooling: dict[str, list[float]] = {name: [] for name in POOLINGS}
+    for first, end in prepared.sentences:
+        part = slice(first - offset, end - offset)
+        own = values[part]
+        words = own[rest[part]]
+        for name, pool in POOLINGS.items():
+            by_pooling[name].append(pool(own if name == "sum" or not len(words) else words))
+    return {name: np.array(scores) for name, scores in by_pooling.items()}
+
+
+def sentence_scores(cases: Sequence[Any], work: Any) -> dict[tuple[str, str], dict[str, Values]]:
+    """Scores of the sentences, by method and pooling, and by example."""
+    scores: dict[tuple[str, str], dict[str, Values]] = {}
+    methods = dict.fromkeys(key[2] for key in work.rows if key[0] == "scores")
+    for case in cases:
+        for method in methods:
+            row = work.get("scores", case.key, method)
+            if row is None or "values" not in row:
+                continue
+            for pooling, own in _pooled(case, np.array(row["values"])).items():
+                scores.setdefault((method, pooling), {})[case.key] = own
+    for name, own in _from_attention(cases, work).items():
+        scores[name, "sum"] = own
+    for name, own in _verified(cases, work, scores).items():
+        scores[name, "mean"] = own
+    return scores
+
+
+def _from_attention(cases: Sequence[Any], work: Any) -> dict[str, dict[str, Values]]:
+    """Means over the heads, and learned weights that have not seen the task."""
+    results: dict[str, dict[str, Values]] = {}
+    for which in ("own", "predicting"):
+        sums = {
+            case.key: np.array(row["sums"])
+            for case in cases
+            if (row := work.get("attention", case.key, which)) is not None
+        }
+        results[f"heads-mean-{which}"] = {key: own.sum(1) for key, own in sums.items()}
+        learned: dict[str, Values] = {}
+        for task in dict.fromkeys(case.task for case in cases):
+            training = [
+                (sums[case.key], kept_of(row), np.array(row["logprobs"]))
+                for case in cases
+                if case.task != task and case.key in sums
+                if (row := work.get("ablations", case.key)) is not None
+            ]
+            if len(training) >= 6:
+                weights = fit_heads(training)
+                own = [case for case in cases if case.task == task and case.key in sums]
+                learned |= {case.key: sums[case.key] @ weights for case in own}
+        if learned:
+            results[f"heads-learned-{which}"] = learned
+    return {name: own for name, own in results.items() if own}
+
+
+VERIFIED = 4
+
+
+def _verified(
+    cases: Sequence[Any], work: Any, scores: Mapping[tuple[str, str], Mapping[str, Values]]
+) -> dict[str, dict[str, Values]]:
+    """The best sentences of ours, ordered by what is lost without each; the others behind them."""
+    results: dict[str, dict[str, Values]] = {}
+    for method in ("flashtrace-auto-skip", "flashtrace-auto-predicting"):
+        own: dict[str, Values] = {}
+        for case in cases:
+            ours = scores.get((method, "best 2"), {}).get(case.key)
+            lost = scores.get(("loo-sentence", "mean"), {}).get(case.key)
+            if ours is None or lost is None:
+                continue
+            sizes = np.array([end - start for start, end in case.prepared.sentences])
+            top = np.argsort(-ours, kind="stable")[:VERIFIED]
+            ranked = ours - ours.max() - 1e9
+            ranked[top] = (lost * sizes)[top]
+            own[case.key] = ranked
+        if own:
+            results[f"{method}-verified{VERIFIED}"] = own
+    return results
+
+
+def seconds_of(method: str, key: str, work: Any) -> float | None:
+    """What a method cost on an example."""
+    if method.startswith("heads-"):
+        row = work.get("attention", key, method.rsplit("-", 1)[1])
+        base = work.get("scores", key, "flashtrace-k0")
+        if row is None or base is None:
+            return None
+        return float(row["seconds"] + base["facts"]["prefill_seconds"])
+    if "-verified" in method:
+        ours = seconds_of(method.rsplit("-", 1)[0], key, work)
+        lost = work.get("scores", key, "loo-sentence")
+        if ours is None or lost is None:
+            return None
+        share = (1 + VERIFIED) / lost["facts"]["evaluations"]
+        return float(ours + share * lost["seconds"])
+    row = work.get("scores", key, method)
+    return None if row is None or "values" not in row else float(row["seconds"])
+
+
+def summarise(cases: Sequence[Any], options: argparse.Namespace, work: Any) -> dict[str, Any]:
+    """What goes into the JSON file."""
+    scores = sentence_scores(cases, work)
+    by_key = {case.key: case for case in cases}
+    rows = []
+    for (method, pooling), own in scores.items():
+        values: dict[str, list[float]] = {}
+        tasks: dict[str, list[float]] = {}
+        for key, sentence in own.items():
+            case = by_key[key]
+            value = found(sentence, case.gold)
+            values.setdefault("found", []).append(value)
+            tasks.setdefault(case.task, []).append(value)
+            row = work.get("ablations", key)
+            if row is not None:
+                predicted = kept_of(row) @ sentence
+                values.setdefault("lds", []).append(spearman(predicted, np.array(row["logprobs"])))
+            lost = work.get("drops", key, method)
+            if lost is not None and pooling == "mean":
+                for k, value in zip(DROPS, lost["lost"], strict=True):
+                    values.setdefault(f"drop{k}", []).append(value)
+        seconds = [s for key in own if (s := seconds_of(method, key, work)) is not None]
+        rows.append(
+            {
+                "method": method,
+                "pooling": pooling,
+                "n": len(own),
+                "tasks": {task: fmean(v) for task, v in tasks.items()},
+                "seconds": median(seconds) if seconds else None,
+                **{name: [*bootstrap(v, seed=0), len(v)] for name, v in values.items()},
+            }
+        )
+    answers = {
+        task: [
+            sum(r["right"] for r in own),
+            len(own),
+        ]
+        for task in options.tasks
+        if (
+            own := [
+                row
+                for key, row in work.rows.items()
+                if key[0] == "answer" and key[1].startswith(f"{task}/")
+            ]
+        )
+    }
+    lengths = [case.prepared.prompt_length for case in cases]
+    config = {key: value for key, value in vars(options).items() if key not in ("json", "model")}
+    return rounded(
+        {
+            "config": config,
+            "answers": answers,
+            "cases": {t: sum(c.task == t for c in cases) for t in options.tasks},
+            "prompt_tokens": fmean(lengths) if lengths else None,
+            "wall_seconds": work.seconds,
+            "rows": rows,
+            "tests": _tests(scores, by_key),
+        }
+    )
+
+
+def _tests(
+    scores: Mapping[tuple[str, str], Mapping[str, Values]], by_key: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``found`` of each method less that of leave-one-out on the same examples; p after Holm."""
+    reference = scores.get((REFERENCE, "mean"), {})
+    results = {}
+    for (method, pooling), own in scores.items():
+        both = [key for key in own if key in reference]
+        if method != REFERENCE and len(both) >= 8:
+            pairs = [
+                (found(own[k], by_key[k].gold), found(reference[k], by_key[k].gold)) for k in both
+            ]
+            first, second = zip(*pairs, strict=True)
+            results[f"{method} {pooling}"] = paired_test(first, second, seed=0)
+    corrected = holm({name: p for name, (_, _, p) in results.items()})
+    return {name: [*test, corrected[name]] for name, test in results.items()}
+
+
+def _number(value: Sequence[float] | None) -> str:
+    if value is None:
+        return ""
+    mean, low, high, count = value
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}] ({count})"
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """The table of methods; of each the pooling that is the product's, or the only one."""
+    names = list(result["cases"])
+    head = ["method", "pooling", "found", *names, "LDS", *(f"drop@{k}" for k in DROPS), "seconds"]
+    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
+    for row in result["rows"]:
+        cells = [row["method"], row["pooling"], _number(row["found"])]
+        cells += [f"{row['tasks'][t]:.2f}" if t in row["tasks"] else "" for t in names]
+        cells += [_number(row.get("lds")), *(_number(row.get(f"drop{k}")) for k in DROPS)]
+        cells.append("" if row["seconds"] is None else f"{row['seconds']:.3g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    answers = ", ".join(f"{t} {right}/{asked}" for t, (right, asked) in result["answers"].items())
+    return "\n".join([f"right answers: {answers}", "", *lines])

@@ -1,0 +1,147 @@
+"""Questions, what counts as a right answer, and the numbers made of rankings of sentences."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.faithfulness.own_answers import ANSWER, is_right, parted, prompt_of
+from benchmarks.faithfulness.own_methods import bm25, words
+from benchmarks.faithfulness.own_summary import fit_heads, found, ranks, spearman
+from benchmarks.faithfulness.paraphrased import TASKS, Question, make_question, spelled
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_questions_share_no_word_of_the_answer_with_its_sources(task: str) -> None:
+    for number in range(40):
+        question = make_question(task, number, 12, seed=3)
+        assert question == make_question(task, number, 12, seed=3)
+        assert len(question.sentences) == len(set(question.sentences)) == 12
+        gold = [question.sentences[i] for i in question.gold]
+        assert gold
+        for sentence in gold:
+            assert question.answer.lower() not in words(sentence)
+        # A sentence that says nothing about it has the answer's own word.
+        others = [s for i, s in enumerate(question.sentences) if i not in question.gold]
+        assert any(re.search(rf"(\b|_){question.answer}\b", s) for s in others)
+
+
+def test_later_statements_stand_behind_what_they_contradict() -> None:
+    for number in range(40):
+        question = make_question("latest", number, 10, seed=0)
+        [gold] = question.gold
+        thing = words(question.sentences[gold])[2]
+        other = [i for i, s in enumerate(question.sentences) if thing in words(s) and i < gold]
+        assert gold > 0
+        assert other
+        code = make_question("code", number, 10, seed=0)
+        first, second = code.gold
+        name = code.sentences[first].split(" = ")[0]
+        assert f"= {name} *" in code.sentences[second]
+
+
+def test_numbers_are_spelled() -> None:
+    assert [spelled(n) for n in (0, 13, 20, 42, 99)] == [
+        *("zero", "thirteen", "twenty", "forty-two", "ninety-nine")
+    ]
+
+
+PLAIN = Question(("One.",), (0,), "How many? Answer with digits only.", "24", ("18",))
+THOUGHT = Question(("One.",), (0,), "How many?", "1000", think=True)
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "right"),
+    [
+        (PLAIN, "24", True),
+        (PLAIN, "There are 24 of them.", True),
+        (PLAIN, "24, not 18.", False),
+        (PLAIN, "124", False),
+        (PLAIN, "24.5", False),
+        (PLAIN, "2,400", False),
+        (THOUGHT, "Ten times a hundred. Answer: 1,000", True),
+        (THOUGHT, "It is 1000.", False),
+        (THOUGHT, "It is 1000. Answer: 12", False),
+    ],
+)
+def test_right_answers(question: Question, text: str, right: bool) -> None:
+    assert is_right(question, text) is right
+
+
+def test_classes_are_right_in_the_plural() -> None:
+    question = Question(("One.",), (0,), "Which?", "flower", ("fruit",))
+    assert is_right(question, "Flowers.")
+    assert not is_right(question, "Flowers and fruits.")
+
+
+def test_prompts_ask_for_a_word_or_a_sentence() -> None:
+    assert prompt_of(PLAIN, 0).endswith("How many? Answer with digits only.")
+    assert prompt_of(PLAIN, 1).endswith("How many? Answer in one sentence.")
+    assert ANSWER in prompt_of(THOUGHT, 1)
+    reasoning, output = parted("Answer: no. Answer: 7")
+    assert (reasoning, output) == ("Answer: no. Answer:", " 7")
+
+
+def test_found_counts_ties_against_the_method() -> None:
+    scores = np.array([1.0, 3.0, 3.0, 0.0])
+    assert found(scores, frozenset({1, 2})) == 1.0
+    assert found(scores, frozenset({1})) == 0.0
+    assert found(scores, frozenset({0, 1})) == 0.5
+    assert found(np.zeros(4), frozenset({0})) == 0.0
+
+
+@given(
+    st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=30),
+)
+def test_spearman_is_pearson_of_average_ranks(pairs: list[tuple[int, int]]) -> None:
+    first, second = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))
+    value = spearman(first, second)
+    assert -1 - 1e-9 <= value <= 1 + 1e-9
+    assert spearman(second, first) == pytest.approx(value)
+    assert spearman(np.exp(first), second) == pytest.approx(value)  # monotone
+    by_hand = [float((first < x).sum() + ((first == x).sum() + 1) / 2) for x in first]
+    assert ranks(first).tolist() == by_hand
+    if first.std() > 0 and second.std() > 0:
+        expected = np.corrcoef(ranks(first), ranks(second))[0, 1]
+        assert value == pytest.approx(expected)
+    else:
+        assert value == 0.0
+
+
+def test_heads_that_made_the_difference_are_found() -> None:
+    """A planted linear model comes out, whatever each example's offset and scale."""
+    draw = np.random.default_rng(0)
+    heads = np.zeros(12)
+    heads[[2, 7]] = 1.0, 0.5
+    examples = []
+    for scale in (1.0, 5.0, 0.2, 3.0):
+        attention = draw.random((8, 12))
+        kept = (draw.random((64, 8)) < 0.5).astype(float)
+        examples.append((attention, kept, scale * (kept @ attention @ heads) - 9 * scale))
+    weights = fit_heads(examples, ridge=1e-6)
+    assert np.corrcoef(weights, heads)[0, 1] > 0.95  # Each example has a scale of its own.
+    attention, kept, logprobs = examples[0]
+    assert spearman(kept @ (attention @ weights), logprobs) > 0.99
+
+
+def test_bm25_prefers_rare_words_and_short_sentences() -> None:
+    sentences = [words(s) for s in ("the cat sat", "the dog", "the dog sat on the mat today")]
+    scores = bm25(words("The dog?"), sentences)
+    assert scores.argmax() == 1
+    assert scores[1] > scores[2] > scores[0]
+    idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    length = 1 - 0.75 + 0.75 * 2 / 4
+    common = math.log(1 + (3 - 3 + 0.5) / (3 + 0.5))
+    by_hand = (idf + common) * 2.5 / (1 + 1.5 * length)
+    assert scores[1] == pytest.approx(by_hand)
+
+
+def test_unknown_words_score_nothing() -> None:
+    found_: Any = bm25(["zebra"], [["a"], ["b"]])
+    assert found_.tolist() == [0.0, 0.0]
