@@ -158,6 +158,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "recurse_over": st.sampled_from(["reasoning", "generated", "assistant"]),
         "skip_tokens": st.sampled_from(["none", "punctuation", [], ["4821", " "]]),
         "top_k": st.sampled_from([None, 1, 3, 100_000]),
+        "scope": st.sampled_from(["prompt", "content"]),
         "include": st.lists(
             st.sampled_from(
                 ["hops", "generated", "segments", "sentences", "layers", "attention", "tokens"]

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.api.samples import check_described
+from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.api.response import SegmentScore
 from vllm_flashtrace.base.errors import TraceError
@@ -91,6 +92,51 @@ def test_top_k_is_highest_first(trace):
     values = [entry["score"] for entry in data["scores"]]
     assert values == sorted(result.scores.tolist(), reverse=True)[:4]
     assert [result.scores[entry["index"]] for entry in data["scores"]] == values
+
+
+def test_the_scope_leaves_out_template_and_blanks(trace, chat):
+    """The same scores and masses; what is not listed is said."""
+    messages = [{"role": "user", "content": "One\n\n 😀 two"}]
+    completion = chat(messages, ANSWER)
+    plan, _, everything = trace(completion, top_k=None)
+    _, _, content = trace(completion, top_k=None, scope="content")
+    assert "unlisted_mass" not in everything
+    kept = [
+        e for e in everything["scores"] if "start" in e and plan.prompt.token(e["index"]).strip()
+    ]
+    assert content["scores"] == kept
+    assert {e["message"] for e in kept} == {0}
+    # Every piece of a character of several tokens stays.
+    assert sum(e["start"] == messages[0]["content"].index("😀") for e in kept) > 1
+    rest = math.fsum(e["score"] for e in everything["scores"] if e not in kept)
+    assert 0 < content["unlisted_mass"] == pytest.approx(rest)
+    assert {k: v for k, v in content.items() if k not in ("scores", "unlisted_mass")} == {
+        k: v for k, v in everything.items() if k != "scores"
+    }
+    whole, part = Attribution(everything), Attribution(content)
+    assert part.is_complete
+    assert part.share(0, 3) == pytest.approx(whole.share(0, 3))
+    assert not Attribution({**content, "unlisted_mass": 0.0}).is_complete
+    _, _, best = trace(completion, top_k=2, scope="content")
+    assert best["scores"] == sorted(kept, key=lambda e: -e["score"])[:2]
+
+
+def test_the_scope_keeps_what_may_be_content(trace, chat):
+    """A plain prompt has no template, and a message that is not located may be anywhere."""
+    plain = Completion(
+        chat(CHAT, ANSWER).prompt_token_ids, chat(CHAT, ANSWER).generated_token_ids, ANSWER
+    )
+    plan, _, data = trace(plain, top_k=None, scope="content")
+    blank = [i for i in range(plan.prompt_length) if not plan.prompt.token(i).strip()]
+    assert blank
+    assert [e["index"] for e in data["scores"]] == [
+        i for i in range(plan.prompt_length) if i not in blank
+    ]
+    lost = [*CHAT, {"role": "user", "content": "This stands nowhere."}]
+    elsewhere = dataclasses.replace(chat(CHAT, ANSWER), messages=lost)
+    plan, _, data = trace(elsewhere, top_k=None, scope="content")
+    assert plan.prompt_map.unlocated
+    assert len(data["scores"]) + len(blank) == plan.prompt_length
 
 
 def test_ties_are_in_prompt_order(trace):

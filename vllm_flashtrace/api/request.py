@@ -410,6 +410,12 @@ class FlashTraceRequest(StrictModel):
         description="How many scored prompt tokens to return, the highest scores above 0 first; "
         "null returns all of the prompt's tokens in order. It limits the sentences as well.",
     )
+    scope: Literal["prompt", "content"] = Field(
+        default="prompt",
+        description="Tokens that scores lists: 'prompt' (all of the prompt's) or 'content' (those "
+        "of the client's messages that are not blank; what lies on the chat template, line breaks "
+        "and other blanks is unlisted_mass). No score changes by it.",
+    )
     include: tuple[Include, ...] = Field(
         default=(),
         description="Additional parts of the response: 'hops' (scores of each hop), 'generated' "

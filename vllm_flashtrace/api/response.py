@@ -463,8 +463,8 @@ class TargetResult(_Part):
     target: TargetFound | None = Field(default=None, description="What was explained.")
     scores: list[TokenScore] | None = Field(
         default=None,
-        description="Scores of prompt tokens: the top_k highest above 0, highest first, or with "
-        "top_k null all in the order of the prompt.",
+        description="Scores of the prompt tokens within the request's scope: the top_k highest "
+        "above 0, highest first, or with top_k null all in the order of the prompt.",
     )
     input_mass: _Share | None = Field(
         default=None,
@@ -481,6 +481,11 @@ class TargetResult(_Part):
     )
     skipped_mass: _Share | None = Field(
         default=None, description="Share on tokens that the request's skip_tokens names."
+    )
+    unlisted_mass: _Share | None = Field(
+        default=None,
+        description="Part of input_mass on prompt tokens that scores leaves out: the template's, "
+        "and blanks; only with scope 'content'.",
     )
     hops: list[HopMass] | None = Field(
         default=None, description="Masses of each hop, the pass that explains the target first."

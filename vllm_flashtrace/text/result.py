@@ -157,10 +157,12 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
     result = plan.recursion.result()
     _check_balance(result)
     scores = _numbers(result.scores[: plan.prompt_length])
+    listed = _listed(plan)
     data: dict[str, Any] = {
         "target": _target(plan),
         "scores": [
-            _score(plan, i, tokens[i], scores[i]) for i in _chosen(scores, plan.request.top_k)
+            _score(plan, i, tokens[i], scores[i])
+            for i in _chosen(scores, plan.request.top_k, listed)
         ],
         **({"prompt_tokens": plan.prompt_length} if plan.request.targets is None else {}),
         "input_mass": result.input_mass,
@@ -169,6 +171,9 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
         "skipped_mass": result.skipped_mass,
         "hops": [_hop(mass) for mass in result.hops],
     }
+    if plan.request.scope == "content":
+        listed_mass = math.fsum(scores[i] for i in listed)
+        data["unlisted_mass"] = max(0.0, result.input_mass - listed_mass)
     if plan.request.hops == "auto":
         data["auto_stopped"] = _auto_stopped(plan, result)
     numbers: Callable[[Tensor], Any] = _checked if as_tensors else _numbers
@@ -300,11 +305,37 @@ def _numbers(scores: Tensor) -> Any:
     return _checked(scores).tolist()
 
 
-def _chosen(scores: Sequence[float], top_k: int | None) -> list[int]:
-    """Indices to return: all in order, or the highest above 0 first, ties in prompt order."""
+def _listed(plan: TracePlan) -> Sequence[int]:
+    """Indices of the prompt tokens within the request's scope, in order.
+
+    Where a message could not be located, a token of no message may be its content, and stays.
+    """
+    everything = range(plan.prompt_length)
+    if plan.request.scope == "prompt":
+        return everything
+    located = plan.prompt_map
+    keeps_rest = bool(located.unlocated) or not located.roles
+    return [
+        i
+        for i in everything
+        if plan.prompt.token(i).strip() and (located.tokens[i] is not None or keeps_rest)
+    ]
+
+
+def _chosen(
+    scores: Sequence[float], top_k: int | None, listed: Sequence[int] | None = None
+) -> list[int]:
+    """Indices to return: all in order, or the highest above 0 first, ties in prompt order.
+
+    Args:
+        scores: What to choose from.
+        top_k: The most to return; None for all.
+        listed: Indices that may be returned, in order; None for all.
+    """
+    indices = range(len(scores)) if listed is None else listed
     if top_k is None:
-        return list(range(len(scores)))
-    positive = [i for i, score in enumerate(scores) if score > 0]
+        return list(indices)
+    positive = [i for i in indices if scores[i] > 0]
     return sorted(positive, key=lambda i: (-scores[i], i))[:top_k]
 
 
