@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests import engine_starts, heap
 from tests.cores import BIND
@@ -27,6 +28,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Read when torch is imported. What computes in this process or is forked off it cannot be bound,
 # and threads that wait for a core that another process has take milliseconds per operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("flashtrace", deadline=None)
+settings.load_profile("flashtrace")
 
 heap.import_without_collecting()
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from benchmarks.faithfulness.example import Family, MethodFailed, Prepared, Scores, Values
 from vllm_flashtrace.api.request import parse_flashtrace_field
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.records import Completion, TraceUsage
-from vllm_flashtrace.core.hops import HopMass
+from vllm_flashtrace.core.hops import HopMass, HopRecursion
 from vllm_flashtrace.offline.jobs import pick_up_now
 from vllm_flashtrace.text.plan import TracePlan, plan_trace
 from vllm_flashtrace.trace.config import FlashTraceConfig
@@ -45,6 +46,8 @@ class Variant:
             when it looks for nothing, and that gathers at the beginning.
         surprise: Whether each token of the target is weighted by how little the model expected it,
             ``-log p`` (nats).
+        through: Whether hops go through the prompt behind the last sentence that is ranked, too:
+            the question and the template.
     """
 
     hops: int | str
@@ -54,6 +57,7 @@ class Variant:
     exact_fraction: float | None = None
     drop_sink: bool = False
     surprise: bool = False
+    through: bool = False
 
 
 VARIANTS: Mapping[str, tuple[Variant, str]] = {
@@ -199,7 +203,7 @@ class OursFamily(Family):
 
     def _run_key(self, variant: Variant) -> tuple[Any, ...]:
         exact = self._config(variant).exact_fraction
-        return variant.predicting, variant.surprise, variant.skip, exact
+        return variant.predicting, variant.surprise, variant.through, variant.skip, exact
 
     def _config(self, variant: Variant) -> FlashTraceConfig:
         config: FlashTraceConfig = self._ft.config
@@ -239,18 +243,14 @@ class OursFamily(Family):
         return run
 
     def _plan(self, prepared: Prepared, variant: Variant, config: FlashTraceConfig) -> TracePlan:
-        """The product's own plan for these options.
-
-        The prompt's last token is told to be generated. It predicts the first generated one, so
-        that `Variant.predicting` can explain it; it belongs to the template and is not ranked.
-        """
-        boundary = prepared.prompt_length - 1
-        shift = 1 if variant.predicting else 0
-        target = [position - boundary - shift for position in prepared.target]
+        """The product's own plan for these options."""
+        boundary = prepared.prompt_length
+        target = [position - boundary for position in prepared.target]
         reasoning = [position - boundary for position in prepared.reasoning]
         options = {
             "target": self._target(prepared, target) if variant.surprise else {"tokens": [target]},
             "reasoning": {"tokens": [reasoning]} if reasoning[0] < reasoning[1] else "none",
+            "rows": "predicting" if variant.predicting else "target",
             "hops": config.max_hops,
             "skip_tokens": variant.skip,
             "top_k": None,
@@ -265,7 +265,8 @@ class OursFamily(Family):
             generated_token_ids=tokens[boundary:],
             text=tokenizer.decode(tokens[boundary:], skip_special_tokens=True),
         )
-        return plan_trace(request, completion, tokenizer, max_hops=config.max_hops)
+        plan = plan_trace(request, completion, tokenizer, max_hops=config.max_hops)
+        return _through(plan, prepared) if variant.through else plan
 
     def _target(self, prepared: Prepared, span: list[int]) -> dict[str, Any]:
         weights = self._resources.surprise[prepared.example.id]
@@ -291,3 +292,21 @@ class OursFamily(Family):
         }
         facts |= {f"rho_{mass.hop}": mass.reasoning_mass for mass in run.masses[: last + 1]}
         return Scores(values, prefill + sum(run.seconds[: last + 1]), facts)
+
+
+def _through(plan: TracePlan, prepared: Prepared) -> TracePlan:
+    """The plan with hops through what stands behind the last sentence, too."""
+    first = prepared.sentences[-1][1]
+    positions = torch.arange(len(plan.token_ids))
+    start, end = prepared.reasoning
+    rest = (positions >= first) & (positions < prepared.prompt_length)
+    recursion = HopRecursion(
+        plan.target,
+        plan.prompt_length,
+        len(plan.token_ids),
+        rest | ((positions >= start) & (positions < end)),
+        hops=plan.request.hops,
+        auto_threshold=plan.auto_threshold,
+        predicting=plan.request.rows == "predicting",
+    )
+    return replace(plan, recursion=recursion, input_mask=plan.input_mask & ~rest)

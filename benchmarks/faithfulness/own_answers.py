@@ -74,8 +74,12 @@ OURS = [
     "flashtrace-auto-skip",
     "flashtrace-k0-predicting",
     "flashtrace-auto-predicting",
+    "flashtrace-auto-predicting-skip",
+    "flashtrace-auto-predicting-surprise",
     "flashtrace-auto-surprise",
 ]
+THROUGH = ["flashtrace-auto-through", "flashtrace-auto-predicting-through"]
+"""Twice as dear, and no better; on few examples."""
 WORDS = ["overlap", "question-overlap", "bm25", "random", "recency"]
 COST = {"loo-sentence": "left_out", "contextcite": "ablated"}
 """Methods that ask the model many times, and the option that says for how many examples."""
@@ -89,7 +93,6 @@ HF = [
 ]
 DROPPED = [
     "flashtrace-k1",
-    "flashtrace-auto-skip",
     "flashtrace-auto-predicting",
     "loo-sentence",
     "contextcite",
@@ -379,6 +382,7 @@ def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[s
         resources.questions = {case.prepared.example.id: case.question for case in cases}
         everywhere = (cases, CHEAP, [*OURS, *WORDS], options.examples)
         score(*everywhere, resources, work, console)
+        score(cases, CHEAP, THROUGH, options.ablated, resources, work, console)
         record_attention(cases, resources, work, console)
         for name, limit in COST.items():
             score(cases, COSTLY, [name], getattr(options, limit), resources, work, console)

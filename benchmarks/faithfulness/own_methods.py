@@ -24,9 +24,33 @@ _OWN_VARIANTS = {
         Variant(0, predicting=True),
         "no hop, from the rows that predict the output's tokens",
     ),
+    "flashtrace-auto-predicting-skip": (
+        Variant("auto", predicting=True, skip="punctuation"),
+        "hops as auto, no punctuation, from the rows that predict the output's tokens",
+    ),
+    "flashtrace-auto-predicting-surprise": (
+        Variant("auto", predicting=True, surprise=True),
+        "hops as auto, from the rows that predict, weighted by -log p",
+    ),
     "flashtrace-auto-predicting": (
         Variant("auto", predicting=True),
         "hops as auto, from the rows that predict the output's tokens",
+    ),
+    "flashtrace-k1-through": (
+        Variant(1, through=True),
+        "one hop, also through the question and the template",
+    ),
+    "flashtrace-auto-through": (
+        Variant("auto", through=True),
+        "hops as auto, also through the question and the template",
+    ),
+    "flashtrace-k1-predicting-through": (
+        Variant(1, predicting=True, through=True),
+        "one hop, also through the question and the template, from the rows that predict",
+    ),
+    "flashtrace-auto-predicting-through": (
+        Variant("auto", predicting=True, through=True),
+        "hops as auto, also through the question and the template, from the rows that predict",
     ),
     "flashtrace-auto-surprise": (
         Variant("auto", skip="punctuation", surprise=True),
@@ -196,13 +220,13 @@ def attention_by_sentence(
         prepared: The example.
         predicting: Whether the rows are those that predict the output's tokens.
     """
-    # The prompt's last token is told to be generated, so that its row can be explained.
-    boundary = prepared.prompt_length - predicting
-    span = [position - boundary - predicting for position in prepared.target]
+    boundary = prepared.prompt_length
+    span = [position - boundary for position in prepared.target]
     ids = list(prepared.token_ids)
     field = {
         "target": {"tokens": [span]},
         "reasoning": "none",
+        "rows": "predicting" if predicting else "target",
         "hops": 0,
         "top_k": 1,
         "include": ["attention"],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.harness import Engine
+from tests.oracle import oracle_hops, oracle_scores
 from vllm_flashtrace import Attribution, FlashTrace, InvalidRequestError
 from vllm_flashtrace.commands.demo import build_scenario
 
@@ -130,6 +133,47 @@ def test_batch_of_prompts_chats_and_token_ids(tiny: Engine) -> None:
     assert counts[4] == len(prompts[2])
     text = [t for t in several[2].to_dict()["scores"] if "start" in t]
     assert all("The capital of France is"[t["start"] : t["end"]] == t["token"] for t in text)
+
+
+@pytest.mark.parametrize("hops", [0, 2])
+def test_rows_that_predict_the_target_agree_with_the_oracle(
+    tiny: Engine, tiny_folder: Path, hops: int
+) -> None:
+    """The first generated token's is the prompt's last; hops explain tokens at their own rows."""
+    from transformers import AutoModelForCausalLM
+
+    ft = FlashTrace(llm=tiny.llm)
+    ids = torch.randint(5, 500, (120,), generator=torch.Generator().manual_seed(4)).tolist()
+    prompt, end = 90, 96
+    weights = {0: 2.0, 1: 1.0, 4: 0.5, 5: 1.0} if not hops else {3: 2.0, 5: 1.0}
+    field = {
+        "target": {"weights": {str(i): w for i, w in weights.items()}},
+        "rows": "predicting",
+        "hops": hops,
+        "top_k": None,
+        "include": ["generated"],
+    }
+    found = ft.attribute(ids[:prompt], ids[prompt:], field)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, attn_implementation="eager", dtype=torch.float32
+    )
+    target = torch.zeros(end)
+    for i, weight in weights.items():
+        target[prompt + i - 1] = weight
+    positions = torch.arange(end)
+    followed = (positions >= prompt) & (positions < prompt + min(weights))
+
+    def one_hop(dense: torch.Tensor) -> torch.Tensor:
+        rows = dense.nonzero().squeeze(1)
+        return oracle_scores(model, ids[:end], rows, dense[rows])
+
+    expected, left = oracle_hops(
+        one_hop, target.double(), positions < prompt, followed, len(found.hops) - 1
+    )
+    scores = torch.tensor([token.score for token in found.scores], dtype=torch.float64)
+    assert float((scores - expected[:prompt]).abs().sum() / expected.sum()) <= 1e-5
+    assert found.remaining_mass == pytest.approx(float(left), abs=1e-6)
+    assert found.target["tokens"][0] == [min(weights), 2 if not hops else min(weights) + 1]
 
 
 def test_a_failed_trace_keeps_its_completion(ft: FlashTrace) -> None:

@@ -398,6 +398,12 @@ class FlashTraceRequest(StrictModel):
         "tokens), or 'assistant' (generated tokens and the prompt's earlier assistant turns and "
         "tool calls).",
     )
+    rows: Literal["target", "predicting"] = Field(
+        default="target",
+        description="Rows of the model that explain the target: 'target' (those of its tokens, as "
+        "in the paper: what the model read once a token was there) or 'predicting' (for each token "
+        "the one before it: what the model read when it chose the token).",
+    )
     skip_tokens: Literal["none", "punctuation"] | tuple[str, ...] = Field(
         default="none",
         description="Tokens that are neither explained nor given a score; their share is "

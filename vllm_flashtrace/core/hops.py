@@ -43,6 +43,7 @@ class HopRecursion:
         skip_mask: Tensor | None = None,
         auto_threshold: float = 0.05,
         max_hops: int = 8,
+        predicting: bool = False,
     ) -> None:
         """Starts a recursion.
 
@@ -57,6 +58,9 @@ class HopRecursion:
             skip_mask: bool ``[N]``, tokens that are never explained and never credited.
             auto_threshold: Remaining mass at which ``"auto"`` stops.
             max_hops: Limit for ``"auto"``.
+            predicting: Whether hop 0 explains the rows that predict the target's tokens, one to
+                the left of each, in place of the tokens' own. Later hops explain what earlier
+                ones read, at the rows where it stands.
 
         Raises:
             ValueError: Every target token is skipped (``target.without(skip_mask) is None``), the
@@ -83,6 +87,8 @@ class HopRecursion:
         first = target.without(skipped)
         if first is None:
             raise ValueError("every target token is skipped")
+        if predicting:
+            first = first.predicting()
 
         in_prompt = torch.arange(length) < prompt_length
         self._parts = {

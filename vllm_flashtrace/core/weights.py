@@ -140,6 +140,14 @@ class TargetWeights:
         """Drops the positions ``>= n``; None when nothing is left."""
         return self._where(self.positions < n)
 
+    def predicting(self) -> TargetWeights:
+        """The rows that predict these tokens, one to the left of each, with the same weights.
+
+        Raises:
+            ValueError: The first token of the trace is a target; no row predicts it.
+        """
+        return TargetWeights(self.positions - 1, self.weights)
+
     def _where(self, kept: Tensor) -> TargetWeights | None:
         if not kept.any():
             return None

@@ -1,7 +1,7 @@
 """What one trace has to do: tokens to prefill, what to explain, what to follow, what to skip.
 
-Positions of a plan lie within its tokens, and the tokens end with the last position that is
-explained: later ones cannot influence it.
+Positions of a plan lie within its tokens, and the tokens end with the last one of the target:
+later ones cannot influence it.
 """
 
 from __future__ import annotations
@@ -317,8 +317,7 @@ class TracePlan:
     Attributes:
         request: The client's options.
         completion: What is explained.
-        token_ids: The N tokens to prefill: the prompt and the generated tokens up to the last
-            target position.
+        token_ids: The prompt and the generated tokens up to the last target position; N of them.
         prompt_length: Number of prompt tokens.
         recursion: Hands out the target of each hop.
         target: What hop 0 explains; absolute positions.
@@ -449,6 +448,7 @@ def plan_targets(
             skip_mask=own_skipped,
             auto_threshold=auto_threshold,
             max_hops=max_hops,
+            predicting=request.rows == "predicting",
         )
         plan = TracePlan(
             request=request,
