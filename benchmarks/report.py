@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import tables
+from benchmarks.faithfulness import own_summary
 from benchmarks.faithfulness import report as faithfulness
 
 _HERE = Path(__file__).parent
@@ -39,6 +40,9 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "faithfulness_tasks": ("faithfulness.json", faithfulness.by_task),
     "faithfulness_lengths": ("faithfulness.json", faithfulness.by_length),
     "faithfulness_perturbation": ("faithfulness.json", faithfulness.perturbation),
+    "own_answers": ("own_answers.json", own_summary.quality),
+    "own_answers_tasks": ("own_answers.json", own_summary.by_task),
+    "own_answers_pooling": ("own_answers.json", own_summary.by_pooling),
     "gpu_kernels": ("gpu_kernels.json", tables.gpu_kernels),
     "gpu_engine": ("gpu_engine*.json", tables.gpu_engine),
 }

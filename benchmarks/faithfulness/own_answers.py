@@ -46,7 +46,7 @@ from benchmarks.faithfulness.own_methods import (
     WordFamily,
     attention_by_sentence,
 )
-from benchmarks.faithfulness.own_summary import summarise, tables
+from benchmarks.faithfulness.own_summary import draw, summarise, tables
 from benchmarks.faithfulness.paraphrased import TASKS, Question, make_question
 from benchmarks.faithfulness.run import Resources, Row, WorkFile, explained
 from benchmarks.tables import emit
@@ -413,6 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--seed", type=int, default=0)
     add("--json", type=Path, required=True)
+    add("--figure", type=Path, help="PNG of quality against seconds")
     options = parser.parse_args(arguments)
     for key, value in PRESETS[options.preset].items():
         if getattr(options, key) is None:
@@ -427,6 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with engine_log(), closing(resources):
         result = run(options, resources, console)
     emit(result, tables(result), options.json)
+    if options.figure is not None:
+        draw(result, options.figure)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -241,7 +242,9 @@ def summarise(cases: Sequence[Any], options: argparse.Namespace, work: Any) -> d
         )
     }
     lengths = [case.prepared.prompt_length for case in cases]
-    config = {key: value for key, value in vars(options).items() if key not in ("json", "model")}
+    config = {
+        key: value for key, value in vars(options).items() if key not in ("json", "model", "figure")
+    }
     return rounded(
         {
             "config": config,
@@ -273,23 +276,112 @@ def _tests(
     return {name: [*test, corrected[name]] for name, test in results.items()}
 
 
-def _number(value: Sequence[float] | None) -> str:
+SHOWN = "mean"
+"""The pooling of the tables: the product's, by which it orders sentences."""
+_SIGNIFICANT = 0.05
+
+
+def _shown(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A row for each method, the best first."""
+    of_heads = "heads-"
+    rows = [
+        row
+        for row in result["rows"]
+        if row["pooling"] == SHOWN or row["method"].startswith(of_heads)
+    ]
+    return sorted(rows, key=lambda row: -row["found"][0])
+
+
+def _interval(value: Sequence[float] | None, *, count: bool = False) -> str:
     if value is None:
         return ""
-    mean, low, high, count = value
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}] ({count})"
+    mean, low, high, n = value
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]" + (f" ({n})" if count else "")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"| :--- |{' ---: |' * (len(header) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def quality(result: Mapping[str, Any]) -> str:
+    """Markdown: what each method finds, LDS, drops and cost.
+
+    A star marks a share found that differs from that of leave-one-out on the same examples (paired
+    test, Holm, 0.05).
+    """
+    header = ["method", "n", "found", "LDS (n)", *(f"drop@{k}" for k in DROPS), "seconds"]
+    rows = []
+    for row in _shown(result):
+        test = result["tests"].get(f"{row['method']} {row['pooling']}")
+        star = " *" if test is not None and test[3] < _SIGNIFICANT else ""
+        drops = [row.get(f"drop{k}") for k in DROPS]
+        seconds = row["seconds"]
+        rows.append(
+            [
+                row["method"],
+                str(row["n"]),
+                _interval(row["found"]) + star,
+                _interval(row.get("lds"), count=True),
+                *("" if drop is None else f"{drop[0]:.1f}" for drop in drops),
+                "" if seconds is None else "< 0.001" if seconds < 1e-3 else f"{seconds:.3g}",
+            ]
+        )
+    return _table(header, rows)
+
+
+def by_task(result: Mapping[str, Any]) -> str:
+    """Markdown: the share found on each task, and how often the model's answers are right."""
+    tasks = list(result["cases"])
+    header = ["method", *(f"{task} ({result['cases'][task]})" for task in tasks)]
+    rows = [
+        [row["method"], *(f"{row['tasks'][t]:.2f}" if t in row["tasks"] else "" for t in tasks)]
+        for row in _shown(result)
+    ]
+    answers = [result["answers"][task] for task in tasks]
+    right = [f"{right} of {asked}" for right, asked in answers]
+    return _table(header, [*rows, ["right answers", *right]])
+
+
+def by_pooling(result: Mapping[str, Any]) -> str:
+    """Markdown: the share found by our methods, by how a sentence's scores become one."""
+    found_by: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["method"].startswith("flashtrace-") and "-verified" not in row["method"]:
+            found_by.setdefault(row["method"], {})[row["pooling"]] = row["found"][0]
+    names = list(POOLINGS)
+    rows = [
+        [method, *(f"{own[name]:.2f}" for name in names)]
+        for method, own in found_by.items()
+        if len(own) == len(names)
+    ]
+    return _table(["method", *names], rows)
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """The table of methods; of each the pooling that is the product's, or the only one."""
-    names = list(result["cases"])
-    head = ["method", "pooling", "found", *names, "LDS", *(f"drop@{k}" for k in DROPS), "seconds"]
-    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
-    for row in result["rows"]:
-        cells = [row["method"], row["pooling"], _number(row["found"])]
-        cells += [f"{row['tasks'][t]:.2f}" if t in row["tasks"] else "" for t in names]
-        cells += [_number(row.get("lds")), *(_number(row.get(f"drop{k}")) for k in DROPS)]
-        cells.append("" if row["seconds"] is None else f"{row['seconds']:.3g}")
-        lines.append(f"| {' | '.join(cells)} |")
-    answers = ", ".join(f"{t} {right}/{asked}" for t, (right, asked) in result["answers"].items())
-    return "\n".join([f"right answers: {answers}", "", *lines])
+    """All of them, for the terminal."""
+    return "\n\n".join([quality(result), by_task(result), by_pooling(result)])
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Writes the figure of quality against seconds as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(10, 4.5), layout="constrained")
+    sides = figure.subplots(1, 2)
+    for axes, metric, label in zip(sides, ("found", "lds"), ("share found", "LDS"), strict=True):
+        for row in _shown(result):
+            seconds = row["seconds"]
+            if row.get(metric) is None or not seconds:
+                continue
+            value, name = row[metric][0], row["method"]
+            ours = name.startswith("flashtrace-") and name != "flashtrace-package"
+            axes.scatter(seconds, value, color="C0" if ours else "C1", s=14)
+            place = {"textcoords": "offset points", "fontsize": 6}
+            axes.annotate(name.removeprefix("flashtrace-"), (seconds, value), (3, 2), **place)
+        axes.set(xscale="log", xlabel="seconds for one example (median)", ylabel=label)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

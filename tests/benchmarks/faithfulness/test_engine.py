@@ -251,7 +251,7 @@ def hf_model(folder: Path) -> HFModel:
 def own_options(output: Path) -> argparse.Namespace:
     return argparse.Namespace(
         **{"tasks": ["digits", "code"], "examples": 2, "left_out": 1, "ablated": 1, "offline": 1},
-        **{"sentences": 9, "seed": 0, "json": output, "model": None},
+        **{"sentences": 9, "seed": 0, "json": output, "model": None, "figure": None},
     )
 
 
@@ -295,7 +295,12 @@ def test_own_answers_are_explained_and_a_second_run_does_nothing(
         assert rows[method, "best 2"]["lds"][3] == 2
         assert method not in own_answers.DROPPED or rows[method, "mean"]["drop3"][3] == 2
     assert result["answers"] == {"digits": [12, 16], "code": [12, 16]}
-    assert "| loo-sentence | mean |" in own_summary.tables(result)
+    table = own_summary.tables(result)
+    for method in (*own_answers.OURS, *own_answers.COST, *own_answers.HF, *own_answers.WORDS):
+        assert f"| {method} | " in table
+    assert "| right answers | 12 of 16 | 12 of 16 |" in table
+    own_summary.draw(result, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
     done = work.read_text().count("\n")
     again = own_answers.run(options, resources, console)
