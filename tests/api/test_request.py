@@ -56,6 +56,7 @@ def test_defaults(value):
         "reasoning": "auto",
         "recurse_over": "reasoning",
         "rows": "target",
+        "weighting": "equal",
         "skip_tokens": "none",
         "top_k": 20,
         "scope": "prompt",
@@ -112,6 +113,7 @@ def test_other_values_are_refused(value):
         ("recurse_over", "generated", "generated"),
         ("recurse_over", "assistant", "assistant"),
         ("rows", "predicting", "predicting"),
+        ("weighting", "surprise", "surprise"),
         ("skip_tokens", "punctuation", "punctuation"),
         ("skip_tokens", [], ()),
         ("skip_tokens", [",", " the"], (",", " the")),
@@ -216,6 +218,7 @@ REFUSED = [
     ("recurse_over", 1, "recurse_over", "1"),
     ("recurse_over", ["reasoning"], "recurse_over", '["reasoning"]'),
     ("rows", "all", "rows", '"all"'),
+    ("weighting", "log", "weighting", '"log"'),
     ("rows", None, "rows", "null"),
     ("skip_tokens", "vowels", "skip_tokens", '"vowels"'),
     ("skip_tokens", None, "skip_tokens", "null"),
@@ -391,6 +394,19 @@ _json = st.recursive(
 _keys = st.sampled_from(
     [*FlashTraceRequest.model_fields, "text", "regex", "tokens", "weights", "tool_call", "argument"]
 )
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"target": {"weights": {"0": 1.0}}},
+        {"targets": [{"text": "a"}, {"weights": {"0": 1.0}}]},
+    ],
+)
+def test_weights_are_the_clients_or_the_models(field):
+    error = refusal({**field, "weighting": "surprise"})
+    assert error.param == "flashtrace.weighting"
+    assert parse({**field, "weighting": "equal"})
 
 
 @settings(max_examples=100, deadline=None)

@@ -142,6 +142,37 @@ def test_a_target_of_skipped_tokens_only_is_refused() -> None:
         HopRecursion(TARGET, PROMPT, LENGTH, REASONING, skip_mask=mask(8, 9))
 
 
+def test_predicting_rows_are_one_to_the_left_of_what_is_not_skipped() -> None:
+    """Skipped are tokens of the target, not the rows before them; later hops do not move."""
+    skip = mask(1, 5, 9)
+    recursion = HopRecursion(TARGET, PROMPT, LENGTH, REASONING, skip_mask=skip, predicting=True)
+    assert recursion.target_tokens.tolist() == [8]
+    first, second = run(recursion, torch.ones(LENGTH), torch.ones(LENGTH))
+    assert first.positions.tolist() == [7]
+    assert second.positions.tolist() == [4, 6, 7]
+    begin = TargetWeights.from_spans([(PROMPT, LENGTH)])
+    recursion = HopRecursion(begin, PROMPT, LENGTH, NOTHING, predicting=True)
+    [first] = run(recursion, torch.ones(LENGTH))
+    assert first.spans == [(PROMPT - 1, LENGTH - 1)]
+
+
+@pytest.mark.parametrize("predicting", [False, True])
+def test_the_target_is_weighed_before_its_hop(predicting: bool) -> None:
+    target = TargetWeights.from_mapping({8: 2.0, 9: 3.0})
+    recursion = HopRecursion(target, PROMPT, LENGTH, REASONING, predicting=predicting)
+    for bad in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan]):
+        with pytest.raises(ValueError, match="positive factors"):
+            recursion.weigh(torch.tensor(bad))
+    recursion.weigh(torch.tensor([0.5, 4.0]))
+    weights = recursion.next_weights()
+    assert weights is not None
+    assert weights.weights.tolist() == [1.0, 12.0]
+    assert weights.positions.tolist() == ([7, 8] if predicting else [8, 9])
+    recursion.add(torch.ones(LENGTH))
+    with pytest.raises(RuntimeError, match="has been explained"):
+        recursion.weigh(torch.ones(2))
+
+
 def test_prompt_tokens_in_the_recursion_mask_are_reasoning() -> None:
     recursion = HopRecursion(TARGET, PROMPT, LENGTH, mask(2, 5))
     recursion.add(torch.ones(LENGTH))

@@ -176,6 +176,40 @@ def test_rows_that_predict_the_target_agree_with_the_oracle(
     assert found.target["tokens"][0] == [min(weights), 2 if not hops else min(weights) + 1]
 
 
+@pytest.mark.parametrize("rows", ["target", "predicting"])
+def test_surprising_tokens_count_more(tiny: Engine, tiny_folder: Path, rows: str) -> None:
+    """As with the weights ``-log p`` that Hugging Face gives, of one target and of several."""
+    from transformers import AutoModelForCausalLM
+
+    ft = FlashTrace(llm=tiny.llm)
+    ids = torch.randint(5, 500, (100,), generator=torch.Generator().manual_seed(6)).tolist()
+    prompt = 80
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with torch.no_grad():
+        logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    surprise = [-float(logs[prompt + i - 1, ids[prompt + i]]) for i in range(20)]
+    spans = [[0, 6], [10, 16]]
+    field = {"rows": rows, "hops": 1, "top_k": None}
+
+    def scores(**more: Any) -> Any:
+        found = ft.attribute(ids[:prompt], ids[prompt:], {**field, **more})
+        assert found.status == "completed", found.error
+        return found, [[token.score for token in part.scores] for part in found.targets]
+
+    given = [{"weights": {str(i): surprise[i] for i in range(*span)}} for span in spans]
+    _, expected = scores(targets=given)
+    both, found = scores(targets=[{"tokens": [span]} for span in spans], weighting="surprise")
+    _, [alone] = scores(target={"tokens": [spans[1]]}, weighting="surprise")
+    _, equal = scores(targets=[{"tokens": [span]} for span in spans])
+    for own, wanted, plain in zip(found, expected, equal, strict=True):
+        assert own == pytest.approx(wanted, abs=1e-6)
+        assert max(abs(a - b) for a, b in zip(own, plain, strict=True)) > 1e-4
+    assert alone == pytest.approx(expected[1], abs=1e-6)
+    usage = both.to_dict()["usage"]
+    assert usage["scored_requests"] == 1
+    assert usage["seconds"]["weighting"] > 0
+
+
 def test_a_failed_trace_keeps_its_completion(ft: FlashTrace) -> None:
     found, lost = ft.generate(
         [MESSAGES, [{"role": "user", "content": "Say hello."}]],

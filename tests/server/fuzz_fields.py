@@ -159,6 +159,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "skip_tokens": st.sampled_from(["none", "punctuation", [], ["4821", " "]]),
         "top_k": st.sampled_from([None, 1, 3, 100_000]),
         "scope": st.sampled_from(["prompt", "content"]),
+        "weighting": st.sampled_from(["equal", "surprise"]),
         "rows": st.sampled_from(["target", "predicting"]),
         "include": st.lists(
             st.sampled_from(

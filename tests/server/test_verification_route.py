@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -49,6 +50,29 @@ async def test_answers_carry_what_removal_does(app):
     for number, call in enumerate(scores(app)):
         assert call.request_id == f"{data['id']}-score{number}"
         assert call.prompt["cache_salt"] == "s" and call.finished
+    load = app.app.state.flashtrace.tracer.load
+    assert (load["running"], load["accumulator_bytes"]) == (0, 0)
+
+
+async def test_tokens_are_weighed_by_surprise_before_anything_is_explained(app):
+    data = await ask(app, flashtrace={"weighting": "surprise", "hops": 0}, cache_salt="s")
+    check_described(data)
+    assert data["status"] == "completed"
+    [call] = scores(app)
+    assert call.request_id == f"{data['id']}-weighting"
+    assert call.prompt["cache_salt"] == "s"
+    assert app.engine.traces[0] is call
+    assert data["usage"]["scored_requests"] == 1
+    assert "weighting" in data["usage"]["seconds"]
+
+
+async def test_an_attribution_whose_tokens_cannot_be_weighed_fails_alone(app):
+    app.engine.log_prob = lambda text: -math.inf
+    data = await ask(app, flashtrace={"weighting": "surprise", "hops": 0})
+    assert (data["status"], data["error"]["code"]) == ("failed", "bad_scores")
+    app.engine.log_prob = lambda text: -0.5
+    data = await ask(app, flashtrace={"weighting": "surprise", "hops": 0})
+    assert data["status"] == "completed"
     load = app.app.state.flashtrace.tracer.load
     assert (load["running"], load["accumulator_bytes"]) == (0, 0)
 

@@ -404,6 +404,12 @@ class FlashTraceRequest(StrictModel):
         "in the paper: what the model read once a token was there) or 'predicting' (for each token "
         "the one before it: what the model read when it chose the token).",
     )
+    weighting: Literal["equal", "surprise"] = Field(
+        default="equal",
+        description="How much each token of the target counts: 'equal', or 'surprise' (by the "
+        "negative logarithm of the probability that the model gave it, so that filler words count "
+        "little; takes one short request more).",
+    )
     skip_tokens: Literal["none", "punctuation"] | tuple[str, ...] = Field(
         default="none",
         description="Tokens that are neither explained nor given a score; their share is "
@@ -537,6 +543,11 @@ class FlashTraceRequest(StrictModel):
             raise RefusedError("needs sources", "citations", True)
         if self.targets is not None and "target" in self.model_fields_set:
             raise RefusedError("cannot be combined with targets", "target", self.target)
+        if self.weighting != "equal":
+            several = self.targets if isinstance(self.targets, tuple) else (self.target,)
+            if any(isinstance(target, WeightsTarget) for target in several):
+                phrase = "cannot be combined with a target of weights"
+                raise RefusedError(phrase, "weighting", self.weighting)
         for name in ("layers", "attention"):
             if self.targets is not None and name in self.include:
                 phrase = f"cannot hold '{name}' with targets"

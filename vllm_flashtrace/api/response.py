@@ -418,7 +418,8 @@ class AttributionUsage(_Part):
         default=None, description="Tokens that came from the prefix cache; absent likewise."
     )
     scored_requests: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="Engine requests that verification took; with verify."
+        default=None,
+        description="Engine requests that scored the target; with verify, or weighting 'surprise'.",
     )
     scored_tokens: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
@@ -429,7 +430,8 @@ class AttributionUsage(_Part):
         default=None, description="Tokens that they found in the prefix cache; absent likewise."
     )
     seconds: dict[str, float] = Field(
-        description="Seconds by phase, over all hops: queue, prefill, attribution; and verify."
+        description="Seconds by phase, over all hops: queue, prefill, attribution; and weighting "
+        "and verify."
     )
     dropped_target_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,

@@ -87,6 +87,7 @@ class HopRecursion:
         first = target.without(skipped)
         if first is None:
             raise ValueError("every target token is skipped")
+        self._target_tokens = first.positions
         if predicting:
             first = first.predicting()
 
@@ -111,6 +112,27 @@ class HopRecursion:
         Answers the same until `add` is called.
         """
         return self._next
+
+    @property
+    def target_tokens(self) -> Tensor:
+        """Positions of the tokens that hop 0 explains, int64 ``[R]``."""
+        return self._target_tokens
+
+    def weigh(self, factors: Tensor) -> None:
+        """Multiplies the weights of the target's tokens, before hop 0.
+
+        Args:
+            factors: ``[R]``, positive, in the order of `target_tokens`.
+
+        Raises:
+            ValueError: A factor is not positive, or their number is another.
+            RuntimeError: A hop has been run.
+        """
+        if self._next is None or self._hops:
+            raise RuntimeError("the target has been explained")
+        if factors.shape != self._target_tokens.shape or not bool((factors > 0).all()):
+            raise ValueError(f"need {len(self._target_tokens)} positive factors, got {factors}")
+        self._next = TargetWeights(self._next.positions, self._next.weights * factors.float())
 
     @property
     def begun(self) -> bool:

@@ -11,8 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
-from vllm_flashtrace.base.records import Completion, ScoreReport, TraceReport, TraceUsage
-from vllm_flashtrace.text.plan import TracePlan
+from vllm_flashtrace.base.records import (
+    Completion,
+    ScoredText,
+    ScoreReport,
+    TraceReport,
+    TraceUsage,
+)
+from vllm_flashtrace.text.plan import TracePlan, surprise_text, weigh_by_surprise
 from vllm_flashtrace.text.result import build_result, failed_result
 from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace import pickup
@@ -71,6 +77,7 @@ def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> No
     places = config.concurrent_traces(llm.llm_engine.vllm_config)
     for job in jobs:
         job.visits = visits(job.plans, budget)
+    _weigh([job for job in jobs if job.plans], llm, places)
     while _advance(jobs, llm, config, places, budget):
         pass
     for job in jobs:
@@ -78,22 +85,47 @@ def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> No
             _verify(job, job.verify(job.plans), llm, places)
 
 
+def _weigh(jobs: Sequence[TraceJob], llm: Any, places: int) -> None:
+    """Weights the tokens of targets by how little the model expected them, where asked for."""
+    weighed = [job for job in jobs if job.plans[0].request.weighting == "surprise"]
+    began = time.monotonic()
+    texts = [(job, surprise_text(job.plans)) for job in weighed]
+    for (job, text), report in zip(texts, _scored(texts, llm, places), strict=True):
+        try:
+            if isinstance(report, FlashTraceError):
+                raise report
+            job.usage.weights = report.weights
+            weigh_by_surprise(job.plans, text, report.log_probs)
+            job.usage.seconds["weighting"] = time.monotonic() - began
+        except FlashTraceError as error:
+            job.error = error
+
+
 def _verify(job: TraceJob, verification: Verification, llm: Any, places: int) -> None:
     """Scores the texts that verify an attribution."""
+    began = time.monotonic()
+    reports = _scored([(job, text) for text in verification.texts], llm, places)
+    job.usage.seconds["verify"] = time.monotonic() - began
+    job.verifications = verification.results(reports, job.usage.weights)
+
+
+def _scored(
+    texts: Sequence[tuple[TraceJob, ScoredText]], llm: Any, places: int
+) -> list[ScoreReport | FlashTraceError]:
+    """Scores texts in batches; what fails has its error in place of a report."""
     from vllm_flashtrace.trace.scoring import checked, score_call
 
-    began = time.monotonic()
     reports: list[ScoreReport | FlashTraceError] = []
-    for start in range(0, len(verification.texts), places):
-        texts = verification.texts[start : start + places]
-        calls = [score_call(text, None) for text in texts]
+    for start in range(0, len(texts), places):
+        batch = texts[start : start + places]
+        calls = [score_call(text, None) for _, text in batch]
         outputs = llm.generate(
             [call.prompt for call in calls],
             [call.params for call in calls],
             use_tqdm=False,
-            lora_request=[job.lora_request] * len(calls),
+            lora_request=[job.lora_request for job, _ in batch],
         )
-        for text, call, output in zip(texts, calls, outputs, strict=True):
+        for (job, text), call, output in zip(batch, calls, outputs, strict=True):
             try:
                 carried = pickup.carried_answer(output)
                 found = pickup.pick_up_score_now(call.spec.nonce, _worker_call(llm), carried)
@@ -101,8 +133,7 @@ def _verify(job: TraceJob, verification: Verification, llm: Any, places: int) ->
                 job.usage.add_score(found)
             except FlashTraceError as error:
                 reports.append(error)
-    job.usage.seconds["verify"] = time.monotonic() - began
-    job.verifications = verification.results(reports, job.usage.weights)
+    return reports
 
 
 def _advance(

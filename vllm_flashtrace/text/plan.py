@@ -26,7 +26,7 @@ from vllm_flashtrace.api.request import (
     ToolCallTarget,
 )
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.base.records import Completion, Span
+from vllm_flashtrace.base.records import Completion, ScoredText, Span
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.text.answer_parts import AnswerPart, answer_parts
@@ -359,6 +359,36 @@ class TracePlan:
         """Spans of the target, counted from the first generated token."""
         offset = self.prompt_length
         return [(start - offset, end - offset) for start, end in self.target.spans]
+
+
+_LEAST_SURPRISE = 1e-4
+"""Of a target's largest: a token of which the model was sure counts a little all the same."""
+
+
+def surprise_text(plans: Sequence[TracePlan]) -> ScoredText:
+    """What is scored for `weigh_by_surprise`: the tokens of all targets, in one text."""
+    positions = torch.cat([plan.recursion.target_tokens for plan in plans]).unique()
+    longest = max(plans, key=lambda plan: len(plan.token_ids))
+    return ScoredText(longest.token_ids, positions.tolist())
+
+
+def weigh_by_surprise(plans: Sequence[TracePlan], text: ScoredText, log_probs: Tensor) -> None:
+    """Weights each token of the targets by ``-log p``, before anything is explained.
+
+    Args:
+        plans: One for each target.
+        text: What `surprise_text` gave.
+        log_probs: Natural logarithms, ``[P]``, in the order of its positions.
+
+    Raises:
+        TraceError: ``bad_scores``: one is not a finite number.
+    """
+    if not log_probs.isfinite().all():
+        raise TraceError("bad_scores", "the log-probability of a target token is not finite")
+    positions = torch.tensor(text.positions)
+    for plan in plans:
+        own = -log_probs[torch.isin(positions, plan.recursion.target_tokens)].double()
+        plan.recursion.weigh(own.clamp(min=_LEAST_SURPRISE * max(float(own.max()), 1e-4)))
 
 
 def plan_trace(

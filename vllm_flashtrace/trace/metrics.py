@@ -27,7 +27,7 @@ ROUTES = (
     "/v1/messages",
     "/v1/attributions",
 )
-PHASES = ("queue", "prefill", "attribution", "verify", "total")
+PHASES = ("queue", "prefill", "attribution", "weighting", "verify", "total")
 _MODEL = "model_name"
 # Seconds; from a short trace on a GPU to the default timeout.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -151,7 +151,7 @@ def _collectors() -> _Collectors:
         seconds=Histogram(
             "flashtrace_phase_seconds",
             "Seconds of completed attributions by phase: queue (for a place and in the engine), "
-            "prefill, attribution, verify, total.",
+            "prefill, attribution, weighting, verify, total.",
             [_MODEL, "phase"],
             buckets=_BUCKETS,
         ),

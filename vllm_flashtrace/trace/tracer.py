@@ -19,7 +19,12 @@ from vllm_flashtrace.api.request import FlashTraceRequest
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.base.records import Completion, ScoreReport, TraceReport, TraceUsage
-from vllm_flashtrace.text.plan import TracePlan, plan_targets
+from vllm_flashtrace.text.plan import (
+    TracePlan,
+    plan_targets,
+    surprise_text,
+    weigh_by_surprise,
+)
 from vllm_flashtrace.text.result import build_result, failed_result
 from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace.admission import Admission
@@ -376,6 +381,8 @@ class AsyncTracer:
         waited_here = await self._admission.enter(cost)
         try:
             usage = TraceUsage(seconds={"queue": waited + waited_here})
+            if plans[0].request.weighting == "surprise":
+                await self._weigh(plans, context, trace_id, watch, usage)
             hop = 0
             # A completion leaves its tokens in its engine's cache, and every hop does.
             computed_before = context.request_id is not None
@@ -404,6 +411,27 @@ class AsyncTracer:
             return usage, await verifier(context, trace_id, watch, usage)
         finally:
             self._admission.leave(cost)
+
+    async def _weigh(
+        self,
+        plans: list[TracePlan],
+        context: EngineContext,
+        trace_id: str,
+        watch: Observation,
+        usage: TraceUsage,
+    ) -> None:
+        """Weights the tokens of the targets by how little the model expected them."""
+        began = time.monotonic()
+        text = surprise_text(plans)
+        with watch.scoring(text) as span:
+            report = await run_score(
+                self._engines, text, context, f"{trace_id}-weighting", span.headers
+            )
+            watch.scored(span, report)
+        usage.add_score(report)
+        usage.weights = report.weights
+        weigh_by_surprise(plans, text, report.log_probs)
+        usage.seconds["weighting"] = time.monotonic() - began
 
     async def _verify(
         self,
