@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ _PACK = 8  # Numbers of four bits in an int32.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FP8, _FP8_MAX, _INT8_MAX = torch.float8_e4m3fn, 448.0, 127
 
-Activations = Literal["int8", "int8 asymmetric", "int8 static", "fp8", "fp8 static"]
+Activations = Literal[
+    "int8", "int8 asymmetric", "int8 static", "fp8", "fp8 static", "fp8 in groups"
+]
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,17 @@ def _fp8_channels(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return _fp8(weight.abs().amax(1, keepdim=True) / _FP8_MAX, weight)
 
 
+def _fp8_blocks(
+    weight: Tensor, columns: int = GROUP, name: str = "weight_scale_inv"
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Blocks of `GROUP` output channels and ``columns`` inputs share a scale."""
+    blocks = weight.unflatten(0, (-1, GROUP)).unflatten(2, (-1, columns))
+    scales = blocks.abs().amax((1, 3)) / _FP8_MAX
+    every = scales.repeat_interleave(GROUP, 0).repeat_interleave(columns, 1)
+    numbers = (weight / every).to(_FP8)
+    return {"weight": numbers, name: scales}, numbers.float() * every
+
+
 def _with_input_scale(
     write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], scale: float
 ) -> Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]:
@@ -149,8 +163,18 @@ def _numbers(bits: int, kind: str, strategy: str, **others: Any) -> dict[str, An
     return {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, **others}
 
 
+def _blocks(columns: int) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [GROUP, columns],
+    }
+
+
 # Of the scales of static activations: inputs of a tiny model's linear layers are within ±8.
 _INT8_STATIC, _FP8_STATIC = 8 / 127, 8 / 448
+
+_WIDE = 128
 
 _SKIPPED = ("model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.o_proj")
 
@@ -219,6 +243,20 @@ SCHEMES: dict[str, Scheme] = {
         _with_input_scale(_fp8_tensor, _FP8_STATIC),
         "fp8 static",
     ),
+    "FP8 in blocks": Scheme(_blocks(GROUP), _fp8_blocks, "fp8 in groups"),
+    # The blocks that vLLM's kernel for CPUs takes.
+    "FP8 in blocks, activations in 16 bits": Scheme(
+        _blocks(_WIDE), partial(_fp8_blocks, columns=_WIDE)
+    ),
+    "compressed-tensors FP8 W8A8 in blocks": Scheme(
+        _compressed(
+            "float-quantized",
+            _numbers(8, "float", "block", block_structure=[GROUP, GROUP]),
+            _numbers(8, "float", "group", group_size=GROUP, dynamic=True),
+        ),
+        partial(_fp8_blocks, name="weight_scale"),
+        "fp8 in groups",
+    ),
 }
 
 
@@ -229,6 +267,8 @@ def rounded(numbers: Tensor, activations: Activations) -> Tensor:
         scale = (high - low) / 255
         zero = (-128 - low / scale).round()
         return (((numbers / scale).round() + zero).clamp(-128, 127) - zero) * scale
+    if activations == "fp8 in groups":
+        return rounded(numbers.unflatten(-1, (-1, GROUP)), "fp8").flatten(-2)
     largest = numbers.abs().amax(-1, keepdim=True)
     if activations.startswith("int8"):
         scale = largest / _INT8_MAX if activations == "int8" else torch.tensor(_INT8_STATIC)

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+    Fp8BlockScaledMMLinearKernel,
+)
+from vllm.platforms import PlatformEnum
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.oracle import oracle_scores
@@ -54,6 +59,25 @@ def quantized_again(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Te
     return (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+class ProductOfBlocks(Fp8BlockScaledMMLinearKernel):
+    """vLLM's kernel of FP8 in blocks with torch for the product: it has none for these CPUs.
+
+    How activations are quantised, in groups, is vLLM's own.
+    """
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return True, None
+
+    def apply_block_scaled_mm(
+        self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
+    ) -> torch.Tensor:
+        rows, columns = self.weight_group_shape
+        inputs = A.float() * As.repeat_interleave(columns, 1)
+        scales = Bs.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return torch.nn.functional.linear(inputs, B.float() * scales)
+
+
 @contextmanager
 def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
     from vllm import _custom_ops
@@ -69,6 +93,12 @@ def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
         patch.setattr(_custom_ops, "scaled_fp8_quant", quantized_again)
         if dtype == torch.float32 or not hasattr(torch.ops._C, "cpu_gemm_wna16"):
             patch.setattr(_custom_ops, "cpu_gemm_wna16", product_of_four_bits)
+        if dtype == torch.float32:
+            kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS
+            patch.setitem(kernels, PlatformEnum.CPU, [ProductOfBlocks])
+        else:  # It asks for AMX, but does without.
+            always = classmethod(lambda *_: (True, None))
+            patch.setattr(linear.CPUFp8BlockScaledMMKernel, "is_supported", always)
         name = str(dtype).removeprefix("torch.")
         engine = Engine(
             folder, "quantised weights", in_process=True, max_model_len=1024, dtype=name
@@ -91,6 +121,9 @@ def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
         ("compressed-tensors int8 W8A8 in some layers, static activations", torch.float32, 1e-3),
         ("compressed-tensors FP8 W8A8", torch.float32, 3e-2),
         ("FP8 per tensor, static activations", torch.float32, 5e-2),
+        ("FP8 in blocks", torch.float32, 3e-2),
+        ("FP8 in blocks, activations in 16 bits", torch.bfloat16, 5e-2),
+        ("compressed-tensors FP8 W8A8 in blocks", torch.float32, 3e-2),
     ],
 )
 def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> None:
