@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import Family, make_tiny_model
 
 GROUP = 32
 """Input features that share a scale, where a scheme has groups."""
@@ -278,13 +278,16 @@ def rounded(numbers: Tensor, activations: Activations) -> Tensor:
     return eight.to(numbers.dtype) * scale
 
 
-def make_quantized_llama(scheme: Scheme, folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:
+def make_quantized_model(
+    scheme: Scheme, folder: Path, dtype: torch.dtype, family: Family = "llama"
+) -> tuple[Path, Any]:
     """Writes a quantised checkpoint and makes its reference.
 
     Args:
         scheme: How linear layers are quantised.
         folder: Where the checkpoint goes.
         dtype: Type of what is not quantised, to which it is rounded in both.
+        family: The model's.
 
     Returns:
         The checkpoint's folder, and the Hugging Face model in float32 with the dequantised weights,
@@ -293,7 +296,7 @@ def make_quantized_llama(scheme: Scheme, folder: Path, dtype: torch.dtype) -> tu
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    make_tiny_model("llama", folder)
+    make_tiny_model(family, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -17,8 +17,9 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 from vllm.platforms import PlatformEnum
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_start_proof import prove_again
 from tests.oracle import oracle_scores
-from tests.quantized_models import SCHEMES, make_quantized_llama
+from tests.quantized_models import SCHEMES, make_quantized_model
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import quantized, start_proof, traced_model
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
@@ -26,6 +27,7 @@ from vllm_flashtrace.worker.runner import PROOF_ATTRIBUTE
 
 TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 WEIGHTS = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in [*range(150, 170), *range(250, 300)]})
+LIMIT = 1e-3
 
 
 def product_of_four_bits(
@@ -128,7 +130,7 @@ def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
 )
 def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> None:
     scheme = SCHEMES[name]
-    folder, model = make_quantized_llama(scheme, tmp_path, dtype)
+    folder, model = make_quantized_model(scheme, tmp_path, dtype)
     expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
     with served(folder, dtype) as engine:
         scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
@@ -146,6 +148,33 @@ def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> 
     assert error <= limit
 
 
+# The one rounds its inputs by a scale that is fixed, the other keeps them.
+@pytest.mark.parametrize(
+    "name", ["GPTQ", "compressed-tensors int8 W8A8 in some layers, static activations"]
+)
+def test_output_bias_and_multiplier(name: str, tmp_path: Path) -> None:
+    """A Granite, whose output projection has a bias, and whose residual multiplier is not 1."""
+    folder, model = make_quantized_model(SCHEMES[name], tmp_path, torch.float32, "granite")
+    expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    with served(folder, torch.float32) as engine:
+        error = relative_l1(engine.trace(TraceJob(TOKENS, WEIGHTS)).scores, expected)
+        proof = engine.on_worker(prove_again)
+        bias = engine.on_worker(read_bias)
+    print(f"| {name}, with a bias | {proof['largest_error']:.1e} | {error:.1e} |")
+    torch.testing.assert_close(bias, model.model.layers[0].self_attn.o_proj.bias.detach())
+    assert proof["refusal"] is None and proof["found"]["output_bias"]
+    assert proof["found"]["residual_multipliers"] == [0.22]
+    assert error <= LIMIT
+
+
+def read_bias(worker: Any) -> torch.Tensor:
+    from vllm_flashtrace.worker.runner import runner_model
+
+    layer = runner_model(worker.model_runner).layers[0]
+    assert layer.quantization is not None
+    return quantized.applied_bias(layer.out_proj, layer.quantization)
+
+
 def matrix_error(worker: Any, layer: int, weight: torch.Tensor) -> float:
     """Largest difference of a matrix that was read, relative to its largest number."""
     from vllm_flashtrace.worker.runner import runner_model
@@ -158,7 +187,7 @@ def matrix_error(worker: Any, layer: int, weight: torch.Tensor) -> float:
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A model whose identity holds to the rounding of activations only."""
     scheme = SCHEMES["compressed-tensors int8 W8A8"]
-    folder, _ = make_quantized_llama(scheme, tmp_path_factory.mktemp("int8"), torch.float32)
+    folder, _ = make_quantized_model(scheme, tmp_path_factory.mktemp("int8"), torch.float32)
     with served(folder, torch.float32) as engine:
         yield engine
 
@@ -180,12 +209,6 @@ BREAKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_wrong_matrix_is_seen(int8: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prove_again(worker: Any) -> dict[str, Any]:
-        vars(worker.model_runner).pop(PROOF_ATTRIBUTE, None)
-        start_proof.prove(worker)
-        report: dict[str, Any] = getattr(worker.model_runner, PROOF_ATTRIBUTE)
-        return report
-
     stock = CPUTracedModel.output_projection
 
     def wrong(self: CPUTracedModel, layer: int, adapter: int | None = None) -> Any:
