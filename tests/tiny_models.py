@@ -26,6 +26,7 @@ Family = Literal[
     "gemma2",
     "gemma3",
     "glm4",
+    "gpt_oss",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
@@ -152,6 +153,24 @@ def _model(family: Family, num_kv_heads: int) -> Any:
         return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**common, **windows))
     if family == "glm4":
         return hf.Glm4ForCausalLM(hf.Glm4Config(**common, head_dim=32, attention_bias=True))
+    if family == "gpt_oss":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False}
+        rope = {
+            **yarn,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        }
+        return hf.GptOssForCausalLM(
+            hf.GptOssConfig(
+                **{**common, "rms_norm_eps": 1e-5},  # vLLM's, whatever the config says.
+                **experts,
+                head_dim=32,
+                sliding_window=32,
+                rope_parameters=rope,
+            )
+        )
     raise ValueError(f"unknown family {family!r}; one of {', '.join(get_args(Family))}")
 
 
@@ -164,6 +183,8 @@ def _randomise(model: Any, seed: int) -> None:
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
+            elif name.endswith("sinks"):
+                parameter.copy_(2 + noise)
             elif "embed_tokens" in name:
                 parameter.copy_(noise)
             elif "q_proj" in name or "k_proj" in name:

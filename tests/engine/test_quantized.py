@@ -21,7 +21,7 @@ from tests.engine.test_start_proof import prove_again
 from tests.oracle import oracle_scores
 from tests.quantized_models import SCHEMES, make_quantized_model
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.worker import quantized, start_proof, traced_model
+from vllm_flashtrace.worker import quantized, traced_model
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.runner import PROOF_ATTRIBUTE
 
