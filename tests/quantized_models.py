@@ -324,3 +324,56 @@ def make_quantized_model(
                     lambda _, inputs: (rounded(inputs[0], activations),)
                 )
     return folder, model
+
+
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_MXFP4_SHARED = 32  # Inputs that share an exponent.
+
+
+def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``[..., out, in]`` in numbers of four bits, as gpt-oss keeps its experts.
+
+    Returns:
+        ``[..., out, in / 32, 16]``, two numbers to a byte, the first in its low bits; exponents
+        plus 127 ``[..., out, in / 32]``; and the weight that they make.
+    """
+    shared = weight.unflatten(-1, (-1, _MXFP4_SHARED))
+    exponents = (shared.abs().amax(-1) / 6).log2().ceil()
+    scaled = shared / exponents.exp2()[..., None]
+    indices = (scaled.abs()[..., None] - _FP4).abs().argmin(-1)
+    dequantized = _FP4[indices] * scaled.sign() * exponents.exp2()[..., None]
+    codes = (indices + 8 * (scaled < 0)).to(torch.uint8)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    return blocks, (exponents + 127).to(torch.uint8), dequantized.flatten(-2)
+
+
+def make_gpt_oss_with_mxfp4_experts(folder: Path) -> tuple[Path, Any]:
+    """A tiny gpt-oss in the form of the published ones: bfloat16 but for its experts.
+
+    Returns:
+        As `make_quantized_model`.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    make_tiny_model("gpt_oss", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # [experts, in, out]
+                blocks, scales, dequantized = _mxfp4(parameter.transpose(1, 2))
+                parameter.copy_(dequantized.transpose(1, 2))
+                tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            else:
+                parameter.copy_(parameter.bfloat16())
+                tensors[name] = parameter.bfloat16()
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, model

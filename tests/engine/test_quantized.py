@@ -19,7 +19,11 @@ from vllm.platforms import PlatformEnum
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_start_proof import prove_again
 from tests.oracle import oracle_scores
-from tests.quantized_models import SCHEMES, make_quantized_model
+from tests.quantized_models import (
+    SCHEMES,
+    make_gpt_oss_with_mxfp4_experts,
+    make_quantized_model,
+)
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import quantized, traced_model
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
@@ -111,6 +115,11 @@ def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
             engine.close()
 
 
+def needs(kernel: str) -> None:
+    if not hasattr(torch.ops._C, kernel):
+        pytest.skip(f"vLLM's build for this CPU has no {kernel}")
+
+
 # Activations that a float32 takes to another side of a rounding than the oracle does change others
 # behind them; with int8 and a static scale there is none in this text.
 @pytest.mark.parametrize(
@@ -129,6 +138,8 @@ def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
     ],
 )
 def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> None:
+    if name == "FP8 in blocks, activations in 16 bits":
+        needs("fp8_scaled_mm_cpu")
     scheme = SCHEMES[name]
     folder, model = make_quantized_model(scheme, tmp_path, dtype)
     expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
@@ -173,6 +184,32 @@ def read_bias(worker: Any) -> torch.Tensor:
     layer = runner_model(worker.model_runner).layers[0]
     assert layer.quantization is not None
     return quantized.applied_bias(layer.out_proj, layer.quantization)
+
+
+def test_quantised_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of which nothing but its experts is quantised is traced as any."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsMxfp4
+
+    needs("fused_experts_cpu")
+    # It asks for AMX, but does without.
+    monkeypatch.setattr(CPUExpertsMxfp4, "_supports_current_device", lambda: True)
+    folder, model = make_gpt_oss_with_mxfp4_experts(tmp_path)
+    expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    with served(folder, torch.bfloat16) as engine:
+        scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
+        proof = engine.on_worker(prove_again)
+        experts = engine.on_worker(kind_of_experts)
+    error = relative_l1(scores, expected)
+    print(f"| MXFP4 experts | bfloat16 | | {proof['largest_error']:.1e} | {error:.1e} |")
+    assert experts == "GptOssMxfp4MoEMethod"
+    assert proof["refusal"] is None and proof["found"]["quantization"] == [None]
+    assert proof["found"]["sinks"]
+    assert error <= 5e-2
+
+
+def kind_of_experts(worker: Any) -> str:
+    experts = worker.model_runner.get_model().model.layers[0].mlp.experts
+    return type(experts.routed_experts.quant_method).__name__
 
 
 def matrix_error(worker: Any, layer: int, weight: torch.Tensor) -> float:
