@@ -232,9 +232,9 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
     for layer in model.model.layers:
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))
-        norm_behind, block_norm = _norms(layer)
+        behind, block_norm = _norms(layer)
         norms[layer.self_attn] = block_norm
-        hooks.append(norm_behind.register_forward_pre_hook(behind_attention, with_kwargs=True))
+        hooks.append(behind.register_forward_pre_hook(behind_attention, with_kwargs=True))
     with _attention_implementation(model, attention):
         try:
             yield
@@ -244,7 +244,12 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
 
 
 def _norms(layer: Any) -> tuple[Any, Any]:
-    """The norm of the stream behind the attention block, and that of the block's output or None."""
+    """What takes the stream behind the attention block, and the norm of the block's output or None.
+
+    That is a norm, or the MLP itself.
+    """
+    if not hasattr(layer, "input_layernorm"):  # OLMo 2 and 3
+        return layer.mlp, layer.post_attention_layernorm
     if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 2 and 3
         return layer.pre_feedforward_layernorm, layer.post_attention_layernorm
     return layer.post_attention_layernorm, getattr(layer, "post_self_attn_layernorm", None)

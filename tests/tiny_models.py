@@ -27,6 +27,8 @@ Family = Literal[
     "gemma3",
     "glm4",
     "gpt_oss",
+    "olmo2",
+    "olmo3",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
@@ -171,6 +173,11 @@ def _model(family: Family, num_kv_heads: int) -> Any:
                 rope_parameters=rope,
             )
         )
+    if family == "olmo2":
+        return hf.Olmo2ForCausalLM(hf.Olmo2Config(**common))
+    if family == "olmo3":
+        kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
+        return hf.Olmo3ForCausalLM(hf.Olmo3Config(**common, **kinds))
     raise ValueError(f"unknown family {family!r}; one of {', '.join(get_args(Family))}")
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1
+from tests.engine.harness import (
+    Engine,
+    TraceJob,
+    attention_error,
+    leaves_transformers_classes_alone,
+    relative_l1,
+)
 from tests.oracle import oracle_scores
 from tests.tiny_models import (
     FAMILIES,
@@ -28,6 +34,13 @@ def test_family(family: Family, tmp_path: Path) -> None:
     _compare(folder, folder)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_in_transformers_code(family: Family, tmp_path: Path) -> None:
+    """Models that vLLM has code of its own for, in the code that it runs others in."""
+    folder = make_tiny_model(family, tmp_path / family)
+    _compare(folder, folder, model_impl="transformers")
+
+
 def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
     """A window of 64 in two of four layers, whose cache keeps every token."""
     folder, reference = make_windowed_llama(tmp_path, ("full_attention", "sliding_attention"))
@@ -45,7 +58,11 @@ def _compare(folder: Path, reference: Path, **engine_args: Any) -> None:
         reference, attn_implementation="eager", dtype=torch.float32
     )
     expected = oracle_scores(model, token_ids, weights.positions, weights.weights)
-    engine = Engine(folder, "a model family", in_process=True, max_model_len=1024, **engine_args)
+    with pytest.MonkeyPatch.context() as patch:
+        leaves_transformers_classes_alone(patch)
+        engine = Engine(
+            folder, "a model family", in_process=True, max_model_len=1024, **engine_args
+        )
     try:
         job = TraceJob(token_ids, weights, attention=True)
         report = engine.trace(job)
