@@ -54,7 +54,6 @@ from vllm_flashtrace.worker.traced_model import TracedModel
 PROBE_TOKENS = 64
 """Most tokens of a probe."""
 
-_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _ROWS = 8
 _SEED = 2602
 _REQUEST = "flashtrace-probe"
@@ -498,7 +497,7 @@ def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
     """What a decoder layer's own code adds to the stream for an output of its attention block.
 
     Args:
-        layer: The layer; its code runs up to what takes the stream behind the block, and no further.
+        layer: The layer; its code runs up to what takes the stream behind the block.
         output: ``[R, D]``, the block's output.
         residual: ``[R, D]``, the stream in front of the block.
 
@@ -526,9 +525,8 @@ def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
             )
         else:  # Transformers' code: sequences, and what attention weights would be.
             block.forward = lambda *_, **__: (output[None].clone(), None)
-            parameters = inspect.signature(layer.decoder.forward).parameters.values()
-            needed = [p.name for p in parameters if p.default is p.empty and p.kind not in _VARIABLE]
-            layer.decoder(**{**dict.fromkeys(needed), "hidden_states": residual[None].clone()})
+            nothing = dict.fromkeys(_required(layer.decoder.forward))
+            layer.decoder(**{**nothing, "hidden_states": residual[None].clone()})
     except _BlockAddedError:
         return seen[0]
     finally:
@@ -537,6 +535,13 @@ def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
         if stock is not None:
             block.forward = stock
     raise RuntimeError(f"what is behind the attention block of layer {layer.index} is not called")
+
+
+def _required(function: Any) -> list[str]:
+    """Names of the parameters that must be given."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
 
 
 def _execute(worker: Any, token_ids: list[int], blocks: Sequence[list[int]]) -> None:
