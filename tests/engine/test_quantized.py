@@ -17,6 +17,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 from vllm.platforms import PlatformEnum
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_lora import RANK, adapter_of
 from tests.engine.test_start_proof import prove_again
 from tests.oracle import oracle_scores
 from tests.quantized_models import (
@@ -85,7 +86,7 @@ class ProductOfBlocks(Fp8BlockScaledMMLinearKernel):
 
 
 @contextmanager
-def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
+def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]:
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
@@ -106,9 +107,8 @@ def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
             always = classmethod(lambda *_: (True, None))
             patch.setattr(linear.CPUFp8BlockScaledMMKernel, "is_supported", always)
         name = str(dtype).removeprefix("torch.")
-        engine = Engine(
-            folder, "quantised weights", in_process=True, max_model_len=1024, dtype=name
-        )
+        place = {"in_process": True, "max_model_len": 1024, "dtype": name}
+        engine = Engine(folder, "quantised weights", **place, **options)
         try:
             yield engine
         finally:
@@ -176,6 +176,22 @@ def test_output_bias_and_multiplier(name: str, tmp_path: Path) -> None:
     assert proof["refusal"] is None and proof["found"]["output_bias"]
     assert proof["found"]["residual_multipliers"] == [0.22]
     assert error <= LIMIT
+
+
+def test_adapter(tmp_path: Path) -> None:
+    """Beside a request without one: all layers' matrices are made in the same memory."""
+    folder, model = make_quantized_model(SCHEMES["GPTQ"], tmp_path / "base", torch.float32)
+    plain = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    adapter = adapter_of(model, tmp_path / "adapter", 1, ["q_proj", "o_proj"])
+    adapted = oracle_scores(adapter.model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    assert relative_l1(plain, adapted) > 10 * LIMIT
+    lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+    with served(folder, torch.float32, **lora) as engine:
+        jobs = [TraceJob(TOKENS, WEIGHTS, lora_request=adapter.request), TraceJob(TOKENS, WEIGHTS)]
+        first, second = engine.trace_many(jobs)
+    errors = relative_l1(first.scores, adapted), relative_l1(second.scores, plain)
+    print(f"GPTQ with an adapter {errors[0]:.1e}, beside it without {errors[1]:.1e}")
+    assert max(errors) <= LIMIT
 
 
 def read_bias(worker: Any) -> torch.Tensor:
