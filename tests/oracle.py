@@ -248,10 +248,12 @@ def _norms(layer: Any) -> tuple[Any, Any]:
 
     That is a norm, or the MLP itself.
     """
+    if hasattr(layer, "feedforward_layernorm"):  # Apertus
+        return layer.feedforward_layernorm, None
     if not hasattr(layer, "input_layernorm"):  # OLMo 2 and 3
         return layer.mlp, layer.post_attention_layernorm
     if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 2 and 3
-        return layer.pre_feedforward_layernorm, layer.post_attention_layernorm
+        return layer.pre_feedforward_layernorm, getattr(layer, "post_attention_layernorm", None)
     return layer.post_attention_layernorm, getattr(layer, "post_self_attn_layernorm", None)
 
 

@@ -65,8 +65,24 @@ def make_tiny_model(family: Family, folder: Path, *, seed: int = 0, num_kv_heads
     positions. The weights are scaled so that attention is far from uniform; norms and biases are
     random too.
     """
-    folder = Path(folder)
-    model = _model(family, num_kv_heads)
+    return _write(_model(family, num_kv_heads), Path(folder), seed)
+
+
+def make_other_model(name: str, folder: Path, **config: Any) -> Path:
+    """As `make_tiny_model` for a model of Transformers that has no family here.
+
+    Args:
+        name: What its classes' names begin with.
+        folder: Where it goes.
+        config: What it needs besides the sizes of the others.
+    """
+    import transformers as hf
+
+    made = getattr(hf, f"{name}Config")(**_sizes(2), **config)
+    return _write(getattr(hf, f"{name}ForCausalLM")(made), folder, 0)
+
+
+def _write(model: Any, folder: Path, seed: int) -> Path:
     _randomise(model, seed)
     model.generation_config.eos_token_id = _SPECIALS.index("<|im_end|>")
     model.generation_config.pad_token_id = _SPECIALS.index("<|endoftext|>")
@@ -96,10 +112,8 @@ def make_windowed_llama(folder: Path, kinds: tuple[str, str]) -> tuple[Path, Pat
     return model, reference
 
 
-def _model(family: Family, num_kv_heads: int) -> Any:
-    import transformers as hf
-
-    common: dict[str, Any] = {
+def _sizes(num_kv_heads: int) -> dict[str, Any]:
+    return {
         "vocab_size": VOCABULARY,
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -114,6 +128,12 @@ def _model(family: Family, num_kv_heads: int) -> Any:
         "pad_token_id": _SPECIALS.index("<|endoftext|>"),
         "dtype": "float32",
     }
+
+
+def _model(family: Family, num_kv_heads: int) -> Any:
+    import transformers as hf
+
+    common = _sizes(num_kv_heads)
     if family == "llama":
         return hf.LlamaForCausalLM(hf.LlamaConfig(**common, head_dim=32))
     if family == "qwen2":

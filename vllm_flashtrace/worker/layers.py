@@ -43,13 +43,17 @@ KNOWN_ARCHITECTURES = (
 # attention block. Where there is one more, that norms the block's output before it is added: the
 # same name means one or the other. Where there is none in front of the block, as in OLMo 2, there
 # is none in front of the MLP either, and the norm of that name is the block's.
-_NORMS_BEHIND = ("pre_feedforward_layernorm", "post_attention_layernorm")
+_NORMS_BEHIND = (
+    "pre_feedforward_layernorm",
+    "post_attention_layernorm",
+    "feedforward_layernorm",
+)
 _NORMS_OF_BLOCKS = {
     "pre_feedforward_layernorm": "post_attention_layernorm",
     "post_attention_layernorm": "post_self_attn_layernorm",
     "mlp": "post_attention_layernorm",
 }
-_NORM_IN_FRONT = "input_layernorm"
+NORMS_IN_FRONT = ("input_layernorm", "attention_layernorm")
 _MLP = "mlp"
 _NORMS = (RMSNorm, GemmaRMSNorm)
 # What vLLM makes of the norms of models in Transformers' code; they gather what ranks have cut,
@@ -252,12 +256,12 @@ def _around(layer_name: str, decoder: nn.Module) -> tuple[nn.Module | None, str]
     """`TracedLayer.in_front`, and the name of `TracedLayer.behind`."""
     if "residual" in inspect.signature(decoder.forward).parameters:
         return None, _norm(layer_name, decoder, _NORMS_BEHIND)
-    if _has(decoder, _NORM_IN_FRONT):
-        return getattr(decoder, _NORM_IN_FRONT), _norm(layer_name, decoder, _NORMS_BEHIND)
-    if not (_has(decoder, _NORMS_OF_BLOCKS[_MLP]) and _has(decoder, _MLP)):
-        _norm(layer_name, decoder, (_NORM_IN_FRONT,))
-    first = _NORMS_BEHIND[0]
-    return decoder, first if _has(decoder, first) else _MLP
+    bare = not any(_has(decoder, name) for name in NORMS_IN_FRONT)
+    if bare and _has(decoder, _NORMS_OF_BLOCKS[_MLP]) and _has(decoder, _MLP):
+        first = _NORMS_BEHIND[0]
+        return decoder, first if _has(decoder, first) else _MLP
+    in_front = _norm(layer_name, decoder, NORMS_IN_FRONT)
+    return getattr(decoder, in_front), _norm(layer_name, decoder, _NORMS_BEHIND)
 
 
 def _has(decoder: nn.Module, name: str) -> bool:
@@ -271,12 +275,12 @@ def _norm(layer_name: str, decoder: nn.Module, names: tuple[str, ...]) -> str:
             return name
     raise UnsupportedModelError(
         f"the decoder layer of {layer_name} has no {' or '.join(names)}: its norm "
-        f"{'in front of' if names == (_NORM_IN_FRONT,) else 'behind'} attention was not found"
+        f"{'in front of' if names == NORMS_IN_FRONT else 'behind'} attention was not found"
     )
 
 
 def _block_norm(layer_name: str, decoder: nn.Module, behind: str) -> BlockNorm | None:
-    norm = getattr(decoder, _NORMS_OF_BLOCKS[behind], None)
+    norm = getattr(decoder, _NORMS_OF_BLOCKS.get(behind, ""), None)
     return BlockNorm.read(layer_name, norm) if isinstance(norm, nn.Module) else None
 
 

@@ -44,7 +44,13 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.worker.layers import TracedLayer, check_config, find_layers, is_last_stage
+from vllm_flashtrace.worker.layers import (
+    NORMS_IN_FRONT,
+    TracedLayer,
+    check_config,
+    find_layers,
+    is_last_stage,
+)
 from vllm_flashtrace.worker.observer import current
 
 _MARK = "_flashtrace_taps"
@@ -150,17 +156,18 @@ def _following_norms(
     model: nn.Module, layers: Sequence[TracedLayer], last: bool
 ) -> list[nn.Module]:
     """The norms that see the stream next after each layer's norm behind the attention block."""
-    norms = [_norm(layer, layer.decoder, "input_layernorm") for layer in layers[1:]]
+    norms = [_norm(layer, layer.decoder, NORMS_IN_FRONT) for layer in layers[1:]]
     if last:
-        norms.append(_norm(layers[-1], getattr(model, "model", None), "norm"))
+        norms.append(_norm(layers[-1], getattr(model, "model", None), ("norm",)))
     return norms
 
 
-def _norm(layer: TracedLayer, holder: Any, name: str) -> nn.Module:
-    norm = getattr(holder, name, None)
-    if not isinstance(norm, nn.Module) or isinstance(norm, PPMissingLayer):
-        raise UnsupportedModelError(f"no {name} was found behind {layer.name}")
-    return norm
+def _norm(layer: TracedLayer, holder: Any, names: Sequence[str]) -> nn.Module:
+    for name in names:
+        norm = getattr(holder, name, None)
+        if isinstance(norm, nn.Module) and not isinstance(norm, PPMissingLayer):
+            return norm
+    raise UnsupportedModelError(f"no {' or '.join(names)} was found behind {layer.name}")
 
 
 def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
