@@ -29,6 +29,7 @@ Family = Literal[
     "gpt_oss",
     "olmo2",
     "olmo3",
+    "exaone4",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
@@ -193,6 +194,9 @@ def _model(family: Family, num_kv_heads: int) -> Any:
                 rope_parameters=rope,
             )
         )
+    if family == "exaone4":
+        kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
+        return hf.Exaone4ForCausalLM(hf.Exaone4Config(**common, **kinds))
     if family == "olmo2":
         return hf.Olmo2ForCausalLM(hf.Olmo2Config(**common))
     if family == "olmo3":

@@ -41,8 +41,8 @@ KNOWN_ARCHITECTURES = (
 
 # Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
 # attention block. Where there is one more, that norms the block's output before it is added: the
-# same name means one or the other. Where there is none in front of the block, as in OLMo 2, there
-# is none in front of the MLP either, and the norm of that name is the block's.
+# same name means one or the other. Where block and MLP take the stream as it is, as in OLMo 2, the
+# norm of that name is the block's.
 _NORMS_BEHIND = (
     "pre_feedforward_layernorm",
     "post_attention_layernorm",
@@ -54,7 +54,7 @@ _NORMS_OF_BLOCKS = {
     "mlp": "post_attention_layernorm",
 }
 NORMS_IN_FRONT = ("input_layernorm", "attention_layernorm")
-_MLP = "mlp"
+_MLP, _NORM_OF_MLP = "mlp", "post_feedforward_layernorm"
 _NORMS = (RMSNorm, GemmaRMSNorm)
 # What vLLM makes of the norms of models in Transformers' code; they gather what ranks have cut,
 # which the stream is not.
@@ -254,14 +254,19 @@ def _projection_name(block: nn.Module) -> str:
 
 def _around(layer_name: str, decoder: nn.Module) -> tuple[nn.Module | None, str]:
     """`TracedLayer.in_front`, and the name of `TracedLayer.behind`."""
+    if _norms_outputs_alone(decoder):
+        return decoder, _MLP
+    behind = _norm(layer_name, decoder, _NORMS_BEHIND)
     if "residual" in inspect.signature(decoder.forward).parameters:
-        return None, _norm(layer_name, decoder, _NORMS_BEHIND)
-    bare = not any(_has(decoder, name) for name in NORMS_IN_FRONT)
-    if bare and _has(decoder, _NORMS_OF_BLOCKS[_MLP]) and _has(decoder, _MLP):
-        first = _NORMS_BEHIND[0]
-        return decoder, first if _has(decoder, first) else _MLP
-    in_front = _norm(layer_name, decoder, NORMS_IN_FRONT)
-    return getattr(decoder, in_front), _norm(layer_name, decoder, _NORMS_BEHIND)
+        return None, behind
+    return getattr(decoder, _norm(layer_name, decoder, NORMS_IN_FRONT)), behind
+
+
+def _norms_outputs_alone(decoder: nn.Module) -> bool:
+    """Whether a layer has norms of what its block and MLP give, and none of what they take."""
+    has = [_has(decoder, name) for name in (_NORMS_OF_BLOCKS[_MLP], _NORM_OF_MLP, _MLP)]
+    taken = [*NORMS_IN_FRONT, *(n for n in _NORMS_BEHIND if n != _NORMS_OF_BLOCKS[_MLP])]
+    return all(has) and not any(_has(decoder, name) for name in taken)
 
 
 def _has(decoder: nn.Module, name: str) -> bool:

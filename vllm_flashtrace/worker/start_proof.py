@@ -54,6 +54,7 @@ from vllm_flashtrace.worker.traced_model import TracedModel
 PROBE_TOKENS = 64
 """Most tokens of a probe."""
 
+_POSITIONS = "positions"
 _ROWS = 8
 _SEED = 2602
 _REQUEST = "flashtrace-probe"
@@ -513,20 +514,22 @@ def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
         raise _BlockAddedError
 
     block, stock = layer.block, vars(layer.block).get("forward")
+    arguments: dict[str, Any] = dict.fromkeys(_required(layer.decoder.forward))
     hook = layer.behind.register_forward_pre_hook(end, prepend=True)
     try:
-        if carried:
+        if _POSITIONS in arguments:
             block.forward = lambda *_, **__: output.clone()
-            positions = torch.zeros(len(output), dtype=torch.int64, device=output.device)
-            layer.decoder(
-                positions=positions,
-                hidden_states=torch.zeros_like(residual),
-                residual=residual.clone(),
+            stream = residual.clone()
+            arguments[_POSITIONS] = torch.zeros(
+                len(output), dtype=torch.int64, device=output.device
             )
+            arguments["hidden_states"] = torch.zeros_like(stream) if carried else stream
+            if carried:
+                arguments["residual"] = stream
         else:  # Transformers' code: sequences, and what attention weights would be.
             block.forward = lambda *_, **__: (output[None].clone(), None)
-            nothing = dict.fromkeys(_required(layer.decoder.forward))
-            layer.decoder(**{**nothing, "hidden_states": residual[None].clone()})
+            arguments["hidden_states"] = residual[None].clone()
+        layer.decoder(**arguments)
     except _BlockAddedError:
         return seen[0]
     finally:

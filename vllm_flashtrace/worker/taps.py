@@ -35,7 +35,9 @@ share code between them; layers are told apart by the order of the calls.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ from vllm_flashtrace.worker.observer import current
 
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
+_STREAM = "hidden_states"
 _VERSION = 4  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
@@ -124,13 +127,14 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
     for layer in layers:
         if layer.in_front is not None:
-            layer.in_front.register_forward_pre_hook(_tap_stream, with_kwargs=True)
+            tap = partial(_tap_stream, _place_of_stream(layer))
+            layer.in_front.register_forward_pre_hook(tap, with_kwargs=True)
         if layer.block_norm is not None:
             layer.block_norm.module.register_forward_pre_hook(_tap_block)
             if layer.in_front is None:
                 layer.behind.register_forward_pre_hook(_tap_residual)
         elif layer.in_front is not None:
-            layer.behind.register_forward_pre_hook(_tap_stream, with_kwargs=True)
+            layer.behind.register_forward_pre_hook(partial(_tap_stream, 0), with_kwargs=True)
         else:
             layer.behind.register_forward_pre_hook(_tap_residual if fused else _tap_update)
     for norm in following:
@@ -187,11 +191,21 @@ def _tap_block(_: nn.Module, args: tuple[Any, ...]) -> None:
         torch.ops.flashtrace.observe_block(args[0])
 
 
-def _tap_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _tap_stream(place: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Where layers do not carry the stream, it is what they and their norms are called with."""
-    stream = args[0] if args else kwargs.get("hidden_states")
+    stream = args[place] if len(args) > place else kwargs.get(_STREAM)
     if stream is not None:
         torch.ops.flashtrace.observe_residual(stream)
+
+
+def _place_of_stream(layer: TracedLayer) -> int:
+    """Which argument of `TracedLayer.in_front` the stream is."""
+    if layer.in_front is not layer.decoder:
+        return 0  # Norms take nothing else.
+    parameters = list(inspect.signature(layer.decoder.forward).parameters)
+    if _STREAM not in parameters:
+        raise UnsupportedModelError(f"the layer of {layer.name} takes no {_STREAM}")
+    return parameters.index(_STREAM)
 
 
 def _tap_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
