@@ -31,6 +31,9 @@ _WEIGHT_ONLY = {
 }
 _EIGHT_BITS = {
     "Fp8LinearMethod": "FP8",
+    "Fp8PerTensorOnlineLinearMethod": "FP8 per tensor, made while loading",
+    "Fp8PtpcOnlineLinearMethod": "FP8 per channel, made while loading",
+    "Fp8PerBlockOnlineLinearMethod": "FP8, made while loading,",
     "CompressedTensorsW8A8Int8": "compressed-tensors int8 W8A8",
     "CompressedTensorsW8A8Fp8": "compressed-tensors FP8 W8A8",
 }
