@@ -35,7 +35,16 @@ def test_family(family: Family, tmp_path: Path) -> None:
     _compare(folder, folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+EVERY_RUN = ("llama", "gemma2", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in EVERY_RUN else pytest.param(family, marks=pytest.mark.long)
+        for family in (*FAMILIES, *PROVEN_FAMILIES)
+    ],
+)
 def test_in_transformers_code(family: Family, tmp_path: Path) -> None:
     """Models that vLLM has code of its own for, in the code that it runs others in."""
     folder = make_tiny_model(family, tmp_path / family)
@@ -48,7 +57,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "Apertus": {},
     "Arcee": {},
     "Ernie4_5": HEADS,
-    "Exaone4": {},
     "FlexOlmo": EXPERTS,
     "Glm": HEADS,
     "GraniteMoe": EXPERTS,
