@@ -9,7 +9,8 @@ and the head's slice W_h of the output projection,
     e_j     = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))
 
 and a token's score is the sum of e_j over layers. Where the block's output u passes an RMSNorm
-before it is added, w_i alpha^h_ij is divided by rms(u_i) and W_h multiplied by the norm's gain. The
+before it is added, w_i alpha^h_ij is divided by rms(u_i) and W_h multiplied by the norm's gain.
+Where a head has a sink, alpha^h_i is what the softmax gives the tokens beside one more logit. The
 activations come from a Hugging Face model in float64 whose attention is computed here; norms,
 rotary angles and MoE routing keep the float32 that transformers hard-codes for them (so do the
 engines this is compared with).
@@ -186,9 +187,10 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
         mask: Any,
         scaling: float,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        alpha, output = _attention(query[0], key[0], value[0], mask, scaling, softcap)
+        alpha, output = _attention(query[0], key[0], value[0], mask, scaling, softcap, s_aux)
         state.update(query=query[0], key=key[0], value=value[0], alpha=alpha, scale=scaling)
         return output.transpose(0, 1).unsqueeze(0), None
 
@@ -230,9 +232,9 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
     for layer in model.model.layers:
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))
-        norm_behind, block_norm = _norms(layer)
+        behind, block_norm = _norms(layer)
         norms[layer.self_attn] = block_norm
-        hooks.append(norm_behind.register_forward_pre_hook(behind_attention, with_kwargs=True))
+        hooks.append(behind.register_forward_pre_hook(behind_attention, with_kwargs=True))
     with _attention_implementation(model, attention):
         try:
             yield
@@ -242,9 +244,16 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
 
 
 def _norms(layer: Any) -> tuple[Any, Any]:
-    """The norm of the stream behind the attention block, and that of the block's output or None."""
+    """What takes the stream behind the attention block, and the norm of the block's output or None.
+
+    That is a norm, or the MLP itself.
+    """
+    if hasattr(layer, "feedforward_layernorm"):  # Apertus
+        return layer.feedforward_layernorm, None
+    if not hasattr(layer, "input_layernorm"):  # OLMo 2 and 3
+        return layer.mlp, layer.post_attention_layernorm
     if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 2 and 3
-        return layer.pre_feedforward_layernorm, layer.post_attention_layernorm
+        return layer.pre_feedforward_layernorm, getattr(layer, "post_attention_layernorm", None)
     return layer.post_attention_layernorm, getattr(layer, "post_self_attn_layernorm", None)
 
 
@@ -276,8 +285,12 @@ def _attention(
     mask: Tensor | None,
     scaling: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Float64 attention weights [H, N, N] and output [H, N, d], one head at a time."""
+    """Float64 attention weights [H, N, N] and output [H, N, d], one head at a time.
+
+    sinks [H] are logits that take of the weights of all tokens and give no value.
+    """
     heads, length, _ = query.shape
     shared = heads // key.shape[0]
     causal = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -290,7 +303,9 @@ def _attention(
         if mask is not None:
             logits = logits + mask[0, 0, :, :length]
         logits = logits.masked_fill_(causal, float("-inf"))
-        torch.softmax(logits, dim=-1, out=alpha[h])
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[h].expand(length, 1)], dim=-1)
+        alpha[h] = torch.softmax(logits, dim=-1)[:, :length]
         output[h] = alpha[h] @ value[h // shared]
     return alpha, output
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import Family, make_tiny_model
 
 GROUP = 32
 """Input features that share a scale, where a scheme has groups."""
@@ -24,7 +25,9 @@ _PACK = 8  # Numbers of four bits in an int32.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FP8, _FP8_MAX, _INT8_MAX = torch.float8_e4m3fn, 448.0, 127
 
-Activations = Literal["int8", "int8 asymmetric", "int8 static", "fp8", "fp8 static"]
+Activations = Literal[
+    "int8", "int8 asymmetric", "int8 static", "fp8", "fp8 static", "fp8 in groups"
+]
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,17 @@ def _fp8_channels(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return _fp8(weight.abs().amax(1, keepdim=True) / _FP8_MAX, weight)
 
 
+def _fp8_blocks(
+    weight: Tensor, columns: int = GROUP, name: str = "weight_scale_inv"
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Blocks of `GROUP` output channels and ``columns`` inputs share a scale."""
+    blocks = weight.unflatten(0, (-1, GROUP)).unflatten(2, (-1, columns))
+    scales = blocks.abs().amax((1, 3)) / _FP8_MAX
+    every = scales.repeat_interleave(GROUP, 0).repeat_interleave(columns, 1)
+    numbers = (weight / every).to(_FP8)
+    return {"weight": numbers, name: scales}, numbers.float() * every
+
+
 def _with_input_scale(
     write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], scale: float
 ) -> Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]:
@@ -149,8 +163,18 @@ def _numbers(bits: int, kind: str, strategy: str, **others: Any) -> dict[str, An
     return {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, **others}
 
 
+def _blocks(columns: int) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [GROUP, columns],
+    }
+
+
 # Of the scales of static activations: inputs of a tiny model's linear layers are within ±8.
 _INT8_STATIC, _FP8_STATIC = 8 / 127, 8 / 448
+
+_WIDE = 128
 
 _SKIPPED = ("model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.o_proj")
 
@@ -219,6 +243,20 @@ SCHEMES: dict[str, Scheme] = {
         _with_input_scale(_fp8_tensor, _FP8_STATIC),
         "fp8 static",
     ),
+    "FP8 in blocks": Scheme(_blocks(GROUP), _fp8_blocks, "fp8 in groups"),
+    # The blocks that vLLM's kernel for CPUs takes.
+    "FP8 in blocks, activations in 16 bits": Scheme(
+        _blocks(_WIDE), partial(_fp8_blocks, columns=_WIDE)
+    ),
+    "compressed-tensors FP8 W8A8 in blocks": Scheme(
+        _compressed(
+            "float-quantized",
+            _numbers(8, "float", "block", block_structure=[GROUP, GROUP]),
+            _numbers(8, "float", "group", group_size=GROUP, dynamic=True),
+        ),
+        partial(_fp8_blocks, name="weight_scale"),
+        "fp8 in groups",
+    ),
 }
 
 
@@ -229,6 +267,8 @@ def rounded(numbers: Tensor, activations: Activations) -> Tensor:
         scale = (high - low) / 255
         zero = (-128 - low / scale).round()
         return (((numbers / scale).round() + zero).clamp(-128, 127) - zero) * scale
+    if activations == "fp8 in groups":
+        return rounded(numbers.unflatten(-1, (-1, GROUP)), "fp8").flatten(-2)
     largest = numbers.abs().amax(-1, keepdim=True)
     if activations.startswith("int8"):
         scale = largest / _INT8_MAX if activations == "int8" else torch.tensor(_INT8_STATIC)
@@ -238,13 +278,16 @@ def rounded(numbers: Tensor, activations: Activations) -> Tensor:
     return eight.to(numbers.dtype) * scale
 
 
-def make_quantized_llama(scheme: Scheme, folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:
+def make_quantized_model(
+    scheme: Scheme, folder: Path, dtype: torch.dtype, family: Family = "llama"
+) -> tuple[Path, Any]:
     """Writes a quantised checkpoint and makes its reference.
 
     Args:
         scheme: How linear layers are quantised.
         folder: Where the checkpoint goes.
         dtype: Type of what is not quantised, to which it is rounded in both.
+        family: The model's.
 
     Returns:
         The checkpoint's folder, and the Hugging Face model in float32 with the dequantised weights,
@@ -253,7 +296,7 @@ def make_quantized_llama(scheme: Scheme, folder: Path, dtype: torch.dtype) -> tu
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    make_tiny_model("llama", folder)
+    make_tiny_model(family, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -280,4 +323,57 @@ def make_quantized_llama(scheme: Scheme, folder: Path, dtype: torch.dtype) -> tu
                 module.register_forward_pre_hook(
                     lambda _, inputs: (rounded(inputs[0], activations),)
                 )
+    return folder, model
+
+
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_MXFP4_SHARED = 32  # Inputs that share an exponent.
+
+
+def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``[..., out, in]`` in numbers of four bits, as gpt-oss keeps its experts.
+
+    Returns:
+        ``[..., out, in / 32, 16]``, two numbers to a byte, the first in its low bits; exponents
+        plus 127 ``[..., out, in / 32]``; and the weight that they make.
+    """
+    shared = weight.unflatten(-1, (-1, _MXFP4_SHARED))
+    exponents = (shared.abs().amax(-1) / 6).log2().ceil()
+    scaled = shared / exponents.exp2()[..., None]
+    indices = (scaled.abs()[..., None] - _FP4).abs().argmin(-1)
+    dequantized = _FP4[indices] * scaled.sign() * exponents.exp2()[..., None]
+    codes = (indices + 8 * (scaled < 0)).to(torch.uint8)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    return blocks, (exponents + 127).to(torch.uint8), dequantized.flatten(-2)
+
+
+def make_gpt_oss_with_mxfp4_experts(folder: Path) -> tuple[Path, Any]:
+    """A tiny gpt-oss in the form of the published ones: bfloat16 but for its experts.
+
+    Returns:
+        As `make_quantized_model`.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    make_tiny_model("gpt_oss", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # [experts, in, out]
+                blocks, scales, dequantized = _mxfp4(parameter.transpose(1, 2))
+                parameter.copy_(dequantized.transpose(1, 2))
+                tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            else:
+                parameter.copy_(parameter.bfloat16())
+                tensors[name] = parameter.bfloat16()
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder, model

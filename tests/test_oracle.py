@@ -60,6 +60,21 @@ def test_activations_are_those_of_the_eager_model(model: Any) -> None:
         )
 
 
+def test_sinks_and_windows(tmp_path: Path) -> None:
+    """The weights of a model with both are those of its own code, and sum to less than 1."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        make_tiny_model("gpt_oss", tmp_path), attn_implementation="eager", dtype=torch.float32
+    )
+    layers = capture_hf(model, IDS)
+    with torch.no_grad():
+        output = model(IDS[None], output_attentions=True)
+    for layer, attention in zip(layers, output.attentions, strict=True):
+        torch.testing.assert_close(layer.alpha.float(), attention[0], rtol=1e-3, atol=1e-4)
+        assert float(layer.alpha.sum(-1).max()) < 1
+
+
 def test_contributions_add_up_to_the_attention_block(model: Any) -> None:
     for layer in capture_hf(model, IDS):
         heads, dim = layer.query.shape[1:]

@@ -26,6 +26,10 @@ Family = Literal[
     "gemma2",
     "gemma3",
     "glm4",
+    "gpt_oss",
+    "olmo2",
+    "olmo3",
+    "exaone4",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
@@ -62,8 +66,24 @@ def make_tiny_model(family: Family, folder: Path, *, seed: int = 0, num_kv_heads
     positions. The weights are scaled so that attention is far from uniform; norms and biases are
     random too.
     """
-    folder = Path(folder)
-    model = _model(family, num_kv_heads)
+    return _write(_model(family, num_kv_heads), Path(folder), seed)
+
+
+def make_other_model(name: str, folder: Path, **config: Any) -> Path:
+    """As `make_tiny_model` for a model of Transformers that has no family here.
+
+    Args:
+        name: What its classes' names begin with.
+        folder: Where it goes.
+        config: What it needs besides the sizes of the others.
+    """
+    import transformers as hf
+
+    made = getattr(hf, f"{name}Config")(**_sizes(2), **config)
+    return _write(getattr(hf, f"{name}ForCausalLM")(made), folder, 0)
+
+
+def _write(model: Any, folder: Path, seed: int) -> Path:
     _randomise(model, seed)
     model.generation_config.eos_token_id = _SPECIALS.index("<|im_end|>")
     model.generation_config.pad_token_id = _SPECIALS.index("<|endoftext|>")
@@ -93,10 +113,8 @@ def make_windowed_llama(folder: Path, kinds: tuple[str, str]) -> tuple[Path, Pat
     return model, reference
 
 
-def _model(family: Family, num_kv_heads: int) -> Any:
-    import transformers as hf
-
-    common: dict[str, Any] = {
+def _sizes(num_kv_heads: int) -> dict[str, Any]:
+    return {
         "vocab_size": VOCABULARY,
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -111,6 +129,12 @@ def _model(family: Family, num_kv_heads: int) -> Any:
         "pad_token_id": _SPECIALS.index("<|endoftext|>"),
         "dtype": "float32",
     }
+
+
+def _model(family: Family, num_kv_heads: int) -> Any:
+    import transformers as hf
+
+    common = _sizes(num_kv_heads)
     if family == "llama":
         return hf.LlamaForCausalLM(hf.LlamaConfig(**common, head_dim=32))
     if family == "qwen2":
@@ -152,6 +176,32 @@ def _model(family: Family, num_kv_heads: int) -> Any:
         return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**common, **windows))
     if family == "glm4":
         return hf.Glm4ForCausalLM(hf.Glm4Config(**common, head_dim=32, attention_bias=True))
+    if family == "gpt_oss":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False}
+        rope = {
+            **yarn,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        }
+        return hf.GptOssForCausalLM(
+            hf.GptOssConfig(
+                **{**common, "rms_norm_eps": 1e-5},  # vLLM's, whatever the config says.
+                **experts,
+                head_dim=32,
+                sliding_window=32,
+                rope_parameters=rope,
+            )
+        )
+    if family == "exaone4":
+        kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
+        return hf.Exaone4ForCausalLM(hf.Exaone4Config(**common, **kinds))
+    if family == "olmo2":
+        return hf.Olmo2ForCausalLM(hf.Olmo2Config(**common))
+    if family == "olmo3":
+        kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
+        return hf.Olmo3ForCausalLM(hf.Olmo3Config(**common, **kinds))
     raise ValueError(f"unknown family {family!r}; one of {', '.join(get_args(Family))}")
 
 
@@ -164,6 +214,8 @@ def _randomise(model: Any, seed: int) -> None:
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
+            elif name.endswith("sinks"):
+                parameter.copy_(2 + noise)
             elif "embed_tokens" in name:
                 parameter.copy_(noise)
             elif "q_proj" in name or "k_proj" in name:

@@ -257,6 +257,17 @@ class Engine:
         return f"test-{next(cls._ids)}"
 
 
+def leaves_transformers_classes_alone(patch: pytest.MonkeyPatch) -> None:
+    """For an eager engine in the process of a reference.
+
+    vLLM readies a model that it runs in Transformers' code for compilation by changing its class,
+    which is that of the reference.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    patch.setattr(Base, "_decorate_for_torch_compile", lambda _: None)
+
+
 def relative_l1(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """L1 distance of two score vectors after each is normalised to sum 1."""
     ours, reference = ours.double(), reference.double()

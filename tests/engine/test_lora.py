@@ -37,9 +37,15 @@ class Adapter:
 
 def make_adapter(base: Path, folder: Path, number: int, targets: list[str]) -> Adapter:
     from transformers import AutoModelForCausalLM
-    from vllm.lora.request import LoRARequest
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return adapter_of(model, folder, number, targets)
+
+
+def adapter_of(model: Any, folder: Path, number: int, targets: list[str]) -> Adapter:
+    """Writes a random adapter, and makes the model one with it."""
+    from vllm.lora.request import LoRARequest
+
     generator = torch.Generator().manual_seed(number)
     tensors = {}
     for name, weight in model.state_dict().items():

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1
+from tests.engine.harness import (
+    Engine,
+    TraceJob,
+    attention_error,
+    leaves_transformers_classes_alone,
+    relative_l1,
+)
 from tests.oracle import oracle_scores
 from tests.tiny_models import (
     FAMILIES,
     PROVEN_FAMILIES,
     Family,
+    make_other_model,
     make_tiny_model,
     make_windowed_llama,
 )
@@ -26,6 +33,77 @@ LIMIT = 1e-3
 def test_family(family: Family, tmp_path: Path) -> None:
     folder = make_tiny_model(family, tmp_path / family)
     _compare(folder, folder)
+
+
+EVERY_RUN = ("llama", "gemma2", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in EVERY_RUN else pytest.param(family, marks=pytest.mark.long)
+        for family in (*FAMILIES, *PROVEN_FAMILIES)
+    ],
+)
+def test_in_transformers_code(family: Family, tmp_path: Path) -> None:
+    """Models that vLLM has code of its own for, in the code that it runs others in."""
+    folder = make_tiny_model(family, tmp_path / family)
+    _compare(folder, folder, model_impl="transformers")
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+HEADS = {"head_dim": 32}
+OTHERS: dict[str, dict[str, Any]] = {
+    "Apertus": {},
+    "Arcee": {},
+    "Ernie4_5": HEADS,
+    "FlexOlmo": EXPERTS,
+    "Glm": HEADS,
+    "GraniteMoe": EXPERTS,
+    "Helium": HEADS,
+    "HunYuanDenseV1": HEADS,
+    "Jais2": {},
+    "Ministral3": HEADS,
+    "NanoChat": HEADS,
+    "Nemotron": HEADS,
+    "Olmo": {},
+    "Olmoe": EXPERTS,
+    "SeedOss": {},
+    "SmolLM3": {},
+    "Starcoder2": {},
+    "VaultGemma": HEADS,
+}
+UNLIKE = {
+    "BitNet": "contributions do not add up",  # A norm in front of the output projection.
+    "Cohere2": "its norm behind attention was not found",  # Attention and MLP are parallel.
+    "GPTNeoX": "contributions do not add up",  # They are too.
+    "Persimmon": "an unknown output projection",
+}
+
+
+# Kinds of code that other families have too, in other people's models.
+@pytest.mark.long
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_in_transformers_code(name: str, tmp_path: Path) -> None:
+    folder = make_other_model(name, tmp_path / name, **OTHERS[name])
+    _compare(folder, folder, model_impl="transformers")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", UNLIKE)
+def test_refused_in_transformers_code(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_other_model(name, tmp_path / name)
+    leaves_transformers_classes_alone(monkeypatch)
+    engine = Engine(
+        folder, "a refused model", in_process=True, max_model_len=1024, model_impl="transformers"
+    )
+    try:
+        assert UNLIKE[name] in engine.status()["refusal"]
+        assert len(engine.generate([5, 6, 7], 4)) == 4
+    finally:
+        engine.close()
 
 
 def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
@@ -45,7 +123,11 @@ def _compare(folder: Path, reference: Path, **engine_args: Any) -> None:
         reference, attn_implementation="eager", dtype=torch.float32
     )
     expected = oracle_scores(model, token_ids, weights.positions, weights.weights)
-    engine = Engine(folder, "a model family", in_process=True, max_model_len=1024, **engine_args)
+    with pytest.MonkeyPatch.context() as patch:
+        leaves_transformers_classes_alone(patch)
+        engine = Engine(
+            folder, "a model family", in_process=True, max_model_len=1024, **engine_args
+        )
     try:
         job = TraceJob(token_ids, weights, attention=True)
         report = engine.trace(job)

@@ -10,17 +10,31 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+    Fp8BlockScaledMMLinearKernel,
+)
+from vllm.platforms import PlatformEnum
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_lora import RANK, adapter_of
+from tests.engine.test_start_proof import prove_again
 from tests.oracle import oracle_scores
-from tests.quantized_models import SCHEMES, make_quantized_llama
+from tests.quantized_models import (
+    SCHEMES,
+    make_gpt_oss_with_mxfp4_experts,
+    make_quantized_model,
+    rounded,
+)
+from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.worker import quantized, start_proof, traced_model
+from vllm_flashtrace.worker import quantized, traced_model
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.runner import PROOF_ATTRIBUTE
 
 TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 WEIGHTS = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in [*range(150, 170), *range(250, 300)]})
+LIMIT = 1e-3
 
 
 def product_of_four_bits(
@@ -54,29 +68,59 @@ def quantized_again(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Te
     return (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+class ProductOfBlocks(Fp8BlockScaledMMLinearKernel):
+    """vLLM's kernel of FP8 in blocks with torch for the product: it has none for these CPUs.
+
+    How activations are quantised, in groups, is vLLM's own.
+    """
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return True, None
+
+    def apply_block_scaled_mm(
+        self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
+    ) -> torch.Tensor:
+        rows, columns = self.weight_group_shape
+        inputs = A.float() * As.repeat_interleave(columns, 1)
+        scales = Bs.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return torch.nn.functional.linear(inputs, B.float() * scales)
+
+
 @contextmanager
-def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
+def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]:
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float32:  # More exact than vLLM's kernels for four bits allow.
-            for config in (AutoAWQConfig, AutoGPTQConfig, Fp8Config):
+            for config in (AutoAWQConfig, AutoGPTQConfig, Fp8Config, OnlineQuantizationConfig):
                 patch.setattr(config, "get_supported_act_dtypes", lambda *_: [torch.float32])
         # vLLM's CPU build quantises weights again as it loads them, with a kernel it has not.
         patch.setattr(_custom_ops, "scaled_fp8_quant", quantized_again)
         if dtype == torch.float32 or not hasattr(torch.ops._C, "cpu_gemm_wna16"):
             patch.setattr(_custom_ops, "cpu_gemm_wna16", product_of_four_bits)
+        if dtype == torch.float32:
+            kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS
+            patch.setitem(kernels, PlatformEnum.CPU, [ProductOfBlocks])
+        else:  # It asks for AMX, but does without.
+            always = classmethod(lambda *_: (True, None))
+            patch.setattr(linear.CPUFp8BlockScaledMMKernel, "is_supported", always)
         name = str(dtype).removeprefix("torch.")
-        engine = Engine(
-            folder, "quantised weights", in_process=True, max_model_len=1024, dtype=name
-        )
+        place = {"in_process": True, "max_model_len": 1024, "dtype": name}
+        engine = Engine(folder, "quantised weights", **place, **options)
         try:
             yield engine
         finally:
             engine.close()
+
+
+def needs(kernel: str) -> None:
+    if not hasattr(torch.ops._C, kernel):
+        pytest.skip(f"vLLM's build for this CPU has no {kernel}")
 
 
 # Activations that a float32 takes to another side of a rounding than the oracle does change others
@@ -91,11 +135,16 @@ def served(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
         ("compressed-tensors int8 W8A8 in some layers, static activations", torch.float32, 1e-3),
         ("compressed-tensors FP8 W8A8", torch.float32, 3e-2),
         ("FP8 per tensor, static activations", torch.float32, 5e-2),
+        ("FP8 in blocks", torch.float32, 3e-2),
+        ("FP8 in blocks, activations in 16 bits", torch.bfloat16, 5e-2),
+        ("compressed-tensors FP8 W8A8 in blocks", torch.float32, 3e-2),
     ],
 )
 def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> None:
+    if name == "FP8 in blocks, activations in 16 bits":
+        needs("fp8_scaled_mm_cpu")
     scheme = SCHEMES[name]
-    folder, model = make_quantized_llama(scheme, tmp_path, dtype)
+    folder, model = make_quantized_model(scheme, tmp_path, dtype)
     expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
     with served(folder, dtype) as engine:
         scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
@@ -113,6 +162,122 @@ def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> 
     assert error <= limit
 
 
+def eight_bits(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+# How `--quantization` has the weights of an output projection of 128 inputs and outputs made.
+WHILE_LOADING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fp8_per_tensor": lambda weight: eight_bits(weight, weight.abs().max() / 448),
+    "fp8_per_channel": lambda weight: eight_bits(weight, weight.abs().amax(1, True) / 448),
+    "fp8_per_block": lambda weight: eight_bits(weight, weight.abs().max() / 448),
+}
+
+
+# vLLM compiles what makes blocks.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fp8_per_tensor",
+        "fp8_per_channel",
+        pytest.param("fp8_per_block", marks=pytest.mark.long),
+    ],
+)
+def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = [layer.self_attn.o_proj.weight.detach() for layer in model.model.layers]
+    with served(folder, torch.float32, quantization=name) as engine:
+        proof = engine.on_worker(prove_again)
+        made = [WHILE_LOADING[name](weight) for weight in weights]
+        matrix = max(engine.on_worker(matrix_error, *layer) for layer in enumerate(made))
+        scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
+    print(f"| {name} | float32 | {matrix:.1e} | {proof['largest_error']:.1e} | |")
+    assert proof["refusal"] is None and "made while loading" in proof["found"]["quantization"][0]
+    assert matrix <= 1e-6
+    if name != "fp8_per_channel":
+        return  # Scales of projections that vLLM fuses are those of the fused ones.
+    with torch.no_grad():
+        for linear_name, module in model.named_modules():
+            if linear_name.endswith("_proj"):
+                module.weight.copy_(WHILE_LOADING[name](module.weight))
+                module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], "fp8"),))
+    error = relative_l1(scores, oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights))
+    print(f"{name}: relative L1 {error:.1e}")
+    assert error <= 3e-2
+
+
+# The one rounds its inputs by a scale that is fixed, the other keeps them.
+@pytest.mark.parametrize(
+    "name", ["GPTQ", "compressed-tensors int8 W8A8 in some layers, static activations"]
+)
+def test_output_bias_and_multiplier(name: str, tmp_path: Path) -> None:
+    """A Granite, whose output projection has a bias, and whose residual multiplier is not 1."""
+    folder, model = make_quantized_model(SCHEMES[name], tmp_path, torch.float32, "granite")
+    expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    with served(folder, torch.float32) as engine:
+        error = relative_l1(engine.trace(TraceJob(TOKENS, WEIGHTS)).scores, expected)
+        proof = engine.on_worker(prove_again)
+        bias = engine.on_worker(read_bias)
+    print(f"| {name}, with a bias | {proof['largest_error']:.1e} | {error:.1e} |")
+    torch.testing.assert_close(bias, model.model.layers[0].self_attn.o_proj.bias.detach())
+    assert proof["refusal"] is None and proof["found"]["output_bias"]
+    assert proof["found"]["residual_multipliers"] == [0.22]
+    assert error <= LIMIT
+
+
+def test_adapter(tmp_path: Path) -> None:
+    """Beside a request without one: all layers' matrices are made in the same memory."""
+    folder, model = make_quantized_model(SCHEMES["GPTQ"], tmp_path / "base", torch.float32)
+    plain = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    adapter = adapter_of(model, tmp_path / "adapter", 1, ["q_proj", "o_proj"])
+    adapted = oracle_scores(adapter.model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    assert relative_l1(plain, adapted) > 10 * LIMIT
+    lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+    with served(folder, torch.float32, **lora) as engine:
+        jobs = [TraceJob(TOKENS, WEIGHTS, lora_request=adapter.request), TraceJob(TOKENS, WEIGHTS)]
+        first, second = engine.trace_many(jobs)
+    errors = relative_l1(first.scores, adapted), relative_l1(second.scores, plain)
+    print(f"GPTQ with an adapter {errors[0]:.1e}, beside it without {errors[1]:.1e}")
+    assert max(errors) <= LIMIT
+
+
+def read_bias(worker: Any) -> torch.Tensor:
+    from vllm_flashtrace.worker.runner import runner_model
+
+    layer = runner_model(worker.model_runner).layers[0]
+    assert layer.quantization is not None
+    return quantized.applied_bias(layer.out_proj, layer.quantization)
+
+
+def test_quantised_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of which nothing but its experts is quantised is traced as any."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsMxfp4
+
+    needs("fused_experts_cpu")
+    # It asks for AMX, but does without.
+    monkeypatch.setattr(CPUExpertsMxfp4, "_supports_current_device", lambda: True)
+    folder, model = make_gpt_oss_with_mxfp4_experts(tmp_path)
+    expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
+    with served(folder, torch.bfloat16) as engine:
+        scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
+        proof = engine.on_worker(prove_again)
+        experts = engine.on_worker(kind_of_experts)
+    error = relative_l1(scores, expected)
+    print(f"| MXFP4 experts | bfloat16 | | {proof['largest_error']:.1e} | {error:.1e} |")
+    assert experts == "GptOssMxfp4MoEMethod"
+    assert proof["refusal"] is None and proof["found"]["quantization"] == [None]
+    assert proof["found"]["sinks"]
+    assert error <= 5e-2
+
+
+def kind_of_experts(worker: Any) -> str:
+    experts = worker.model_runner.get_model().model.layers[0].mlp.experts
+    return type(experts.routed_experts.quant_method).__name__
+
+
 def matrix_error(worker: Any, layer: int, weight: torch.Tensor) -> float:
     """Largest difference of a matrix that was read, relative to its largest number."""
     from vllm_flashtrace.worker.runner import runner_model
@@ -125,7 +290,7 @@ def matrix_error(worker: Any, layer: int, weight: torch.Tensor) -> float:
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A model whose identity holds to the rounding of activations only."""
     scheme = SCHEMES["compressed-tensors int8 W8A8"]
-    folder, _ = make_quantized_llama(scheme, tmp_path_factory.mktemp("int8"), torch.float32)
+    folder, _ = make_quantized_model(scheme, tmp_path_factory.mktemp("int8"), torch.float32)
     with served(folder, torch.float32) as engine:
         yield engine
 
@@ -147,12 +312,6 @@ BREAKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_wrong_matrix_is_seen(int8: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prove_again(worker: Any) -> dict[str, Any]:
-        vars(worker.model_runner).pop(PROOF_ATTRIBUTE, None)
-        start_proof.prove(worker)
-        report: dict[str, Any] = getattr(worker.model_runner, PROOF_ATTRIBUTE)
-        return report
-
     stock = CPUTracedModel.output_projection
 
     def wrong(self: CPUTracedModel, layer: int, adapter: int | None = None) -> Any:

@@ -227,6 +227,11 @@ def attention_kernel(
         logits = torch.einsum("ihd,jhd->hij", query[first:last].double(), k) * factor
         rows = torch.arange(length - (last - first), length)
         logits.masked_fill_(torch.arange(length) > rows[:, None], float("-inf"))
-        mixed = torch.einsum("hij,jhd->ihd", logits.softmax(-1), v)
+        if (left := impl.sliding_window[0]) >= 0:
+            logits.masked_fill_(torch.arange(length) < rows[:, None] - left, float("-inf"))
+        if impl.sinks is not None:
+            sinks = impl.sinks.double()[:, None, None].expand(-1, len(rows), 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        mixed = torch.einsum("hij,jhd->ihd", logits.softmax(-1)[..., :length], v)
         output[first:last] = mixed.view(last - first, *output.shape[1:]).to(output.dtype)
     return output

@@ -10,14 +10,14 @@ import torch
 
 from tests.gpu.v2_engine import V2Engine, apply_patches, assert_exact, traced, v2_engine
 from tests.oracle import as_float64
-from tests.quantized_models import SCHEMES, make_quantized_llama
+from tests.quantized_models import SCHEMES, make_quantized_model
 from vllm_flashtrace.worker import gpu_model, runner
 
 
 def test_mixed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two traces that end in one step: one call for what lies in memory, and one for each other."""
     scheme = SCHEMES["compressed-tensors int8 W8A8 in some layers, static activations"]
-    folder, model = make_quantized_llama(scheme, tmp_path, torch.float32)
+    folder, model = make_quantized_model(scheme, tmp_path, torch.float32)
     calls: list[list[tuple[int, int]]] = []
     stock = gpu_model.replace_by_proximities
 

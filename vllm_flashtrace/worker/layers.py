@@ -41,13 +41,24 @@ KNOWN_ARCHITECTURES = (
 
 # Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
 # attention block. Where there is one more, that norms the block's output before it is added: the
-# same name means one or the other.
-_NORMS_BEHIND = ("pre_feedforward_layernorm", "post_attention_layernorm")
+# same name means one or the other. Where block and MLP take the stream as it is, as in OLMo 2, the
+# norm of that name is the block's.
+_NORMS_BEHIND = (
+    "pre_feedforward_layernorm",
+    "post_attention_layernorm",
+    "feedforward_layernorm",
+)
 _NORMS_OF_BLOCKS = {
     "pre_feedforward_layernorm": "post_attention_layernorm",
     "post_attention_layernorm": "post_self_attn_layernorm",
+    "mlp": "post_attention_layernorm",
 }
-_NORM_IN_FRONT = "input_layernorm"
+NORMS_IN_FRONT = ("input_layernorm", "attention_layernorm")
+_MLP, _NORM_OF_MLP = "mlp", "post_feedforward_layernorm"
+_NORMS = (RMSNorm, GemmaRMSNorm)
+# What vLLM makes of the norms of models in Transformers' code; they gather what ranks have cut,
+# which the stream is not.
+_GATHERING_NORMS = ("TPAwareRMSNorm", "TPAwareGemmaRMSNorm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +84,12 @@ class BlockNorm:
         Raises:
             UnsupportedModelError: It is none of the norms that are known.
         """
-        known = type(norm) in (RMSNorm, GemmaRMSNorm)
+        kind = type(norm)
+        gathers = kind.__name__ in _GATHERING_NORMS and isinstance(norm, _NORMS)
+        known = kind in _NORMS or gathers
         if not known or getattr(norm, "variance_size_override", None) is not None:
             raise UnsupportedModelError(
-                f"traces are not supported with a {type(norm).__name__} of what the attention "
+                f"traces are not supported with a {kind.__name__} of what the attention "
                 f"block adds ({layer_name})"
             )
         return cls(norm, float(norm.variance_epsilon))
@@ -97,12 +110,12 @@ class TracedLayer:
         decoder: The decoder layer; its input is the residual stream ``x_prev``.
         block: The attention block; its output is what is added to the residual stream.
         attention: vLLM's attention layer.
-        norm_behind: The norm of the stream behind the attention block.
+        behind: What takes the stream behind the attention block: a norm, or the MLP.
         projection: The output projection's name in the block.
         out_proj: The output projection ``W_O``, without adapters.
         adapters: What holds LoRA adapters of the output projection, or None.
-        norm_in_front: The norm in front of the attention block, where the layer does not carry the
-            residual stream beside what is to be added to it; else None.
+        in_front: What takes the stream in front of the attention block, where the layer does not
+            carry it beside what is to be added to it: a norm, or the layer itself; else None.
         multiplier: Factor on what the block adds to the stream.
         quantization: How ``W_O`` is quantised, or None.
         block_norm: The norm of what the block adds, or None.
@@ -113,11 +126,11 @@ class TracedLayer:
     decoder: nn.Module
     block: nn.Module
     attention: Attention
-    norm_behind: nn.Module
+    behind: nn.Module
     projection: str
     out_proj: RowParallelLinear
     adapters: nn.Module | None = None
-    norm_in_front: nn.Module | None = None
+    in_front: nn.Module | None = None
     multiplier: float = 1.0
     quantization: Quantization | None = None
     block_norm: BlockNorm | None = None
@@ -157,8 +170,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
         projection = _projection_name(block)
         out_proj, adapters = base_projection(getattr(block, projection, None))
         quantization = _check_attention(context_name, attention, block, out_proj)
-        carries = "residual" in inspect.signature(decoder.forward).parameters
-        norm_behind = _norm(context_name, decoder, _NORMS_BEHIND)
+        in_front, behind = _around(context_name, decoder)
         layers.append(
             TracedLayer(
                 index=int(parts[numbers[-1]]),
@@ -166,18 +178,14 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
                 decoder=decoder,
                 block=block,
                 attention=attention,
-                norm_behind=getattr(decoder, norm_behind),
+                behind=getattr(decoder, behind),
                 projection=projection,
                 out_proj=out_proj,
                 adapters=adapters,
-                norm_in_front=(
-                    None
-                    if carries
-                    else getattr(decoder, _norm(context_name, decoder, (_NORM_IN_FRONT,)))
-                ),
+                in_front=in_front,
                 multiplier=_multiplier(context_name, decoder),
                 quantization=quantization,
-                block_norm=_block_norm(context_name, decoder, norm_behind),
+                block_norm=_block_norm(context_name, decoder, behind),
             )
         )
     layers.sort(key=lambda layer: layer.index)
@@ -244,19 +252,40 @@ def _projection_name(block: nn.Module) -> str:
     return found[0] if len(found) == 1 else "o_proj"
 
 
+def _around(layer_name: str, decoder: nn.Module) -> tuple[nn.Module | None, str]:
+    """`TracedLayer.in_front`, and the name of `TracedLayer.behind`."""
+    if _norms_outputs_alone(decoder):
+        return decoder, _MLP
+    behind = _norm(layer_name, decoder, _NORMS_BEHIND)
+    if "residual" in inspect.signature(decoder.forward).parameters:
+        return None, behind
+    return getattr(decoder, _norm(layer_name, decoder, NORMS_IN_FRONT)), behind
+
+
+def _norms_outputs_alone(decoder: nn.Module) -> bool:
+    """Whether a layer has norms of what its block and MLP give, and none of what they take."""
+    has = [_has(decoder, name) for name in (_NORMS_OF_BLOCKS[_MLP], _NORM_OF_MLP, _MLP)]
+    taken = [*NORMS_IN_FRONT, *(n for n in _NORMS_BEHIND if n != _NORMS_OF_BLOCKS[_MLP])]
+    return all(has) and not any(_has(decoder, name) for name in taken)
+
+
+def _has(decoder: nn.Module, name: str) -> bool:
+    return isinstance(getattr(decoder, name, None), nn.Module)
+
+
 def _norm(layer_name: str, decoder: nn.Module, names: tuple[str, ...]) -> str:
     """Which of these names a decoder layer has a norm of."""
     for name in names:
-        if isinstance(getattr(decoder, name, None), nn.Module):
+        if _has(decoder, name):
             return name
     raise UnsupportedModelError(
         f"the decoder layer of {layer_name} has no {' or '.join(names)}: its norm "
-        f"{'in front of' if names == (_NORM_IN_FRONT,) else 'behind'} attention was not found"
+        f"{'in front of' if names == NORMS_IN_FRONT else 'behind'} attention was not found"
     )
 
 
-def _block_norm(layer_name: str, decoder: nn.Module, norm_behind: str) -> BlockNorm | None:
-    norm = getattr(decoder, _NORMS_OF_BLOCKS[norm_behind], None)
+def _block_norm(layer_name: str, decoder: nn.Module, behind: str) -> BlockNorm | None:
+    norm = getattr(decoder, _NORMS_OF_BLOCKS.get(behind, ""), None)
     return BlockNorm.read(layer_name, norm) if isinstance(norm, nn.Module) else None
 
 
@@ -266,9 +295,6 @@ def _check_block_norms(layers: list[TracedLayer]) -> None:
         return
     refusals = {
         "a norm of what attention adds in some layers only": len(with_norm) < len(layers),
-        "a norm of what attention adds to a stream that layers do not carry": any(
-            layer.norm_in_front is not None for layer in layers
-        ),
         "a norm of what attention adds and a residual multiplier": any(
             layer.multiplier != 1 for layer in layers
         ),

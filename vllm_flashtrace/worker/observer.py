@@ -38,7 +38,8 @@ class ForwardObserver(Protocol):
     def on_residual(self, residual: torch.Tensor) -> None:
         """Called instead, twice per decoder layer: before and after the block has been added.
 
-        Where `on_block` is called too it is called once: with the stream before.
+        Where `on_block` is called too it is called once, behind or before that: with the stream
+        before.
 
         Args:
             residual: ``[tokens, D]``, the residual stream.
@@ -47,7 +48,7 @@ class ForwardObserver(Protocol):
     def on_block(self, output: torch.Tensor) -> None:
         """Called once per decoder layer, where what the block adds is the norm of its output.
 
-        It is called behind `on_attention` and before `on_residual`.
+        It is called behind `on_attention`.
 
         Args:
             output: ``[tokens, D]``, the block's output.

@@ -3,9 +3,10 @@
 A quantised layer is linear in what its kernel multiplies: its inputs, rounded to eight bits where
 the scheme quantises activations. So the layer, applied to multiples of unit vectors that this
 rounding leaves as they are, gives its matrix in its own arithmetic, however the kernel has packed
-or transposed the weights. Where each token, group or batch has a scale of its own, the unit vector
-itself is such a multiple, because the largest number of a row is the largest of the type. Where the
-scale is static, it is a whole multiple of that scale.
+or transposed the weights, and whatever blocks of them share a scale. Where each token, group or
+batch has a scale of its own, the unit vector itself is such a multiple, because the largest number
+of a row or group is the largest of the type, and a group of zeros stays one. Where the scale is
+static, it is a whole multiple of that scale.
 
 Rounding to four bits leaves too little to prove anything by, so those schemes are refused.
 """
@@ -30,6 +31,9 @@ _WEIGHT_ONLY = {
 }
 _EIGHT_BITS = {
     "Fp8LinearMethod": "FP8",
+    "Fp8PerTensorOnlineLinearMethod": "FP8 per tensor, made while loading",
+    "Fp8PtpcOnlineLinearMethod": "FP8 per channel, made while loading",
+    "Fp8PerBlockOnlineLinearMethod": "FP8, made while loading,",
     "CompressedTensorsW8A8Int8": "compressed-tensors int8 W8A8",
     "CompressedTensorsW8A8Fp8": "compressed-tensors FP8 W8A8",
 }
@@ -80,13 +84,14 @@ def quantization_of(projection: nn.Module) -> Quantization | None:
     if type(scheme).__module__.startswith("vllm."):
         if kind in _WEIGHT_ONLY and not _rounds_to_eight_bits(layer, scheme):
             return Quantization(_WEIGHT_ONLY[kind], rounds_inputs=False)
-        if kind in _EIGHT_BITS and getattr(layer, "weight_block_size", None) is None:
+        if kind in _EIGHT_BITS:
             kernel = type(getattr(scheme, "fp8_linear", None)).__name__
-            return Quantization(_EIGHT_BITS[kind], kernel not in _WEIGHT_ONLY_KERNELS)
+            blocks = getattr(layer, "weight_block_size", None) is not None
+            name = _EIGHT_BITS[kind] + (" in blocks" if blocks else "")
+            return Quantization(name, kernel not in _WEIGHT_ONLY_KERNELS)
     raise UnsupportedModelError(
         f"traces are not supported with an output projection quantized by {kind}"
         + (" with quantized activations" if kind in _WEIGHT_ONLY else "")
-        + (" in blocks" if kind in _EIGHT_BITS else "")
     )
 
 

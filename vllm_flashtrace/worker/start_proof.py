@@ -20,6 +20,7 @@ contribute; a pipeline stage proves its own layers.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ from vllm_flashtrace.worker.traced_model import TracedModel
 PROBE_TOKENS = 64
 """Most tokens of a probe."""
 
+_POSITIONS = "positions"
 _ROWS = 8
 _SEED = 2602
 _REQUEST = "flashtrace-probe"
@@ -266,7 +268,11 @@ class Proof:
         forms = [self._model.attention_form(layer) for layer in range(len(layers))]
         return {
             "layers": [layers[0].index, layers[-1].index],
-            "norms": _distinct(type(layer.norm_behind).__name__ for layer in layers),
+            "norms": _distinct(
+                type(layer.behind).__name__
+                for layer in layers
+                if layer.behind is not getattr(layer.decoder, "mlp", None)
+            ),
             "block_norms": _distinct(
                 type(layer.block_norm.module).__name__ for layer in layers if layer.block_norm
             ),
@@ -373,6 +379,8 @@ class Proof:
         )
         if model.normed:
             self._added = self._added_by_layers(residual)
+            carried = all(layer.in_front is None for layer in model.layers)
+            self._rounded = None if carried else self._added + residual
             self._scales = self._scales_of(step)
         else:
             # A block's output has the model's type, the difference of two rounded streams has not.
@@ -490,37 +498,53 @@ def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
     """What a decoder layer's own code adds to the stream for an output of its attention block.
 
     Args:
-        layer: The layer; its code runs up to the norm behind the block, and no further.
+        layer: The layer; its code runs up to what takes the stream behind the block.
         output: ``[R, D]``, the block's output.
         residual: ``[R, D]``, the stream in front of the block.
 
     Returns:
-        float64 ``[R, D]``.
+        float64 ``[R, D]``; where the layer does not carry the stream, to the stream's rounding.
     """
     seen: list[Tensor] = []
+    carried = layer.in_front is None
 
     def end(_: Any, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].double() + args[1].double() - residual.double())
+        stream = args[0].double() + args[1].double() if carried else args[0].double()
+        seen.append(stream.reshape(residual.shape) - residual.double())
         raise _BlockAddedError
 
     block, stock = layer.block, vars(layer.block).get("forward")
-    hook = layer.norm_behind.register_forward_pre_hook(end, prepend=True)
-    block.forward = lambda *_, **__: output.clone()
+    arguments: dict[str, Any] = dict.fromkeys(_required(layer.decoder.forward))
+    hook = layer.behind.register_forward_pre_hook(end, prepend=True)
     try:
-        positions = torch.zeros(len(output), dtype=torch.int64, device=output.device)
-        layer.decoder(
-            positions=positions,
-            hidden_states=torch.zeros_like(residual),
-            residual=residual.clone(),
-        )
+        if _POSITIONS in arguments:
+            block.forward = lambda *_, **__: output.clone()
+            stream = residual.clone()
+            arguments[_POSITIONS] = torch.zeros(
+                len(output), dtype=torch.int64, device=output.device
+            )
+            arguments["hidden_states"] = torch.zeros_like(stream) if carried else stream
+            if carried:
+                arguments["residual"] = stream
+        else:  # Transformers' code: sequences, and what attention weights would be.
+            block.forward = lambda *_, **__: (output[None].clone(), None)
+            arguments["hidden_states"] = residual[None].clone()
+        layer.decoder(**arguments)
     except _BlockAddedError:
         return seen[0]
     finally:
         hook.remove()
-        del block.forward
+        vars(block).pop("forward", None)
         if stock is not None:
             block.forward = stock
-    raise RuntimeError(f"the norm behind the attention block of layer {layer.index} is not called")
+    raise RuntimeError(f"what is behind the attention block of layer {layer.index} is not called")
+
+
+def _required(function: Any) -> list[str]:
+    """Names of the parameters that must be given."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
 
 
 def _execute(worker: Any, token_ids: list[int], blocks: Sequence[list[int]]) -> None:

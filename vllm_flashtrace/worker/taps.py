@@ -20,7 +20,10 @@ on that input would undo the fusion of the all-reduce with this norm, so such a 
 where vLLM fuses the two.
 
 A model whose layers do not carry the stream beside what is to be added to it norms the stream
-itself, in front of the attention block (``x_prev``) and behind it (``x_mid``).
+itself, in front of the attention block (``x_prev``) and behind it (``x_mid``), or gives it as it is
+to the block and to the MLP. Where what its block adds is normed, the stream is seen in front of the
+block and the norm's input behind it. In models that vLLM runs in Transformers' code, what is seen
+has one more dimension, of size 1.
 
 Compiled code calls the operator like eager code does, so a step with a trace runs the same compiled
 forward as every other step. With no observer the operator returns at once; under CUDA graphs it
@@ -32,7 +35,9 @@ share code between them; layers are told apart by the order of the calls.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +46,18 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.worker.layers import TracedLayer, check_config, find_layers, is_last_stage
+from vllm_flashtrace.worker.layers import (
+    NORMS_IN_FRONT,
+    TracedLayer,
+    check_config,
+    find_layers,
+    is_last_stage,
+)
 from vllm_flashtrace.worker.observer import current
 
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
+_STREAM = "hidden_states"
 _VERSION = 4  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
@@ -56,22 +68,26 @@ _library.define("observe_residual(Tensor(a!) residual) -> ()")
 _library.define("observe_block(Tensor(a!) output) -> ()")
 
 
+def _rows(stream: torch.Tensor) -> torch.Tensor:
+    return stream.flatten(0, -2)
+
+
 def _observe_update(update: torch.Tensor, residual: torch.Tensor) -> None:
     observer = current()
     if observer is not None:
-        observer.on_update(update, residual)
+        observer.on_update(_rows(update), _rows(residual))
 
 
 def _observe_residual(residual: torch.Tensor) -> None:
     observer = current()
     if observer is not None:
-        observer.on_residual(residual)
+        observer.on_residual(_rows(residual))
 
 
 def _observe_block(output: torch.Tensor) -> None:
     observer = current()
     if observer is not None:
-        observer.on_block(output)
+        observer.on_block(_rows(output))
 
 
 def _observe_nothing(*_: torch.Tensor) -> None:
@@ -97,10 +113,9 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
     """
     check_config(config)
     layers, last = find_layers(model, config), is_last_stage(config)
-    carried = all(layer.norm_in_front is None for layer in layers)
-    fused = carried and _fuses_all_reduce(config)
-    normed = any(layer.block_norm is not None for layer in layers)
-    if fused and normed:
+    fuses = _fuses_all_reduce(config)
+    fused = fuses and all(layer.in_front is None for layer in layers)
+    if fuses and any(layer.block_norm is not None for layer in layers):
         raise UnsupportedModelError(
             "traces are not supported with a norm of what attention adds that is fused with the "
             "all-reduce: --compilation-config.pass_config.fuse_allreduce_rms false"
@@ -111,14 +126,17 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
         raise UnsupportedModelError("additional_config is not a dictionary")
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
     for layer in layers:
+        if layer.in_front is not None:
+            tap = partial(_tap_stream, _place_of_stream(layer))
+            layer.in_front.register_forward_pre_hook(tap, with_kwargs=True)
         if layer.block_norm is not None:
             layer.block_norm.module.register_forward_pre_hook(_tap_block)
-            layer.norm_behind.register_forward_pre_hook(_tap_residual)
-        elif layer.norm_in_front is not None:
-            layer.norm_in_front.register_forward_pre_hook(_tap_stream)
-            layer.norm_behind.register_forward_pre_hook(_tap_stream)
+            if layer.in_front is None:
+                layer.behind.register_forward_pre_hook(_tap_residual)
+        elif layer.in_front is not None:
+            layer.behind.register_forward_pre_hook(partial(_tap_stream, 0), with_kwargs=True)
         else:
-            layer.norm_behind.register_forward_pre_hook(_tap_residual if fused else _tap_update)
+            layer.behind.register_forward_pre_hook(_tap_residual if fused else _tap_update)
     for norm in following:
         norm.register_forward_pre_hook(_tap_residual)
     if fused and not last:
@@ -142,17 +160,18 @@ def _following_norms(
     model: nn.Module, layers: Sequence[TracedLayer], last: bool
 ) -> list[nn.Module]:
     """The norms that see the stream next after each layer's norm behind the attention block."""
-    norms = [_norm(layer, layer.decoder, "input_layernorm") for layer in layers[1:]]
+    norms = [_norm(layer, layer.decoder, NORMS_IN_FRONT) for layer in layers[1:]]
     if last:
-        norms.append(_norm(layers[-1], getattr(model, "model", None), "norm"))
+        norms.append(_norm(layers[-1], getattr(model, "model", None), ("norm",)))
     return norms
 
 
-def _norm(layer: TracedLayer, holder: Any, name: str) -> nn.Module:
-    norm = getattr(holder, name, None)
-    if not isinstance(norm, nn.Module) or isinstance(norm, PPMissingLayer):
-        raise UnsupportedModelError(f"no {name} was found behind {layer.name}")
-    return norm
+def _norm(layer: TracedLayer, holder: Any, names: Sequence[str]) -> nn.Module:
+    for name in names:
+        norm = getattr(holder, name, None)
+        if isinstance(norm, nn.Module) and not isinstance(norm, PPMissingLayer):
+            return norm
+    raise UnsupportedModelError(f"no {' or '.join(names)} was found behind {layer.name}")
 
 
 def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -172,10 +191,21 @@ def _tap_block(_: nn.Module, args: tuple[Any, ...]) -> None:
         torch.ops.flashtrace.observe_block(args[0])
 
 
-def _tap_stream(_: nn.Module, args: tuple[Any, ...]) -> None:
-    """Norms are called as ``norm(stream)`` where layers do not carry the stream."""
-    if args:
-        torch.ops.flashtrace.observe_residual(args[0])
+def _tap_stream(place: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Where layers do not carry the stream, it is what they and their norms are called with."""
+    stream = args[place] if len(args) > place else kwargs.get(_STREAM)
+    if stream is not None:
+        torch.ops.flashtrace.observe_residual(stream)
+
+
+def _place_of_stream(layer: TracedLayer) -> int:
+    """Which argument of `TracedLayer.in_front` the stream is."""
+    if layer.in_front is not layer.decoder:
+        return 0  # Norms take nothing else.
+    parameters = list(inspect.signature(layer.decoder.forward).parameters)
+    if _STREAM not in parameters:
+        raise UnsupportedModelError(f"the layer of {layer.name} takes no {_STREAM}")
+    return parameters.index(_STREAM)
 
 
 def _tap_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:

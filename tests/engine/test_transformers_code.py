@@ -1,0 +1,48 @@
+"""A model that vLLM runs in Transformers' code, compiled, and on two tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.same_bits import ENGINE_OPTIONS
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_start_proof import start_reports
+from tests.engine.worker_faults import core_each
+from tests.oracle import oracle_scores
+from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.core.weights import TargetWeights
+
+TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(300, 400)})
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": ENGINE_OPTIONS,
+    "two ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
+}
+
+
+# What no other test proves of them is the taps in compiled code, and norms that ranks gather for.
+@pytest.mark.long
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("way", WAYS)
+def test_scores(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model("olmo2", tmp_path / "olmo2")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = oracle_scores(model, TOKENS, TARGET.positions, TARGET.weights)
+    if way == "two ranks":
+        core_each(monkeypatch, 2)
+    engine = Engine(folder, f"Transformers' code, {way}", **WAYS[way])
+    try:
+        for report in start_reports(engine):
+            assert report["refusal"] is None and report["largest_error"] < 1e-5, report
+        trace = engine.trace(TraceJob(TOKENS, TARGET))
+    finally:
+        engine.close()
+    error = relative_l1(trace.scores, expected)
+    print(f"{way}: relative L1 {error:.1e}")
+    assert error <= 1e-5
