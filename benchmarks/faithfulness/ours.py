@@ -20,8 +20,8 @@ from vllm_flashtrace.api.request import parse_flashtrace_field
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.records import Completion, TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopRecursion
-from vllm_flashtrace.offline.jobs import pick_up_now
-from vllm_flashtrace.text.plan import TracePlan, plan_trace
+from vllm_flashtrace.offline.jobs import pick_up_now, score_texts
+from vllm_flashtrace.text.plan import TracePlan, plan_trace, surprise_text, weigh_by_surprise
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.hop import Visit, take_report
 
@@ -92,6 +92,11 @@ VARIANTS: Mapping[str, tuple[Variant, str]] = {
     "flashtrace-auto-skip": (
         Variant(_AUTO, skip="punctuation"),
         "hops as auto, punctuation neither explained nor credited",
+    ),
+    "flashtrace-sources": (
+        Variant(_AUTO, predicting=True, surprise=True, skip="punctuation"),
+        'preset "sources": hops as auto from the rows that predict the output\'s tokens, weighted '
+        "by -log p, no punctuation",
     ),
     "flashtrace-k1-drop-sink": (
         Variant(1, drop_sink=True),
@@ -166,9 +171,8 @@ class OursFamily(Family):
     labels = {name: label for name, (_, label) in VARIANTS.items()}  # noqa: RUF012
 
     def __init__(self, resources: Any) -> None:
-        """Takes ``resources.engine``, and ``resources.surprise`` where a variant asks for it."""
+        """Takes the engine from ``resources.engine``."""
         self._ft = resources.engine.ft
-        self._resources = resources
         self._calls = itertools.count()
 
     def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
@@ -248,7 +252,7 @@ class OursFamily(Family):
         target = [position - boundary for position in prepared.target]
         reasoning = [position - boundary for position in prepared.reasoning]
         options = {
-            "target": self._target(prepared, target) if variant.surprise else {"tokens": [target]},
+            "target": {"tokens": [target]},
             "reasoning": {"tokens": [reasoning]} if reasoning[0] < reasoning[1] else "none",
             "rows": "predicting" if variant.predicting else "target",
             "hops": config.max_hops,
@@ -266,13 +270,19 @@ class OursFamily(Family):
             text=tokenizer.decode(tokens[boundary:], skip_special_tokens=True),
         )
         plan = plan_trace(request, completion, tokenizer, max_hops=config.max_hops)
-        return _through(plan, prepared) if variant.through else plan
+        if variant.through:
+            plan = _through(plan, prepared)
+        if variant.surprise:
+            self._weigh(plan)
+        return plan
 
-    def _target(self, prepared: Prepared, span: list[int]) -> dict[str, Any]:
-        weights = self._resources.surprise[prepared.example.id]
-        least = 1e-4 * max(*weights, 1e-4)  # A token of which the model was sure counts a little.
-        spread = zip(range(*span), weights, strict=True)
-        return {"weights": {str(i): max(w, least) for i, w in spread}}
+    def _weigh(self, plan: TracePlan) -> None:
+        """Weights the target's tokens by how little the model expected them."""
+        text = surprise_text([plan])
+        [report] = score_texts(self._ft.llm, [text], [None], 1)
+        if isinstance(report, FlashTraceError):
+            raise report
+        weigh_by_surprise([plan], text, report.log_probs)
 
     def _scores(
         self, prepared: Prepared, run: Recursion, variant: Variant, prefill: float

@@ -77,6 +77,7 @@ OURS = [
     "flashtrace-auto-predicting-skip",
     "flashtrace-auto-predicting-surprise",
     "flashtrace-auto-surprise",
+    "flashtrace-sources",
 ]
 THROUGH = ["flashtrace-auto-through", "flashtrace-auto-predicting-through"]
 """Twice as dear, and no better; on few examples."""
@@ -93,7 +94,7 @@ HF = [
 ]
 DROPPED = [
     "flashtrace-k1",
-    "flashtrace-auto-predicting",
+    "flashtrace-sources",
     "loo-sentence",
     "contextcite",
     "bm25",
@@ -118,7 +119,6 @@ class Case:
         prepared: In tokens; its ``sentences`` are those of the context alone.
         gold: Indices of the sentences that the answer rests on.
         question: What was asked, without the context.
-        surprise: Negative log-probability (nats) of each token of the target.
     """
 
     key: str
@@ -127,17 +127,14 @@ class Case:
     prepared: Prepared
     gold: frozenset[int]
     question: str
-    surprise: tuple[float, ...]
 
 
 @dataclass
 class OwnResources(Resources):
     """An engine without compilation: every prompt has another length, and few come twice."""
 
-    surprise: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Negative log-probability (nats) of each token of the target, by the id of the example."""
     questions: Mapping[str, str] = field(default_factory=dict)
-    """What was asked, without the context; likewise."""
+    """What was asked, without the context, by the id of the example."""
 
     @cached_property
     def hf(self) -> HFModel:
@@ -189,10 +186,10 @@ def is_right(question: Question, text: str) -> bool:
 def answer_questions(
     options: argparse.Namespace, resources: Any, work: WorkFile, console: Console
 ) -> None:
-    """Rows ``answer``: token ids, their log-probabilities (nats) and whether they are right."""
+    """Rows ``answer``: token ids, and whether they are right."""
     from vllm import SamplingParams, TokensPrompt
 
-    sampling = SamplingParams(max_tokens=LONGEST_ANSWER, temperature=0.0, logprobs=0)
+    sampling = SamplingParams(max_tokens=LONGEST_ANSWER, temperature=0.0)
     tokenizer = resources.tokenizer
     for task in options.tasks:
         number = 0
@@ -214,14 +211,12 @@ def answer_questions(
                     [answer] = output.outputs
                     ended = answer.finish_reason == "stop"
                     ids = list(answer.token_ids)[: -1 if ended else None]
-                    logs = [p[t].logprob for p, t in zip(answer.logprobs, ids, strict=False)]
                     work.add(
                         {
                             "kind": "answer",
                             "example": f"{task}/{n}",
                             "text": answer.text,
                             "token_ids": ids,
-                            "logprobs": logs,
                             "right": ended and is_right(question, answer.text),
                         }
                     )
@@ -268,7 +263,6 @@ def _case(
         if "".join(prepared.texts[first:end]).strip() != sentence:
             raise RuntimeError(f"{task}/{n}: {sentence!r} is no sentence of the prompt")
     digest = hashlib.blake2b(repr(prepared.token_ids).encode(), digest_size=5).hexdigest()
-    size = prepared.target[1] - prepared.target[0]
     return Case(
         key=f"{task}/{n}#{digest}",
         task=task,
@@ -276,7 +270,6 @@ def _case(
         prepared=replace(prepared, sentences=context),
         gold=frozenset(question.gold),
         question=asked(question, n),
-        surprise=tuple(-value for value in row["logprobs"][-size:]),
     )
 
 
@@ -378,7 +371,6 @@ def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[s
         resources.max_model_len = 512 + 48 * options.sentences
         answer_questions(options, resources, work, console)
         cases = make_cases(options, work, resources.tokenizer)
-        resources.surprise = {case.prepared.example.id: case.surprise for case in cases}
         resources.questions = {case.prepared.example.id: case.question for case in cases}
         everywhere = (cases, CHEAP, [*OURS, *WORDS], options.examples)
         score(*everywhere, resources, work, console)

@@ -159,7 +159,7 @@ def _verified(
 ) -> dict[str, dict[str, Values]]:
     """The best sentences of ours, ordered by what is lost without each; the others behind them."""
     results: dict[str, dict[str, Values]] = {}
-    for method in ("flashtrace-auto-skip", "flashtrace-auto-predicting"):
+    for method in ("flashtrace-k1", "flashtrace-sources"):
         own: dict[str, Values] = {}
         for case in cases:
             ours = scores.get((method, "best 2"), {}).get(case.key)

@@ -88,12 +88,14 @@ def run_jobs(jobs: Sequence[TraceJob], llm: Any, config: FlashTraceConfig) -> No
 def _weigh(jobs: Sequence[TraceJob], llm: Any, places: int) -> None:
     """Weights the tokens of targets by how little the model expected them, where asked for."""
     weighed = [job for job in jobs if job.plans[0].request.weighting == "surprise"]
+    texts = [surprise_text(job.plans) for job in weighed]
     began = time.monotonic()
-    texts = [(job, surprise_text(job.plans)) for job in weighed]
-    for (job, text), report in zip(texts, _scored(texts, llm, places), strict=True):
+    reports = score_texts(llm, texts, [job.lora_request for job in weighed], places)
+    for job, text, report in zip(weighed, texts, reports, strict=True):
         try:
             if isinstance(report, FlashTraceError):
                 raise report
+            job.usage.add_score(report)
             job.usage.weights = report.weights
             weigh_by_surprise(job.plans, text, report.log_probs)
             job.usage.seconds["weighting"] = time.monotonic() - began
@@ -104,33 +106,43 @@ def _weigh(jobs: Sequence[TraceJob], llm: Any, places: int) -> None:
 def _verify(job: TraceJob, verification: Verification, llm: Any, places: int) -> None:
     """Scores the texts that verify an attribution."""
     began = time.monotonic()
-    reports = _scored([(job, text) for text in verification.texts], llm, places)
+    texts = verification.texts
+    reports = score_texts(llm, texts, [job.lora_request] * len(texts), places)
+    for report in reports:
+        if isinstance(report, ScoreReport):
+            job.usage.add_score(report)
     job.usage.seconds["verify"] = time.monotonic() - began
     job.verifications = verification.results(reports, job.usage.weights)
 
 
-def _scored(
-    texts: Sequence[tuple[TraceJob, ScoredText]], llm: Any, places: int
+def score_texts(
+    llm: Any, texts: Sequence[ScoredText], lora_requests: Sequence[Any], places: int
 ) -> list[ScoreReport | FlashTraceError]:
-    """Scores texts in batches; what fails has its error in place of a report."""
+    """Log-probabilities of tokens; a text that fails has its error in place of a report.
+
+    Args:
+        llm: A ``vllm.LLM``.
+        texts: The texts, and which of their tokens are scored.
+        lora_requests: The adapter of each, or None.
+        places: How many go to the engine at once.
+    """
     from vllm_flashtrace.trace.scoring import checked, score_call
 
     reports: list[ScoreReport | FlashTraceError] = []
     for start in range(0, len(texts), places):
         batch = texts[start : start + places]
-        calls = [score_call(text, None) for _, text in batch]
+        calls = [score_call(text, None) for text in batch]
         outputs = llm.generate(
             [call.prompt for call in calls],
             [call.params for call in calls],
             use_tqdm=False,
-            lora_request=[job.lora_request for job, _ in batch],
+            lora_request=list(lora_requests[start : start + places]),
         )
-        for (job, text), call, output in zip(batch, calls, outputs, strict=True):
+        for text, call, output in zip(batch, calls, outputs, strict=True):
             try:
                 carried = pickup.carried_answer(output)
                 found = pickup.pick_up_score_now(call.spec.nonce, _worker_call(llm), carried)
                 reports.append(checked(found, text))
-                job.usage.add_score(found)
             except FlashTraceError as error:
                 reports.append(error)
     return reports
