@@ -143,7 +143,9 @@ def example(number: int, count: int, longest: int = 8) -> Example:
     return Example(prompt, sources, [answer[i] for i in order], [truth[i] for i in order])
 
 
-def explained(engine: Any, each: Example, hops: Any, skip: str) -> dict[str, Any]:
+def explained(
+    engine: Any, each: Example, hops: Any, skip: str, more: Mapping[str, Any]
+) -> dict[str, Any]:
     """The attribution of the answer, with all scores of the prompt."""
     field = {
         "citations": True,
@@ -152,6 +154,7 @@ def explained(engine: Any, each: Example, hops: Any, skip: str) -> dict[str, Any
         "top_k": None,
         "hops": hops,
         "skip_tokens": skip,
+        **more,
     }
     prompt = [{"role": "user", "content": each.prompt}]
     data: dict[str, Any] = engine.attribute(prompt, " ".join(each.answer), field).to_dict()
@@ -227,6 +230,8 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=8, help="sentences beside the fact")
     parser.add_argument("--hops", nargs="+", default=["1"])
     parser.add_argument("--skip", nargs="+", default=["none", "punctuation"])
+    parser.add_argument("--rows", choices=("target", "predicting"), default="target")
+    parser.add_argument("--weighting", choices=("equal", "surprise"), default="equal")
     parser.add_argument("--raw", type=Path, help="write every attribution there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -234,6 +239,7 @@ def main() -> None:
     from vllm_flashtrace import FlashTrace
     from vllm_flashtrace.models.smollm2 import prepare_smollm2
 
+    more = {"rows": args.rows, "weighting": args.weighting}
     model = args.model or str(prepare_smollm2())
     rows = []
     raw: list[dict[str, Any]] = []
@@ -249,12 +255,12 @@ def main() -> None:
                 tally, tokens = Tally(dict.fromkeys(POOLINGS, 0)), []
                 for number in range(args.examples):
                     each = example(number, args.sources, args.longest)
-                    data = explained(engine, each, hops, skip)
+                    data = explained(engine, each, hops, skip, more)
                     tally.add(each, data)
                     tokens.append(data["prompt_tokens"])
                     raw.append({"hops": hops, "skip": skip, "number": number, "data": data})
                 length = round(statistics.fmean(tokens))
-                rows.append(tally.row(Path(model).name, length, hops, skip))
+                rows.append({**tally.row(Path(model).name, length, hops, skip), **more})
                 print(table({"rows": rows[-1:]}), flush=True)
     if args.raw:
         args.raw.write_text(json.dumps(raw))

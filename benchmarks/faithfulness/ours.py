@@ -93,10 +93,9 @@ VARIANTS: Mapping[str, tuple[Variant, str]] = {
         Variant(_AUTO, skip="punctuation"),
         "hops as auto, punctuation neither explained nor credited",
     ),
-    "flashtrace-sources": (
-        Variant(_AUTO, predicting=True, surprise=True, skip="punctuation"),
-        'preset "sources": hops as auto from the rows that predict the output\'s tokens, weighted '
-        "by -log p, no punctuation",
+    "flashtrace-auto-predicting-skip": (
+        Variant(_AUTO, predicting=True, skip="punctuation"),
+        'preset "sources": hops as auto from the rows that predict the output, no punctuation',
     ),
     "flashtrace-k1-drop-sink": (
         Variant(1, drop_sink=True),

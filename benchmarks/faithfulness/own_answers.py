@@ -77,7 +77,6 @@ OURS = [
     "flashtrace-auto-predicting-skip",
     "flashtrace-auto-predicting-surprise",
     "flashtrace-auto-surprise",
-    "flashtrace-sources",
 ]
 THROUGH = ["flashtrace-auto-through", "flashtrace-auto-predicting-through"]
 """Twice as dear, and no better; on few examples."""
@@ -94,7 +93,7 @@ HF = [
 ]
 DROPPED = [
     "flashtrace-k1",
-    "flashtrace-sources",
+    "flashtrace-auto-predicting-skip",
     "loo-sentence",
     "contextcite",
     "bm25",

@@ -24,10 +24,6 @@ _OWN_VARIANTS = {
         Variant(0, predicting=True),
         "no hop, from the rows that predict the output's tokens",
     ),
-    "flashtrace-auto-predicting-skip": (
-        Variant("auto", predicting=True, skip="punctuation"),
-        "hops as auto, no punctuation, from the rows that predict the output's tokens",
-    ),
     "flashtrace-auto-predicting-surprise": (
         Variant("auto", predicting=True, surprise=True),
         "hops as auto, from the rows that predict, weighted by -log p",

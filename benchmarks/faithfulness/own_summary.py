@@ -159,7 +159,7 @@ def _verified(
 ) -> dict[str, dict[str, Values]]:
     """The best sentences of ours, ordered by what is lost without each; the others behind them."""
     results: dict[str, dict[str, Values]] = {}
-    for method in ("flashtrace-k1", "flashtrace-sources"):
+    for method in ("flashtrace-k1", "flashtrace-auto-predicting-skip"):
         own: dict[str, Values] = {}
         for case in cases:
             ours = scores.get((method, "best 2"), {}).get(case.key)

@@ -74,7 +74,7 @@ def test_a_preset_gives_the_defaults_and_nothing_more():
         *("auto", "punctuation", ("sentences",)),
         3,
     )
-    assert (sources.rows, sources.weighting, sources.scope) == ("predicting", "surprise", "content")
+    assert (sources.rows, sources.scope) == ("predicting", "content")
     paper = {**parse({"hops": 0}).model_dump(exclude={"preset"}), "preset": "sources"}
     own = parse({key: paper[key] for key in ("preset", *PRESETS["sources"])})
     assert own == parse({"hops": 0}).model_copy(update={"preset": "sources"})
@@ -409,7 +409,6 @@ def test_weights_are_the_clients_or_the_models(field):
     error = refusal({**field, "weighting": "surprise"})
     assert error.param == "flashtrace.weighting"
     assert parse({**field, "weighting": "equal"})
-    assert parse({**field, "preset": "sources"}).weighting == "equal"
 
 
 @settings(max_examples=100, deadline=None)
@@ -417,10 +416,7 @@ def test_weights_are_the_clients_or_the_models(field):
 def test_good_requests_keep_every_value(value):
     request = parse(value)
     found = json.loads(request.model_dump_json(exclude_unset=True))
-    defaults = json.loads(json.dumps(PRESETS[request.preset]))
-    if "weights" in value.get("target", ()):
-        defaults.pop("weighting", None)
-    assert found == {**defaults, **value}
+    assert found == {**json.loads(json.dumps(PRESETS[request.preset])), **value}
 
 
 @settings(max_examples=100, deadline=None)

@@ -341,7 +341,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sources": {
         "hops": "auto",
         "rows": "predicting",
-        "weighting": "surprise",
         "skip_tokens": "punctuation",
         "scope": "content",
         "include": ("sentences",),
@@ -349,16 +348,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Defaults by name: ``"paper"`` is one hop of the paper's formula as it is; ``"sources"`` is what
 found the most sources of answers that models gave themselves (``benchmarks/faithfulness``)."""
-
-
-def _has_weights(value: Mapping[str, Any]) -> bool:
-    """Whether a target is one of weights, in a field that has not been read."""
-    several = value.get("targets")
-    targets = several if isinstance(several, list | tuple) else [value.get("target")]
-    return any(
-        isinstance(target, WeightsTarget) or (isinstance(target, dict) and "weights" in target)
-        for target in targets
-    )
 
 
 class FlashTraceRequest(StrictModel):
@@ -462,8 +451,8 @@ class FlashTraceRequest(StrictModel):
     preset: Literal["paper", "sources"] = Field(
         default="paper",
         description="Defaults of the other keys: 'paper', as given with each key, or 'sources': "
-        "hops 'auto', rows 'predicting', weighting 'surprise', skip_tokens 'punctuation', scope "
-        "'content' and include ['sentences'].",
+        "hops 'auto', rows 'predicting', skip_tokens 'punctuation', scope 'content' and include "
+        "['sentences'].",
     )
     mode: Literal["inline", "deferred"] = Field(
         default="inline",
@@ -481,10 +470,7 @@ class FlashTraceRequest(StrictModel):
     def _fill_in_preset(cls, value: Any) -> Any:
         preset = value.get("preset") if isinstance(value, Mapping) else None
         if isinstance(preset, str) and preset in PRESETS:
-            defaults = dict(PRESETS[preset])
-            if _has_weights(value):
-                defaults.pop("weighting", None)
-            value = {**defaults, **value}
+            value = {**PRESETS[preset], **value}
         if isinstance(value, Mapping) and value.get("citations") not in (None, False):
             value = {"sources": "auto", "skip_tokens": "punctuation", **value}
             if "target" not in value:
