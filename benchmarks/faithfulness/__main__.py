@@ -70,7 +70,7 @@ def run(options: Options, resources: Any, console: Console) -> dict[str, Any]:
     return result
 
 
-def environment(options: Options) -> dict[str, Any]:
+def environment(options: Options | Resources) -> dict[str, Any]:
     """The machine and the versions that gave the results."""
     installed = {dist.name: dist.version for dist in metadata.distributions()}
     return {

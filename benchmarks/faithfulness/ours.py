@@ -227,7 +227,7 @@ class OursFamily(Family):
         """The hops that these variants need; they must differ in nothing but what follows them."""
         config = self._config(variants[0])
         began = time.perf_counter()
-        plan = self._plan(prepared, variants[0], config)
+        plan = self._plan(prepared, variants[0], config, salt)
         user = slice(*prepared.user)
         run = Recursion()
         while any(run.hops_of(variant.hops, config) is None for variant in variants):
@@ -245,7 +245,9 @@ class OursFamily(Family):
             began = now
         return run
 
-    def _plan(self, prepared: Prepared, variant: Variant, config: FlashTraceConfig) -> TracePlan:
+    def _plan(
+        self, prepared: Prepared, variant: Variant, config: FlashTraceConfig, salt: str
+    ) -> TracePlan:
         """The product's own plan for these options."""
         boundary = prepared.prompt_length
         target = [position - boundary for position in prepared.target]
@@ -272,13 +274,13 @@ class OursFamily(Family):
         if variant.through:
             plan = _through(plan, prepared)
         if variant.surprise:
-            self._weigh(plan)
+            self._weigh(plan, salt)
         return plan
 
-    def _weigh(self, plan: TracePlan) -> None:
+    def _weigh(self, plan: TracePlan, salt: str) -> None:
         """Weights the target's tokens by how little the model expected them."""
         text = surprise_text([plan])
-        [report] = score_texts(self._ft.llm, [text], [None], 1)
+        [report] = score_texts(self._ft.llm, [text], [None], 1, salt)
         if isinstance(report, FlashTraceError):
             raise report
         weigh_by_surprise([plan], text, report.log_probs)

@@ -2,7 +2,7 @@
 
 Questions whose answers share no word with their sources (`benchmarks.faithfulness.paraphrased`)
 are answered by the model, and right answers are kept. Every method ranks the sentences of the
-context. Printed are, with 95 % bootstrap intervals,
+context. Printed are, the first two with 95 % bootstrap intervals,
 
 - ``found``: of the sentences that the answer rests on, the share among as many best ones;
 - ``LDS``: Spearman's correlation, over random ablations that keep each sentence with probability
@@ -33,6 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.faithfulness.__main__ import environment
 from benchmarks.faithfulness.attention import AttentionFamily, PackageFamily
 from benchmarks.faithfulness.baselines import SimpleFamily
 from benchmarks.faithfulness.engine import EngineResource
@@ -46,7 +47,7 @@ from benchmarks.faithfulness.own_methods import (
     WordFamily,
     attention_by_sentence,
 )
-from benchmarks.faithfulness.own_summary import draw, summarise, tables
+from benchmarks.faithfulness.own_summary import DROPS, POOLINGS, SHOWN, draw, summarise, tables
 from benchmarks.faithfulness.paraphrased import TASKS, Question, make_question
 from benchmarks.faithfulness.run import Resources, Row, WorkFile, explained
 from benchmarks.tables import emit
@@ -59,7 +60,6 @@ _ATTEMPTS = 3
 LONGEST_ANSWER = 96
 REFERENCE_ABLATIONS = 64
 KEEP_PROBABILITY = 0.5
-DROPS = (1, 3, 5)
 
 CHEAP = (OwnFamily, WordFamily, SimpleFamily)
 COSTLY = (CutFamily,)
@@ -76,7 +76,7 @@ OURS = [
     "flashtrace-auto-predicting",
     "flashtrace-auto-predicting-skip",
     "flashtrace-auto-predicting-surprise",
-    "flashtrace-auto-surprise",
+    "flashtrace-auto-surprise-skip",
 ]
 THROUGH = ["flashtrace-auto-through", "flashtrace-auto-predicting-through"]
 """Twice as dear, and no better; on few examples."""
@@ -348,7 +348,9 @@ def drop(
             row = work.get("scores", case.key, name)
             if row is None or "values" not in row or work.get("drops", case.key, name) is not None:
                 continue
-            scores = np.array([v.mean() for v in by_source(np.array(row["values"]), case.prepared)])
+            scores = np.array(
+                [POOLINGS[SHOWN](v) for v in by_source(np.array(row["values"]), case.prepared)]
+            )
             order = np.argsort(-scores, kind="stable")
             whole, *without = family.without(
                 case.prepared, [np.array([], dtype=int), *(order[:k] for k in DROPS)]
@@ -383,7 +385,8 @@ def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[s
         if options.offline:
             score(cases, OFFLINE, HF, options.offline, resources, work, console)
             resources.close("hf")
-        return summarise(cases, options, work)
+        facts = {"model": Path(resources.model_path).name, **environment(resources)}
+        return summarise(cases, options, work, facts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import time
@@ -32,23 +31,15 @@ _OWN_VARIANTS = {
         Variant("auto", predicting=True),
         "hops as auto, from the rows that predict the output's tokens",
     ),
-    "flashtrace-k1-through": (
-        Variant(1, through=True),
-        "one hop, also through the question and the template",
-    ),
     "flashtrace-auto-through": (
         Variant("auto", through=True),
         "hops as auto, also through the question and the template",
-    ),
-    "flashtrace-k1-predicting-through": (
-        Variant(1, predicting=True, through=True),
-        "one hop, also through the question and the template, from the rows that predict",
     ),
     "flashtrace-auto-predicting-through": (
         Variant("auto", predicting=True, through=True),
         "hops as auto, also through the question and the template, from the rows that predict",
     ),
-    "flashtrace-auto-surprise": (
+    "flashtrace-auto-surprise-skip": (
         Variant("auto", skip="punctuation", surprise=True),
         "hops as auto, no punctuation, tokens of the output weighted by -log p",
     ),
@@ -203,19 +194,20 @@ def _final_stream(hf: HFModel, prepared: Prepared) -> torch.Tensor:
     return taken[0]
 
 
-_calls = itertools.count()
-
-
 def attention_by_sentence(
     ft: Any, prepared: Prepared, *, predicting: bool
 ) -> tuple[npt.NDArray[np.float64], float]:
     """Mean attention of the output's rows, ``[sentences, L * H]``, and the seconds it took.
+
+    The prefill of the sequence is not in the seconds.
 
     Args:
         ft: The product's offline class.
         prepared: The example.
         predicting: Whether the rows are those that predict the output's tokens.
     """
+    from vllm import SamplingParams, TokensPrompt
+
     boundary = prepared.prompt_length
     span = [position - boundary for position in prepared.target]
     ids = list(prepared.token_ids)
@@ -227,6 +219,8 @@ def attention_by_sentence(
         "top_k": 1,
         "include": ["attention"],
     }
+    prompt = TokensPrompt(prompt_token_ids=ids)
+    ft.llm.generate([prompt], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
     began = time.perf_counter()
     sums = ft.attribute(ids[:boundary], ids[boundary:], field).attention.double()
     seconds = time.perf_counter() - began

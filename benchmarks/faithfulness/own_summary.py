@@ -26,13 +26,19 @@ def best(count: int) -> Pooling:
 
 POOLINGS: dict[str, Pooling] = {
     "mean": lambda scores: float(scores.mean()),
+    "words": lambda scores: float(scores.mean()),
     "sum": lambda scores: float(scores.sum()),
     "best 1": best(1),
     "best 2": best(2),
     "best 4": best(4),
 }
-"""How the scores of a sentence's tokens become one; punctuation is left out of all but the sum."""
+"""How the scores of a sentence's tokens become one; punctuation is left out of all but the mean of
+all tokens, by which the product orders sentences, and the sum."""
+_OF_ALL_TOKENS = ("mean", "sum")
+SHOWN = "mean"
+"""The pooling of the tables."""
 DROPS = (1, 3, 5)
+"""How many of the best sentences are taken out."""
 REFERENCE = "loo-sentence"
 """The method that the others are tested against."""
 RIDGE = 0.3
@@ -102,7 +108,9 @@ def _pooled(case: Any, values: Values) -> dict[str, Values]:
         own = values[part]
         words = own[rest[part]]
         for name, pool in POOLINGS.items():
-            by_pooling[name].append(pool(own if name == "sum" or not len(words) else words))
+            by_pooling[name].append(
+                pool(own if name in _OF_ALL_TOKENS or not len(words) else words)
+            )
     return {name: np.array(scores) for name, scores in by_pooling.items()}
 
 
@@ -152,6 +160,7 @@ def _from_attention(cases: Sequence[Any], work: Any) -> dict[str, dict[str, Valu
 
 
 VERIFIED = 4
+_VERIFIED = "-verified"
 
 
 def _verified(
@@ -162,7 +171,7 @@ def _verified(
     for method in ("flashtrace-k1", "flashtrace-auto-predicting-skip"):
         own: dict[str, Values] = {}
         for case in cases:
-            ours = scores.get((method, "best 2"), {}).get(case.key)
+            ours = scores.get((method, SHOWN), {}).get(case.key)
             lost = scores.get(("loo-sentence", "mean"), {}).get(case.key)
             if ours is None or lost is None:
                 continue
@@ -172,7 +181,7 @@ def _verified(
             ranked[top] = (lost * sizes)[top]
             own[case.key] = ranked
         if own:
-            results[f"{method}-verified{VERIFIED}"] = own
+            results[f"{method}{_VERIFIED}{VERIFIED}"] = own
     return results
 
 
@@ -184,7 +193,7 @@ def seconds_of(method: str, key: str, work: Any) -> float | None:
         if row is None or base is None:
             return None
         return float(row["seconds"] + base["facts"]["prefill_seconds"])
-    if "-verified" in method:
+    if _VERIFIED in method:
         ours = seconds_of(method.rsplit("-", 1)[0], key, work)
         lost = work.get("scores", key, "loo-sentence")
         if ours is None or lost is None:
@@ -195,8 +204,17 @@ def seconds_of(method: str, key: str, work: Any) -> float | None:
     return None if row is None or "values" not in row else float(row["seconds"])
 
 
-def summarise(cases: Sequence[Any], options: argparse.Namespace, work: Any) -> dict[str, Any]:
-    """What goes into the JSON file."""
+def summarise(
+    cases: Sequence[Any], options: argparse.Namespace, work: Any, environment: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What goes into the JSON file.
+
+    Args:
+        cases: The right answers.
+        options: What was asked for.
+        work: What has been done.
+        environment: The model, the machine and the versions.
+    """
     scores = sentence_scores(cases, work)
     by_key = {case.key: case for case in cases}
     rows = []
@@ -209,7 +227,7 @@ def summarise(cases: Sequence[Any], options: argparse.Namespace, work: Any) -> d
             values.setdefault("found", []).append(value)
             tasks.setdefault(case.task, []).append(value)
             row = work.get("ablations", key)
-            if row is not None:
+            if row is not None and _VERIFIED not in method:  # Those say an order alone.
                 predicted = kept_of(row) @ sentence
                 values.setdefault("lds", []).append(spearman(predicted, np.array(row["logprobs"])))
             lost = work.get("drops", key, method)
@@ -248,6 +266,7 @@ def summarise(cases: Sequence[Any], options: argparse.Namespace, work: Any) -> d
     return rounded(
         {
             "config": config,
+            "environment": environment,
             "answers": answers,
             "cases": {t: sum(c.task == t for c in cases) for t in options.tasks},
             "prompt_tokens": fmean(lengths) if lengths else None,
@@ -276,8 +295,6 @@ def _tests(
     return {name: [*test, corrected[name]] for name, test in results.items()}
 
 
-SHOWN = "mean"
-"""The pooling of the tables: the product's, by which it orders sentences."""
 _SIGNIFICANT = 0.05
 
 
@@ -323,7 +340,7 @@ def quality(result: Mapping[str, Any]) -> str:
                 str(row["n"]),
                 _interval(row["found"]) + star,
                 _interval(row.get("lds"), count=True),
-                *("" if drop is None else f"{drop[0]:.1f}" for drop in drops),
+                *("" if drop is None else f"{drop[0]:.1f} ({drop[3]})" for drop in drops),
                 "" if seconds is None else "< 0.001" if seconds < 1e-3 else f"{seconds:.3g}",
             ]
         )
@@ -347,7 +364,7 @@ def by_pooling(result: Mapping[str, Any]) -> str:
     """Markdown: the share found by our methods, by how a sentence's scores become one."""
     found_by: dict[str, dict[str, float]] = {}
     for row in result["rows"]:
-        if row["method"].startswith("flashtrace-") and "-verified" not in row["method"]:
+        if row["method"].startswith("flashtrace-") and _VERIFIED not in row["method"]:
             found_by.setdefault(row["method"], {})[row["pooling"]] = row["found"][0]
     names = list(POOLINGS)
     rows = [

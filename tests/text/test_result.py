@@ -114,9 +114,10 @@ def test_the_scope_leaves_out_template_and_blanks(trace, chat):
         k: v for k, v in everything.items() if k != "scores"
     }
     whole, part = Attribution(everything), Attribution(content)
-    assert part.is_complete
-    assert part.share(0, 3) == pytest.approx(whole.share(0, 3))
-    assert not Attribution({**content, "unlisted_mass": 0.0}).is_complete
+    assert whole.is_complete
+    assert not part.is_complete
+    with pytest.raises(ValueError, match="'scope': 'prompt'"):
+        part.share(0, 3)
     _, _, best = trace(completion, top_k=2, scope="content")
     assert best["scores"] == sorted(kept, key=lambda e: -e["score"])[:2]
 

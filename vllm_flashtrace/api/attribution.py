@@ -294,14 +294,8 @@ class Attribution:
         return self.mass.input
 
     @property
-    def _unlisted_mass(self) -> float:
-        return self._result().get("unlisted_mass") or 0.0
-
-    @property
     def is_complete(self) -> bool:
         """Whether ``scores`` carry the whole input mass (``top_k: null``, or nothing cut off).
-
-        What `scope` ``"content"`` leaves out on request is not missed.
 
         Raises:
             TraceError: The trace has no result.
@@ -310,7 +304,6 @@ class Attribution:
         if length is not None and length == len(self.scores):
             return True
         total = math.fsum(score.score for score in self.scores)
-        total += self._unlisted_mass
         return abs(total - self.mass.input) <= _COMPLETE_TOLERANCE * max(total, 1e-9)
 
     def top(self, k: int = 10) -> list[TokenScore]:
@@ -344,7 +337,7 @@ class Attribution:
             ValueError: The span is empty or covers no token, or the scores are only the top k.
         """
         self._require_complete()
-        return share_of_span(self.scores, start, end, message, self._unlisted_mass)
+        return share_of_span(self.scores, start, end, message)
 
     def share_of_text(self, text: str) -> float:
         """Part of the input mass on a passage that occurs once in the client's messages.
@@ -356,7 +349,7 @@ class Attribution:
         """
         self._require_complete()
         message, start = find_once(self.scores, text)
-        return share_of_span(self.scores, start, start + len(text), message, self._unlisted_mass)
+        return share_of_span(self.scores, start, start + len(text), message)
 
     def to_dict(self) -> dict[str, Any]:
         """The ``flashtrace`` object, with ``text`` and ``tokens`` added where known."""
@@ -540,7 +533,7 @@ class Attribution:
         if not self.is_complete:
             raise ValueError(
                 f"only {len(self.scores)} scores were returned; ask for all of them with "
-                "flashtrace={'top_k': None}"
+                "flashtrace={'top_k': None, 'scope': 'prompt'}"
             )
 
 
@@ -608,12 +601,10 @@ def _as_dict(response: Any) -> dict[str, Any] | None:
     return None
 
 
-def share_of_span(
-    scores: Sequence[TokenScore], start: int, end: int, message: int, unlisted: float = 0.0
-) -> float:
+def share_of_span(scores: Sequence[TokenScore], start: int, end: int, message: int) -> float:
     """Part of the scores' sum that lies on characters ``[start, end)`` of one message.
 
-    A token overlapping the span counts in full. ``unlisted`` is the sum of scores left out.
+    A token overlapping the span counts in full.
 
     Raises:
         ValueError: The span is empty or no token overlaps it.
@@ -631,7 +622,7 @@ def share_of_span(
     ]
     if not inside:
         raise ValueError(f"no prompt token covers [{start}, {end}) of message {message}")
-    total = math.fsum(score.score for score in scores) + unlisted
+    total = math.fsum(score.score for score in scores)
     return math.fsum(inside) / total if total else 0.0
 
 

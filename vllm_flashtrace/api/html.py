@@ -81,6 +81,7 @@ def _context(attribution: Attribution) -> dict[str, Any]:
         "target": attribution.target,
         "prompt": prompt,
         "complete": attribution.is_complete,
+        "unlisted": attribution.to_dict().get("unlisted_mass"),
         "returned": len(attribution.scores),
         "completion": completion_parts(attribution),
         "generated": _generated_heat(attribution),

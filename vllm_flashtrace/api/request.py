@@ -426,7 +426,7 @@ class FlashTraceRequest(StrictModel):
     top_k: Annotated[int, Field(ge=1)] | None = Field(
         default=20,
         description="How many scored prompt tokens to return, the highest scores above 0 first; "
-        "null returns all of the prompt's tokens in order. It limits the sentences as well.",
+        "null returns all tokens of the scope in order. It limits the sentences as well.",
     )
     scope: Literal["prompt", "content"] = Field(
         default="prompt",

@@ -486,8 +486,8 @@ class TargetResult(_Part):
     )
     unlisted_mass: _Share | None = Field(
         default=None,
-        description="Part of input_mass on prompt tokens that scores leaves out: the template's, "
-        "and blanks; only with scope 'content'.",
+        description="Part of input_mass on prompt tokens outside the request's scope: the "
+        "template's, and blanks; only with scope 'content'.",
     )
     hops: list[HopMass] | None = Field(
         default=None, description="Masses of each hop, the pass that explains the target first."

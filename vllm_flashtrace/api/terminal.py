@@ -64,7 +64,7 @@ class TerminalHeatMap:
         coloured = console.color_system is not None and not console.no_color
         tokens = prompt_heat(attribution)
         if tokens is None:
-            yield Text("Only the top tokens were returned; the prompt cannot be shown.", "dim")
+            yield Text("Not all tokens were returned; the prompt cannot be shown.", "dim")
         else:
             yield _legend(coloured, attribution.is_complete)
             yield _heat_text(tokens, coloured, self.full)
@@ -92,7 +92,7 @@ def _legend(coloured: bool, complete: bool) -> Text:
     else:
         legend.append("[warm] [[hot]]", "not bold")
     if not complete:
-        legend.append("  (only the top scores were returned)", "not bold dim")
+        legend.append("  (not all scores were returned)", "not bold dim")
     return legend
 
 

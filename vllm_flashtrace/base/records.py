@@ -137,7 +137,7 @@ class TraceUsage:
     """Cost of a whole attribution, summed over its hops, and what they share.
 
     Attributes:
-        weights: `TraceReport.weights` of its hops; None before the first.
+        weights: `TraceReport.weights` of its requests; None before the first.
         attention: `TraceReport.attention` of the hop that explains the target, if asked for.
         scored_requests: Requests that scored the target, with and without parts of the prompt.
         scored_tokens: Tokens that these prefilled.

@@ -116,7 +116,11 @@ def _verify(job: TraceJob, verification: Verification, llm: Any, places: int) ->
 
 
 def score_texts(
-    llm: Any, texts: Sequence[ScoredText], lora_requests: Sequence[Any], places: int
+    llm: Any,
+    texts: Sequence[ScoredText],
+    lora_requests: Sequence[Any],
+    places: int,
+    cache_salt: str | None = None,
 ) -> list[ScoreReport | FlashTraceError]:
     """Log-probabilities of tokens; a text that fails has its error in place of a report.
 
@@ -125,13 +129,14 @@ def score_texts(
         texts: The texts, and which of their tokens are scored.
         lora_requests: The adapter of each, or None.
         places: How many go to the engine at once.
+        cache_salt: Their prefixes are looked up among what was computed with the same.
     """
     from vllm_flashtrace.trace.scoring import checked, score_call
 
     reports: list[ScoreReport | FlashTraceError] = []
     for start in range(0, len(texts), places):
         batch = texts[start : start + places]
-        calls = [score_call(text, None) for text in batch]
+        calls = [score_call(text, cache_salt) for text in batch]
         outputs = llm.generate(
             [call.prompt for call in calls],
             [call.params for call in calls],

@@ -49,8 +49,11 @@ async def run_score(
     context: EngineContext,
     request_id: str,
     trace_headers: Mapping[str, str] | None,
-) -> ScoreReport:
+) -> tuple[ScoreReport, int | None]:
     """Scores a text on vLLM's asynchronous engine; see `run_hop` for the arguments.
+
+    Returns:
+        The report, and the data parallel rank that made it.
 
     Raises:
         TraceError: ``engine_dead``, ``aborted``, or what a worker says went wrong.
@@ -58,14 +61,15 @@ async def run_score(
     """
     call = score_call(text, context.cache_salt)
 
-    async def run() -> ScoreReport:
+    async def run() -> tuple[ScoreReport, int | None]:
         done = await run_request(
             engines, call.prompt, call.params, context, request_id, trace_headers
         )
         call_worker = functools.partial(engines.call, done.rank)
-        return await pick_up_score(call.spec.nonce, call_worker, done.carried)
+        return await pick_up_score(call.spec.nonce, call_worker, done.carried), done.rank
 
-    return checked(await while_alive(engines, run()), text)
+    report, rank = await while_alive(engines, run())
+    return checked(report, text), rank
 
 
 def checked(report: ScoreReport, text: ScoredText) -> ScoreReport:

@@ -382,7 +382,7 @@ class AsyncTracer:
         try:
             usage = TraceUsage(seconds={"queue": waited + waited_here})
             if plans[0].request.weighting == "surprise":
-                await self._weigh(plans, context, trace_id, watch, usage)
+                context = await self._weigh(plans, context, trace_id, watch, usage)
             hop = 0
             # A completion leaves its tokens in its engine's cache, and every hop does.
             computed_before = context.request_id is not None
@@ -419,12 +419,16 @@ class AsyncTracer:
         trace_id: str,
         watch: Observation,
         usage: TraceUsage,
-    ) -> None:
-        """Weights the tokens of the targets by how little the model expected them."""
+    ) -> EngineContext:
+        """Weights the tokens of the targets by how little the model expected them.
+
+        Returns:
+            The context of what follows: the rank whose cache has the tokens now.
+        """
         began = time.monotonic()
         text = surprise_text(plans)
         with watch.scoring(text) as span:
-            report = await run_score(
+            report, rank = await run_score(
                 self._engines, text, context, f"{trace_id}-weighting", span.headers
             )
             watch.scored(span, report)
@@ -432,6 +436,7 @@ class AsyncTracer:
         usage.weights = report.weights
         weigh_by_surprise(plans, text, report.log_probs)
         usage.seconds["weighting"] = time.monotonic() - began
+        return dataclasses.replace(context, data_parallel_rank=rank)
 
     async def _verify(
         self,
@@ -469,7 +474,7 @@ class AsyncTracer:
                     name = f"{trace_id}-score{number}"
                     with watch.scoring(text) as span:
                         try:
-                            report = await run_score(
+                            report, _ = await run_score(
                                 self._engines, text, context, name, span.headers
                             )
                         except Exception as error:

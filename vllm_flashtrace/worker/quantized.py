@@ -33,7 +33,7 @@ _EIGHT_BITS = {
     "Fp8LinearMethod": "FP8",
     "Fp8PerTensorOnlineLinearMethod": "FP8 per tensor, made while loading",
     "Fp8PtpcOnlineLinearMethod": "FP8 per channel, made while loading",
-    "Fp8PerBlockOnlineLinearMethod": "FP8, made while loading,",
+    "Fp8PerBlockOnlineLinearMethod": "FP8 in blocks, made while loading",
     "CompressedTensorsW8A8Int8": "compressed-tensors int8 W8A8",
     "CompressedTensorsW8A8Fp8": "compressed-tensors FP8 W8A8",
 }
@@ -87,7 +87,8 @@ def quantization_of(projection: nn.Module) -> Quantization | None:
         if kind in _EIGHT_BITS:
             kernel = type(getattr(scheme, "fp8_linear", None)).__name__
             blocks = getattr(layer, "weight_block_size", None) is not None
-            name = _EIGHT_BITS[kind] + (" in blocks" if blocks else "")
+            name = _EIGHT_BITS[kind]
+            name += " in blocks" if blocks and "in blocks" not in name else ""
             return Quantization(name, kernel not in _WEIGHT_ONLY_KERNELS)
     raise UnsupportedModelError(
         f"traces are not supported with an output projection quantized by {kind}"

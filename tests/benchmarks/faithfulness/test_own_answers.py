@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.faithfulness import own_summary
 from benchmarks.faithfulness.own_answers import ANSWER, is_right, parted, prompt_of
 from benchmarks.faithfulness.own_methods import bm25, words
 from benchmarks.faithfulness.own_summary import fit_heads, found, ranks, spearman
@@ -145,3 +147,41 @@ def test_bm25_prefers_rare_words_and_short_sentences() -> None:
 def test_unknown_words_score_nothing() -> None:
     found_: Any = bm25(["zebra"], [["a"], ["b"]])
     assert found_.tolist() == [0.0, 0.0]
+
+
+class Work:
+    """Rows of a work file."""
+
+    def __init__(self, *rows: dict[str, Any]) -> None:
+        names = ("kind", "example", "method")
+        self.rows = {tuple(row[name] for name in names if name in row): row for row in rows}
+
+    def get(self, *key: str) -> dict[str, Any] | None:
+        return self.rows.get(key)
+
+
+def test_verified_sentences_are_ordered_by_what_is_lost_and_stay_ahead() -> None:
+    """Of six sentences ours proposes four; the best of all by leave-one-out is not among them."""
+    tokens = (5.0, 4.0, 3.0, 2.0, 1.0, 0.0)
+    lost = (0.0, 7.0, 1.0, 2.0, 9.0, 0.0)
+    prepared = SimpleNamespace(
+        user=(0, 6), texts=list("abcdef"), sentences=tuple((i, i + 1) for i in range(6))
+    )
+    case = SimpleNamespace(key="a", task="t", prepared=prepared)
+    facts = {"evaluations": 7.0}
+    work = Work(
+        *(
+            {"kind": "scores", "example": "a", "method": name, "values": list(values), **more}
+            for name, values, more in (
+                ("flashtrace-k1", tokens, {"seconds": 2.0}),
+                ("loo-sentence", lost, {"seconds": 14.0, "facts": facts}),
+            )
+        )
+    )
+    scores = own_summary.sentence_scores([case], work)
+    verified = scores["flashtrace-k1-verified4", "mean"]["a"]
+    assert np.argsort(-verified, kind="stable").tolist() == [1, 3, 2, 0, 4, 5]
+    # Its own seconds, and those of the whole text and four without a sentence.
+    assert own_summary.seconds_of("flashtrace-k1-verified4", "a", work) == pytest.approx(12.0)
+    assert own_summary.seconds_of("loo-sentence", "a", work) == 14.0
+    assert own_summary.seconds_of("heads-mean-own", "a", work) is None
