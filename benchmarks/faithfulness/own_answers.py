@@ -33,7 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.faithfulness.__main__ import environment
+from benchmarks.faithfulness.__main__ import as_text, environment
 from benchmarks.faithfulness.attention import AttentionFamily, PackageFamily
 from benchmarks.faithfulness.baselines import SimpleFamily
 from benchmarks.faithfulness.engine import EngineResource
@@ -50,7 +50,6 @@ from benchmarks.faithfulness.own_methods import (
 from benchmarks.faithfulness.own_summary import DROPS, POOLINGS, SHOWN, draw, summarise, tables
 from benchmarks.faithfulness.paraphrased import TASKS, Question, make_question
 from benchmarks.faithfulness.run import Resources, Row, WorkFile, explained
-from benchmarks.tables import emit
 
 THINK = "Think in one or two short sentences. Then write 'Answer:' and the number."
 ANSWER = "Answer:"
@@ -326,6 +325,8 @@ def ablate(
 ) -> None:
     """Rows ``ablations``: which sentences were kept, and the response's log-probability (nats)."""
     pending = [c for c in cases if c.number < limit and work.get("ablations", c.key) is None]
+    if not pending:
+        return
     family = CutFamily(resources)
     for case in track(sorted(pending, key=lambda c: c.number), "LDS", console=console):
         sources = len(case.prepared.sentences)
@@ -341,22 +342,24 @@ def drop(
     cases: Sequence[Case], limit: int, resources: Any, work: WorkFile, console: Console
 ) -> None:
     """Rows ``drops``: log-probability lost (nats) without the best sentences of each method."""
-    family = CutFamily(resources)
-    pending = [c for c in cases if c.number < limit]
-    for case in track(sorted(pending, key=lambda c: c.number), "drops", console=console):
+    pending = []
+    for case in sorted(cases, key=lambda case: case.number):
         for name in DROPPED:
             row = work.get("scores", case.key, name)
-            if row is None or "values" not in row or work.get("drops", case.key, name) is not None:
-                continue
-            scores = np.array(
-                [POOLINGS[SHOWN](v) for v in by_source(np.array(row["values"]), case.prepared)]
-            )
-            order = np.argsort(-scores, kind="stable")
-            whole, *without = family.without(
-                case.prepared, [np.array([], dtype=int), *(order[:k] for k in DROPS)]
-            )
-            lost = [whole - value for value in without]
-            work.add({"kind": "drops", "example": case.key, "method": name, "lost": lost})
+            known = row is None or "values" not in row or work.get("drops", case.key, name)
+            if case.number < limit and not known:
+                pending.append((case, name, np.array(row["values"])))
+    if not pending:
+        return
+    family = CutFamily(resources)
+    for case, name, values in track(pending, "drops", console=console):
+        scores = np.array([POOLINGS[SHOWN](own) for own in by_source(values, case.prepared)])
+        order = np.argsort(-scores, kind="stable")
+        whole, *without = family.without(
+            case.prepared, [np.array([], dtype=int), *(order[:k] for k in DROPS)]
+        )
+        lost = [whole - value for value in without]
+        work.add({"kind": "drops", "example": case.key, "method": name, "lost": lost})
 
 
 def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[str, Any]:
@@ -421,7 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resources = OwnResources(options.model or prepare_smollm2(), options.dtype, options.seed)
     with engine_log(), closing(resources):
         result = run(options, resources, console)
-    emit(result, tables(result), options.json)
+    print(tables(result))
+    options.json.write_text(as_text(result), encoding="utf-8")
     if options.figure is not None:
         draw(result, options.figure)
     return 0

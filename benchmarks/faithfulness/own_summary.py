@@ -380,6 +380,22 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join([quality(result), by_task(result), by_pooling(result)])
 
 
+_NAMED = {
+    "flashtrace-k1": "paper's defaults",
+    "flashtrace-auto-predicting-skip": 'preset "sources"',
+    f"flashtrace-auto-predicting-skip{_VERIFIED}{VERIFIED}": "the same, four verified",
+    "loo-sentence": "leave-one-out",
+    "contextcite": "ContextCite, 32",
+    "attn-lrp": "AttnLRP",
+    "value-norm": "value norms",
+    "attention-mean": "mean attention",
+    "heads-learned-own": "learned heads",
+    "ifr-per-token": "IFR per token",
+}
+_FREE = 0.1
+"""Methods that take fewer seconds look at no model; the best of them is a line."""
+
+
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Writes the figure of quality against seconds as PNG."""
     import matplotlib
@@ -390,15 +406,19 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure = pyplot.figure(figsize=(10, 4.5), layout="constrained")
     sides = figure.subplots(1, 2)
     for axes, metric, label in zip(sides, ("found", "lds"), ("share found", "LDS"), strict=True):
-        for row in _shown(result):
-            seconds = row["seconds"]
-            if row.get(metric) is None or not seconds:
+        rows = [row for row in _shown(result) if row.get(metric) and row["seconds"]]
+        for row in rows:
+            value, low, high, _ = row[metric]
+            if (name := row["method"]) not in _NAMED or row["seconds"] < _FREE:
                 continue
-            value, name = row[metric][0], row["method"]
-            ours = name.startswith("flashtrace-") and name != "flashtrace-package"
-            axes.scatter(seconds, value, color="C0" if ours else "C1", s=14)
-            place = {"textcoords": "offset points", "fontsize": 6}
-            axes.annotate(name.removeprefix("flashtrace-"), (seconds, value), (3, 2), **place)
+            color = "C0" if name.startswith("flashtrace-") else "C1"
+            bars = [[value - low], [high - value]]
+            axes.errorbar(row["seconds"], value, bars, fmt="o", ms=4, lw=0.8, color=color)
+            place = {"textcoords": "offset points", "fontsize": 7}
+            axes.annotate(_NAMED[name], (row["seconds"], value), (4, 3), **place)
+        if free := [row[metric][0] for row in rows if row["seconds"] < _FREE]:
+            axes.axhline(max(free), color="0.6", lw=0.8, ls="--", label="best without a model")
+            axes.legend(fontsize=7, loc="lower right")
         axes.set(xscale="log", xlabel="seconds for one example (median)", ylabel=label)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
