@@ -233,7 +233,7 @@ def job(length: int, hops: int = 0) -> TraceJob:
     plan: Any = types.SimpleNamespace(
         token_ids=list(range(length)),
         recursion=recursion,
-        request=types.SimpleNamespace(include=()),
+        request=types.SimpleNamespace(include=(), weighting="equal"),
     )
     return TraceJob(completion=None, trace_id="ft-1", plans=[plan])  # type: ignore[arg-type]
 

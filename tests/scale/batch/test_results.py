@@ -113,7 +113,7 @@ def test_every_field_of_a_score_and_of_a_hop_has_a_column() -> None:
     parts = {hop.field(i).name for i in range(hop.num_fields)}
     assert parts == {*HopMass.model_fields} - {"scores"}
     masses = [name for name in AttributionObject.model_fields if name.endswith("_mass")]
-    assert len(masses) == 4 and set(masses) <= set(names)
+    assert len(masses) == 5 and set(masses) <= set(names)
 
 
 def test_finishing_again_gives_the_same_bytes(tmp_path: Path) -> None:
