@@ -30,7 +30,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes says how busy the machine is.
-settings.register_profile("flashtrace", deadline=None)
+settings.register_profile("flashtrace", parent=settings(), deadline=None)
 settings.load_profile("flashtrace")
 
 heap.import_without_collecting()

@@ -8,7 +8,7 @@ import unicodedata
 from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -149,10 +149,13 @@ def check_against_own_offsets(tokenizer, found, contents, text, special):
             assert (
                 located.start <= inside[0][1] or not contents[inside[0][0]][: located.start].strip()
             )
-            assert inside[0][2] <= located.end or text[start] == "<"
+            # Decoders write U+FFFD for a piece of a character, too: what follows one may join it.
+            joined = contents[located.message][located.start : located.end].endswith("\ufffd")
+            assert inside[0][2] <= located.end or text[start] == "<" or joined
 
 
 @QUICK
+@example(["\ufffd\x80"], TURNS, False)
 @given(CHATS, st.sampled_from([TURNS, LINES]), st.booleans())
 def test_every_character_of_every_message_has_a_token(tokenizer, contents, source, special):
     found, text = locate(tokenizer, contents, source, special=special)
