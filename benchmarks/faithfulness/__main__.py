@@ -52,7 +52,7 @@ def run(options: Options, resources: Any, console: Console) -> dict[str, Any]:
     with closing(WorkFile(options.output.with_suffix(".work.jsonl"), fingerprint)) as work:
         cases = make_cases(options, resources.tokenizer)
         resources.max_model_len = 1 + max(len(case.prepared.token_ids) for case in cases)
-        attribute(cases, options, resources, work, console)
+        attribute(cases, options.wanted, resources, work, console)
         resources.close("hf")
         perturb(cases, options, resources, work, console)
         result = rounded(

@@ -22,7 +22,7 @@ import hashlib
 import re
 import sys
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,7 +37,7 @@ from benchmarks.faithfulness.__main__ import as_text, environment
 from benchmarks.faithfulness.attention import AttentionFamily, PackageFamily
 from benchmarks.faithfulness.baselines import SimpleFamily
 from benchmarks.faithfulness.engine import EngineResource
-from benchmarks.faithfulness.example import Example, Prepared, Values, prepare
+from benchmarks.faithfulness.example import Example, Prepared, prepare
 from benchmarks.faithfulness.gradients import GradientFamily
 from benchmarks.faithfulness.hf import HFModel
 from benchmarks.faithfulness.own_methods import (
@@ -47,9 +47,10 @@ from benchmarks.faithfulness.own_methods import (
     WordFamily,
     attention_by_sentence,
 )
-from benchmarks.faithfulness.own_summary import DROPS, POOLINGS, SHOWN, draw, summarise, tables
+from benchmarks.faithfulness.own_summary import DROPS, SHOWN, draw, pooled, summarise, tables
 from benchmarks.faithfulness.paraphrased import TASKS, Question, make_question
-from benchmarks.faithfulness.run import Resources, Row, WorkFile, explained
+from benchmarks.faithfulness.run import Resources, Row, WorkFile, attribute
+from benchmarks.faithfulness.tasks import prompt_ids
 
 THINK = "Think in one or two short sentences. Then write 'Answer:' and the number."
 ANSWER = "Answer:"
@@ -201,7 +202,7 @@ def answer_questions(
                     make_question(task, n, options.sentences, options.seed) for n in missing
                 ]
                 prompts = [
-                    TokensPrompt(prompt_token_ids=_prompt_ids(prompt_of(q, n), tokenizer))
+                    TokensPrompt(prompt_token_ids=prompt_ids(prompt_of(q, n), tokenizer))
                     for q, n in zip(questions, missing, strict=True)
                 ]
                 outputs = resources.engine.ft.llm.generate(prompts, sampling, use_tqdm=False)
@@ -220,12 +221,6 @@ def answer_questions(
                     )
             right += sum(work.rows["answer", f"{task}/{n}"]["right"] for n in numbers)
         console.print(f"{task}: {right} right answers of {number}")
-
-
-def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def make_cases(options: argparse.Namespace, work: WorkFile, tokenizer: Any) -> list[Case]:
@@ -271,39 +266,9 @@ def _case(
     )
 
 
-def by_source(values: Values, prepared: Prepared) -> list[Values]:
-    """The scores of the tokens of each sentence of the context."""
-    return [
-        values[start - prepared.user[0] : end - prepared.user[0]]
-        for start, end in prepared.sentences
-    ]
-
-
-def score(
-    cases: Sequence[Case],
-    families: Iterable[Any],
-    names: Collection[str],
-    limit: int,
-    resources: Any,
-    work: WorkFile,
-    console: Console,
-) -> None:
-    """Rows ``scores`` of these methods on the first cases of each task."""
-    for kind in families:
-        pending = []
-        for case in sorted(cases, key=lambda case: case.number):
-            own = [name for name in names if name in kind.labels and case.number < limit]
-            if own := [name for name in own if work.get("scores", case.key, name) is None]:
-                pending.append((case, own))
-        if not pending:
-            continue
-        family = kind(resources)
-        try:
-            for case, own in track(pending, kind.__name__, console=console):
-                for row in explained(family, case, own, console):
-                    work.add(row)
-        finally:
-            family.close()
+def of_first(count: int, cases: Sequence[Case]) -> list[Case]:
+    """The first cases of each task, all tasks alike."""
+    return sorted((case for case in cases if case.number < count), key=lambda case: case.number)
 
 
 def record_attention(
@@ -320,15 +285,13 @@ def record_attention(
             work.add({**row, "sums": [[float(f"{x:.4g}") for x in each] for each in sums]})
 
 
-def ablate(
-    cases: Sequence[Case], limit: int, resources: Any, work: WorkFile, console: Console
-) -> None:
+def ablate(cases: Sequence[Case], resources: Any, work: WorkFile, console: Console) -> None:
     """Rows ``ablations``: which sentences were kept, and the response's log-probability (nats)."""
-    pending = [c for c in cases if c.number < limit and work.get("ablations", c.key) is None]
+    pending = [case for case in cases if work.get("ablations", case.key) is None]
     if not pending:
         return
     family = CutFamily(resources)
-    for case in track(sorted(pending, key=lambda c: c.number), "LDS", console=console):
+    for case in track(pending, "LDS", console=console):
         sources = len(case.prepared.sentences)
         key = zlib.crc32(case.prepared.example.id.encode())
         draw = np.random.default_rng([resources.seed + 1, key])
@@ -338,23 +301,20 @@ def ablate(
         work.add({"kind": "ablations", "example": case.key, "kept": masks, "logprobs": found})
 
 
-def drop(
-    cases: Sequence[Case], limit: int, resources: Any, work: WorkFile, console: Console
-) -> None:
+def drop(cases: Sequence[Case], resources: Any, work: WorkFile, console: Console) -> None:
     """Rows ``drops``: log-probability lost (nats) without the best sentences of each method."""
     pending = []
-    for case in sorted(cases, key=lambda case: case.number):
+    for case in cases:
         for name in DROPPED:
             row = work.get("scores", case.key, name)
             known = row is None or "values" not in row or work.get("drops", case.key, name)
-            if case.number < limit and not known:
+            if not known:
                 pending.append((case, name, np.array(row["values"])))
     if not pending:
         return
     family = CutFamily(resources)
     for case, name, values in track(pending, "drops", console=console):
-        scores = np.array([POOLINGS[SHOWN](own) for own in by_source(values, case.prepared)])
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(-pooled(case, values)[SHOWN], kind="stable")
         whole, *without = family.without(
             case.prepared, [np.array([], dtype=int), *(order[:k] for k in DROPS)]
         )
@@ -376,17 +336,19 @@ def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[s
         answer_questions(options, resources, work, console)
         cases = make_cases(options, work, resources.tokenizer)
         resources.questions = {case.prepared.example.id: case.question for case in cases}
-        everywhere = (cases, CHEAP, [*OURS, *WORDS], options.examples)
-        score(*everywhere, resources, work, console)
-        score(cases, CHEAP, THROUGH, options.ablated, resources, work, console)
+        rest = (resources, work, console)
+        attribute(cases, lambda case: [*OURS, *WORDS], *rest, CHEAP)
+        attribute(of_first(options.ablated, cases), lambda case: THROUGH, *rest, CHEAP)
         record_attention(cases, resources, work, console)
         for name, limit in COST.items():
-            score(cases, COSTLY, [name], getattr(options, limit), resources, work, console)
-        ablate(cases, options.ablated, resources, work, console)
-        drop(cases, options.ablated, resources, work, console)
+            first = of_first(getattr(options, limit), cases)
+            attribute(first, lambda case, name=name: [name], *rest, COSTLY)
+        ablated = of_first(options.ablated, cases)
+        ablate(ablated, *rest)
+        drop(ablated, *rest)
         resources.close("engine")
         if options.offline:
-            score(cases, OFFLINE, HF, options.offline, resources, work, console)
+            attribute(of_first(options.offline, cases), lambda case: HF, *rest, OFFLINE)
             resources.close("hf")
         facts = {"model": Path(resources.model_path).name, **environment(resources)}
         return summarise(cases, options, work, facts)

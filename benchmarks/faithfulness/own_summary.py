@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -11,18 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.citations import Pooling, best
 from benchmarks.faithfulness.example import Values
 from benchmarks.faithfulness.metrics import bootstrap, holm, paired_test
+from benchmarks.faithfulness.report import markdown, seconds_text, star
 from benchmarks.faithfulness.summary import rounded
 from vllm_flashtrace.text.plan import skip_mask
-
-Pooling = Callable[[Values], float]
-
-
-def best(count: int) -> Pooling:
-    """The mean of the highest scores."""
-    return lambda scores: float(np.sort(scores)[-count:].mean())
-
 
 POOLINGS: dict[str, Pooling] = {
     "mean": lambda scores: float(scores.mean()),
@@ -95,7 +89,7 @@ def fit_heads(examples: Sequence[tuple[Values, Values, Values]], ridge: float = 
     return np.linalg.solve(x.T @ x + penalty, x.T @ y) / scale
 
 
-def _pooled(case: Any, values: Values) -> dict[str, Values]:
+def pooled(case: Any, values: Values) -> dict[str, Values]:
     """Of each pooling the scores of the sentences."""
     prepared = case.prepared
     offset = prepared.user[0]
@@ -123,7 +117,7 @@ def sentence_scores(cases: Sequence[Any], work: Any) -> dict[tuple[str, str], di
             row = work.get("scores", case.key, method)
             if row is None or "values" not in row:
                 continue
-            for pooling, own in _pooled(case, np.array(row["values"])).items():
+            for pooling, own in pooled(case, np.array(row["values"])).items():
                 scores.setdefault((method, pooling), {})[case.key] = own
     for name, own in _from_attention(cases, work).items():
         scores[name, "sum"] = own
@@ -245,20 +239,12 @@ def summarise(
                 **{name: [*bootstrap(v, seed=0), len(v)] for name, v in values.items()},
             }
         )
-    answers = {
-        task: [
-            sum(r["right"] for r in own),
-            len(own),
-        ]
-        for task in options.tasks
-        if (
-            own := [
-                row
-                for key, row in work.rows.items()
-                if key[0] == "answer" and key[1].startswith(f"{task}/")
-            ]
-        )
-    }
+    answers: dict[str, list[int]] = {}
+    for key, row in work.rows.items():
+        if key[0] == "answer" and (task := key[1].split("/")[0]) in options.tasks:
+            counts = answers.setdefault(task, [0, 0])
+            counts[0] += row["right"]
+            counts[1] += 1
     lengths = [case.prepared.prompt_length for case in cases]
     config = {
         key: value for key, value in vars(options).items() if key not in ("json", "model", "figure")
@@ -295,9 +281,6 @@ def _tests(
     return {name: [*test, corrected[name]] for name, test in results.items()}
 
 
-_SIGNIFICANT = 0.05
-
-
 def _shown(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A row for each method, the best first."""
     of_heads = "heads-"
@@ -316,11 +299,6 @@ def _interval(value: Sequence[float] | None, *, count: bool = False) -> str:
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]" + (f" ({n})" if count else "")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"| :--- |{' ---: |' * (len(header) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def quality(result: Mapping[str, Any]) -> str:
     """Markdown: what each method finds, LDS, drops and cost.
 
@@ -331,20 +309,18 @@ def quality(result: Mapping[str, Any]) -> str:
     rows = []
     for row in _shown(result):
         test = result["tests"].get(f"{row['method']} {row['pooling']}")
-        star = " *" if test is not None and test[3] < _SIGNIFICANT else ""
         drops = [row.get(f"drop{k}") for k in DROPS]
-        seconds = row["seconds"]
         rows.append(
             [
                 row["method"],
                 str(row["n"]),
-                _interval(row["found"]) + star,
+                _interval(row["found"]) + star(test),
                 _interval(row.get("lds"), count=True),
                 *("" if drop is None else f"{drop[0]:.1f} ({drop[3]})" for drop in drops),
-                "" if seconds is None else "< 0.001" if seconds < 1e-3 else f"{seconds:.3g}",
+                seconds_text(row["seconds"]),
             ]
         )
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def by_task(result: Mapping[str, Any]) -> str:
@@ -357,7 +333,7 @@ def by_task(result: Mapping[str, Any]) -> str:
     ]
     answers = [result["answers"][task] for task in tasks]
     right = [f"{right} of {asked}" for right, asked in answers]
-    return _table(header, [*rows, ["right answers", *right]])
+    return markdown(header, [*rows, ["right answers", *right]])
 
 
 def by_pooling(result: Mapping[str, Any]) -> str:
@@ -372,7 +348,7 @@ def by_pooling(result: Mapping[str, Any]) -> str:
         for method, own in found_by.items()
         if len(own) == len(names)
     ]
-    return _table(["method", *names], rows)
+    return markdown(["method", *names], rows)
 
 
 def tables(result: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ def quality(result: Result) -> str:
     """
     group = _pooled(result)
     header, rows = _quality_rows(group, _tests_of(result, group))
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def by_task(result: Result) -> str:
@@ -53,7 +53,7 @@ def by_task(result: Result) -> str:
         [m, *(_mean(group["methods"].get(m, {}).get("recovery")) for group in groups)]
         for m in methods
     ]
-    return _markdown(header, [*rows, ceiling])
+    return markdown(header, [*rows, ceiling])
 
 
 def by_length(result: Result) -> str:
@@ -77,25 +77,25 @@ def by_length(result: Result) -> str:
         for group in groups:
             row, tests = group["methods"].get(method, {}), _tests_of(result, group)
             for metric in ("recovery", "recovery_sentence"):
-                cells.append(_mean(row.get(metric)) + _star(tests, metric, method))
+                cells.append(_mean(row.get(metric)) + star(tests.get(metric, {}).get(method)))
         rows.append(cells)
     ceiling = [cell for group in groups for cell in (_number(group["recovery_ceiling"]), "")]
-    return _markdown(header, [*rows, ["highest possible", *ceiling]])
+    return markdown(header, [*rows, ["highest possible", *ceiling]])
 
 
 def perturbation(result: Result) -> str:
     """Markdown: RISE, MAS, comprehensiveness and sufficiency, over all tasks."""
     header, rows = _perturbation_rows(_pooled(result))
-    return _markdown(header, rows) if rows else ""
+    return markdown(header, rows) if rows else ""
 
 
 def printed(result: Result, console: Console) -> None:
     """Every group's tables as Markdown in the terminal, and what failed."""
     for group in result["groups"]:
         title = f"{_title(group)}: {group['examples']} examples"
-        tables = [_markdown(*_quality_rows(group, _tests_of(result, group)))]
+        tables = [markdown(*_quality_rows(group, _tests_of(result, group)))]
         if any("rise" in row for row in group["methods"].values()):
-            tables.append(_markdown(*_perturbation_rows(group)))
+            tables.append(markdown(*_perturbation_rows(group)))
         console.print("\n\n".join([title, *tables]), markup=False, highlight=False, soft_wrap=True)
         for method, row in group["methods"].items():
             for reason, count in row.get("reasons", {}).items():
@@ -110,13 +110,14 @@ def _quality_rows(group: Row, tests: Row) -> tuple[list[str], list[list[str]]]:
             method,
             str(row["n"]),
             str(row["failed"] or ""),
-            _interval(row.get("recovery")) + _star(tests, "recovery", method),
-            _interval(row.get("recovery_sentence")) + _star(tests, "recovery_sentence", method),
+            _interval(row.get("recovery")) + star(tests.get("recovery", {}).get(method)),
+            _interval(row.get("recovery_sentence"))
+            + star(tests.get("recovery_sentence", {}).get(method)),
             _interval(row.get("recovery_skip")),
             _interval(row.get("mass_on_gold")),
             _mean(row.get("reasoning_mass")),
             _mean(row.get("remaining_mass")),
-            _seconds(row.get("seconds")),
+            seconds_text(row.get("seconds")),
         ]
         for method, row in group["methods"].items()
     ]
@@ -159,9 +160,9 @@ def _tests_of(result: Result, group: Row) -> Row:
     return {}
 
 
-def _star(tests: Row, metric: str, method: str) -> str:
-    found = tests.get(metric, {}).get(method)
-    return " *" if found is not None and found[3] < _SIGNIFICANT else ""
+def star(test: Sequence[float] | None) -> str:
+    """A star where a test with its corrected p last found a difference."""
+    return " *" if test is not None and test[3] < _SIGNIFICANT else ""
 
 
 def _title(group: Row) -> str:
@@ -176,7 +177,8 @@ def _mean(value: Sequence[float] | None) -> str:
     return "" if value is None else f"{value[0]:.3f}"
 
 
-def _seconds(value: float | None) -> str:
+def seconds_text(value: float | None) -> str:
+    """Seconds as tables show them."""
     if value is None:
         return ""
     return "< 0.001" if value < 1e-3 else f"{value:.3g}"
@@ -186,7 +188,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns in which no row has anything are left out."""
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     ruler = [":---" if i == 0 else "---:" for i in range(len(header))]

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -327,13 +327,27 @@ class WorkFile:
 
 
 def attribute(
-    cases: Sequence[Case], options: Options, resources: Any, work: WorkFile, console: Console
+    cases: Sequence[Any],
+    wanted: Callable[[Any], Sequence[str]],
+    resources: Any,
+    work: WorkFile,
+    console: Console,
+    families: Sequence[Any] = FAMILIES,
 ) -> None:
-    """Scores of every method on every example it is to run on, family by family."""
-    for kind in FAMILIES:
+    """Scores of every method on every example it is to run on, family by family.
+
+    Args:
+        cases: Each with ``key``, ``prepared`` and ``number``.
+        wanted: Methods that are to run on a case.
+        resources: What families are constructed with.
+        work: Gets the rows, and says which are there.
+        console: Where progress and faults go.
+        families: Those that offer the methods.
+    """
+    for kind in families:
         pending = []
         for case in sorted(cases, key=lambda case: case.number):  # all tasks alike
-            names = [name for name in options.wanted(case) if name in kind.labels]
+            names = [name for name in wanted(case) if name in kind.labels]
             if names := [name for name in names if work.get("scores", case.key, name) is None]:
                 pending.append((case, names))
         if not pending:
@@ -341,21 +355,14 @@ def attribute(
         family = kind(resources)
         try:
             for case, names in track(pending, kind.__name__, console=console):
-                for row in explained(family, case, names, console):
+                for row in _explain(family, case, names, console):
                     work.add(row)
         finally:
             family.close()
 
 
-def explained(family: Any, case: Any, names: Collection[str], console: Console) -> Iterator[Row]:
-    """A row for each method: its scores, or why there are none.
-
-    Args:
-        family: Constructed with `Resources`.
-        case: With ``key`` and ``prepared``.
-        names: Methods of the family.
-        console: Where faults go.
-    """
+def _explain(family: Any, case: Any, names: Collection[str], console: Console) -> Iterator[Row]:
+    """A row for each method: its scores, or why there are none."""
     found: dict[str, Scores] = {}
     reason, final = "the family gave no scores", True
     try:

@@ -152,7 +152,7 @@ def compose(
         return _join(draft, facts, places, filler[:size])
 
     def tokens(size: int) -> int:
-        return count_tokens(build(size)[0], tokenizer)
+        return len(prompt_ids(build(size)[0], tokenizer))
 
     low, high = 0, 1
     while tokens(high) < length:
@@ -169,11 +169,11 @@ def compose(
     return build(size)
 
 
-def count_tokens(prompt: str, tokenizer: Any) -> int:
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Tokens of a user's message with the chat template around it."""
     messages = [{"role": "user", "content": prompt}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def _join(

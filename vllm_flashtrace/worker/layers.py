@@ -54,7 +54,7 @@ _NORMS_OF_BLOCKS = {
     "mlp": "post_attention_layernorm",
 }
 NORMS_IN_FRONT = ("input_layernorm", "attention_layernorm")
-_MLP, _NORM_OF_MLP = "mlp", "post_feedforward_layernorm"
+MLP, _NORM_OF_MLP = "mlp", "post_feedforward_layernorm"
 _NORMS = (RMSNorm, GemmaRMSNorm)
 # What vLLM makes of the norms of models in Transformers' code; they gather what ranks have cut,
 # which the stream is not.
@@ -255,7 +255,7 @@ def _projection_name(block: nn.Module) -> str:
 def _around(layer_name: str, decoder: nn.Module) -> tuple[nn.Module | None, str]:
     """`TracedLayer.in_front`, and the name of `TracedLayer.behind`."""
     if _norms_outputs_alone(decoder):
-        return decoder, _MLP
+        return decoder, MLP
     behind = _norm(layer_name, decoder, _NORMS_BEHIND)
     if "residual" in inspect.signature(decoder.forward).parameters:
         return None, behind
@@ -264,8 +264,8 @@ def _around(layer_name: str, decoder: nn.Module) -> tuple[nn.Module | None, str]
 
 def _norms_outputs_alone(decoder: nn.Module) -> bool:
     """Whether a layer has norms of what its block and MLP give, and none of what they take."""
-    has = [_has(decoder, name) for name in (_NORMS_OF_BLOCKS[_MLP], _NORM_OF_MLP, _MLP)]
-    taken = [*NORMS_IN_FRONT, *(n for n in _NORMS_BEHIND if n != _NORMS_OF_BLOCKS[_MLP])]
+    has = [_has(decoder, name) for name in (_NORMS_OF_BLOCKS[MLP], _NORM_OF_MLP, MLP)]
+    taken = [*NORMS_IN_FRONT, *(n for n in _NORMS_BEHIND if n != _NORMS_OF_BLOCKS[MLP])]
     return all(has) and not any(_has(decoder, name) for name in taken)
 
 

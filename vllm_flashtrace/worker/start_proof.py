@@ -39,7 +39,7 @@ from vllm_flashtrace.core.identity import attention_error, contribution, identit
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker.layers import TracedLayer, cache_groups
+from vllm_flashtrace.worker.layers import MLP, TracedLayer, cache_groups
 from vllm_flashtrace.worker.quantized import applied_bias, product_error
 from vllm_flashtrace.worker.runner import (
     PROOF_ATTRIBUTE,
@@ -271,7 +271,7 @@ class Proof:
             "norms": _distinct(
                 type(layer.behind).__name__
                 for layer in layers
-                if layer.behind is not getattr(layer.decoder, "mlp", None)
+                if layer.behind is not getattr(layer.decoder, MLP, None)
             ),
             "block_norms": _distinct(
                 type(layer.block_norm.module).__name__ for layer in layers if layer.block_norm
