@@ -8,7 +8,7 @@ and what the server's own rule cites: of the sentences with a source the share t
 (``recall``), of the sources cited the share that are right (``precision``), and of the sentences
 without a source the share that cite one all the same (``false``).
 
-    python -m benchmarks.citations [--model FOLDER] [--examples 30] [--sources 5] [--longest 8]
+    python -m benchmarks.citations [--model FOLDER] [--examples 30] [--longest 2 8 16]
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import citations as table
 from benchmarks.tables import emit
+from vllm_flashtrace.api.request import PRESETS
 
 Pooling = Callable[[Sequence[float]], float]
 
@@ -143,17 +145,13 @@ def example(number: int, count: int, longest: int = 8) -> Example:
     return Example(prompt, sources, [answer[i] for i in order], [truth[i] for i in order])
 
 
-def explained(
-    engine: Any, each: Example, hops: Any, skip: str, more: Mapping[str, Any]
-) -> dict[str, Any]:
+def explained(engine: Any, each: Example, more: Mapping[str, Any]) -> dict[str, Any]:
     """The attribution of the answer, with all scores of the prompt."""
     field = {
         "citations": True,
         "targets": "sentences",
         "sources": [{"id": str(i), "text": text} for i, text in enumerate(each.sources)],
         "top_k": None,
-        "hops": hops,
-        "skip_tokens": skip,
         **more,
     }
     prompt = [{"role": "user", "content": each.prompt}]
@@ -206,13 +204,9 @@ class Tally:
                 pooled = [pool(own) for own in scores]
                 self.first[name] += pooled.index(max(pooled)) == truth
 
-    def row(self, model: str, tokens: int, hops: Any, skip: str) -> dict[str, Any]:
-        """The row of the table."""
+    def row(self) -> dict[str, Any]:
+        """The figures of the table's row."""
         return {
-            "model": model,
-            "tokens": tokens,
-            "hops": hops,
-            "skip_tokens": skip,
             "sentences": self.with_source,
             "first": {name: count / self.with_source for name, count in self.first.items()},
             "recall": self.found / self.with_source,
@@ -227,10 +221,10 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model; by default SmolLM2-135M-Instruct")
     parser.add_argument("--examples", type=int, default=30)
     parser.add_argument("--sources", type=int, default=5)
-    parser.add_argument("--longest", type=int, default=8, help="sentences beside the fact")
-    parser.add_argument("--hops", nargs="+", default=["1"])
-    parser.add_argument("--skip", nargs="+", default=["none", "punctuation"])
-    parser.add_argument("--rows", choices=("target", "predicting"), default="target")
+    parser.add_argument(
+        "--longest", type=int, nargs="+", default=[8], help="most sentences beside a fact"
+    )
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--weighting", choices=("equal", "surprise"), default="equal")
     parser.add_argument("--raw", type=Path, help="write every attribution there")
     parser.add_argument("--json", type=Path)
@@ -239,7 +233,6 @@ def main() -> None:
     from vllm_flashtrace import FlashTrace
     from vllm_flashtrace.models.smollm2 import prepare_smollm2
 
-    more = {"rows": args.rows, "weighting": args.weighting}
     model = args.model or str(prepare_smollm2())
     rows = []
     raw: list[dict[str, Any]] = []
@@ -250,18 +243,18 @@ def main() -> None:
         dtype="float32",
         kv_cache_memory_bytes=1 << 30,
     ) as engine:
-        for hops in (int(each) if each.isdigit() else each for each in args.hops):
-            for skip in args.skip:
-                tally, tokens = Tally(dict.fromkeys(POOLINGS, 0)), []
-                for number in range(args.examples):
-                    each = example(number, args.sources, args.longest)
-                    data = explained(engine, each, hops, skip, more)
-                    tally.add(each, data)
-                    tokens.append(data["prompt_tokens"])
-                    raw.append({"hops": hops, "skip": skip, "number": number, "data": data})
-                length = round(statistics.fmean(tokens))
-                rows.append({**tally.row(Path(model).name, length, hops, skip), **more})
-                print(table({"rows": rows[-1:]}), flush=True)
+        for longest, preset in product(args.longest, args.presets):
+            more = {"preset": preset, "weighting": args.weighting}
+            tally, tokens = Tally(dict.fromkeys(POOLINGS, 0)), []
+            for number in range(args.examples):
+                each = example(number, args.sources, longest)
+                data = explained(engine, each, more)
+                tally.add(each, data)
+                tokens.append(data["prompt_tokens"])
+                raw.append({**more, "longest": longest, "number": number, "data": data})
+            length = round(statistics.fmean(tokens))
+            rows.append({"model": Path(model).name, **more, "tokens": length, **tally.row()})
+            print(table({"rows": rows[-1:]}), flush=True)
     if args.raw:
         args.raw.write_text(json.dumps(raw))
     result = {"rows": rows}

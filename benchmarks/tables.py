@@ -146,8 +146,7 @@ def citations(result: Result) -> str:
     return markdown(
         [
             Column("model", "model", str),
-            Column("hops", "hops", str),
-            Column("skip_tokens", "skip_tokens", str),
+            Column("preset", "preset", str),
             Column("prompt tokens", "tokens", count),
             Column("sentences", "sentences", count),
             *(Column(title, title, decimals(2)) for title in pooled),
@@ -164,8 +163,8 @@ def agent_guard(result: Result) -> str:
     kinds = result["rows"][0]["calls"]
     calls = ", ".join(f"{number:,} {kind}" for kind, number in kinds.items())
     caption = (
-        f"{result['model']}, ratio {result['ratio']:g}, calls: {calls} "
-        "(`python -m benchmarks.agent_guard`):"
+        f"{result['model']}, preset `{result['preset']}`, ratio {result['ratio']:g}, "
+        f"calls: {calls} (`python -m benchmarks.agent_guard`):"
     )
     columns = [Column("rule", "rule", str)]
     columns += [Column(kind, kind, decimals(2)) for kind, number in kinds.items() if number]

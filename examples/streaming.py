@@ -28,7 +28,7 @@ def main() -> None:
         temperature=0,
         max_tokens=32,
         stream=True,
-        extra_body={"flashtrace": {"hops": 1, "top_k": 8}},
+        extra_body={"flashtrace": {"top_k": 8}},
     )
     traced = None
     for chunk in stream:

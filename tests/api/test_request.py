@@ -52,39 +52,51 @@ def test_defaults(value):
         "sources": None,
         "citations": None,
         "guard": None,
-        "hops": 1,
+        "hops": "auto",
         "reasoning": "auto",
         "recurse_over": "reasoning",
-        "rows": "target",
+        "rows": "predicting",
         "weighting": "equal",
-        "skip_tokens": "none",
+        "skip_tokens": "punctuation",
         "top_k": 20,
-        "scope": "prompt",
-        "include": (),
+        "scope": "content",
+        "include": ("sentences",),
         "verify": 0,
-        "preset": "paper",
+        "preset": "sources",
         "mode": "inline",
     }
 
 
 def test_a_preset_gives_the_defaults_and_nothing_more():
-    assert parse({"preset": "paper"}) == parse(True)
-    sources = parse({"preset": "sources", "top_k": 3})
-    assert (sources.hops, sources.skip_tokens, sources.include, sources.top_k) == (
-        *("auto", "punctuation", ("sentences",)),
-        3,
-    )
-    assert (sources.rows, sources.scope) == ("predicting", "content")
-    paper = {**parse({"hops": 0}).model_dump(exclude={"preset"}), "preset": "sources"}
-    own = parse({key: paper[key] for key in ("preset", *PRESETS["sources"])})
-    assert own == parse({"hops": 0}).model_copy(update={"preset": "sources"})
+    assert parse({"preset": "sources"}) == parse(True)
+    paper = parse({"preset": "paper", "top_k": 3})
+    assert (paper.hops, paper.skip_tokens, paper.include, paper.top_k) == (1, "none", (), 3)
+    assert (paper.rows, paper.scope) == ("target", "prompt")
+    given = {key: getattr(parse(True), key) for key in PRESETS["paper"]}
+    own = parse({"preset": "paper", **given})
+    assert own == parse(True).model_copy(update={"preset": "paper"})
+
+
+def test_all_scores_are_those_of_all_tokens():
+    assert parse({"top_k": None}).scope == "prompt"
+    assert parse({"top_k": None, "scope": "content"}).scope == "content"
+    assert parse({"top_k": 100_000}).scope == "content"
+
+
+@pytest.mark.parametrize("preset", ["sources", "paper"])
+def test_what_a_switch_asks_for_wins_over_a_preset_and_loses_to_a_key(preset):
+    cited = parse({"preset": preset, "citations": True})
+    assert (cited.targets, cited.sources, cited.skip_tokens) == ("claims", "auto", "punctuation")
+    assert cited.hops == parse({"preset": preset}).hops
+    assert parse({"preset": preset, "citations": True, "skip_tokens": "none"}).skip_tokens == "none"
+    assert parse({"preset": preset, "guard": True}).recurse_over == "assistant"
 
 
 @pytest.mark.parametrize("value", ["best", 1, None, ["sources"], {"sources": 1}])
 def test_unknown_presets_are_refused(value):
     error = refusal({"preset": value})
     assert error.param == "flashtrace.preset"
-    assert "'paper' or 'sources'" in error.message
+    assert "'sources' or 'paper'" in error.message
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.0, NAN, "", "true", [], [{}], b"x"])
@@ -277,7 +289,7 @@ def test_deep_values_are_shortened():
     ("limits", "value", "path"),
     [
         (RequestLimits(max_hops=2), {"hops": 3}, "hops"),
-        (RequestLimits(max_hops=0), True, "hops"),  # The default is one hop.
+        (RequestLimits(max_hops=0), {"preset": "paper"}, "hops"),  # It asks for one.
         (RequestLimits(max_verify=2), {"verify": 3}, "verify"),
         (RequestLimits(max_verify_requests=6), {"verify": 2, "targets": ["output"] * 2}, "verify"),
         (RequestLimits(max_top_k=10), {"hops": 1}, "top_k"),
@@ -384,7 +396,7 @@ _requests = st.fixed_dictionaries(
             ),
             unique=True,
         ),
-        "preset": st.sampled_from(["paper", "sources"]),
+        "preset": st.sampled_from(["sources", "paper"]),
         "mode": st.sampled_from(["inline", "deferred"]),
     },
 )
@@ -416,7 +428,8 @@ def test_weights_are_the_clients_or_the_models(field):
 def test_good_requests_keep_every_value(value):
     request = parse(value)
     found = json.loads(request.model_dump_json(exclude_unset=True))
-    assert found == {**json.loads(json.dumps(PRESETS[request.preset])), **value}
+    every = {"scope": "prompt"} if request.top_k is None else {}
+    assert found == {**every, **json.loads(json.dumps(PRESETS[request.preset])), **value}
 
 
 @settings(max_examples=100, deadline=None)

@@ -62,7 +62,7 @@ async def test_output_is_what_follows_the_reasoning(app):
 
 async def test_interleaved_thinking_is_followed_in_every_block(app):
     text = f"<think>one</think>So.<think>two</think>{ANSWER}"
-    trace, _ = await ask(app, text, {"include": ["generated"], "hops": 0})
+    trace, _ = await ask(app, text, {"preset": "paper", "include": ["generated"]})
     assert trace["target"]["text"] == ANSWER
     tokens = [row["token"] for row in trace["generated"]]
     one, two = tokens.index("<think>"), len(tokens) - 1 - tokens[::-1].index("<think>")

@@ -189,7 +189,7 @@ async def test_a_trace_that_can_never_fit_is_skipped_at_once(small):
 
 async def test_memory_is_a_limit_of_its_own(small):
     small.engine.trace_gate.clear()
-    first = asyncio.create_task(attribute(small, **LARGE))
+    first = asyncio.create_task(attribute(small, **LARGE, flashtrace={"preset": "paper"}))
     await until(lambda: len(small.engine.traces) == 1)
     [trace] = small.engine.traces
     tokens = len(trace.prompt["prompt_token_ids"])
@@ -204,7 +204,7 @@ async def test_memory_is_a_limit_of_its_own(small):
 
 async def test_hops_of_an_admitted_attribution_do_not_queue_again(small):
     small.engine.trace_gate.clear()
-    chats = [asyncio.create_task(attribute(small, flashtrace={"hops": 1})) for _ in range(4)]
+    chats = [asyncio.create_task(attribute(small, flashtrace={"preset": "paper"})) for _ in range(4)]
     await until(lambda: admission(small).waiting == 2 and len(small.engine.traces) == 2)
     small.engine.trace_gate.set()
     results = await asyncio.gather(*chats)
@@ -264,7 +264,7 @@ async def test_a_worker_without_memory_skips_the_trace(small, monkeypatch):
 )
 async def test_scores_that_the_recursion_refuses(small, scores, message):
     small.engine.trace_scores = scores
-    result = await attribute(small)
+    result = await attribute(small, flashtrace={"preset": "paper"})
     assert result["status"] == "failed"
     assert result["error"]["code"] == "bad_scores"
     assert message in result["error"]["message"]

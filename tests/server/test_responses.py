@@ -29,7 +29,7 @@ async def test_chat_choice_carries_its_attribution(app):
 
 
 async def test_trace_request_covers_exactly_what_the_engine_generated(app):
-    await app.chat(flashtrace={"hops": 0, "target": "generated"})
+    await app.chat(flashtrace={"preset": "paper", "target": "generated"})
     [generation] = app.engine.generations
     [trace] = app.engine.traces
     prompt = list(generation.prompt["prompt_token_ids"])

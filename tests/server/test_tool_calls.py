@@ -168,7 +168,8 @@ async def test_refused_where_no_call_can_be_found(app, apps):
 
 async def attribute(app, calls=GIVEN, target=None, prior=QUESTION, **last):
     answer = {"role": "assistant", "content": None, "tool_calls": calls, **last}
-    field = {"target": target or {"tool_call": 0, "argument": "iban"}, "hops": 0, "top_k": None}
+    chosen = target or {"tool_call": 0, "argument": "iban"}
+    field = {"preset": "paper", "target": chosen, "hops": 0, "top_k": None}
     return await app.post("/v1/attributions", messages=[*prior, answer], flashtrace=field)
 
 

@@ -15,7 +15,7 @@ from vllm_flashtrace.trace.wire import ScoreSpec, WireReport, unseal
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROMPT = "The cat sat. The code is 4821. Which code?"
-FIELD = {"verify": 2, "hops": 0, "target": {"text": "4821"}}
+FIELD = {"verify": 2, "preset": "paper", "hops": 0, "target": {"text": "4821"}}
 
 
 def scores(app: Any) -> list[Any]:

@@ -23,7 +23,8 @@ THOUGHT = "<think>step by step</think>The code is 4821."
 
 
 def parse(**options):
-    return parse_flashtrace_field(options, RequestLimits())
+    """A request on the paper's defaults, which skip and shift nothing."""
+    return parse_flashtrace_field({"preset": "paper", **options}, RequestLimits())
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def trace(byte_level):
         completion = Completion(
             ids, byte_level.encode(ANSWER, add_special_tokens=False), ANSWER, messages=messages
         )
-        field = {"target": {"text": "DE89 3704"}, "top_k": None, **options}
+        field = {"target": {"text": "DE89 3704"}, "preset": "paper", "top_k": None, **options}
         request = parse_flashtrace_field(field, RequestLimits())
         plan = plan_trace(request, completion, byte_level, render=render)
         generator = torch.Generator().manual_seed(0)

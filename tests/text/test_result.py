@@ -36,13 +36,16 @@ ID = "ft-" + "0123456789abcdef" * 2
 
 @pytest.fixture
 def trace(byte_level, render, chat):
-    """Plans and runs a trace on made-up scores; gives plan, hop result and object."""
+    """Plans and runs a trace on made-up scores; gives plan, hop result and object.
+
+    Options not given are the paper's: every token of the prompt is scored and listed.
+    """
 
     def run(
         completion=None, *, seed=0, layers=True, keep=None, scores=None, settings=None, **options
     ):
         completion = completion or chat(CHAT, ANSWER)
-        request = parse_flashtrace_field(options, RequestLimits())
+        request = parse_flashtrace_field({"preset": "paper", **options}, RequestLimits())
         settings = {"render": render, "max_trace_tokens": keep, **(settings or {})}
         plan = plan_trace(request, completion, byte_level, **settings)
         generator = torch.Generator().manual_seed(seed)

@@ -337,17 +337,18 @@ Include: TypeAlias = Literal[
 _INCLUDES = get_args(Include)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {},
-    "sources": {
-        "hops": "auto",
-        "rows": "predicting",
-        "skip_tokens": "punctuation",
-        "scope": "content",
-        "include": ("sentences",),
+    "sources": {},
+    "paper": {
+        "hops": 1,
+        "rows": "target",
+        "skip_tokens": "none",
+        "scope": "prompt",
+        "include": (),
     },
 }
-"""Defaults by name: ``"paper"`` is one hop of the paper's formula as it is; ``"sources"`` is what
-found the most sources of answers that models gave themselves (``benchmarks/faithfulness``)."""
+"""What a preset changes in the defaults: those of the keys themselves found the most sources of
+answers that models gave themselves (``benchmarks/faithfulness``); ``"paper"`` is one hop of the
+paper's formula as it is."""
 
 
 class FlashTraceRequest(StrictModel):
@@ -376,7 +377,8 @@ class FlashTraceRequest(StrictModel):
         default=None,
         description="true, or an object with a format: adds to the answer which sources its parts "
         "came from, in the form that clients of the route read. It explains targets 'claims' from "
-        "sources 'auto' and skips 'punctuation' where the request says nothing else.",
+        "sources 'auto' and skips 'punctuation' where the request says nothing else, with preset "
+        "'paper', too.",
     )
     guard: GuardOptions | None = Field(
         default=None,
@@ -386,7 +388,7 @@ class FlashTraceRequest(StrictModel):
         "earlier turns (recurse_over 'assistant') unless the request says otherwise.",
     )
     hops: Position | Literal["auto"] = Field(
-        default=1,
+        default="auto",
         description="Number of recursive hops through the reasoning after the pass that explains "
         "the target itself; 0 for that pass alone. 'auto' goes on until less of the mass than the "
         "server's auto_threshold is left on the reasoning, at most max_hops hops; the response's "
@@ -405,7 +407,7 @@ class FlashTraceRequest(StrictModel):
         "tool calls).",
     )
     rows: Literal["target", "predicting"] = Field(
-        default="target",
+        default="predicting",
         description="Rows of the model that explain the target: 'target' (those of its tokens, as "
         "in the paper: what the model read once a token was there) or 'predicting' (for each token "
         "the one before it: what the model read when it chose the token).",
@@ -417,7 +419,7 @@ class FlashTraceRequest(StrictModel):
         "little; takes one short request more).",
     )
     skip_tokens: Literal["none", "punctuation"] | tuple[str, ...] = Field(
-        default="none",
+        default="punctuation",
         description="Tokens that are neither explained nor given a score; their share is "
         "skipped_mass. 'none', 'punctuation' (every token that consists of blanks and punctuation "
         "characters alone, by their Unicode category: . , ... ! ? : ; brackets, quotes, dashes), "
@@ -429,13 +431,13 @@ class FlashTraceRequest(StrictModel):
         "null returns all tokens of the scope in order. It limits the sentences as well.",
     )
     scope: Literal["prompt", "content"] = Field(
-        default="prompt",
-        description="Tokens that scores lists: 'prompt' (all of the prompt's) or 'content' (those "
-        "of the client's messages that are not blank; what lies on the chat template, line breaks "
-        "and other blanks is unlisted_mass). No score changes by it.",
+        default="content",
+        description="Tokens that scores lists: 'content' (those of the client's messages that are "
+        "not blank; what lies on the chat template, line breaks and other blanks is unlisted_mass) "
+        "or 'prompt' (all of the prompt's, the default with top_k null). No score changes by it.",
     )
     include: tuple[Include, ...] = Field(
-        default=(),
+        default=("sentences",),
         description="Additional parts of the response: 'hops' (scores of each hop), 'generated' "
         "(scores of generated tokens), 'segments' (scores of messages), 'sentences' (scores of "
         "sentences), 'layers' (scores by layer), 'attention' (the target's attention to every "
@@ -448,11 +450,11 @@ class FlashTraceRequest(StrictModel):
         "all of them together, and the response's verification says by how much the target's "
         "log-probability falls. 0 verifies nothing.",
     )
-    preset: Literal["paper", "sources"] = Field(
-        default="paper",
-        description="Defaults of the other keys: 'paper', as given with each key, or 'sources': "
-        "hops 'auto', rows 'predicting', skip_tokens 'punctuation', scope 'content' and include "
-        "['sentences'].",
+    preset: Literal["sources", "paper"] = Field(
+        default="sources",
+        description="Defaults of the other keys: 'sources', as given with each key, or 'paper' "
+        "(the paper's formula as it is): hops 1, rows 'target', skip_tokens 'none', scope "
+        "'prompt' and include [].",
     )
     mode: Literal["inline", "deferred"] = Field(
         default="inline",
@@ -468,18 +470,21 @@ class FlashTraceRequest(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, value: Any) -> Any:
-        preset = value.get("preset") if isinstance(value, Mapping) else None
-        if isinstance(preset, str) and preset in PRESETS:
-            value = {**PRESETS[preset], **value}
-        if isinstance(value, Mapping) and value.get("citations") not in (None, False):
-            value = {"sources": "auto", "skip_tokens": "punctuation", **value}
-            if "target" not in value:
-                value = {"targets": "claims", **value}
-        if isinstance(value, Mapping) and value.get("guard") not in (None, False):
-            value = {"recurse_over": "assistant", **value}
-            if "target" not in value:
-                value = {"targets": "claims", **value}
-        return value
+        if not isinstance(value, Mapping):
+            return value
+        # All tokens are asked for, and no share of them can be told without those in between.
+        filled: dict[str, Any] = {"scope": "prompt"} if value.get("top_k", ...) is None else {}
+        preset = value.get("preset")
+        if isinstance(preset, str):
+            filled |= PRESETS.get(preset, {})
+        if value.get("citations") not in (None, False):
+            filled |= {"sources": "auto", "skip_tokens": "punctuation"}
+        if value.get("guard") not in (None, False):
+            filled |= {"recurse_over": "assistant"}
+        switched = any(value.get(key) not in (None, False) for key in ("citations", "guard"))
+        if switched and "target" not in value:
+            filled |= {"targets": "claims"}
+        return {**filled, **value}
 
     @field_validator("target", mode="before")
     @classmethod

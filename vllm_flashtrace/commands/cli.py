@@ -131,7 +131,7 @@ def trace(
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write a page with the heat-map.")
     ] = None,
-    hops: Annotated[str, typer.Option(help="Recursive hops: a number, or auto.")] = "1",
+    hops: Annotated[str, typer.Option(help="Recursive hops: a number, or auto.")] = "auto",
     target_text: Annotated[
         str | None, typer.Option(help="Explain the last occurrence of this text alone.")
     ] = None,

@@ -85,7 +85,6 @@ def ask_vllm(folder: Path, scenario: Scenario) -> Attribution:
             flashtrace={
                 # The code alone: the words around it repeat the question, and come from there.
                 "target": {"text": scenario.answer},
-                "hops": 1,
                 "top_k": None,
                 "include": ["tokens", "segments", "generated"],
             },
