@@ -8,7 +8,7 @@ and what the server's own rule cites: of the sentences with a source the share t
 (``recall``), of the sources cited the share that are right (``precision``), and of the sentences
 without a source the share that cite one all the same (``false``).
 
-    python -m benchmarks.citations [--model FOLDER] [--examples 30] [--longest 2 8 16]
+    python -m benchmarks.citations [--model FOLDER] [--examples 30] [--longest 0 8 12]
 """
 
 from __future__ import annotations

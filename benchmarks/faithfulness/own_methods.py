@@ -215,6 +215,7 @@ def attention_by_sentence(
         "target": {"tokens": [span]},
         "reasoning": "none",
         "rows": "predicting" if predicting else "target",
+        "skip_tokens": "none",
         "hops": 0,
         "top_k": 1,
         "include": ["attention"],

@@ -199,9 +199,17 @@ def test_skipped_tokens_are_neither_explained_nor_credited(plan, chat):
 
 def test_target_of_skipped_tokens_only_is_refused(plan, chat):
     completion = chat(QUESTION, "The code, 4821.")
-    error = refusal(plan, completion, target={"text": ","}, skip_tokens="punctuation")
+    error = refusal(plan, completion, target={"text": ","}, skip_tokens=[","])
     assert error.code == "empty_target"
     assert "skip_tokens" in error.message
+
+
+def test_target_of_punctuation_only_is_explained(plan, chat):
+    completion = chat(QUESTION, "The code, 4821.")
+    found = plan(completion, target={"text": ","}, skip_tokens="punctuation")
+    assert texts(found, found.recursion.next_weights().positions.tolist()) == ","
+    inside = [i for i in range(found.prompt_length) if found.prompt.token(i).strip() in ("", ".")]
+    assert inside and not found.input_mask[inside].any()
 
 
 def test_nothing_generated_is_refused(plan, chat):

@@ -422,8 +422,9 @@ class FlashTraceRequest(StrictModel):
         default="punctuation",
         description="Tokens that are neither explained nor given a score; their share is "
         "skipped_mass. 'none', 'punctuation' (every token that consists of blanks and punctuation "
-        "characters alone, by their Unicode category: . , ... ! ? : ; brackets, quotes, dashes), "
-        "or a list of strings (every token that equals one of them, blanks at either end aside).",
+        "characters alone, by their Unicode category: . , ... ! ? : ; brackets, quotes, dashes; a "
+        "target of nothing else is explained all the same), or a list of strings (every token that "
+        "equals one of them, blanks at either end aside).",
     )
     top_k: Annotated[int, Field(ge=1)] | None = Field(
         default=20,

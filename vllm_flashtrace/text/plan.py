@@ -462,9 +462,13 @@ def plan_targets(
         if own_skipped is not None and target.without(own_skipped) is None:
             if found.part is not None:
                 continue
-            raise TraceError(
-                "empty_target", "flashtrace.skip_tokens leaves no token of the target to explain"
-            )
+            if request.skip_tokens != "punctuation":
+                raise TraceError(
+                    "empty_target",
+                    "flashtrace.skip_tokens leaves no token of the target to explain",
+                )
+            own_skipped = own_skipped.clone()
+            own_skipped[target.positions] = False
         followed = _followed(request, reasoning, generated, prompt_map, target, prompt_length)
         input_mask = (torch.arange(length) < prompt_length) & ~followed
         if own_skipped is not None:

@@ -234,6 +234,7 @@ def attribute(
         flashtrace={
             "target": {"tokens": [[row - start for row in rows]]},
             "reasoning": {"tokens": [[row - start for row in prepared.reasoning]]},
+            "preset": "paper",
             "top_k": None,
             **options,
         },

@@ -48,11 +48,11 @@ def test_exactly_the_selected_tokens_are_attributed(page, page_server, occurrenc
     new = page_server.engine.traces[before:]
     generated = page_server.engine.get_tokenizer().encode(ANSWER, add_special_tokens=False)
     prompt = page_server.engine.generations[-1].prompt["prompt_token_ids"]
-    # A trace ends with the last token that it explains.
-    assert new[0].prompt["prompt_token_ids"] == [*prompt, *generated[: first + 4]]
+    # The row in front of a token chose it, and a trace ends with the last row that it explains.
+    assert new[0].prompt["prompt_token_ids"] == [*prompt, *generated[: first + 3]]
     spec = unseal(new[0].params.extra_args["flashtrace"])
     positions = np.frombuffer(spec.targets[0].positions, np.int32).tolist()
-    assert positions == [len(prompt) + first + i for i in range(4)]
+    assert positions == [len(prompt) + first + i for i in range(-1, 3)]
     marked = "[...document.querySelectorAll('.answer .t')].map((t, i) => [t, i])"
     chosen = page.evaluate(
         f"JSON.stringify({marked}.filter(([t]) => t.matches('.target')).map(([t, i]) => i))"
