@@ -1,6 +1,6 @@
 """An agent's conversation: which message did its last tool call get an argument from?
 
-What one sees: each message's share of the argument, without and with a hop through the assistant's
+What one sees: each message's share of the argument, without and with hops through the assistant's
 own earlier turns. The value stands in one tool message, and in an assistant turn that repeated it.
 The program starts a small model itself, so it needs no server. That model would not make these
 calls; what is attributed is a given call.
@@ -94,10 +94,11 @@ def print_table(title: str, data: Mapping[str, Any]) -> None:
         print(f"  {score:6.1%}  {message:>8}  {role:9}  {said[:70]}")
     print(f"  {data['remaining_mass']:6.1%}  not followed further")
     print(f"  {data['target_mass']:6.1%}  on the call itself")
+    print(f"  {data['skipped_mass']:6.1%}  on punctuation")
 
 
 def main() -> None:
-    """Attributes the argument without and with a hop, and prints both tables."""
+    """Attributes the argument without and with hops, and prints both tables."""
     from vllm_flashtrace import FlashTrace
     from vllm_flashtrace.models import prepare_smollm2
 
@@ -110,8 +111,8 @@ def main() -> None:
         enforce_eager=True,
     ) as flashtrace:
         print_table("Without a hop", attribute(flashtrace, hops=0))
-        data = attribute(flashtrace, hops=1, recurse_over="assistant")
-        print_table("With one hop through the assistant's turns", data)
+        data = attribute(flashtrace, recurse_over="assistant")
+        print_table("With hops through the assistant's turns", data)
         print(f"\nThe argument {data['target']['text']!r} was copied from message {SOURCE}.")
 
 

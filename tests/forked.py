@@ -15,7 +15,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -69,9 +69,15 @@ def forked(command: Sequence[str], log: Path, environment: dict[str, str]) -> Fo
         log: File for its output.
         environment: All its variables.
     """
-    process = _context().Process(target=_run, args=(list(command), str(log), environment))
+    arguments = list(command), str(log), without_workers(environment)
+    process = _context().Process(target=_run, args=arguments)
     process.start()
     return process
+
+
+def without_workers(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a vLLM worker in this process has set, which vLLM itself takes for a mistake."""
+    return {name: value for name, value in environment.items() if name != "VLLM_DIST_IDENT"}
 
 
 def run_forked(command: Sequence[str], log: Path, timeout: float, **env: str) -> tuple[int, str]:

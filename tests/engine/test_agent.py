@@ -20,7 +20,7 @@ from examples.agent_conversation import (
 from tests.engine.harness import Engine
 from vllm_flashtrace import FlashTrace
 
-TURNS = {"hops": 1, "recurse_over": "assistant", "include": ["segments", "hops"], "top_k": None}
+TURNS = {"recurse_over": "assistant", "include": ["segments", "hops"], "top_k": None}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def test_argument_comes_first_from_the_message_it_was_copied_from(direct: dict[s
     assert max(messages, key=messages.__getitem__) == RESTATED
 
 
-def test_a_hop_through_the_assistants_turns_raises_that_messages_share(
+def test_hops_through_the_assistants_turns_raise_that_messages_share(
     direct: dict[str, Any], followed: dict[str, Any]
 ) -> None:
-    print_table("With one hop through the assistant's turns", followed)
+    print_table("With hops through the assistant's turns", followed)
     before, after = scores(direct), scores(followed)
     assert after[SOURCE] > 1.5 * before[SOURCE]
     assert max(after, key=after.__getitem__) == SOURCE

@@ -141,7 +141,8 @@ def test_offline_explains_with_the_adapter_it_is_given(
     engine: Engine, adapters: list[Adapter]
 ) -> None:
     ft = FlashTrace(llm=engine.llm)
-    request, wanted = adapters[0].request, {"target": {"tokens": [[0, 50]]}, "hops": 0}
+    request = adapters[0].request
+    wanted = {"preset": "paper", "target": {"tokens": [[0, 50]]}, "hops": 0}
     answer = ft.attribute(
         TOKENS[:150], TOKENS[150:], {**wanted, "top_k": None}, lora_request=request
     )

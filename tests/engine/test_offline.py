@@ -149,6 +149,7 @@ def test_rows_that_predict_the_target_agree_with_the_oracle(
     field = {
         "target": {"weights": {str(i): w for i, w in weights.items()}},
         "rows": "predicting",
+        "skip_tokens": "none",
         "hops": hops,
         "top_k": None,
         "include": ["generated"],

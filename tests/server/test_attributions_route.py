@@ -59,7 +59,9 @@ async def test_token_ids_equal_text(app):
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
 async def test_reasoning_is_written_back_as_the_model_would(app, key):
     response = await post(
-        app, messages=answered(**{key: "Look it up."}), flashtrace={"preset": "paper", "target": "output"}
+        app,
+        messages=answered(**{key: "Look it up."}),
+        flashtrace={"preset": "paper", "target": "output"},
     )
     result = response.json()
     assert result["status"] == "completed"

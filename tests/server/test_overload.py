@@ -204,7 +204,9 @@ async def test_memory_is_a_limit_of_its_own(small):
 
 async def test_hops_of_an_admitted_attribution_do_not_queue_again(small):
     small.engine.trace_gate.clear()
-    chats = [asyncio.create_task(attribute(small, flashtrace={"preset": "paper"})) for _ in range(4)]
+    chats = [
+        asyncio.create_task(attribute(small, flashtrace={"preset": "paper"})) for _ in range(4)
+    ]
     await until(lambda: admission(small).waiting == 2 and len(small.engine.traces) == 2)
     small.engine.trace_gate.set()
     results = await asyncio.gather(*chats)

@@ -36,7 +36,11 @@ LIMIT = 5e-4
 BLOCK = 32
 COMPLETIONS, CONCURRENCY, NEW_TOKENS = 12, 6, 16
 # Two hops: over the end of the answer, then over what led to it.
-FIELD = {"target": {"tokens": [[NEW_TOKENS - 8, NEW_TOKENS]]}, "hops": 1, "top_k": None}
+FIELD = {
+    "preset": "paper",
+    "target": {"tokens": [[NEW_TOKENS - 8, NEW_TOKENS]]},
+    "top_k": None,
+}
 DEFERRED = {"mode": "deferred", "hops": 0}
 SHORT = {"model": "m", "prompt": "The code is 4821.", "completion": " It is 4821."}
 LONG = {**SHORT, "prompt": [5 + i % 480 for i in range(1900)]}

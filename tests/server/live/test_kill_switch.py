@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from tests.forked import run_forked
+from tests.forked import run_forked, without_workers
 
 OFF = {"VLLM_PLUGINS": "flashtrace", "VLLM_FLASHTRACE_DISABLE": "1"}
 ROOT = Path(__file__).parents[3]
 
 
 def start(arguments: list[str], **env: str) -> subprocess.Popen[str]:
-    inherited = {k: v for k, v in os.environ.items() if k != "VLLM_FLASHTRACE_DISABLE"}
+    inherited = without_workers(os.environ)
+    inherited.pop("VLLM_FLASHTRACE_DISABLE", None)
     return subprocess.Popen(
         [sys.executable, *arguments],
         env={**inherited, **env},
