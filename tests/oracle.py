@@ -34,8 +34,8 @@ _IMPLEMENTATION = "float64_oracle"
 class LayerActivations:
     """Float64 activations of one decoder layer.
 
-    x_prev and x_mid are [N, D]; query (after rotary) [N, H, d]; key [N, G, d]; value [N, G, d] with
-    its bias; alpha [H, N, N]; o_proj the weight [D, H*d], times the factor with which the block's
+    x_prev and x_mid are [N, D]; query (after rotary) [N, H, d]; key [N, G, d]; value [N, G, e] with
+    its bias; alpha [H, N, N]; o_proj the weight [D, H*e], times the factor with which the block's
     output is added, or the gain of its norm; scale the factor before the softmax; row_scale [N]
     what the norm multiplies each row by.
     """
@@ -287,7 +287,7 @@ def _attention(
     softcap: float | None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Float64 attention weights [H, N, N] and output [H, N, d], one head at a time.
+    """Float64 attention weights [H, N, N] and output [H, N, e], one head at a time.
 
     sinks [H] are logits that take of the weights of all tokens and give no value.
     """
@@ -295,7 +295,7 @@ def _attention(
     shared = heads // key.shape[0]
     causal = torch.ones(length, length, dtype=torch.bool).triu(1)
     alpha = torch.empty(heads, length, length, dtype=torch.float64)
-    output = torch.empty_like(query)
+    output = query.new_empty(heads, length, value.shape[-1])
     for h in range(heads):
         logits = (query[h] * scaling) @ key[h // shared].T
         if softcap:

@@ -30,6 +30,8 @@ Family = Literal[
     "olmo2",
     "olmo3",
     "exaone4",
+    "deepseek_v2",
+    "deepseek_v3",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
@@ -197,12 +199,52 @@ def _model(family: Family, num_kv_heads: int) -> Any:
     if family == "exaone4":
         kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
         return hf.Exaone4ForCausalLM(hf.Exaone4Config(**common, **kinds))
+    if family in ("deepseek_v2", "deepseek_v3"):
+        return _deepseek(family)
     if family == "olmo2":
         return hf.Olmo2ForCausalLM(hf.Olmo2Config(**common))
     if family == "olmo3":
         kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
         return hf.Olmo3ForCausalLM(hf.Olmo3Config(**common, **kinds))
     raise ValueError(f"unknown family {family!r}; one of {', '.join(get_args(Family))}")
+
+
+def _deepseek(family: Family) -> Any:
+    """Latent attention, whose latents have the only size for which vLLM has a CPU kernel.
+
+    The first two layers are dense. V2's queries come straight from the stream and V3's through a
+    low rank. Both have YaRN, whose factor is in the scale of the logits too.
+    """
+    import transformers as hf
+
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    rope = {
+        **yarn,
+        "factor": 8.0,
+        "original_max_position_embeddings": 256,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+    }
+    made = {
+        **_sizes(4),
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 2,
+        "topk_group": 1,
+        "rope_parameters": rope,
+    }
+    if family == "deepseek_v2":
+        config = hf.DeepseekV2Config(**made, q_lora_rank=None, n_group=1)
+        return hf.DeepseekV2ForCausalLM(config)
+    routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # Read by vLLM alone.
+    config = hf.DeepseekV3Config(**made, **routing, q_lora_rank=96, n_group=2)
+    return hf.DeepseekV3ForCausalLM(config)
 
 
 def _randomise(model: Any, seed: int) -> None:
@@ -218,7 +260,7 @@ def _randomise(model: Any, seed: int) -> None:
                 parameter.copy_(2 + noise)
             elif "embed_tokens" in name:
                 parameter.copy_(noise)
-            elif "q_proj" in name or "k_proj" in name:
+            elif any(projection in name for projection in ("q_proj", "k_proj", "q_b_proj")):
                 parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)

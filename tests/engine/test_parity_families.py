@@ -32,7 +32,7 @@ LIMIT = 1e-3
 @pytest.mark.parametrize("family", (*FAMILIES, *PROVEN_FAMILIES))
 def test_family(family: Family, tmp_path: Path) -> None:
     folder = make_tiny_model(family, tmp_path / family)
-    _compare(folder, folder)
+    _compare(folder, folder, **_engine_args(family))
 
 
 EVERY_RUN = ("llama", "gemma2", "gpt_oss")
@@ -48,7 +48,14 @@ EVERY_RUN = ("llama", "gemma2", "gpt_oss")
 def test_in_transformers_code(family: Family, tmp_path: Path) -> None:
     """Models that vLLM has code of its own for, in the code that it runs others in."""
     folder = make_tiny_model(family, tmp_path / family)
-    _compare(folder, folder, model_impl="transformers")
+    _compare(folder, folder, model_impl="transformers", **_engine_args(family))
+
+
+def test_latent_attention_without_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache holds keys and values of every head, padded with zeros to the size of keys."""
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    folder = make_tiny_model("deepseek_v2", tmp_path / "deepseek_v2")
+    _compare(folder, folder)
 
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -110,6 +117,11 @@ def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
     """A window of 64 in two of four layers, whose cache keeps every token."""
     folder, reference = make_windowed_llama(tmp_path, ("full_attention", "sliding_attention"))
     _compare(folder, reference, disable_hybrid_kv_cache_manager=True)
+
+
+def _engine_args(family: Family) -> dict[str, Any]:
+    """Where a CPU has AMX, vLLM has another backend of latent attention, which is refused."""
+    return {"attention_backend": "CPU_MLA"} if family.startswith("deepseek") else {}
 
 
 def _compare(folder: Path, reference: Path, **engine_args: Any) -> None:

@@ -234,6 +234,7 @@ def test_the_report(engine: Engine) -> None:
         "norms": ["RMSNorm"],
         "block_norms": [],
         "query_key_norms": False,
+        "latent_attention": False,
         "output_bias": False,
         "residual_multipliers": [1.0],
         "output_gates": False,

@@ -196,7 +196,7 @@ def test_a_moved_kernel_interface_is_refused(
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ("cpu", {"attention_backends", "worker_start"}),
+        ("cpu", {"attention_backends", "mla_attention", "worker_start"}),
         ("cuda", {"attention_backends", "worker_start", "model_runner_v2"}),
         ("rocm", set()),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import MLAAttention
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core import TargetRowBlocks
@@ -30,7 +31,8 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_keys,
     read_values,
 )
-from vllm_flashtrace.worker.layers import TracedLayer
+from vllm_flashtrace.worker.latents import latent_keys, latent_values
+from vllm_flashtrace.worker.layers import LATENT_BACKEND, TracedLayer
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
@@ -58,14 +60,7 @@ class CPUTracedModel(TracedModel):
     ) -> None:
         """See `TracedModel`."""
         [segment] = group.segments
-        attention = self.layers[layer].attention
-        keys = read_keys(
-            attention.kv_cache,
-            segment.batch_row.block_tables[self.cache_groups.places[layer]].tolist(),
-            rows.columns(0),
-            _order(attention),
-            self._scratch,
-        )
+        keys = self._read_keys(layer, segment.batch_row.block_tables, rows.columns(0))
         form = self.attention_form(layer)
         inputs = AttentionInputs(query, keys.transpose(1, 2)[None], rows, form, scales)
         paged_column_sums(inputs, layer, overwrite_keys=True)
@@ -80,14 +75,8 @@ class CPUTracedModel(TracedModel):
             own[torch.searchsorted(rows, target.rows)] = target.weights
         heads = self.shape.num_heads, self.shape.num_kv_heads
         blocks = TargetRowBlocks(weights, kept.positions[rows], *heads, rows=rows)
-        for layer, traced in enumerate(self.layers):
-            keys = read_keys(
-                traced.attention.kv_cache,
-                batch_row.block_tables[self.cache_groups.places[layer]].tolist(),
-                blocks.columns,
-                _order(traced.attention),
-                self._scratch,
-            )
+        for layer in range(len(self.layers)):
+            keys = self._read_keys(layer, batch_row.block_tables, blocks.columns)
             scales = None if kept.scales is None else kept.scales[layer, rows]
             out = [target.sums.column_sums[layer] for target in targets]
             blocks.add(kept.queries[layer], keys, self.attention_form(layer), out, scales)
@@ -100,9 +89,22 @@ class CPUTracedModel(TracedModel):
 
     def read_values(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
         """See `TracedModel`."""
-        attention: Any = self.layers[layer].attention
+        attention, size = self.layers[layer].attention, self.layers[layer].heads.values
         blocks = block_tables[self.cache_groups.places[layer]].tolist()
-        return read_values(attention.kv_cache, blocks, tokens, _order(attention), self._scratch)
+        if isinstance(attention, MLAAttention):
+            return latent_values(attention, blocks, tokens, self._scratch)
+        orders = _order(attention)
+        values = read_values(attention.kv_cache, blocks, tokens, orders, self._scratch)
+        return values[..., :size]
+
+    def _read_keys(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
+        """A request's keys, float32 ``[G, d, tokens]``, until something else is read."""
+        attention = self.layers[layer].attention
+        blocks = block_tables[self.cache_groups.places[layer]].tolist()
+        if isinstance(attention, MLAAttention):
+            return latent_keys(attention, blocks, tokens, self._scratch)
+        orders = _order(attention)
+        return read_keys(attention.kv_cache, blocks, tokens, orders, self._scratch)
 
     def replace_by_proximities(
         self,
@@ -135,6 +137,8 @@ class CPUTracedModel(TracedModel):
 def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
     """How a layer of the CPU backend forms its attention weights."""
     impl: Any = layer.attention.impl
+    if isinstance(layer.attention, MLAAttention):
+        return AttentionForm(scale=float(impl.scale))
     return AttentionForm(
         scale=float(impl.scale),
         sliding_window=layer.attention.sliding_window,
@@ -147,7 +151,7 @@ def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
 def _check_layer(layer: TracedLayer) -> None:
     attention = layer.attention
     backend = attention.attn_backend.get_name()
-    if backend != "CPU_ATTN":
+    if backend not in ("CPU_ATTN", LATENT_BACKEND):
         raise UnsupportedModelError(f"traces are not supported on the {backend} backend")
     dtype = attention.kv_cache.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:

@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,9 +22,14 @@ from vllm.distributed import get_pp_group
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.trace.engines import check_data_parallel
@@ -59,6 +64,29 @@ _NORMS = (RMSNorm, GemmaRMSNorm)
 # What vLLM makes of the norms of models in Transformers' code; they gather what ranks have cut,
 # which the stream is not.
 _GATHERING_NORMS = ("TPAwareRMSNorm", "TPAwareGemmaRMSNorm")
+
+# The one backend of latent attention whose cache is read, see `latents`.
+LATENT_BACKEND = "CPU_MLA"
+
+
+class HeadSizes(NamedTuple):
+    """Sizes of a layer's attention on this worker, as it is recorded.
+
+    Latent attention is recorded as it is prefilled: every head has keys and values of its own,
+    which are made of the latents in the cache.
+
+    Attributes:
+        queries: Query heads, H.
+        groups: Key/value heads, G.
+        keys: Size of a query and of a key.
+        values: Size of a value as the output projection takes it. A cached one may be longer: a
+            model whose values are shorter than its keys pads them with zeros.
+    """
+
+    queries: int
+    groups: int
+    keys: int
+    values: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +153,7 @@ class TracedLayer:
     name: str
     decoder: nn.Module
     block: nn.Module
-    attention: Attention
+    attention: Attention | MLAAttention
     behind: nn.Module
     projection: str
     out_proj: RowParallelLinear
@@ -134,6 +162,16 @@ class TracedLayer:
     multiplier: float = 1.0
     quantization: Quantization | None = None
     block_norm: BlockNorm | None = None
+
+    @property
+    def heads(self) -> HeadSizes:
+        """Sizes of its heads."""
+        attention: Any = self.attention
+        queries = attention.num_heads
+        values = self.out_proj.input_size_per_partition // queries
+        if isinstance(attention, MLAAttention):
+            return HeadSizes(queries, queries, attention.qk_head_dim, values)
+        return HeadSizes(queries, attention.num_kv_heads, attention.head_size, values)
 
 
 def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
@@ -153,12 +191,10 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     for context_name, attention in config.compilation_config.static_forward_context.items():
         if config.speculative_config is not None and id(attention) not in names:
             continue
-        if isinstance(attention, MLAAttention):
-            raise UnsupportedModelError(
-                f"traces are not supported with multi-head latent attention (MLA) ({context_name})"
-            )
-        if not isinstance(attention, Attention):
+        if not isinstance(attention, (Attention, MLAAttention)):
             continue
+        if isinstance(attention, MLAAttention):
+            _check_latents(context_name, attention, config)
         parts = names.get(id(attention), "").split(".")
         numbers = [place for place, part in enumerate(parts) if part.isdigit()]
         if not numbers or len(parts) - numbers[-1] < 3:
@@ -191,7 +227,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     layers.sort(key=lambda layer: layer.index)
     if [layer.index for layer in layers] != list(stage_layers(model, config)) or not layers:
         raise UnsupportedModelError("some decoder layers have no attention layer")
-    if len({(layer.attention.num_heads, layer.attention.head_size) for layer in layers}) > 1:
+    if len({layer.heads for layer in layers}) > 1:
         raise UnsupportedModelError("attention layers of different sizes are not supported")
     _check_block_norms(layers)
     return layers
@@ -216,7 +252,6 @@ def check_config(config: VllmConfig) -> None:
             getattr(config.speculative_config, "enable_adaptive_verification", False)
         ),
         "KV transfer": config.kv_transfer_config is not None,
-        "multi-head latent attention (MLA)": bool(getattr(config.model_config, "use_mla", False)),
         "a pooling model": config.model_config.runner_type != "generate",
         "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
     }
@@ -313,28 +348,67 @@ def _multiplier(layer_name: str, decoder: nn.Module) -> float:
     return multiplier
 
 
+def _check_latents(name: str, attention: MLAAttention, config: VllmConfig) -> None:
+    """Refuses latent attention that is not read as its layer computes it."""
+    backend = attention.attn_backend.get_name()
+    refusals = {
+        f"multi-head latent attention (MLA) on the {backend} backend": backend != LATENT_BACKEND,
+        "LoRA adapters of a model with multi-head latent attention (MLA)": config.lora_config
+        is not None,
+    }
+    _refuse(name, refusals)
+
+
 def _check_attention(
-    name: str, attention: Attention, block: nn.Module, out_proj: nn.Module | None
+    name: str, attention: Attention | MLAAttention, block: nn.Module, out_proj: nn.Module | None
 ) -> Quantization | None:
     """How the output projection is quantised; refuses what is not traced."""
+    latents = isinstance(attention, MLAAttention)
     refusals = {
-        f"{type(attention).__name__} layers": type(attention) is not Attention,
-        f"{AttentionType(attention.attn_type).value} attention": attention.attn_type
-        != AttentionType.DECODER,
-        "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
-        "values of another size than keys": attention.head_size_v != attention.head_size,
+        f"{type(attention).__name__} layers": type(attention) not in (Attention, MLAAttention),
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
-        "an output gate in attention": bool(getattr(block, "attn_output_gate", False)),
+        "an output gate in attention": bool(getattr(block, "attn_output_gate", False))
+        or (latents and getattr(block, "g_proj", None) is not None),
         "an unknown output projection": not isinstance(out_proj, RowParallelLinear),
     }
-    for feature, present in refusals.items():
-        if present:
-            raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")
-    assert out_proj is not None
+    _refuse(name, refusals)
+    assert isinstance(out_proj, RowParallelLinear)
+    width, heads = out_proj.input_size_per_partition, attention.num_heads
+    other_width = "an output projection of another width than its heads"
+    if isinstance(attention, MLAAttention):
+        refusals = {
+            other_width: width != heads * attention.v_head_dim,
+            "sparse attention": attention.use_sparse or attention.indexer is not None,
+            "a sliding window of latent attention": attention.sliding_window is not None,
+            "non-causal attention": attention.non_causal_multi_token_decode,
+            "quantized weights in latent attention": any(
+                not isinstance(projection.quant_method, UnquantizedLinearMethod)
+                for projection in (attention.kv_b_proj, out_proj)
+            ),
+            "an up-projection of latents that is packed or has a bias": (
+                packed_kernel(attention.kv_b_proj) is not None
+                or attention.kv_b_proj.bias is not None
+            ),
+        }
+    else:
+        refusals = {
+            other_width: width % heads != 0 or width > heads * attention.head_size,
+            f"{AttentionType(attention.attn_type).value} attention": attention.attn_type
+            != AttentionType.DECODER,
+            "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
+            "values of another size than keys": attention.head_size_v != attention.head_size,
+        }
+    _refuse(name, refusals)
     try:
         return quantization_of(out_proj)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error.message} ({name})") from None
+
+
+def _refuse(name: str, refusals: dict[str, bool]) -> None:
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +450,7 @@ def cache_groups(config: KVCacheConfig, layers: Sequence[TracedLayer]) -> CacheG
         spec = number_of[layer.name][1]
         if getattr(spec, "attention_chunk_size", None) or getattr(spec, "non_causal", False):
             raise UnsupportedModelError("traces are supported with causal attention only")
-        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+        if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec):
             raise UnsupportedModelError(
                 f"traces are not supported with a {type(spec).__name__}: its cache does not keep "
                 "every token"
@@ -444,10 +518,10 @@ def output_projection(layer: TracedLayer) -> torch.Tensor:
     (see `packed_kernel`) is got by applying the projection to the identity. The bias is not part of
     it: it belongs to no token.
     """
-    projection, attention = layer.out_proj, layer.attention
+    projection = layer.out_proj
     if packed_kernel(projection) is None:
         return projection.weight.detach()
-    rows = attention.num_heads * attention.head_size
+    rows = projection.input_size_per_partition
     identity = torch.eye(rows, dtype=projection.params_dtype)
     with torch.inference_mode():
         return projection.quant_method.apply(projection, identity).t().contiguous()

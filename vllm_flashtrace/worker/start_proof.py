@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from vllm_flashtrace.base.errors import FlashTraceError, in_one_line
@@ -279,6 +280,7 @@ class Proof:
             "query_key_norms": any(
                 hasattr(layer.block, name) for layer in layers for name in ("q_norm", "k_norm")
             ),
+            "latent_attention": any(isinstance(layer.attention, MLAAttention) for layer in layers),
             "output_bias": any(layer.out_proj.bias is not None for layer in layers),
             "residual_multipliers": _distinct(layer.multiplier for layer in layers),
             "output_gates": any(getattr(layer.block, "attn_output_gate", 0) for layer in layers),
@@ -392,6 +394,7 @@ class Proof:
             )
             values = model.read_values(index, self._tables, length)
             output = self._outputs[index].unflatten(-1, (model.shape.num_heads, -1))
+            output = output[..., : layer.heads.values]
             scales = self._scales[index].to(model.device)[:, None, None]
             self.errors[index, 0] = attention_error(weights / scales, values, output)
             projection = model.output_projection(index).weight

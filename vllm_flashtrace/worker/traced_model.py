@@ -147,21 +147,21 @@ class TracedModel(ABC):
         self.layers = find_layers(model, config)
         if not has_taps(model):
             raise UnsupportedModelError("the model was loaded without taps")
-        attention = self.layers[0].attention
+        heads = self.layers[0].heads
         self.device = device
         self.part = model_part(model, config)
         self.shape = ModelShape(
             num_layers=len(self.layers),
-            num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads,
+            num_heads=heads.queries,
+            num_kv_heads=heads.groups,
             hidden_size=config.model_config.get_hidden_size(),
         )
         rank = get_tensor_model_parallel_rank() if self.part.ranks > 1 else 0
-        self.first_head = rank * attention.num_heads
+        self.first_head = rank * heads.queries
         self.normed = self.layers[0].block_norm is not None
         self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
         self.fingerprint = WeightsFingerprint(model, device)
-        self._head_dim, self._dtype = attention.head_size, config.model_config.dtype
+        self._head_dim, self._dtype = heads.keys, config.model_config.dtype
         self.slot_of: Callable[[int], int] | None = None
         names = frozenset(layer.name for layer in self.layers)
         self.cache_groups = CacheGroups((0,), (0,) * len(self.layers), names)
@@ -221,7 +221,7 @@ class TracedModel(ABC):
 
     @abstractmethod
     def read_values(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
-        """A request's cached values, float32 ``[tokens, G, d]``, until the next are read.
+        """A request's values, float32 ``[tokens, G, d]``, until the next are read.
 
         Args:
             layer: Layer index.
@@ -393,8 +393,8 @@ class TracedModel(ABC):
         stream.
         """
         if self._dequantized is None:
-            width = self.shape.num_heads * self._head_dim
-            size = self.shape.hidden_size, width
+            heads = self.layers[0].heads
+            size = self.shape.hidden_size, heads.queries * heads.values
             with torch.inference_mode(False):  # It is written to with and without.
                 self._dequantized = torch.empty(size, dtype=self._dtype, device=self.device)
         return self._dequantized
