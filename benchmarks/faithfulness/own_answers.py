@@ -10,7 +10,8 @@ context. Printed are, the first two with 95 % bootstrap intervals,
 - ``drop@k``: the log-probability (nats) that the response loses without the k best sentences.
 
 A sentence that is left out is cut out of the text. Finished work is kept in a file beside the
-output, and the same command goes on from there.
+output, and the same command goes on from there. The baseline ``embedding`` is there if the package
+``wordllama`` is.
 
     python -m benchmarks.faithfulness.own_answers [--model FOLDER] --json OUT [--preset quick]
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import re
 import sys
 import zlib
@@ -81,6 +83,8 @@ OURS = [
 THROUGH = ["flashtrace-auto-through", "flashtrace-auto-predicting-through"]
 """Twice as dear, and no better; on few examples."""
 WORDS = ["overlap", "question-overlap", "bm25", "random", "recency"]
+if importlib.util.find_spec("wordllama") is not None:
+    WORDS.append("embedding")
 COST = {"loo-sentence": "left_out", "contextcite": "ablated"}
 """Methods that ask the model many times, and the option that says for how many examples."""
 HF = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -100,28 +103,70 @@ def bm25(query: Sequence[str], sentences: Sequence[Sequence[str]]) -> Values:
     return scores
 
 
+class Embedder:
+    """Texts as the mean of their tokens' vectors, of length 1; the package ``wordllama`` has them.
+
+    Its files are read, and none of its code is run: that looks for them on the internet.
+    """
+
+    def __init__(self) -> None:
+        """Loads the model.
+
+        Raises:
+            ModuleNotFoundError: The package is not installed.
+        """
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        spec = importlib.util.find_spec("wordllama")
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError("the baseline 'embedding' needs the package wordllama")
+        folder = Path(spec.submodule_search_locations[0])
+        [weights] = folder.glob("weights/*_256.safetensors")
+        [tokenizer] = folder.glob("tokenizers/*.json")
+        [self._vectors] = load_file(weights).values()
+        self._tokenizer = Tokenizer.from_file(str(tokenizer))
+
+    def embed(self, text: str) -> Values:
+        """A vector of length 1."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        mean = self._vectors[ids].astype(np.float64).mean(axis=0)
+        return mean / np.linalg.norm(mean)
+
+
 class WordFamily(Family):
     """Baselines that look at words alone; the query is the question and the whole response."""
 
     labels: Mapping[str, str] = {
         "question-overlap": "share of a sentence's words that stand in question or response",
         "bm25": "BM25 of the sentence for question and response",
+        "embedding": "cosine of word embeddings (wordllama) with question and response",
     }
 
     def __init__(self, resources: Any) -> None:
         """Takes ``resources.questions``, by the id of the example."""
         self._questions: Mapping[str, str] = resources.questions
 
+    @cached_property
+    def _embedder(self) -> Embedder:
+        return Embedder()
+
     def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
         """See `Family`."""
         example = prepared.example
-        query = words(f"{self._questions[example.id]} {example.reasoning} {example.output}")
-        sentences = [words("".join(prepared.texts[a:b])) for a, b in prepared.sentences]
+        asked = f"{self._questions[example.id]} {example.reasoning} {example.output}"
+        texts = ["".join(prepared.texts[a:b]).strip() for a, b in prepared.sentences]
+        query, sentences = words(asked), [words(text) for text in texts]
+        if "embedding" in names:
+            _ = self._embedder  # No example pays for loading it.
         results = {}
         for name in names:
             began = time.perf_counter()
             if name == "bm25":
                 found = bm25(query, sentences)
+            elif name == "embedding":
+                own, *others = map(self._embedder.embed, (asked, *texts))
+                found = np.array([float(own @ other) for other in others])
             else:
                 shares = [sum(w in query for w in own) / max(1, len(own)) for own in sentences]
                 found = np.array(shares)

@@ -357,8 +357,8 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 _NAMED = {
-    "flashtrace-k1": "paper's defaults",
-    "flashtrace-auto-predicting-skip": 'preset "sources"',
+    "flashtrace-k1": "paper's formula",
+    "flashtrace-auto-predicting-skip": "defaults",
     f"flashtrace-auto-predicting-skip{_VERIFIED}{VERIFIED}": "the same, four verified",
     "loo-sentence": "leave-one-out",
     "contextcite": "ContextCite, 32",
@@ -368,6 +368,8 @@ _NAMED = {
     "heads-learned-own": "learned heads",
     "ifr-per-token": "IFR per token",
 }
+_RIGHT_HALF = 20.0
+"""Methods that take more seconds have their names on the left of their points."""
 _FREE = 0.1
 """Methods that take fewer seconds look at no model; the best of them is a line."""
 
@@ -378,23 +380,33 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = pyplot.figure(figsize=(10, 4.5), layout="constrained")
     sides = figure.subplots(1, 2)
     for axes, metric, label in zip(sides, ("found", "lds"), ("share found", "LDS"), strict=True):
         rows = [row for row in _shown(result) if row.get(metric) and row["seconds"]]
-        for row in rows:
-            value, low, high, _ = row[metric]
-            if (name := row["method"]) not in _NAMED or row["seconds"] < _FREE:
-                continue
+        named = [row for row in rows if row["method"] in _NAMED and row["seconds"] >= _FREE]
+        for number, row in enumerate(named):
+            (value, low, high, _), name = row[metric], row["method"]
             color = "C0" if name.startswith("flashtrace-") else "C1"
             bars = [[value - low], [high - value]]
             axes.errorbar(row["seconds"], value, bars, fmt="o", ms=4, lw=0.8, color=color)
-            place = {"textcoords": "offset points", "fontsize": 7}
-            axes.annotate(_NAMED[name], (row["seconds"], value), (4, 3), **place)
+            left = row["seconds"] > _RIGHT_HALF
+            axes.annotate(
+                _NAMED[name],
+                (row["seconds"], value),
+                (-4 if left else 4, -9 if number % 2 else 3),  # Neighbours are apart.
+                textcoords="offset points",
+                fontsize=7,
+                ha="right" if left else "left",
+            )
         if free := [row[metric][0] for row in rows if row["seconds"] < _FREE]:
-            axes.axhline(max(free), color="0.6", lw=0.8, ls="--", label="best without a model")
+            axes.axhline(max(free), color="0.6", lw=0.8, ls="--", label="best without the model")
             axes.legend(fontsize=7, loc="lower right")
         axes.set(xscale="log", xlabel="seconds for one example (median)", ylabel=label)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.faithfulness import own_summary
 from benchmarks.faithfulness.own_answers import ANSWER, is_right, parted, prompt_of
-from benchmarks.faithfulness.own_methods import bm25, words
+from benchmarks.faithfulness.own_methods import Embedder, bm25, words
 from benchmarks.faithfulness.own_summary import fit_heads, found, ranks, spearman
 from benchmarks.faithfulness.paraphrased import TASKS, Question, make_question, spelled
 
@@ -147,6 +148,27 @@ def test_bm25_prefers_rare_words_and_short_sentences() -> None:
 def test_unknown_words_score_nothing() -> None:
     found_: Any = bm25(["zebra"], [["a"], ["b"]])
     assert found_.tolist() == [0.0, 0.0]
+
+
+def test_embeddings_are_means_of_the_packages_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"carp": 0, "fish": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    package = tmp_path / "wordllama"
+    for name in ("weights", "tokenizers"):
+        (package / name).mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('nothing of it is run')\n")
+    tokenizer.save(str(package / "tokenizers" / "tokenizer.json"))
+    vectors = np.array([[3, 0], [0, 3], [1, 1]], np.float16)
+    save_file({"embedding.weight": vectors}, package / "weights" / "any_256.safetensors")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    embed = Embedder().embed
+    assert embed("carp").tolist() == [1.0, 0.0]
+    assert embed("carp fish").tolist() == pytest.approx([0.5**0.5, 0.5**0.5])
 
 
 class Work:
