@@ -92,12 +92,21 @@ def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
     from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float32:  # More exact than vLLM's kernels for four bits allow.
-            for config in (AutoAWQConfig, AutoGPTQConfig, Fp8Config, OnlineQuantizationConfig):
+            for config in (
+                AutoAWQConfig,
+                AutoGPTQConfig,
+                CompressedTensorsConfig,
+                Fp8Config,
+                OnlineQuantizationConfig,
+            ):
                 patch.setattr(config, "get_supported_act_dtypes", lambda *_: [torch.float32])
         # vLLM's CPU build quantises weights again as it loads them, with a kernel it has not.
         patch.setattr(_custom_ops, "scaled_fp8_quant", quantized_again)
@@ -130,6 +139,7 @@ def needs(kernel: str) -> None:
     [
         ("AWQ", torch.float32, 1e-3),
         ("GPTQ", torch.float32, 1e-3),
+        ("compressed-tensors W4A16", torch.float32, 1e-3),
         ("compressed-tensors W4A16", torch.bfloat16, 5e-2),
         ("compressed-tensors int8 W8A8, asymmetric activations", torch.float32, 3e-2),
         ("compressed-tensors int8 W8A8 in some layers, static activations", torch.float32, 1e-3),
