@@ -227,6 +227,11 @@ class Attribution:
         return list(self._result().get("sources") or [])
 
     @property
+    def images(self) -> list[dict[str, Any]]:
+        """Score per image of the prompt, and of its parts, in the order of the messages."""
+        return list(self._result().get("images") or [])
+
+    @property
     def citations(self) -> list[dict[str, Any]]:
         """The parts of the answer that have sources, with these, if asked for."""
         return list(self._completed().get("citations") or [])

@@ -1,0 +1,147 @@
+"""The images of a prompt: which message each stands in, and what its parts have scored.
+
+In the place of an image the prompt has one token for each of its parts. These tokens have no text:
+what they decode to is the same for all of them, and in no text of the client's.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from vllm_flashtrace.base.records import PromptImage
+from vllm_flashtrace.text.offsets import TokenText
+
+_TEXT_TYPES = frozenset(
+    {"text", "input_text", "output_text", "thinking", "refusal", "tool_reference"}
+)
+_IMAGE_KEYS = ("image_url", "image_pil", "image_embeds", "image")
+_IMAGE_TYPES = frozenset({*_IMAGE_KEYS, "input_image"})
+_DATA_IMAGE = "data:image/"
+
+
+def has_media(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a chat has content parts that are no text."""
+    return any(_type(part) not in _TEXT_TYPES for _, _, part in _parts(messages))
+
+
+def image_places(
+    messages: Sequence[Mapping[str, Any]] | None, images: int
+) -> list[tuple[int, int]] | None:
+    """Message and content part of each image of a prompt, in their order.
+
+    Args:
+        messages: The client's messages, None for a plain prompt.
+        images: How many images the prompt has.
+
+    Returns:
+        None where the messages have another number of images than the prompt.
+    """
+    found = [(message, part) for message, part, _ in _image_parts(messages or ())]
+    return found if len(found) == images else None
+
+
+def image_urls(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str]:
+    """The images that messages hold as data URLs, by message and content part."""
+    urls = {}
+    for message, index, part in _image_parts(messages):
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, Mapping) else url
+        if isinstance(url, str) and url.startswith(_DATA_IMAGE):
+            urls[message, index] = url
+    return urls
+
+
+def without_text(prompt: TokenText, images: Sequence[PromptImage], *, but_first: bool) -> TokenText:
+    """A prompt whose images' tokens have no text.
+
+    Args:
+        prompt: The decoded tokens.
+        images: Its images.
+        but_first: Leaves the first token of each image its text, as a chat template writes it
+            where an image goes.
+    """
+    tokens = sorted(token for image in images for token in image.tokens[1 if but_first else 0 :])
+    if not tokens:
+        return prompt
+    starts = [prompt.starts[token] for token in tokens]
+    removed = [0, *accumulate(prompt.ends[token] - prompt.starts[token] for token in tokens)]
+    kept, at = [], 0
+    for token in tokens:
+        kept.append(prompt.text[at : prompt.starts[token]])
+        at = max(at, prompt.ends[token])
+    text = "".join(kept) + prompt.text[at:]
+    own = frozenset(tokens)
+
+    def moved(position: int) -> int:
+        return position - removed[bisect_left(starts, position)]
+
+    return TokenText(
+        text,
+        [moved(start) for start in prompt.starts],
+        [moved(prompt.starts[i] if i in own else end) for i, end in enumerate(prompt.ends)],
+    )
+
+
+def scored_image(
+    image: PromptImage, place: tuple[int, int] | None, scores: Sequence[float]
+) -> dict[str, Any]:
+    """What a response says of an image.
+
+    Args:
+        image: The image.
+        place: Its message and content part, if they are known.
+        scores: Score of each prompt token.
+    """
+    own = [scores[token] for token in image.tokens]
+    grid = {} if image.rows is None else {"rows": image.rows, "columns": image.columns}
+    return {
+        "index": image.index,
+        "kind": "image",
+        **({} if place is None else {"message": place[0], "part": place[1]}),
+        "tokens": len(own),
+        **grid,
+        "score": math.fsum(own),
+        "scores": own,
+    }
+
+
+def image_part(image: PromptImage, number: int) -> dict[str, int]:
+    """Which part of which image a token stands for, in the words of a response.
+
+    Args:
+        image: The image.
+        number: The token's place among its tokens.
+    """
+    if image.columns is None:
+        return {"image": image.index}
+    row, column = divmod(number, image.columns)
+    return {"image": image.index, "row": row, "column": column}
+
+
+def _image_parts(
+    messages: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    for message, index, part in _parts(messages):
+        if _type(part) in _IMAGE_TYPES:
+            yield message, index, part
+
+
+def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            for index, part in enumerate(content):
+                if isinstance(part, Mapping):
+                    yield number, index, part
+
+
+def _type(part: Mapping[str, Any]) -> str:
+    """A content part's type; vLLM also takes parts that have none."""
+    named = part.get("type")
+    if isinstance(named, str):
+        return named
+    return next((key for key in _IMAGE_KEYS if key in part), "text" if "text" in part else "")
