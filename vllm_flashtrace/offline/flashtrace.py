@@ -28,7 +28,7 @@ from vllm_flashtrace.offline.engine import (
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.plan import plan_targets
-from vllm_flashtrace.text.prompt_images import has_media
+from vllm_flashtrace.text.prompt_images import has_media, image_urls
 from vllm_flashtrace.text.sources import find_sources
 from vllm_flashtrace.text.tool_calls import call_arguments
 from vllm_flashtrace.text.verification import Verification
@@ -274,7 +274,14 @@ class FlashTrace:
             if job.error is None:
                 self._plan(request, job)
         run_jobs(jobs, self.llm, self.config)
-        return [Attribution(job.outcome(), text=job.completion.text) for job in jobs]
+        return [
+            Attribution(
+                job.outcome(),
+                text=job.completion.text,
+                image_urls=image_urls(job.completion.messages, len(job.completion.images)),
+            )
+            for job in jobs
+        ]
 
     def _plan(self, request: FlashTraceRequest, job: TraceJob) -> None:
         completion = job.completion

@@ -44,15 +44,22 @@ def image_places(
     return found if len(found) == images else None
 
 
-def image_urls(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str]:
-    """The images that messages hold as data URLs, by message and content part."""
-    urls = {}
-    for message, index, part in _image_parts(messages):
+def image_urls(messages: Sequence[Mapping[str, Any]] | None, images: int) -> list[str | None]:
+    """The images of a prompt as data URLs; None for one that was given in another way.
+
+    Args:
+        messages: See `image_places`.
+        images: Likewise.
+
+    Returns:
+        Nothing where the messages have another number of images than the prompt.
+    """
+    urls: list[str | None] = []
+    for _, _, part in _image_parts(messages or ()):
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
-        if isinstance(url, str) and url.startswith(_DATA_IMAGE):
-            urls[message, index] = url
-    return urls
+        urls.append(url if isinstance(url, str) and url.startswith(_DATA_IMAGE) else None)
+    return urls if len(urls) == images else []
 
 
 def without_text(prompt: TokenText, images: Sequence[PromptImage], *, but_first: bool) -> TokenText:
