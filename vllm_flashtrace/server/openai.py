@@ -23,6 +23,7 @@ from vllm_flashtrace.server.rendering import (
     make_reasoning_parser,
     make_render,
     require_tool_calls,
+    with_pixels,
 )
 from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
 from vllm_flashtrace.server.streams import chat_choice, text_choice, with_attributions
@@ -121,6 +122,7 @@ class RecordedChat(OpenAIServingChat):
         self._route = route
         self._documents = documents
         self._facts: RequestFacts | None = None
+        self.online_renderer = with_pixels(stock.online_renderer)
         self.engine_client: Any = recording_client(stock.engine_client, flashtrace)
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:

@@ -59,6 +59,21 @@ def render_with(online: Any, chat_params: Callable[[], Any]) -> Render:
     return render
 
 
+def with_pixels(online: Any) -> Any:
+    """A copy of vLLM's ``OnlineRenderer`` that prepares images with their pixels.
+
+    vLLM's own leaves them out where the engine holds them in its cache, from which they may be gone
+    when a trace needs them.
+    """
+
+    def preprocess_chat(*args: Any, **kwargs: Any) -> Any:
+        return online.preprocess_chat(*args, **{**kwargs, "skip_mm_cache": True})
+
+    copied = copy.copy(online)
+    copied.preprocess_chat = preprocess_chat
+    return copied
+
+
 def copied_messages(messages: Any) -> Any:
     """A copy of a request's messages; vLLM may rewrite its own while it renders them.
 

@@ -42,7 +42,7 @@ from vllm_flashtrace.server.session import (
     TraceSession,
     check_sources,
 )
-from vllm_flashtrace.server.traced_handler import Recording, TracedHandler
+from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, check_beside_images
 
 
 class TracedResponses(TracedHandler, OpenAIServingResponses):
@@ -130,7 +130,9 @@ class _RecordingResponses(OpenAIServingResponses):
         self._request = request
         self._messages: Sequence[Mapping[str, Any]] = ()
         self._render: Render | None = None
-        self.engine_client: Any = RecordingClient(stock.engine_client, lambda _: None)
+        self.engine_client: Any = RecordingClient(
+            stock.engine_client, lambda _, images: check_beside_images(flashtrace, images)
+        )
         self.online_renderer = copy.copy(stock.online_renderer)
         self.online_renderer.preprocess_chat = self._preprocess_chat
         self._stock_renderer = stock.online_renderer
@@ -162,7 +164,7 @@ class _RecordingResponses(OpenAIServingResponses):
             default_template_content_format,
             default_template_kwargs,
             tool_dicts,
-            **kwargs,
+            **{**kwargs, "skip_mm_cache": True},  # See `with_pixels`.
         )
 
     def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any) -> Any:

@@ -274,6 +274,7 @@ class AsyncTracer:
             targets=len(plans),
             heads=self._heads,
             sources=len(first.sources or ()),
+            image_tokens=sum(len(image.tokens) for image in first.completion.images),
         )
         large = nbytes >= LARGE_BYTES
         if large:
