@@ -187,3 +187,51 @@ async def test_a_request_without_the_field_is_vllms(app: App) -> None:
     answer = await app.chat(messages=messages(URL))
     assert answer.status_code == 200
     assert not app.engine.traces
+
+
+async def test_a_picture_is_fetched_once(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.multimodal.media.connector import MediaConnector
+
+    fetched = []
+
+    async def fetch(_: Any, url: str, *__: Any, **___: Any) -> Image.Image:
+        fetched.append(url)
+        return Image.open(io.BytesIO(base64.b64decode(URL.partition(",")[2]))).convert("RGB")
+
+    def again(_: Any, url: str, *__: Any, **___: Any) -> Image.Image:
+        if not url.startswith("data:"):
+            raise AssertionError(f"{url} is fetched by another way")
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(MediaConnector, "fetch_image_async", fetch)
+    monkeypatch.setattr(MediaConnector, "fetch_image", again)
+    address = "https://pictures.example/box.png"
+    answer = await app.chat(messages=messages(address), flashtrace={"hops": 2})
+    found = answer.json()["choices"][0]["flashtrace"]
+    assert found["images"][0]["message"] == 1, found
+    assert any(score.get("start") is not None for score in found["scores"])
+    assert fetched == [address]
+    check_traces(app)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": "https://pictures.example/a.mp4"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+        {"type": "image_url", "image_url": None, "uuid": "box"},
+    ],
+)
+async def test_other_media_are_refused_by_name(app: App, part: dict[str, Any]) -> None:
+    said = [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]
+    for answer in (
+        await app.chat(messages=said, flashtrace=True),
+        await app.post(
+            "/v1/attributions", messages=[*said, {"role": "assistant", "content": "Green."}]
+        ),
+    ):
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == "messages[0].content[0]", error
+        assert error["message"].startswith("messages[0].content[0]: traces are not supported with")
+    assert not app.engine.calls

@@ -39,6 +39,7 @@ from vllm_flashtrace.server.rendering import (
 )
 from vllm_flashtrace.server.session import images_of
 from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
+from vllm_flashtrace.text.prompt_images import refuse_media
 from vllm_flashtrace.text.sources import chat_documents
 from vllm_flashtrace.text.tool_calls import locate_calls
 from vllm_flashtrace.trace.tracer import EngineContext
@@ -102,6 +103,7 @@ async def existing_chat(
     """
     answer = read_answer(messages)
     prior = messages[:-1]
+    refuse_media(prior, "messages")
     request = _build(ChatCompletionRequest, {**options, "messages": [dict(m) for m in prior]})
     seeing = copy.copy(handler)
     seeing.online_renderer = with_pixels(handler.online_renderer)

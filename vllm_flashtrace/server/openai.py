@@ -33,6 +33,7 @@ from vllm_flashtrace.server.traced_handler import (
     recording_client,
     recording_copy,
 )
+from vllm_flashtrace.text.prompt_images import refuse_media
 from vllm_flashtrace.text.sources import chat_documents
 
 
@@ -160,10 +161,12 @@ async def chat_facts(
         InvalidRequestError: The messages cannot be copied, or do not hold the sources.
     """
     check_messages(request.messages, "messages")
+    messages = copied_messages(request.messages)
+    refuse_media(messages, "messages")
     facts = RequestFacts(
         flashtrace=flashtrace,
         choices_per_prompt=request.n or 1,
-        messages=copied_messages(request.messages),
+        messages=messages,
         render=make_render(handler, request),
         reasoning_parser=make_reasoning_parser(handler, request),
         documents=[*documents, *chat_documents(request.documents)],

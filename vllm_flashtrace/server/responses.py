@@ -43,6 +43,7 @@ from vllm_flashtrace.server.session import (
     check_sources,
 )
 from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, check_beside_images
+from vllm_flashtrace.text.prompt_images import refuse_media
 
 
 class TracedResponses(TracedHandler, OpenAIServingResponses):
@@ -150,6 +151,7 @@ class _RecordingResponses(OpenAIServingResponses):
         """Notes what is rendered, and how; vLLM may rewrite the messages while it renders."""
         check_messages(messages, "input")
         self._messages = copied_messages(messages)
+        refuse_media(self._messages, "input")
         known = Completion((), (), "", messages=self._messages)
         await check_sources(self._flashtrace, known)
         defaults = merge_kwargs(default_template_kwargs, {"tools": tool_dicts, "tokenize": False})

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.base.records import PromptImage
 from vllm_flashtrace.text.offsets import TokenText
 
@@ -20,12 +21,62 @@ _TEXT_TYPES = frozenset(
 )
 _IMAGE_KEYS = ("image_url", "image_pil", "image_embeds", "image")
 _IMAGE_TYPES = frozenset({*_IMAGE_KEYS, "input_image"})
+_OTHER_MEDIA = ("video", "audio", "input_audio")
 _DATA_IMAGE = "data:image/"
+_PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAA"
+    "AAAgAB5Sfe/AAAAABJRU5ErkJggg=="
+)
 
 
 def has_media(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a chat has content parts that are no text."""
     return any(_type(part) not in _TEXT_TYPES for _, _, part in _parts(messages))
+
+
+def refuse_media(messages: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Refuses content parts that cannot be traced, before anything of them is fetched.
+
+    Args:
+        messages: Chat messages in OpenAI's form.
+        name: The request field that they come from.
+
+    Raises:
+        InvalidRequestError: ``unsupported_input``: a part is a video or sound, or an image that is
+            known by its uuid alone, whose pixels only vLLM's cache may have.
+    """
+    for message, index, part in _parts(messages):
+        kind = _type(part)
+        where = f"{name}[{message}].content[{index}]"
+        if kind.startswith(_OTHER_MEDIA):
+            raise InvalidRequestError(
+                where, f"{where}: traces are not supported with {kind} parts", "unsupported_input"
+            )
+        pictures = [part[key] for key in _IMAGE_KEYS if key in part]
+        if kind in _IMAGE_TYPES and part.get("uuid") is not None and not any(map(_given, pictures)):
+            raise InvalidRequestError(
+                where,
+                f"{where}: traces are not supported with an image that is known by its uuid alone",
+                "unsupported_input",
+            )
+
+
+def _given(picture: Any) -> bool:
+    return (picture.get("url") if isinstance(picture, Mapping) else picture) is not None
+
+
+def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with one pixel in the place of each picture.
+
+    What a chat template writes for an image does not depend on it, and a renderer would fetch and
+    decode it for nothing.
+    """
+    changed: list[Mapping[str, Any]] = list(messages)
+    for message, index, _ in _image_parts(messages):
+        content = list(changed[message]["content"])
+        content[index] = {"type": "image_url", "image_url": {"url": _PIXEL}}
+        changed[message] = {**changed[message], "content": content}
+    return changed
 
 
 def image_places(
