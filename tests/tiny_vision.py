@@ -51,6 +51,11 @@ def make_tiny_vision_model(family: VisionFamily, folder: Path, *, seed: int = 0)
                 "patch_size": PIXELS // 2,
                 "temporal_patch_size": 2,
                 "merge_size": 2,
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": [0.48, 0.46, 0.41],
+                "image_std": [0.27, 0.26, 0.28],
                 "size": {"shortest_edge": 4 * PIXELS**2, "longest_edge": 64 * PIXELS**2},
             }
         )

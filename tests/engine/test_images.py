@@ -68,6 +68,7 @@ class Seen:
         self.reference = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32
         ).double()
+        self.processor = transformers.AutoImageProcessor.from_pretrained(folder)
 
     def answer(self, messages: Any, new_tokens: int = 24) -> tuple[list[int], PromptImages]:
         """Prompt and completion, and the images of the prompt."""
@@ -86,23 +87,19 @@ class Seen:
         assert images is not None
         return [*output.prompt_token_ids, *output.outputs[0].token_ids], images
 
-    def pixels(self, images: PromptImages) -> dict[str, torch.Tensor]:
-        items = images.kwargs["image"]
-        return {
-            "pixel_values": torch.cat([item["pixel_values"].data for item in items]).double(),
-            "image_grid_thw": torch.stack([item["image_grid_thw"].data for item in items]),
-        }
-
-    def expected(self, tokens: list[int], target: TargetWeights, images: PromptImages) -> Any:
-        kinds = (torch.tensor([tokens]) == IMAGE_TOKEN).int()
-        pixels = self.pixels(images)
+    def expected(self, tokens: list[int], target: TargetWeights, messages: Any) -> torch.Tensor:
+        """The oracle's scores; it sees what Transformers makes of the pictures."""
+        parts = [part for message in messages for part in message["content"]]
+        pictures = [part["image_pil"] for part in parts if "image_pil" in part]
+        seen = self.processor(images=pictures, return_tensors="pt")
         return oracle_scores(
             self.reference,
             tokens,
             target.positions,
             target.weights,
-            mm_token_type_ids=kinds,
-            **pixels,
+            mm_token_type_ids=(torch.tensor([tokens]) == IMAGE_TOKEN).int(),
+            pixel_values=seen["pixel_values"].double(),
+            image_grid_thw=seen["image_grid_thw"],
         )
 
 
@@ -126,7 +123,7 @@ def test_scores_are_the_oracles(seen: Seen) -> None:
     assert (first.rows, first.columns, len(first.tokens)) == (4, 6, 24)
     assert (second.rows, second.columns, len(second.tokens)) == (5, 3, 15)
     target = last(tokens, 20)
-    expected = seen.expected(tokens, target, images)
+    expected = seen.expected(tokens, target, MESSAGES)
     report = seen.engine.trace(TraceJob(tokens, target, images=images))
     error = relative_l1(report.scores, expected)
     print(f"relative L1 {error:.1e}, {report.cached_tokens} tokens cached")
@@ -141,8 +138,8 @@ def test_batches(seen: Seen) -> None:
     jobs = [TraceJob(tokens, last(tokens, 30), images=images) for tokens, images in answers]
     seen.engine.llm.reset_prefix_cache()
     reports = seen.engine.trace_many(jobs, [answers[0][0][70:], answers[1][0][40:]], 20)
-    for (tokens, images), job, report in zip(answers, jobs, reports, strict=True):
-        error = relative_l1(report.scores, seen.expected(tokens, job.weights, images))
+    for (tokens, _), messages, job, report in zip(answers, asked, jobs, reports, strict=True):
+        error = relative_l1(report.scores, seen.expected(tokens, job.weights, messages))
         print(f"relative L1 {error:.1e}")
         assert error <= BOUND / 100
 
@@ -156,7 +153,7 @@ def test_hops_from_one_prefill(seen: Seen) -> None:
     report = seen.engine.trace(TraceJob(tokens, target, images=images, further=further))
     weights = target
     for scores in (report.scores, *report.later_scores):
-        expected = seen.expected(tokens, weights, images)
+        expected = seen.expected(tokens, weights, MESSAGES)
         assert relative_l1(scores, expected) <= BOUND / 100
         share = expected / expected.sum() * followed
         weights = TargetWeights.from_mapping(
@@ -167,10 +164,11 @@ def test_hops_from_one_prefill(seen: Seen) -> None:
 
 def test_another_image_is_another_trace(seen: Seen) -> None:
     """What a mistake would cost: no pixels, or those of another image of the same size."""
-    tokens, images = seen.answer(chat("Which box holds the key? ", IMAGES[0]))
+    messages = chat("Which box holds the key? ", IMAGES[0])
+    tokens, images = seen.answer(messages)
     _, others = seen.answer(chat("Which box holds the key? ", image(4, 6, 2)))
     target = last(tokens, 20)
-    expected = seen.expected(tokens, target, images)
+    expected = seen.expected(tokens, target, messages)
     for name, given in {"none": None, "another": others, "its own": images}.items():
         report = seen.engine.trace(TraceJob(tokens, target, images=given))
         error = relative_l1(report.scores, expected)
@@ -186,7 +184,7 @@ def test_lost_blocks_are_computed_from_the_pixels_again(seen: Seen) -> None:
     seen.engine.llm.reset_mm_cache()
     report = seen.engine.trace(TraceJob(tokens, target, images=images))
     assert report.cached_tokens == 0
-    error = relative_l1(report.scores, seen.expected(tokens, target, images))
+    error = relative_l1(report.scores, seen.expected(tokens, target, MESSAGES))
     print(f"relative L1 {error:.1e}")
     assert error <= BOUND / 100
 
@@ -208,7 +206,7 @@ def test_offline(seen: Seen) -> None:
     assert answer.status == "completed", answer.error
     tokens, images = seen.answer(MESSAGES, 12)
     target = TargetWeights.from_spans([(len(tokens) - 12, len(tokens))])
-    expected = seen.expected(tokens, target, images)
+    expected = seen.expected(tokens, target, MESSAGES)
     expected = (expected / expected.sum())[: len(answer.scores)]
     scores = torch.tensor([score.score for score in answer.scores], dtype=torch.float64)
     assert float((scores - expected).abs().sum()) <= BOUND / 100
