@@ -77,7 +77,7 @@ def noting_inputs(llm: Any) -> Iterator[list[Any]]:
     try:
         yield noted
     finally:
-        del engine.add_request, renderer.render_chat
+        engine.add_request, renderer.render_chat = add_request, render_chat
 
 
 def stop_engine(llm: Any) -> None:
