@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Read when torch is imported. What computes in this process or is forked off it cannot be bound,
 # and threads that wait for a core that another process has take milliseconds per operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Transformers and vLLM ask for it when they are imported, here and in what this process starts.
+if importlib.util.find_spec("torchvision") is None:
+    STANDINS = str(Path(__file__).parent / "standins")
+    sys.path.append(STANDINS)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [os.environ.get("PYTHONPATH"), STANDINS])
+    )
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("flashtrace", parent=settings(), deadline=None)

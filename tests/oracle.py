@@ -93,18 +93,25 @@ def activation_scores(layers: Sequence[LayerActivations], w: Tensor) -> Tensor:
     return torch.stack([_scores_of(layer, w) for layer in layers])
 
 
-def oracle_layer_scores(model: Any, input_ids: Any, positions: Any, weights: Any) -> Tensor:
-    """Scores of every layer [L, N]; each layer is reduced as it runs and its attention dropped."""
+def oracle_layer_scores(
+    model: Any, input_ids: Any, positions: Any, weights: Any, **inputs: Any
+) -> Tensor:
+    """Scores of every layer [L, N]; each layer is reduced as it runs and its attention dropped.
+
+    inputs are what the model takes besides tokens: pixels.
+    """
     ids = _row(input_ids)
     w = dense_weights(ids.shape[1], positions, weights)
     scores: list[Tensor] = []
-    _run(model, ids, lambda layer: scores.append(_scores_of(layer, w)))
+    _run(model, ids, lambda layer: scores.append(_scores_of(layer, w)), **inputs)
     return torch.stack(scores)
 
 
-def oracle_scores(model: Any, input_ids: Any, positions: Any, weights: Any) -> Tensor:
+def oracle_scores(
+    model: Any, input_ids: Any, positions: Any, weights: Any, **inputs: Any
+) -> Tensor:
     """Scores [N] summed over layers for a target given by positions and weights."""
-    return oracle_layer_scores(model, input_ids, positions, weights).sum(0)
+    return oracle_layer_scores(model, input_ids, positions, weights, **inputs).sum(0)
 
 
 def oracle_attention(model: Any, input_ids: Any, positions: Any, weights: Any) -> Tensor:
@@ -168,10 +175,17 @@ def as_float64(model: Any) -> Any:
     return copy.deepcopy(model).double()
 
 
-def _run(model: Any, ids: Tensor, consume: Callable[[LayerActivations], Any]) -> None:
+def _run(
+    model: Any, ids: Tensor, consume: Callable[[LayerActivations], Any], **inputs: Any
+) -> None:
     model = as_float64(model).eval()
     with torch.no_grad(), _recording(model, consume):
-        model.model(input_ids=ids, use_cache=False)
+        model.model(input_ids=ids, use_cache=False, **inputs)
+
+
+def _decoder(model: Any) -> Any:
+    """The model that has the decoder layers."""
+    return getattr(model.model, "language_model", model.model)
 
 
 @contextmanager
@@ -229,7 +243,7 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
         state.clear()
 
     hooks, norms = [], {}
-    for layer in model.model.layers:
+    for layer in _decoder(model).layers:
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))
         behind, block_norm = _norms(layer)
@@ -323,7 +337,11 @@ def _attention_implementation(model: Any, function: Callable[..., Any]) -> Itera
     ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, function)
     before = model.config._attn_implementation
     experts_before = model.get_experts_implementation()
-    model.set_attn_implementation(_IMPLEMENTATION)
+    # What sees images attends in another way.
+    alone = _decoder(model) is model.model
+    model.set_attn_implementation(
+        _IMPLEMENTATION if alone else {"": before, "text_config": _IMPLEMENTATION}
+    )
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     try:

@@ -23,7 +23,7 @@ from vllm_flashtrace.core.hops import HopMass, HopRecursion
 from vllm_flashtrace.offline.jobs import pick_up_now, score_texts
 from vllm_flashtrace.text.plan import TracePlan, plan_trace, surprise_text, weigh_by_surprise
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.hop import Visit, take_report
+from vllm_flashtrace.trace.hop import EngineContext, Visit, take_report
 
 _AUTO = "auto"
 _SINK_TOKENS = 4
@@ -231,7 +231,7 @@ class OursFamily(Family):
         user = slice(*prepared.user)
         run = Recursion()
         while any(run.hops_of(variant.hops, config) is None for variant in variants):
-            call = Visit((plan,)).next_call(config, salt)
+            call = Visit((plan,)).next_call(config, EngineContext(cache_salt=salt))
             if call is None:
                 break  # Nothing is left to follow.
             [output] = self._ft.llm.generate([call.prompt], call.params, use_tqdm=False)
@@ -280,7 +280,7 @@ class OursFamily(Family):
     def _weigh(self, plan: TracePlan, salt: str) -> None:
         """Weights the target's tokens by how little the model expected them."""
         text = surprise_text([plan])
-        [report] = score_texts(self._ft.llm, [text], [None], 1, salt)
+        [report] = score_texts(self._ft.llm, [text], [EngineContext(cache_salt=salt)], 1)
         if isinstance(report, FlashTraceError):
             raise report
         weigh_by_surprise([plan], text, report.log_probs)

@@ -217,3 +217,53 @@ def test_cited_answer_has_the_numbers_of_its_sources() -> None:
     # Where the text is another than the one that was cited, there is no answer to number.
     assert "<sup>" not in Attribution(data, text=f" {text}").to_html()
     assert "<sup>" not in Attribution(data).to_html()
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9"
+    "awAAAABJRU5ErkJggg=="
+)
+
+
+def with_image(urls: list[str | None], **image: object) -> Attribution:
+    entry = {"index": 0, "kind": "image", "tokens": 6, "rows": 2, "columns": 3, "score": 0.21}
+    entry |= {"scores": [0.0, 0.01, 0.04, 0.16, 0.0, 0.0], **image}
+    data = response(haystack(), images=[entry])
+    data["scores"][4] |= {"token": "", "image": 0, "row": 1, "column": 2, "score": 0.7}
+    return Attribution(data, text="It is 7306.", image_urls=urls)
+
+
+def test_an_image_has_a_heat_map_of_its_parts() -> None:
+    page = with_image([PIXEL]).to_html()
+    tags = Page(page).tags
+    cells = [attrs for tag, attrs in tags if tag == "i" and "row" in (attrs.get("title") or "")]
+    assert [cell.get("class") for cell in cells] == [None, "h2", "h4", "h8", None, None]
+    assert cells[5]["title"] == "row 1, column 2 · score 0"
+    [picture] = [attrs for tag, attrs in tags if tag == "img"]
+    assert picture["src"] == PIXEL
+    assert "image 0, row 1, column 2" in page
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/a.png",
+        "data:image/svg+xml;base64,PHN2Zz4=",
+        'data:image/png;base64,AA" onerror="x',
+        None,
+    ],
+)
+def test_a_page_has_no_picture_from_elsewhere(url: str | None) -> None:
+    page = with_image([url]).to_html()
+    tags = Page(page).tags
+    assert not [attrs for tag, attrs in tags if tag == "img"]
+    assert len([a for t, a in tags if t == "i" and "row" in (a.get("title") or "")]) == 6
+    assert not URL.search(page)
+
+
+def test_an_image_whose_grid_is_not_known() -> None:
+    data = with_image([PIXEL]).to_dict()
+    del data["images"][0]["rows"], data["images"][0]["columns"]
+    page = Attribution(data, text="It is 7306.", image_urls=[PIXEL]).to_html()
+    assert "6 tokens stand for it" in page
+    assert not [attrs for tag, attrs in Page(page).tags if tag == "img"]

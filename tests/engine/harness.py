@@ -37,7 +37,7 @@ SMOLLM2_KV_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class TraceJob:
-    """One trace request: tokens, targets, how exactly to evaluate, LoRA adapter, further hops."""
+    """One trace request: tokens, targets, exactness, LoRA adapter, further hops, images."""
 
     token_ids: Sequence[int]
     weights: TargetWeights
@@ -47,6 +47,7 @@ class TraceJob:
     lora_request: Any = None
     further: FurtherHops | None = None
     others: Sequence[TracedTarget] = ()
+    images: Any = None
 
 
 class Engine:
@@ -134,7 +135,7 @@ class Engine:
             self._nonces[request_id] = spec.nonce
             engine.add_request(
                 request_id,
-                self._prompt(job.token_ids),
+                self._prompt(job.token_ids, job.images),
                 self._record(spec),
                 lora_request=job.lora_request,
             )
@@ -176,10 +177,11 @@ class Engine:
 
     def score_many(self, texts: Sequence[ScoredText], lora: Any = None) -> list[ScoreReport]:
         """Scores tokens of texts, all in one batch."""
+        from vllm_flashtrace.trace.hop import EngineContext
         from vllm_flashtrace.trace.pickup import carried_answer, pick_up_score_now
         from vllm_flashtrace.trace.scoring import checked, score_call
 
-        calls = [score_call(text, None) for text in texts]
+        calls = [score_call(text, EngineContext()) for text in texts]
         outputs = self.llm.generate(
             [call.prompt for call in calls],
             [call.params for call in calls],
@@ -249,7 +251,9 @@ class Engine:
         return SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
 
     @staticmethod
-    def _prompt(token_ids: Sequence[int]) -> dict[str, Any]:
+    def _prompt(token_ids: Sequence[int], images: Any = None) -> Any:
+        if images is not None:
+            return images.prompt(list(token_ids))
         return {"prompt_token_ids": list(token_ids)}
 
     @classmethod

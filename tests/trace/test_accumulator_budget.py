@@ -101,7 +101,7 @@ def test_targets_are_visited_together_as_far_as_rows_have_room() -> None:
     assert [len(visit.plans) for visit in hop.visits(plans, KEEPING)] == [5]
     [visit] = hop.visits(plans, KEEPING)
     assert visit.kept_rows == 2  # The targets are the same.
-    call = visit.next_call(FlashTraceConfig(), None)
+    call = visit.next_call(FlashTraceConfig(), hop.EngineContext())
     assert call is not None and len(call.spec.targets) == 5
     assert [len(visit.plans) for visit in hop.visits(plans, BUDGET)] == [1] * 5
     apart = [*plans[:2], targeting(10), targeting(20)]

@@ -87,6 +87,8 @@ class Attribution:
     Attributes:
         text: The completion's text, None where the response did not hold it.
         prompt_tokens: Text of every prompt token, None where they were not asked for.
+        image_urls: The prompt's images as data URLs, in their order, for `to_html`; None for one
+            that is not known, and empty where none is. They are in no dict and no JSON.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Attribution:
         *,
         text: str | None = None,
         prompt_tokens: Sequence[str] | None = None,
+        image_urls: Sequence[str | None] = (),
     ) -> None:
         """Wraps one ``flashtrace`` object.
 
@@ -102,6 +105,7 @@ class Attribution:
             data: The object as the server sends it. It is copied.
             text: The completion's text, if known.
             prompt_tokens: Text of every prompt token; read from ``data["tokens"]`` if None.
+            image_urls: The prompt's images as data URLs.
 
         Raises:
             ValueError: ``data`` is no attribution object.
@@ -112,6 +116,7 @@ class Attribution:
         self.text: str | None = text if text is not None else self._data.get("text")
         tokens = prompt_tokens if prompt_tokens is not None else self._data.get("tokens")
         self.prompt_tokens: list[str] | None = None if tokens is None else list(tokens)
+        self.image_urls: list[str | None] = list(image_urls)
 
     @classmethod
     def from_response(cls, response: Any) -> Attribution:
@@ -179,7 +184,12 @@ class Attribution:
         own = ("targets", "tokens")
         shared = {key: value for key, value in self._data.items() if key not in own}
         return [
-            Attribution({**shared, **part}, text=self.text, prompt_tokens=self.prompt_tokens)
+            Attribution(
+                {**shared, **part},
+                text=self.text,
+                prompt_tokens=self.prompt_tokens,
+                image_urls=self.image_urls,
+            )
             for part in found
         ]
 
@@ -225,6 +235,11 @@ class Attribution:
     def sources(self) -> list[dict[str, Any]]:
         """Score per source, in the order of the request, if it has sources."""
         return list(self._result().get("sources") or [])
+
+    @property
+    def images(self) -> list[dict[str, Any]]:
+        """Score per image of the prompt, and of its parts, in the order of the messages."""
+        return list(self._result().get("images") or [])
 
     @property
     def citations(self) -> list[dict[str, Any]]:

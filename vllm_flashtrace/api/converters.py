@@ -46,7 +46,7 @@ _ROLES = frozenset(
     }
 )
 _SOURCE = ("id", "title", "url")
-_OPTIONAL_COLUMNS = ("message", "part", "start", "end")
+_OPTIONAL_COLUMNS = ("message", "part", "start", "end", "image", "row", "column")
 
 
 @dataclass(frozen=True, slots=True)

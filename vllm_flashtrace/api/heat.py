@@ -97,6 +97,14 @@ def completion_parts(attribution: Attribution) -> list[tuple[str, bool]]:
     return [piece for piece in pieces if piece[0]]
 
 
+def name_of(score: TokenScore) -> str:
+    """A token for tables: its text made visible, or which part of which image it stands for."""
+    if score.image is None:
+        return visible(score.token)
+    place = "" if score.row is None else f", row {score.row}, column {score.column}"
+    return f"image {score.image}{place}"
+
+
 def visible(token: str) -> str:
     """A token with its blanks, or that it has no text of its own, made visible, for tables."""
     if not token:

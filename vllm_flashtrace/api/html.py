@@ -21,14 +21,16 @@ from vllm_flashtrace.api.heat import (
     heat_level,
     heat_scale,
     level_floor,
+    name_of,
     prompt_heat,
-    visible,
 )
 from vllm_flashtrace.api.response import TokenScore
 
 TABLE_ROWS = 20
 _CONTEXT_TOKENS = 6
 _SOURCES = 3
+# Pictures that a browser draws and that can hold no script, as bytes and not as an address.
+_PICTURE = re.compile(r"data:image/(?:png|jpeg|jpg|gif|webp|bmp);base64,[A-Za-z0-9+/=]+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -53,7 +55,7 @@ def _environment() -> Environment:
     )
     environment.filters["percent"] = lambda share, digits=1: f"{100.0 * share:.{digits}f} %"
     environment.filters["score"] = _format_score
-    environment.filters["visible"] = visible
+    environment.filters["name"] = name_of
     return environment
 
 
@@ -80,6 +82,7 @@ def _context(attribution: Attribution) -> dict[str, Any]:
         "text": attribution.text,
         "target": attribution.target,
         "prompt": prompt,
+        "images": _images(attribution),
         "complete": attribution.is_complete,
         "unlisted": attribution.to_dict().get("unlisted_mass"),
         "returned": len(attribution.scores),
@@ -108,7 +111,7 @@ def _sources(attribution: Attribution) -> list[tuple[str, float]]:
     if attribution.sentences:
         found = [(str(s["text"]), float(s["score"])) for s in attribution.sentences]
     else:
-        found = [(visible(score.token), score.score) for score in attribution.top(TABLE_ROWS)]
+        found = [(name_of(score), score.score) for score in attribution.top(TABLE_ROWS)]
     return found[:_SOURCES]
 
 
@@ -135,6 +138,23 @@ def _cited(attribution: Attribution) -> dict[str, Any] | None:
             if source["text"] not in row["quotes"]:
                 row["quotes"].append(source["text"])
     return {"answer": [*pieces, (text[at:], [])], "sources": sorted(rows.items())} if rows else None
+
+
+def _images(attribution: Attribution) -> list[dict[str, Any]]:
+    """The images with the heat of their parts, each on a scale of its own."""
+    urls = attribution.image_urls
+    found = []
+    for number, image in enumerate(attribution.images):
+        scale = max(image["scores"], default=0.0)
+        columns = int(image.get("columns") or 0)
+        cells = [
+            (*divmod(place, columns), score, heat_level(score, scale))
+            for place, score in enumerate(image["scores"] if columns else ())
+        ]
+        url = urls[number] if number < len(urls) else None
+        picture = url if columns and url is not None and _PICTURE.fullmatch(url) else None
+        found.append({**image, "cells": cells, "columns": columns, "picture": picture})
+    return found
 
 
 def _hop_rows(attribution: Attribution) -> list[dict[str, float]]:

@@ -61,7 +61,7 @@ class TokenScore(_Part):
     token: str = Field(
         description="Text of the token. The texts of all tokens join to the rendered prompt: a "
         "character that several tokens share is the text of the first of them, and the others "
-        "have none."
+        "have none. A token of an image has none."
     )
     token_id: _Index = Field(description="Id of the token in the model's vocabulary.")
     score: _Share = Field(
@@ -84,6 +84,42 @@ class TokenScore(_Part):
         "the plain prompt).",
     )
     end: _Index | None = Field(default=None, description="One past its last character there.")
+    image: _Index | None = Field(
+        default=None,
+        description="Index of the image that the token stands for a part of; such a token has no "
+        "text, start or end.",
+    )
+    row: _Index | None = Field(
+        default=None,
+        description="Row of the image's grid; absent where the model's grid is not known.",
+    )
+    column: _Index | None = Field(default=None, description="Column of that grid; absent likewise.")
+
+
+class ImageScore(_Part):
+    """Score of one image of the prompt, and of each of its parts."""
+
+    index: _Index = Field(
+        description="Number of the image among the prompt's, as the client gave them."
+    )
+    kind: Literal["image"] = Field(description="Always 'image'.")
+    message: _Index | None = Field(
+        default=None,
+        description="Index of the message that it stands in; absent where this is not certain.",
+    )
+    part: _Index | None = Field(
+        default=None, description="Index of its content part within the message; absent likewise."
+    )
+    tokens: _Index = Field(description="How many tokens of the prompt stand for its parts.")
+    rows: _Index | None = Field(
+        default=None,
+        description="Rows of its grid of parts; absent where the model's grid is not known.",
+    )
+    columns: _Index | None = Field(
+        default=None, description="Columns of that grid; absent likewise."
+    )
+    score: _Share = Field(description="Sum of the scores of its tokens.")
+    scores: list[_Share] = Field(description="Score of each of its parts, row by row.")
 
 
 class HopMass(_Part):
@@ -510,6 +546,11 @@ class TargetResult(_Part):
         default=None,
         description="Sentences of the messages, the highest mean first, at most top_k; with "
         "include 'sentences'.",
+    )
+    images: list[ImageScore] | None = Field(
+        default=None,
+        description="Scores of the images, in the order that the messages give them; only if the "
+        "prompt has images.",
     )
     verification: VerificationFound | None = Field(
         default=None,

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_flashtrace.api.attribution import Attribution
-from vllm_flashtrace.api.heat import HeatToken, completion_parts, prompt_heat, visible
+from vllm_flashtrace.api.heat import HeatToken, completion_parts, name_of, prompt_heat
 
 # Every shade stands out against a black and a white background, hotter ones more.
 _STYLES = (
@@ -163,7 +163,7 @@ def _top_table(attribution: Attribution, rows: int) -> Table:
     input_mass = attribution.input_mass
     for rank, score in enumerate(attribution.top(rows), 1):
         share = score.score / input_mass if input_mass > 0.0 else 0.0
-        token = Text(_printable(visible(score.token)), overflow="fold")
+        token = Text(_printable(name_of(score)), overflow="fold")
         table.add_row(str(rank), token, str(score.index), f"{score.score:.4f}", f"{share:.1%}")
     return table
 

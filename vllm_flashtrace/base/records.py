@@ -40,6 +40,26 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptImage:
+    """An image of the prompt.
+
+    Attributes:
+        index: Its number among the prompt's images, as the client gave them.
+        tokens: Positions of the tokens that stand for its parts, ascending.
+        span: All tokens that stand in its place, with those that only mark it.
+        rows: How many rows of parts it has, which ``tokens`` go through one by one; None where
+            that is not known.
+        columns: How many parts a row has; None likewise.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    span: Span
+    rows: int | None = None
+    columns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A finished completion as the engine saw it.
 
@@ -50,6 +70,7 @@ class Completion:
         prompt_text: The client's own prompt string for a plain completion, else None.
         messages: The client's chat messages (OpenAI form), else None.
         documents: Documents that came with them.
+        images: The images of the prompt.
     """
 
     prompt_token_ids: Sequence[int]
@@ -58,6 +79,7 @@ class Completion:
     prompt_text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Document] = ()
+    images: Sequence[PromptImage] = ()
 
     @property
     def token_ids(self) -> list[int]:

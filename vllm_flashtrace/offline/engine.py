@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,27 @@ def start_engine(model: str, config: Mapping[str, Any] | None, engine_args: dict
     from vllm import LLM
 
     return LLM(model=model, **engine_args)
+
+
+@contextmanager
+def noting_inputs(llm: Any) -> Iterator[list[Any]]:
+    """Within the block, notes the rendered input of each request that ``llm`` gives its engine.
+
+    Images come with their pixels, also those that vLLM's engine holds in its cache.
+    """
+    engine, renderer = llm.llm_engine, llm.renderer
+    noted: list[Any] = []
+    add_request, render_chat = engine.add_request, renderer.render_chat
+
+    def noting(request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        noted.append(prompt)
+        return add_request(request_id, prompt, *args, **kwargs)
+
+    engine.add_request, renderer.render_chat = noting, partial(render_chat, skip_mm_cache=True)
+    try:
+        yield noted
+    finally:
+        engine.add_request, renderer.render_chat = add_request, render_chat
 
 
 def stop_engine(llm: Any) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.api.request import FlashTraceRequest, parse_flashtrace_field
-from vllm_flashtrace.base.errors import FlashTraceError, InvalidRequestError, UnsupportedModelError
+from vllm_flashtrace.base.errors import (
+    FlashTraceError,
+    InvalidRequestError,
+    TraceError,
+    UnsupportedModelError,
+)
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.offline.engine import (
     engine_refusal,
+    noting_inputs,
     offline_output_parser,
     start_engine,
     stop_engine,
@@ -21,10 +28,14 @@ from vllm_flashtrace.offline.engine import (
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.plan import plan_targets
+from vllm_flashtrace.text.prompt_images import has_media, image_urls
 from vllm_flashtrace.text.sources import find_sources
 from vllm_flashtrace.text.tool_calls import call_arguments
 from vllm_flashtrace.text.verification import Verification
 from vllm_flashtrace.trace.config import FlashTraceConfig
+
+if TYPE_CHECKING:
+    from vllm_flashtrace.trace.multimodal import PromptImages
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
@@ -133,8 +144,8 @@ class FlashTrace:
         given = as_prompts(prompts)
         request = self._parse(flashtrace, given)
         chat_args["lora_request"] = lora_request
-        completions = self._complete(given, sampling_params, chat_args)
-        return self._attribute(request, completions, lora_request)
+        jobs = self._complete(given, sampling_params, chat_args)
+        return self._attribute(request, jobs)
 
     def attribute(
         self,
@@ -168,13 +179,15 @@ class FlashTrace:
         else:
             generated = list(completion)
             text = self._tokenizer.decode(generated, skip_special_tokens=True)
+        token_ids, rendered = self._prompt_input(prompt)
         record = Completion(
-            prompt_token_ids=self._prompt_ids(prompt),
+            prompt_token_ids=token_ids,
             generated_token_ids=generated,
             text=text,
             **texts_of(prompt),
         )
-        return self._attribute(request, [record], lora_request)[0]
+        job = self._job(record, rendered, lora_request)
+        return self._attribute(request, [job])[0]
 
     def _parse(
         self, flashtrace: Mapping[str, Any] | bool, prompts: Sequence[Prompt] = ()
@@ -201,43 +214,77 @@ class FlashTrace:
 
     def _complete(
         self, prompts: Sequence[Prompt], sampling_params: Any, chat_args: Mapping[str, Any]
-    ) -> list[Completion]:
+    ) -> list[TraceJob]:
         """Generates; chats and plain prompts each go to the engine as one batch."""
         chats = [i for i, prompt in enumerate(prompts) if is_chat(prompt)]
         plain = [i for i, prompt in enumerate(prompts) if not is_chat(prompt)]
         outputs: dict[int, Any] = {}
+        inputs: dict[int, Any] = {}
         if chats:
             conversations = [[dict(message) for message in prompts[i]] for i in chats]  # type: ignore[arg-type]
             if self._chat_template is not None:
                 chat_args = {"chat_template": self._chat_template, **chat_args}
-            answers = self.llm.chat(conversations, sampling_params, use_tqdm=False, **chat_args)
+            with noting_inputs(self.llm) as noted:
+                answers = self.llm.chat(conversations, sampling_params, use_tqdm=False, **chat_args)
+            inputs.update(zip(chats, noted, strict=True))
             outputs.update(zip(chats, answers, strict=True))
         if plain:
-            inputs = [engine_input(prompts[i]) for i in plain]
+            given = [engine_input(prompts[i]) for i in plain]
             answers = self.llm.generate(
-                inputs, sampling_params, use_tqdm=False, lora_request=chat_args["lora_request"]
+                given, sampling_params, use_tqdm=False, lora_request=chat_args["lora_request"]
             )
             outputs.update(zip(plain, answers, strict=True))
         return [
-            completion
+            self._job(completion, inputs.get(i), chat_args["lora_request"])
             for i, prompt in enumerate(prompts)
             for completion in completions_of(outputs[i], prompt)
         ]
 
+    def _job(self, completion: Completion, rendered: Any, lora_request: Any | None) -> TraceJob:
+        """The attribution of a completion to the prompt that vLLM's renderer has made."""
+        job = TraceJob(completion, next(self._ids), lora_request=lora_request)
+        try:
+            job.images = self._images(rendered)
+        except TraceError as error:
+            job.error = error
+        if job.images is not None:
+            job.completion = replace(completion, images=job.images.in_prompt())
+        return job
+
+    def _images(self, rendered: Any) -> PromptImages | None:
+        from vllm_flashtrace.trace.multimodal import PromptImages, check_images
+
+        images = PromptImages.of(rendered)
+        if images is not None:
+            config = self.llm.llm_engine.vllm_config
+            check_images(config)
+            if getattr(config.lora_config, "default_mm_loras", None):
+                raise TraceError(
+                    "unsupported_input",
+                    "traces of images are not supported offline with adapters that belong to them",
+                )
+        return images
+
     def _attribute(
         self,
         request: FlashTraceRequest,
-        completions: Sequence[Completion],
-        lora_request: Any | None = None,
+        jobs: Sequence[TraceJob],
     ) -> list[Attribution]:
-        jobs = [self._plan(request, completion) for completion in completions]
         for job in jobs:
-            job.lora_request = lora_request
+            if job.error is None:
+                self._plan(request, job)
         run_jobs(jobs, self.llm, self.config)
-        return [Attribution(job.outcome(), text=job.completion.text) for job in jobs]
+        return [
+            Attribution(
+                job.outcome(),
+                text=job.completion.text,
+                image_urls=image_urls(job.completion.messages, len(job.completion.images)),
+            )
+            for job in jobs
+        ]
 
-    def _plan(self, request: FlashTraceRequest, completion: Completion) -> TraceJob:
-        job = TraceJob(completion, next(self._ids))
+    def _plan(self, request: FlashTraceRequest, job: TraceJob) -> None:
+        completion = job.completion
         parser = self._make_parser(completion.prompt_token_ids) if self._make_parser else None
         try:
             job.plans = plan_targets(
@@ -260,14 +307,33 @@ class FlashTrace:
                 render=self._render,
                 max_requests=self.config.max_verify_requests,
             )
-        return job
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_input(self, prompt: Prompt) -> tuple[list[int], Any]:
+        """Token ids of a prompt, and what vLLM's renderer makes of a chat with images."""
         if isinstance(prompt, str):
-            return list(self._tokenizer.encode(prompt))
-        if is_chat(prompt):
-            return list(self._tokenizer.encode(self._render(prompt), add_special_tokens=False))
-        return [int(token) for token in prompt]  # type: ignore[arg-type]
+            return list(self._tokenizer.encode(prompt)), None
+        if not is_chat(prompt):
+            return [int(token) for token in prompt], None  # type: ignore[arg-type]
+        if not has_media(prompt):
+            text = self._render(prompt)
+            return list(self._tokenizer.encode(text, add_special_tokens=False)), None
+        rendered = self._rendered(prompt)
+        return list(rendered["prompt_token_ids"]), rendered
+
+    def _rendered(self, messages: Messages) -> Any:
+        """A chat as ``LLM.chat`` renders it."""
+        from vllm.renderers import ChatParams
+
+        renderer = self.llm.renderer
+        template = self._chat_template or self.llm.chat_template
+        params = ChatParams(
+            chat_template=template,
+            chat_template_kwargs={"add_generation_prompt": True, "tokenize": False},
+        )
+        tokens = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+        conversation = [dict(message) for message in messages]
+        _, [rendered] = renderer.render_chat([conversation], params, tokens, skip_mm_cache=True)
+        return rendered
 
     def _render(self, messages: Messages) -> str:
         rendered = self._tokenizer.apply_chat_template(

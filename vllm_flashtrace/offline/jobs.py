@@ -26,7 +26,8 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 
 if TYPE_CHECKING:
-    from vllm_flashtrace.trace.hop import TraceCall, Visit
+    from vllm_flashtrace.trace.hop import EngineContext, TraceCall, Visit
+    from vllm_flashtrace.trace.multimodal import PromptImages
 
 
 @dataclass(slots=True)
@@ -45,8 +46,16 @@ class TraceJob:
     usage: TraceUsage = field(default_factory=TraceUsage)
     error: FlashTraceError | None = None
     lora_request: Any | None = None
+    images: PromptImages | None = None
     verify: Callable[[list[TracePlan]], Verification] | None = None
     verifications: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def context(self) -> EngineContext:
+        """What its requests share with the completion."""
+        from vllm_flashtrace.trace.hop import EngineContext
+
+        return EngineContext(lora_request=self.lora_request, images=self.images)
 
     def outcome(self) -> dict[str, Any]:
         """The attribution object once the job has run all its hops or failed."""
@@ -90,7 +99,7 @@ def _weigh(jobs: Sequence[TraceJob], llm: Any, places: int) -> None:
     weighed = [job for job in jobs if job.plans[0].request.weighting == "surprise"]
     texts = [surprise_text(job.plans) for job in weighed]
     began = time.monotonic()
-    reports = score_texts(llm, texts, [job.lora_request for job in weighed], places)
+    reports = score_texts(llm, texts, [job.context for job in weighed], places)
     for job, text, report in zip(weighed, texts, reports, strict=True):
         try:
             if isinstance(report, FlashTraceError):
@@ -107,7 +116,7 @@ def _verify(job: TraceJob, verification: Verification, llm: Any, places: int) ->
     """Scores the texts that verify an attribution."""
     began = time.monotonic()
     texts = verification.texts
-    reports = score_texts(llm, texts, [job.lora_request] * len(texts), places)
+    reports = score_texts(llm, texts, [job.context] * len(texts), places)
     for report in reports:
         if isinstance(report, ScoreReport):
             job.usage.add_score(report)
@@ -118,30 +127,28 @@ def _verify(job: TraceJob, verification: Verification, llm: Any, places: int) ->
 def score_texts(
     llm: Any,
     texts: Sequence[ScoredText],
-    lora_requests: Sequence[Any],
+    contexts: Sequence[EngineContext],
     places: int,
-    cache_salt: str | None = None,
 ) -> list[ScoreReport | FlashTraceError]:
     """Log-probabilities of tokens; a text that fails has its error in place of a report.
 
     Args:
         llm: A ``vllm.LLM``.
         texts: The texts, and which of their tokens are scored.
-        lora_requests: The adapter of each, or None.
+        contexts: What each shares with the completion that it is of.
         places: How many go to the engine at once.
-        cache_salt: Their prefixes are looked up among what was computed with the same.
     """
     from vllm_flashtrace.trace.scoring import checked, score_call
 
     reports: list[ScoreReport | FlashTraceError] = []
     for start in range(0, len(texts), places):
-        batch = texts[start : start + places]
-        calls = [score_call(text, cache_salt) for text in batch]
-        outputs = llm.generate(
+        batch, shared = texts[start : start + places], contexts[start : start + places]
+        calls = [score_call(text, context) for text, context in zip(batch, shared, strict=True)]
+        outputs = run_requests(
+            llm,
             [call.prompt for call in calls],
             [call.params for call in calls],
-            use_tqdm=False,
-            lora_request=list(lora_requests[start : start + places]),
+            [context.lora_request for context in shared],
         )
         for text, call, output in zip(batch, calls, outputs, strict=True):
             try:
@@ -164,11 +171,11 @@ def _advance(
     calls = [call for job in jobs if (call := _next_call(job, config)) is not None]
     for batch in _batches(calls, places, budget):
         began = time.monotonic()
-        outputs = llm.generate(
+        outputs = run_requests(
+            llm,
             [call.trace.prompt for call in batch],
             [call.trace.params for call in batch],
-            use_tqdm=False,
-            lora_request=[call.job.lora_request for call in batch],
+            [call.job.lora_request for call in batch],
         )
         seconds = time.monotonic() - began
         for call, output in zip(batch, outputs, strict=True):
@@ -180,7 +187,7 @@ def _next_call(job: TraceJob, config: FlashTraceConfig) -> _Call | None:
     """The next request of an unfinished job; a job's requests run one after the other."""
     if job.error is None:
         for visit in job.visits:
-            if (call := visit.next_call(config, None)) is not None:
+            if (call := visit.next_call(config, job.context)) is not None:
                 return _Call(job, call)
     return None
 
@@ -209,6 +216,39 @@ def _batches(
         held += cost
     if batch:
         yield batch
+
+
+def run_requests(
+    llm: Any, prompts: Sequence[Any], params: Sequence[Any], lora_requests: Sequence[Any]
+) -> list[Any]:
+    """Runs engine requests of ours as one batch, as ``LLM.generate`` does; outputs in their order.
+
+    That takes no input whose images vLLM's renderer has prepared, so a batch with images is handed
+    to the engine itself.
+
+    Args:
+        llm: A ``vllm.LLM``.
+        prompts: Tokens, or rendered engine inputs.
+        params: Sampling parameters of each.
+        lora_requests: The adapter of each, or None.
+    """
+    if not any("type" in prompt for prompt in prompts):
+        outputs: list[Any] = llm.generate(
+            prompts, params, use_tqdm=False, lora_request=lora_requests
+        )
+        return outputs
+    from vllm import RequestOutput
+
+    engine, added = llm.llm_engine, []
+    try:
+        for prompt, own, lora_request in zip(prompts, params, lora_requests, strict=True):
+            number = str(next(llm.request_counter))
+            added.append(engine.add_request(number, prompt, own, lora_request=lora_request))
+    except BaseException:
+        engine.abort_request(added, internal=True)
+        raise
+    outputs = llm.wait_for_completion(RequestOutput, use_tqdm=False)
+    return outputs
 
 
 def _collect(llm: Any, call: _Call, output: Any, seconds: float) -> None:

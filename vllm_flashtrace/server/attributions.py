@@ -212,6 +212,7 @@ _FIELD_AT_FAULT = {
     "too_many_attention_sums": "flashtrace.include",
     "too_many_layer_scores": "flashtrace.include",
     "too_many_targets": "flashtrace.targets",
+    "unsupported_input": "messages",
     "tool_call_not_found": "flashtrace.target.tool_call",
 }
 

@@ -8,6 +8,7 @@ the model would write them; where the text does not show them unmistakably it is
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,15 +23,23 @@ from vllm_flashtrace.api.checks import shown
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.server.http_errors import field_path, refused_field
-from vllm_flashtrace.server.recording_client import engine_context, engine_input_type
+from vllm_flashtrace.server.recording_client import (
+    IMAGES,
+    TEXT,
+    engine_context,
+    engine_input_type,
+)
 from vllm_flashtrace.server.rendering import (
     Render,
     make_reasoning_parser,
     make_render,
     reasoning_markers,
     tokenize_completion,
+    with_pixels,
 )
+from vllm_flashtrace.server.session import images_of
 from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
+from vllm_flashtrace.text.prompt_images import refuse_media
 from vllm_flashtrace.text.sources import chat_documents
 from vllm_flashtrace.text.tool_calls import locate_calls
 from vllm_flashtrace.trace.tracer import EngineContext
@@ -94,12 +103,15 @@ async def existing_chat(
     """
     answer = read_answer(messages)
     prior = messages[:-1]
+    refuse_media(prior, "messages")
     request = _build(ChatCompletionRequest, {**options, "messages": [dict(m) for m in prior]})
-    rendered = await handler.render_chat_request(request)
+    seeing = copy.copy(handler)
+    seeing.online_renderer = with_pixels(handler.online_renderer)
+    rendered = await seeing.render_chat_request(request)
     if isinstance(rendered, ErrorResponse):
         return rendered
     _, (engine_input,) = rendered
-    _require_tokens(engine_input)
+    context = _context(handler, engine_input, engine_options)
     markers = reasoning_markers(handler, request)
     if answer.tool_calls:
         closed = {"messages": [dict(m) for m in messages], "add_generation_prompt": False}
@@ -121,10 +133,11 @@ async def existing_chat(
         text=text,
         messages=prior,
         documents=chat_documents(options.get("documents")),
+        images=images_of(context),
     )
     return ExistingText(
         completion=completion,
-        context=engine_context(engine_input, engine_options),
+        context=context,
         render=make_render(handler, request),
         reasoning_parser=given_parser(answer, reasoning_from, server_parser, markers),
     )
@@ -154,7 +167,7 @@ async def existing_plain(
     if isinstance(rendered, ErrorResponse):
         return rendered
     (engine_input,) = rendered
-    _require_tokens(engine_input)
+    context = _context(handler, engine_input, engine_options)
     if isinstance(generated, str):
         text, token_ids = generated, await tokenize_completion(handler, generated, "completion")
     else:
@@ -167,7 +180,7 @@ async def existing_plain(
         text=text,
         prompt_text=prompt if isinstance(prompt, str) else None,
     )
-    return ExistingText(completion, engine_context(engine_input, engine_options))
+    return ExistingText(completion, context)
 
 
 def _build(model: type, fields: Mapping[str, Any]) -> Any:
@@ -183,14 +196,15 @@ def _build(model: type, fields: Mapping[str, Any]) -> Any:
         raise InvalidRequestError("messages", f"messages: {refused.message}") from error
 
 
-def _require_tokens(engine_input: Any) -> None:
+def _context(handler: Any, engine_input: Any, engine_options: Mapping[str, Any]) -> EngineContext:
     kind = engine_input_type(engine_input)
-    if kind != "token":
+    if kind not in (TEXT, IMAGES):
         raise InvalidRequestError(
             "messages",
-            f"messages: only text can be attributed (engine input type {kind!r})",
+            f"messages: only text and images can be attributed (engine input type {kind!r})",
             code="unsupported_input",
         )
+    return engine_context(engine_input, engine_options, handler.engine_client.vllm_config)
 
 
 def _around_reasoning(prompt: str | None, markers: tuple[str, str]) -> tuple[str, str]:

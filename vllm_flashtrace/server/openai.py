@@ -23,6 +23,7 @@ from vllm_flashtrace.server.rendering import (
     make_reasoning_parser,
     make_render,
     require_tool_calls,
+    with_pixels,
 )
 from vllm_flashtrace.server.session import RequestFacts, TraceService, TraceSession
 from vllm_flashtrace.server.streams import chat_choice, text_choice, with_attributions
@@ -32,6 +33,7 @@ from vllm_flashtrace.server.traced_handler import (
     recording_client,
     recording_copy,
 )
+from vllm_flashtrace.text.prompt_images import refuse_media
 from vllm_flashtrace.text.sources import chat_documents
 
 
@@ -121,6 +123,7 @@ class RecordedChat(OpenAIServingChat):
         self._route = route
         self._documents = documents
         self._facts: RequestFacts | None = None
+        self.online_renderer = with_pixels(stock.online_renderer)
         self.engine_client: Any = recording_client(stock.engine_client, flashtrace)
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
@@ -158,10 +161,12 @@ async def chat_facts(
         InvalidRequestError: The messages cannot be copied, or do not hold the sources.
     """
     check_messages(request.messages, "messages")
+    messages = copied_messages(request.messages)
+    refuse_media(messages, "messages")
     facts = RequestFacts(
         flashtrace=flashtrace,
         choices_per_prompt=request.n or 1,
-        messages=copied_messages(request.messages),
+        messages=messages,
         render=make_render(handler, request),
         reasoning_parser=make_reasoning_parser(handler, request),
         documents=[*documents, *chat_documents(request.documents)],

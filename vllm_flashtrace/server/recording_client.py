@@ -13,10 +13,15 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.trace.engines import noting_ranks
+from vllm_flashtrace.trace.multimodal import PromptImages, check_images
 from vllm_flashtrace.trace.tracer import EngineContext
 
-BeforeGenerate = Callable[[Any], None]
+BeforeGenerate = Callable[[Any, PromptImages | None], None]
+
+TEXT, IMAGES = "token", "multimodal"
+"""Kinds of engine input that are traced."""
 
 
 @dataclass(slots=True)
@@ -37,7 +42,8 @@ class RecordedPrompt:
     """One ``generate()`` call: its input, its context and its choices.
 
     Attributes:
-        input_type: vLLM's kind of engine input; only ``"token"`` is a plain sequence of tokens.
+        input_type: vLLM's kind of engine input; `TEXT` is a plain sequence of tokens, and `IMAGES`
+            one in which some stand for images.
         context: What a trace request must share with this one to hit its prefix cache.
         prompt_token_ids: The exact prompt, empty until the engine's first output.
         choices: By index within the call.
@@ -87,8 +93,8 @@ class RecordingClient:
 
         Args:
             client: vLLM's ``EngineClient``.
-            before_generate: Sees the sampling parameters of each call and may refuse it by
-                raising; vLLM's handlers let that through to the caller.
+            before_generate: Sees the sampling parameters and the images of each call and may
+                refuse it by raising; vLLM's handlers let that through to the caller.
         """
         self._client = client
         self._before_generate = before_generate
@@ -105,11 +111,12 @@ class RecordingClient:
         This is a plain function, so that a refusal is raised where vLLM's handler makes the call
         and not when a stream that has already been promised is first read.
         """
-        self._before_generate(sampling_params)
+        options = {**kwargs, "request_id": request_id}
         record = RecordedPrompt(
             input_type=engine_input_type(prompt),
-            context=engine_context(prompt, {**kwargs, "request_id": request_id}),
+            context=engine_context(prompt, options, self._client.vllm_config),
         )
+        self._before_generate(sampling_params, record.context.images)
         self.prompts.append(record)
         outputs = self._client.generate(prompt, sampling_params, request_id, **kwargs)
         return _record(outputs, record, sampling_params.output_kind == RequestOutputKind.DELTA)
@@ -136,14 +143,28 @@ def engine_input_type(prompt: Any) -> str:
     return str(prompt.get("type", "unknown")) if isinstance(prompt, Mapping) else "unknown"
 
 
-def engine_context(prompt: Any, generate_kwargs: Mapping[str, Any]) -> EngineContext:
+def engine_context(prompt: Any, generate_kwargs: Mapping[str, Any], config: Any) -> EngineContext:
     """The context that a trace request must share with a generation.
 
     Args:
-        prompt: Rendered engine input; carries the cache salt.
+        prompt: Rendered engine input; carries the cache salt and the images.
         generate_kwargs: Keyword arguments of ``EngineClient.generate``, ``request_id`` among them
             if there was a generation.
+        config: The engine's ``VllmConfig``.
+
+    Raises:
+        InvalidRequestError: The messages hold something that is neither text nor an image, or
+            images that this engine's traces do not support.
     """
+    images = None
+    if engine_input_type(prompt) == IMAGES:
+        try:
+            images = PromptImages.of(prompt)
+            check_images(config)
+        except TraceError as error:
+            raise InvalidRequestError(
+                "messages", f"messages: {error.message}", code=error.code
+            ) from error
     return EngineContext(
         cache_salt=prompt.get("cache_salt") if isinstance(prompt, Mapping) else None,
         lora_request=generate_kwargs.get("lora_request"),
@@ -151,4 +172,5 @@ def engine_context(prompt: Any, generate_kwargs: Mapping[str, Any]) -> EngineCon
         trace_headers=generate_kwargs.get("trace_headers"),
         data_parallel_rank=generate_kwargs.get("data_parallel_rank"),
         request_id=generate_kwargs.get("request_id"),
+        images=images,
     )

@@ -17,6 +17,7 @@ from vllm.utils.mistral import is_mistral_tokenizer
 from vllm_flashtrace.api.request import FlashTraceRequest, ToolCallTarget
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
+from vllm_flashtrace.text.prompt_images import without_pictures
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str | None]
 
@@ -49,7 +50,7 @@ def render_with(online: Any, chat_params: Callable[[], Any]) -> Render:
             return None
         try:
             _, prompt = online.renderer.render_messages(
-                copy.deepcopy(list(messages)), chat_params()
+                copy.deepcopy(without_pictures(messages)), chat_params()
             )
         except VLLMClientError:  # what vLLM makes of an error raised inside a template
             return None
@@ -57,6 +58,21 @@ def render_with(online: Any, chat_params: Callable[[], Any]) -> Render:
         return text if isinstance(text, str) else None
 
     return render
+
+
+def with_pixels(online: Any) -> Any:
+    """A copy of vLLM's ``OnlineRenderer`` that prepares images with their pixels.
+
+    vLLM's own leaves them out where the engine holds them in its cache, from which they may be gone
+    when a trace needs them.
+    """
+
+    def preprocess_chat(*args: Any, **kwargs: Any) -> Any:
+        return online.preprocess_chat(*args, **{**kwargs, "skip_mm_cache": True})
+
+    copied = copy.copy(online)
+    copied.preprocess_chat = preprocess_chat
+    return copied
 
 
 def copied_messages(messages: Any) -> Any:

@@ -42,7 +42,8 @@ from vllm_flashtrace.server.session import (
     TraceSession,
     check_sources,
 )
-from vllm_flashtrace.server.traced_handler import Recording, TracedHandler
+from vllm_flashtrace.server.traced_handler import Recording, TracedHandler, check_beside_images
+from vllm_flashtrace.text.prompt_images import refuse_media
 
 
 class TracedResponses(TracedHandler, OpenAIServingResponses):
@@ -130,7 +131,9 @@ class _RecordingResponses(OpenAIServingResponses):
         self._request = request
         self._messages: Sequence[Mapping[str, Any]] = ()
         self._render: Render | None = None
-        self.engine_client: Any = RecordingClient(stock.engine_client, lambda _: None)
+        self.engine_client: Any = RecordingClient(
+            stock.engine_client, lambda _, images: check_beside_images(flashtrace, images)
+        )
         self.online_renderer = copy.copy(stock.online_renderer)
         self.online_renderer.preprocess_chat = self._preprocess_chat
         self._stock_renderer = stock.online_renderer
@@ -148,6 +151,7 @@ class _RecordingResponses(OpenAIServingResponses):
         """Notes what is rendered, and how; vLLM may rewrite the messages while it renders."""
         check_messages(messages, "input")
         self._messages = copied_messages(messages)
+        refuse_media(self._messages, "input")
         known = Completion((), (), "", messages=self._messages)
         await check_sources(self._flashtrace, known)
         defaults = merge_kwargs(default_template_kwargs, {"tools": tool_dicts, "tokenize": False})
@@ -162,7 +166,7 @@ class _RecordingResponses(OpenAIServingResponses):
             default_template_content_format,
             default_template_kwargs,
             tool_dicts,
-            **kwargs,
+            **{**kwargs, "skip_mm_cache": True},  # See `with_pixels`.
         )
 
     def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any) -> Any:

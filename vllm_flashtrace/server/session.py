@@ -22,10 +22,10 @@ from vllm_flashtrace.api.request import (
 )
 from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.base.logs import log_unexpected
-from vllm_flashtrace.base.records import Completion, Document
+from vllm_flashtrace.base.records import Completion, Document, PromptImage
 from vllm_flashtrace.server.deferred import DeferredAttributions
 from vllm_flashtrace.server.large_objects import Carried, carried, plain
-from vllm_flashtrace.server.recording_client import RecordedPrompt
+from vllm_flashtrace.server.recording_client import IMAGES, TEXT, RecordedPrompt
 from vllm_flashtrace.text.prompt_texts import Render
 from vllm_flashtrace.text.sources import check_written, find_sources
 from vllm_flashtrace.trace.tracer import AsyncTracer, EngineContext, in_text_thread
@@ -138,10 +138,10 @@ class TraceSession:
         )
 
     def _nothing_to_trace(self, prompt: RecordedPrompt, choice_index: int) -> TraceError | None:
-        if prompt.input_type != "token":
+        if prompt.input_type not in (TEXT, IMAGES):
             return TraceError(
                 "unsupported_input",
-                f"the prompt is not plain tokens (engine input type {prompt.input_type!r})",
+                f"the prompt is neither text nor images (engine input type {prompt.input_type!r})",
             )
         choice = prompt.choices.get(choice_index)
         if not self._facts.generates or choice is None or not choice.token_ids:
@@ -159,7 +159,13 @@ class TraceSession:
             prompt_text=texts[prompt_index] if prompt_index < len(texts) else None,
             messages=self._facts.messages,
             documents=self._facts.documents,
+            images=images_of(prompt.context),
         )
+
+
+def images_of(context: EngineContext) -> list[PromptImage]:
+    """The images of a prompt, by what its trace shares with it."""
+    return [] if context.images is None else context.images.in_prompt()
 
 
 @dataclass(frozen=True, slots=True)

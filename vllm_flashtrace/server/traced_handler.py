@@ -16,15 +16,18 @@ from typing import Any
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_flashtrace.api.request import FIELD, FlashTraceRequest, check_against_limit
-from vllm_flashtrace.base.errors import InvalidRequestError
+from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.server.http_errors import error_response
 from vllm_flashtrace.server.recording_client import RecordingClient
+from vllm_flashtrace.server.rendering import with_pixels
 from vllm_flashtrace.server.session import (
     RequestFacts,
     TraceService,
     TraceSession,
     refuse_reserved_xargs,
 )
+from vllm_flashtrace.text.plan import refuse_with_images
+from vllm_flashtrace.trace.multimodal import PromptImages
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +104,35 @@ class TracedHandler:
 def recording_copy(stock: Any, facts: RequestFacts, service: TraceService) -> Recording:
     """A recording copy of a handler for a request of which everything is known beforehand."""
     handler = copy.copy(stock)
+    handler.online_renderer = with_pixels(stock.online_renderer)
     client = handler.engine_client = recording_client(stock.engine_client, facts.flashtrace)
     return Recording(handler, lambda: TraceSession(service, facts, client.prompts))
 
 
 def recording_client(engine_client: Any, flashtrace: FlashTraceRequest) -> RecordingClient:
-    """A recorder that refuses a generation too short for the positions ``flashtrace`` names."""
+    """A recorder that refuses a generation too short for the positions ``flashtrace`` names.
 
-    def check(sampling_params: Any) -> None:
+    It also refuses images where ``flashtrace`` asks for what is not known of them.
+    """
+
+    def check(sampling_params: Any, images: PromptImages | None) -> None:
+        check_beside_images(flashtrace, images)
         if sampling_params.max_tokens is not None:
             check_against_limit(flashtrace, sampling_params.max_tokens)
 
     return RecordingClient(engine_client, check)
+
+
+def check_beside_images(flashtrace: FlashTraceRequest, images: PromptImages | None) -> None:
+    """Refuses what a request cannot have beside images.
+
+    Raises:
+        InvalidRequestError: Naming the option.
+    """
+    try:
+        refuse_with_images(flashtrace, 0 if images is None else len(images.in_prompt()))
+    except TraceError as error:
+        raise InvalidRequestError(FIELD, error.message, code=error.code) from error
 
 
 async def field_as_sent(request: Any, raw_request: Any) -> Any:

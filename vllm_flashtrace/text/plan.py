@@ -39,6 +39,7 @@ from vllm_flashtrace.text.generated import (
 )
 from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.offsets import TokenText, token_offsets
+from vllm_flashtrace.text.prompt_images import without_text
 from vllm_flashtrace.text.prompt_map import PromptMap, locate_prompt
 from vllm_flashtrace.text.prompt_texts import Render
 from vllm_flashtrace.text.reasoning import (
@@ -327,7 +328,7 @@ class TracePlan:
             are credited.
         auto_threshold: Mass on reasoning at which ``hops: "auto"`` stops.
         dropped_target_tokens: Target tokens that do not fit the model's context.
-        prompt: The decoded prompt.
+        prompt: The decoded prompt; its images' tokens have no text.
         generated: The decoded generated tokens, all of them.
         prompt_map: The client's messages laid over the prompt.
         sources: What the answer may have been taken from; None where nothing was asked for.
@@ -428,15 +429,18 @@ def plan_targets(
         TraceError: ``empty_completion``, ``empty_target``, ``target_not_found``,
             ``span_out_of_range``, ``reasoning_not_found``, ``regex_timeout``,
             ``tool_call_not_found``, ``argument_not_found``, ``target_beyond_context``,
-            ``too_many_targets`` or ``assistant_not_located``.
+            ``too_many_targets``, ``assistant_not_located``, or ``unsupported_input``: the prompt
+            has images, and the request asks for what is not known of them.
         InvalidRequestError: The request has a guard, and the prompt is no chat.
     """
     if not completion.generated_token_ids:
         raise TraceError("empty_completion", "no token was generated")
     if request.guard is not None:
         require_messages(completion)
+    refuse_with_images(request, len(completion.images))
     prompt_length = len(completion.prompt_token_ids)
-    prompt = token_offsets(tokenizer, completion.prompt_token_ids)
+    written = token_offsets(tokenizer, completion.prompt_token_ids)
+    prompt = without_text(written, completion.images, but_first=False)
     parts = take_apart(decode_generated(tokenizer, completion), completion, reasoning_parser)
     generated = parts.generated
     reasoning = find_reasoning(
@@ -446,7 +450,8 @@ def plan_targets(
     targets = [
         _within_context(target.weights, max_trace_tokens, prompt_length) for target in resolved
     ]
-    prompt_map = locate_prompt(completion, prompt, render, tokenizer)
+    with_marks = without_text(written, completion.images, but_first=True)
+    prompt_map = locate_prompt(completion, with_marks, render, tokenizer)
     sources: list[PromptSource] | None = None
     if request.sources is not None:
         sources = locate_sources(find_sources(request, completion), prompt_map, prompt)
@@ -455,6 +460,8 @@ def plan_targets(
     if skipped is not None:
         # What is skipped would tell which hidden tokens spell one of the client's strings.
         skipped[prompt_length : prompt_length + generated.hidden] = False
+        # Tokens of images have no text, and are no punctuation.
+        skipped[[token for image in completion.images for token in image.tokens]] = False
     plans = []
     for found, (target, dropped) in zip(resolved, targets, strict=True):
         length = target.last + 1
@@ -510,6 +517,27 @@ def plan_targets(
             "empty_target", "flashtrace.skip_tokens leaves no token of the answer to explain"
         )
     return plans
+
+
+def refuse_with_images(request: FlashTraceRequest, images: int) -> None:
+    """Refuses what a request cannot have beside images.
+
+    A verification takes texts out of the prompt, where images would have to move; and what an image
+    shows may be the words of somebody else than the one who sent it, so a guard cannot trust it.
+
+    Args:
+        request: The client's options.
+        images: How many images the prompt has.
+
+    Raises:
+        TraceError: ``unsupported_input``.
+    """
+    for name, asked in (("verify", request.verify > 0), ("guard", request.guard is not None)):
+        if asked and images:
+            raise TraceError(
+                "unsupported_input",
+                f"flashtrace.{name} is not available for prompts with images, got {images} of them",
+            )
 
 
 def _resolve_all(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from vllm_flashtrace.base.records import Completion, Span
 from vllm_flashtrace.text.normal_forms import last_at, made_from
 from vllm_flashtrace.text.offsets import TokenText
+from vllm_flashtrace.text.prompt_images import image_places
 from vllm_flashtrace.text.prompt_texts import (
     Layout,
     LocatedText,
@@ -41,7 +42,7 @@ class LocatedToken:
         message: Index of the message.
         part: Index of the content part, None where the content is one string.
         start: First character within the content (or the part); None outside the content proper
-            (a tool call or earlier reasoning).
+            (a tool call or earlier reasoning), and for an image.
         end: One past the last character.
         tool_call: Index of the message's tool call that it belongs to, if any.
     """
@@ -68,11 +69,14 @@ class PromptMap:
         tokens: One entry per prompt token, None for tokens of the template.
         roles: Role of each message; ``"prompt"`` for a plain prompt.
         unlocated: Messages that the prompt holds, or may hold, at a place that is not known.
+        images: Message and content part of each of the prompt's images; None where they are not
+            known, or there are none.
     """
 
     tokens: list[LocatedToken | None]
     roles: list[str]
     unlocated: frozenset[int] = frozenset()
+    images: list[tuple[int, int]] | None = None
 
     def of_role(self, role: str) -> list[int]:
         """Prompt tokens of all messages of a role, ascending."""
@@ -93,7 +97,8 @@ def locate_prompt(
 
     Args:
         completion: Its ``messages`` or ``prompt_text`` are located; with neither, nothing is.
-        prompt: The decoded prompt tokens.
+        prompt: The decoded prompt tokens; an image's have the text that the template writes in its
+            place.
         render: Renders other messages exactly as these were rendered; None if impossible.
         tokenizer: The model's tokenizer; without it, only text that tokens decode to is found.
     """
@@ -104,7 +109,7 @@ def locate_prompt(
 
     if completion.messages is not None:
         found = _find_messages(completion.messages, prompt, render, lay_over, tokenizer)
-        return _locate_chat(completion.messages, found)
+        return _with_images(_locate_chat(completion.messages, found), completion)
     if completion.prompt_text is None:
         return PromptMap([None] * len(prompt), [])
     whole = MessageText(0, None, completion.prompt_text)
@@ -116,6 +121,18 @@ def locate_prompt(
         text = clipped(LocatedText(whole, offset, offset + len(whole.text)), len(view.text))
         found = LocatedTexts([text], frozenset(), view)
     return PromptMap(_locate_tokens(found), ["prompt"], found.unlocated)
+
+
+def _with_images(prompt_map: PromptMap, completion: Completion) -> PromptMap:
+    """Locates the tokens of the images, too."""
+    places = image_places(completion.messages, len(completion.images))
+    if not completion.images or places is None:
+        return prompt_map
+    tokens = [*prompt_map.tokens]
+    for image, (message, part) in zip(completion.images, places, strict=True):
+        for token in image.tokens:
+            tokens[token] = LocatedToken(message, part, None, None)
+    return replace(prompt_map, tokens=tokens, images=places)
 
 
 def _laid_over(

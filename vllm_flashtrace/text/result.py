@@ -25,6 +25,7 @@ from vllm_flashtrace.core.hops import HopMass, HopResult
 from vllm_flashtrace.text.citations import cited, cited_source
 from vllm_flashtrace.text.guard import guarded_argument
 from vllm_flashtrace.text.plan import TracePlan
+from vllm_flashtrace.text.prompt_images import image_part, scored_image
 from vllm_flashtrace.text.prompt_map import PromptMap
 from vllm_flashtrace.text.sentences import sentences
 from vllm_flashtrace.text.sources import PromptSource
@@ -158,10 +159,15 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
     _check_balance(result)
     scores = _numbers(result.scores[: plan.prompt_length])
     listed = _listed(plan)
+    parts = {
+        token: image_part(image, number)
+        for image in plan.completion.images
+        for number, token in enumerate(image.tokens)
+    }
     data: dict[str, Any] = {
         "target": _target(plan),
         "scores": [
-            _score(plan, i, tokens[i], scores[i])
+            _score(plan, i, tokens[i], scores[i], parts.get(i))
             for i in _chosen(scores, plan.request.top_k, listed)
         ],
         **({"prompt_tokens": plan.prompt_length} if plan.request.targets is None else {}),
@@ -182,6 +188,12 @@ def _target_result(plan: TracePlan, tokens: Sequence[str], as_tensors: bool) -> 
         if plan.request.citations is not None:
             data["citations"] = _citations(plan, plan.sources, entries, scores)
         data["sources"] = _with_best_sentences(entries, plan.request.top_k)
+    if plan.completion.images:
+        places = plan.prompt_map.images
+        data["images"] = [
+            scored_image(image, None if places is None else places[image.index], scores)
+            for image in plan.completion.images
+        ]
     if plan.request.guard is not None:
         data["guard"] = _guarded(plan, scores)
     data |= _inclusions(plan, result, scores, numbers)
@@ -306,7 +318,7 @@ def _numbers(scores: Tensor) -> Any:
 
 
 def _listed(plan: TracePlan) -> Sequence[int]:
-    """Indices of the prompt tokens within the request's scope, in order.
+    """Indices of the prompt tokens within the request's scope, in order; images' are within any.
 
     Where a message could not be located, a token of no message may be its content, and stays.
     """
@@ -315,10 +327,12 @@ def _listed(plan: TracePlan) -> Sequence[int]:
         return everything
     located = plan.prompt_map
     keeps_rest = bool(located.unlocated) or not located.roles
+    of_images = {token for image in plan.completion.images for token in image.tokens}
     return [
         i
         for i in everything
-        if plan.prompt.token(i).strip() and (located.tokens[i] is not None or keeps_rest)
+        if i in of_images
+        or (plan.prompt.token(i).strip() and (located.tokens[i] is not None or keeps_rest))
     ]
 
 
@@ -339,14 +353,20 @@ def _chosen(
     return sorted(positive, key=lambda i: (-scores[i], i))[:top_k]
 
 
-def _score(plan: TracePlan, index: int, token: str, score: float) -> dict[str, Any]:
+def _score(
+    plan: TracePlan, index: int, token: str, score: float, image: Mapping[str, int] | None
+) -> dict[str, Any]:
     located = plan.prompt_map.tokens[index]
+    place = located.to_dict() if located is not None else {}
+    if image is not None and located is not None and located.part is not None:
+        place = {"message": located.message, "part": located.part}
     return {
         "index": index,
         "token": token,
         "token_id": int(plan.token_ids[index]),
         "score": score,
-        **(located.to_dict() if located is not None else {}),
+        **place,
+        **(image or {}),
     }
 
 

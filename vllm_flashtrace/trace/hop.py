@@ -27,6 +27,7 @@ from vllm_flashtrace.core.hops import TracedTarget
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import Engines, noting_ranks
+from vllm_flashtrace.trace.multimodal import PromptImages
 from vllm_flashtrace.trace.pickup import carried_answer, pick_up
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, Spec, TraceSpec, seal
 
@@ -79,12 +80,12 @@ class Visit:
         """Tokens of its longest request."""
         return max(len(plan.token_ids) for plan in self.plans)
 
-    def next_call(self, config: FlashTraceConfig, cache_salt: str | None) -> TraceCall | None:
+    def next_call(self, config: FlashTraceConfig, context: EngineContext) -> TraceCall | None:
         """The next request; None when all hops are run.
 
         Args:
             config: Options of the server.
-            cache_salt: The completion's.
+            context: What it shares with the completion.
         """
         pending = [
             (plan, target)
@@ -96,7 +97,7 @@ class Visit:
         plans, targets = zip(*pending, strict=True)
         if not self.kept_rows:
             targets = (TracedTarget(targets[0].weights),)
-        return _trace_call(plans, targets, config, cache_salt)
+        return _trace_call(plans, targets, config, context)
 
 
 def visits(plans: Sequence[TracePlan], budget: AccumulatorBudget | None) -> list[Visit]:
@@ -140,7 +141,7 @@ def _trace_call(
     plans: Sequence[TracePlan],
     targets: Sequence[TracedTarget],
     config: FlashTraceConfig,
-    cache_salt: str | None,
+    context: EngineContext,
 ) -> TraceCall:
     """The engine request: a prefill up to the last target position."""
     last = max(target.weights.last for target in targets)
@@ -153,17 +154,26 @@ def _trace_call(
         layers="layers" in first.request.include,
         attention="attention" in first.request.include and not first.recursion.begun,
     )
-    prompt, params = engine_input(token_ids, spec, cache_salt)
+    prompt, params = engine_input(token_ids, spec, context)
     return TraceCall(tuple(plans), spec, prompt, params)
 
 
 def engine_input(
-    token_ids: Sequence[int], spec: Spec, cache_salt: str | None
+    token_ids: Sequence[int], spec: Spec, context: EngineContext
 ) -> tuple[TokensPrompt, SamplingParams]:
-    """Prompt and parameters of an engine request that prefills tokens as a spec says."""
+    """Prompt and parameters of an engine request that prefills tokens as a spec says.
+
+    Args:
+        token_ids: The tokens; the prompt of the completion comes first.
+        spec: What the worker is to do with them.
+        context: What the request shares with the completion.
+    """
+    images = context.images
     prompt = TokensPrompt(prompt_token_ids=list(token_ids))
-    if cache_salt is not None:
-        prompt["cache_salt"] = cache_salt
+    if images is not None:
+        prompt = images.prompt(list(token_ids))
+    if context.cache_salt is not None:
+        prompt["cache_salt"] = context.cache_salt
     params = SamplingParams(
         max_tokens=1,
         temperature=0.0,
@@ -186,6 +196,7 @@ class EngineContext:
         data_parallel_rank: Engine that served the completion; None if there is only one, or if any
             will do.
         request_id: vLLM's id of the completion, for logs and spans.
+        images: The images of its prompt; None if there are none.
     """
 
     cache_salt: str | None = None
@@ -194,6 +205,7 @@ class EngineContext:
     trace_headers: Mapping[str, str] | None = None
     data_parallel_rank: int | None = None
     request_id: str | None = None
+    images: PromptImages | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ _BYTES_PER_ATTENTION_SUM = 10
 # A dict with a text, four whole numbers and a score.
 _BYTES_PER_ENTRY = 512
 _BYTES_PER_TEXT = 64
+# A score in a list.
+_BYTES_PER_IMAGE_TOKEN = 32
 # JSON of a number and of an entry; a deferred result is JSON as a whole, twice while it is stored.
 _JSON_BYTES_PER_NUMBER, _JSON_BYTES_PER_ENTRY = 2 * 24, 2 * 160
 # Base64, by itself and behind that JSON.
@@ -42,6 +44,7 @@ def result_bytes(
     targets: int = 1,
     heads: int = 0,
     sources: int = 0,
+    image_tokens: int = 0,
 ) -> int:
     """Bytes of an API server that an attribution's result takes at most at one time.
 
@@ -54,6 +57,7 @@ def result_bytes(
         targets: How many parts of the completion are explained.
         heads: Query heads of a layer.
         sources: How many sources have scores, each with a sentence in a citation.
+        image_tokens: Prompt tokens that stand for parts of images.
     """
     include = request.include
     tokens = prompt + generated
@@ -61,6 +65,7 @@ def result_bytes(
     of_layers = layers * tokens if "layers" in include else 0
     # The scores of all targets are there before the first of them is written out.
     of_hops = targets * hops * tokens if "hops" in include or targets > 1 else 0
+    of_images = targets * image_tokens
     entries = prompt if request.top_k is None else min(request.top_k, prompt)
     # No more sentences than tokens, of the messages and of the sources.
     entries *= 1 + ("sentences" in include) + (sources > 0)
@@ -73,9 +78,11 @@ def result_bytes(
     total += _BYTES_PER_LAYER_SCORE * of_layers + _BYTES_PER_HOP_SCORE * of_hops
     total += _BYTES_PER_ENTRY * entries
     total += _BYTES_PER_TEXT * prompt if "tokens" in include else 0
+    total += _BYTES_PER_IMAGE_TOKEN * of_images
     if request.mode == "deferred":
         total += _TEXT_BYTES_PER_ATTENTION_SUM * of_attention
-        total += _JSON_BYTES_PER_NUMBER * (of_layers + of_hops) + _JSON_BYTES_PER_ENTRY * entries
+        numbers = of_layers + of_hops + of_images
+        total += _JSON_BYTES_PER_NUMBER * numbers + _JSON_BYTES_PER_ENTRY * entries
     return total
 
 

@@ -31,16 +31,16 @@ class ScoreCall:
     params: SamplingParams
 
 
-def score_call(text: ScoredText, cache_salt: str | None) -> ScoreCall:
+def score_call(text: ScoredText, context: EngineContext) -> ScoreCall:
     """The engine request for a text.
 
     Args:
         text: The text, and which of its tokens are scored.
-        cache_salt: Its prefix is looked up among what was computed with the same.
+        context: What it shares with the completion; the images, if any, are in the text, too.
     """
     token_ids = text.token_ids[: text.positions[-1] + 1]
     spec = ScoreSpec.create(text.positions, len(token_ids))
-    return ScoreCall(spec, *engine_input(token_ids, spec, cache_salt))
+    return ScoreCall(spec, *engine_input(token_ids, spec, context))
 
 
 async def run_score(
@@ -59,7 +59,7 @@ async def run_score(
         TraceError: ``engine_dead``, ``aborted``, or what a worker says went wrong.
         asyncio.CancelledError: The engine's request is aborted.
     """
-    call = score_call(text, context.cache_salt)
+    call = score_call(text, context)
 
     async def run() -> tuple[ScoreReport, int | None]:
         done = await run_request(

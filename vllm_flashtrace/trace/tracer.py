@@ -274,6 +274,7 @@ class AsyncTracer:
             targets=len(plans),
             heads=self._heads,
             sources=len(first.sources or ()),
+            image_tokens=sum(len(image.tokens) for image in first.completion.images),
         )
         large = nbytes >= LARGE_BYTES
         if large:
@@ -387,7 +388,7 @@ class AsyncTracer:
             # A completion leaves its tokens in its engine's cache, and every hop does.
             computed_before = context.request_id is not None
             for visit in together:
-                while (call := visit.next_call(self.config, context.cache_salt)) is not None:
+                while (call := visit.next_call(self.config, context)) is not None:
                     name = f"{trace_id}-hop{hop}"
                     with watch.hop(hop, call.target_tokens) as span:
                         began = time.monotonic()
