@@ -196,6 +196,7 @@ def test_offline(seen: Seen) -> None:
 
     ft = FlashTrace(llm=seen.engine.llm)
     options = {
+        "preset": "paper",
         "top_k": None,
         "hops": 0,
         "target": {"tokens": [[0, 12]]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from typing import Any
@@ -177,7 +178,8 @@ PLAUSIBLE = st.fixed_dictionaries(
 @st.composite
 def _mutated(draw: st.DrawFn) -> str:
     """A field of which one part is replaced by, or joined by, something hostile."""
-    value = draw(PLAUSIBLE | schema_fields())
+    # A copy: values that are drawn are the strategy's own, and are drawn again.
+    value = copy.deepcopy(draw(PLAUSIBLE | schema_fields()))
     if not isinstance(value, dict):
         return json.dumps(value)
     holders: list[Any] = [value]

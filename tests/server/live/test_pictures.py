@@ -20,7 +20,7 @@ from tests.tiny_vision import IMAGE_TOKEN, make_tiny_vision_model
 from vllm_flashtrace.core.weights import TargetWeights
 
 URLS = (data_url(4, 6), data_url(5, 3, seed=1))
-OPTIONS = {"top_k": None, "hops": 0, "target": {"tokens": [[0, 8]]}}
+OPTIONS = {"preset": "paper", "top_k": None, "hops": 0, "target": {"tokens": [[0, 8]]}}
 
 
 def expected(folder: Path, tokens: list[int]) -> torch.Tensor:
