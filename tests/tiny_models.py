@@ -30,6 +30,9 @@ Family = Literal[
     "olmo2",
     "olmo3",
     "exaone4",
+    "afmoe",
+    "laguna",
+    "laguna_elements",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
@@ -197,6 +200,23 @@ def _model(family: Family, num_kv_heads: int) -> Any:
     if family == "exaone4":
         kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
         return hf.Exaone4ForCausalLM(hf.Exaone4Config(**common, **kinds))
+    if family == "afmoe":
+        kinds = {"sliding_window": 64, "layer_types": windows["layer_types"]}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        routing = {"n_group": 1, "topk_group": 1, "score_func": "sigmoid", "route_norm": True}
+        config = hf.AfmoeConfig(
+            **common, **kinds, **experts, **routing, head_dim=32, num_dense_layers=3
+        )
+        return hf.AfmoeForCausalLM(config)
+    if family.startswith("laguna"):
+        return hf.LagunaForCausalLM(
+            hf.LagunaConfig(
+                **common,
+                head_dim=32,
+                mlp_layer_types=["dense"] * 4,
+                gating="per-element" if family == "laguna_elements" else "per-head",
+            )
+        )
     if family == "olmo2":
         return hf.Olmo2ForCausalLM(hf.Olmo2Config(**common))
     if family == "olmo3":

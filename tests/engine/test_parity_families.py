@@ -36,6 +36,8 @@ def test_family(family: Family, tmp_path: Path) -> None:
 
 
 EVERY_RUN = ("llama", "gemma2", "gpt_oss")
+# An output gate is read in vLLM's own code only.
+GATED = ("afmoe", "laguna", "laguna_elements")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,7 @@ EVERY_RUN = ("llama", "gemma2", "gpt_oss")
     [
         family if family in EVERY_RUN else pytest.param(family, marks=pytest.mark.long)
         for family in (*FAMILIES, *PROVEN_FAMILIES)
+        if family not in GATED
     ],
 )
 def test_in_transformers_code(family: Family, tmp_path: Path) -> None:

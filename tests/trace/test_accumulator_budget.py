@@ -45,9 +45,9 @@ def spec(context: int, attention: bool = False) -> TraceSpec:
 def test_the_price_is_what_a_trace_takes(context: int) -> None:
     trace = Trace(spec(context), MODEL)
     assert BUDGET.cost(context) == trace.nbytes
-    for normed in (False, True):
-        model: Any = types.SimpleNamespace(**vars(MODEL), normed=normed)
-        budget = AccumulatorBudget.of_model(10_000, SHAPE, normed=normed)
+    for scaled in (False, True):
+        model: Any = types.SimpleNamespace(**vars(MODEL), scaled=scaled)
+        budget = AccumulatorBudget.of_model(10_000, SHAPE, scaled=scaled)
         asked = Trace(spec(context, attention=True), model)
         assert budget.cost(context, attention=True) == asked.nbytes > trace.nbytes
 

@@ -88,7 +88,7 @@ class CPUTracedModel(TracedModel):
                 _order(traced.attention),
                 self._scratch,
             )
-            scales = None if kept.scales is None else kept.scales[layer, rows]
+            scales = kept.factors_of(layer, rows)
             out = [target.sums.column_sums[layer] for target in targets]
             blocks.add(kept.queries[layer], keys, self.attention_form(layer), out, scales)
         for group in groups:

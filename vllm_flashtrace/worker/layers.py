@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Sliding
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
+from vllm_flashtrace.worker.output_gates import OutputGate
 from vllm_flashtrace.worker.quantized import Quantization, quantization_of
 
 # Architectures that tests compare with an oracle; others are traced only when proven at the start.
@@ -45,11 +46,13 @@ KNOWN_ARCHITECTURES = (
 # norm of that name is the block's.
 _NORMS_BEHIND = (
     "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
     "post_attention_layernorm",
     "feedforward_layernorm",
 )
 _NORMS_OF_BLOCKS = {
     "pre_feedforward_layernorm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
     "post_attention_layernorm": "post_self_attn_layernorm",
     "mlp": "post_attention_layernorm",
 }
@@ -119,6 +122,7 @@ class TracedLayer:
         multiplier: Factor on what the block adds to the stream.
         quantization: How ``W_O`` is quantised, or None.
         block_norm: The norm of what the block adds, or None.
+        gate: What multiplies attention's output in front of ``W_O``, or None.
     """
 
     index: int
@@ -134,6 +138,7 @@ class TracedLayer:
     multiplier: float = 1.0
     quantization: Quantization | None = None
     block_norm: BlockNorm | None = None
+    gate: OutputGate | None = None
 
 
 def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
@@ -186,6 +191,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
                 multiplier=_multiplier(context_name, decoder),
                 quantization=quantization,
                 block_norm=_block_norm(context_name, decoder, behind),
+                gate=OutputGate.read(context_name, block, attention, projection),
             )
         )
     layers.sort(key=lambda layer: layer.index)
@@ -194,6 +200,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     if len({(layer.attention.num_heads, layer.attention.head_size) for layer in layers}) > 1:
         raise UnsupportedModelError("attention layers of different sizes are not supported")
     _check_block_norms(layers)
+    _check_gates(layers, config)
     return layers
 
 
@@ -304,6 +311,21 @@ def _check_block_norms(layers: list[TracedLayer]) -> None:
             raise UnsupportedModelError(f"traces are not supported with {feature}")
 
 
+def _check_gates(layers: list[TracedLayer], config: VllmConfig) -> None:
+    widths = {layer.gate.width for layer in layers if layer.gate is not None}
+    if not widths:
+        return
+    refusals = {
+        "output gates of different kinds": len(widths) > 1,
+        "an output gate in some attention layers only": any(layer.gate is None for layer in layers),
+        # The gates of some rows are computed once more, for which adapters know no rows.
+        "an output gate and LoRA adapters": config.lora_config is not None,
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
+
+
 def _multiplier(layer_name: str, decoder: nn.Module) -> float:
     multiplier = float(getattr(decoder, "residual_multiplier", 1.0))
     if not 0 < multiplier < math.inf:
@@ -324,7 +346,6 @@ def _check_attention(
         "KV sharing between layers": attention.kv_sharing_target_layer_name is not None,
         "values of another size than keys": attention.head_size_v != attention.head_size,
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
-        "an output gate in attention": bool(getattr(block, "attn_output_gate", False)),
         "an unknown output projection": not isinstance(out_proj, RowParallelLinear),
     }
     for feature, present in refusals.items():

@@ -204,6 +204,7 @@ class Proof:
         self._failure: str | None = None
         self._outputs: dict[int, Tensor] = {}
         self._block_outputs: list[Tensor] = []
+        self._gates: list[Tensor] = []
         self._traces: dict[str, Trace] = {}
         self._contributed = torch.full(
             (model.shape.num_layers, rows, model.shape.hidden_size), math.nan, dtype=torch.float64
@@ -281,7 +282,7 @@ class Proof:
             ),
             "output_bias": any(layer.out_proj.bias is not None for layer in layers),
             "residual_multipliers": _distinct(layer.multiplier for layer in layers),
-            "output_gates": any(getattr(layer.block, "attn_output_gate", 0) for layer in layers),
+            "output_gates": self._model.gate_width > 0,
             "windows": _distinct(form.sliding_window for form in forms),
             "soft_caps": _distinct(form.soft_cap for form in forms if form.soft_cap),
             "sinks": any(form.sinks is not None for form in forms),
@@ -337,9 +338,8 @@ class Proof:
             step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
             self._tables = row.block_tables
             places = [row.first_row + position for position in self._positions]
-            return _ProbeObserver(
-                self._model, step, self.fail, places, self._outputs, self._block_outputs
-            )
+            kept = self._outputs, self._block_outputs, self._gates
+            return _ProbeObserver(self._model, step, self.fail, places, *kept)
         except Exception as error:
             log_unexpected("preparing the proof at the start", error)
             self.fail(error)
@@ -390,9 +390,14 @@ class Proof:
             weights = torch.stack(
                 [_padded(trace.sums.column_sums[index], length) for trace in traces]
             )
+            if model.shape.sums_per_head > 1:
+                weights = weights.unflatten(1, (model.shape.num_heads, -1))
             values = model.read_values(index, self._tables, length)
             output = self._outputs[index].unflatten(-1, (model.shape.num_heads, -1))
-            scales = self._scales[index].to(model.device)[:, None, None]
+            if model.gate_width:  # On both sides: a gate may be too small to divide by.
+                gates = self._gates[index]
+                output = output.float() * (gates[..., None] if gates.dim() == 2 else gates)
+            scales = self._scales[index].to(model.device).view(-1, *[1] * (weights.dim() - 1))
             self.errors[index, 0] = attention_error(weights / scales, values, output)
             projection = model.output_projection(index).weight
             self.errors[index, 2] = (
@@ -455,7 +460,7 @@ class Proof:
 
 
 class _ProbeObserver(StepObserver):
-    """Also keeps the attention output of the target rows, and what goes to norms of blocks."""
+    """Also keeps of the target rows the attention output, what goes to norms, and gates."""
 
     def __init__(
         self,
@@ -465,11 +470,13 @@ class _ProbeObserver(StepObserver):
         rows: Sequence[int],
         outputs: dict[int, Tensor],
         block_outputs: list[Tensor],
+        gates: list[Tensor],
     ) -> None:
         super().__init__(model, step, fail)
         self._rows = torch.tensor(rows, device=model.device)
         self._outputs = outputs
         self._block_outputs = block_outputs
+        self._gates = gates
 
     def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
         """See `observer.ForwardObserver`."""
@@ -486,6 +493,15 @@ class _ProbeObserver(StepObserver):
         super().on_block(output)
         try:
             self._block_outputs.append(output[self._rows])
+        except Exception as error:
+            self._fail(error)
+
+    def on_block_input(self, hidden_states: Tensor) -> None:
+        """See `observer.ForwardObserver`; ``[R, H]`` or ``[R, H, d]`` of each layer are kept."""
+        super().on_block_input(hidden_states)
+        try:
+            taken = [group.gates for group in self.step.groups if group.gates is not None]
+            self._gates.append(torch.cat(taken, dim=-1).movedim(-1, 0))
         except Exception as error:
             self._fail(error)
 

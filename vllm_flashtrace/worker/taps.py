@@ -19,6 +19,9 @@ stream in front of the block as the next norm takes it; what is added is compute
 on that input would undo the fusion of the all-reduce with this norm, so such a model is refused
 where vLLM fuses the two.
 
+Where a gate lies between attention and the output projection, one more tap is on what goes into the
+block, the input of a matrix product, of which the gates of target rows are computed.
+
 A model whose layers do not carry the stream beside what is to be added to it norms the stream
 itself, in front of the attention block (``x_prev``) and behind it (``x_mid``), or gives it as it is
 to the block and to the MLP. Where what its block adds is normed, the stream is seen in front of the
@@ -58,7 +61,7 @@ from vllm_flashtrace.worker.observer import current
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
 _STREAM = "hidden_states"
-_VERSION = 4  # To be raised whenever compiled code changes.
+_VERSION = 5  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
 # The tensors are declared as mutated, though they are not, so that no compiler pass drops or moves
@@ -66,6 +69,7 @@ _library = torch.library.Library("flashtrace", "FRAGMENT")
 _library.define("observe_update(Tensor(a!) update, Tensor(b!) residual) -> ()")
 _library.define("observe_residual(Tensor(a!) residual) -> ()")
 _library.define("observe_block(Tensor(a!) output) -> ()")
+_library.define("observe_block_input(Tensor(a!) hidden_states) -> ()")
 
 
 def _rows(stream: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,12 @@ def _observe_block(output: torch.Tensor) -> None:
         observer.on_block(_rows(output))
 
 
+def _observe_block_input(hidden_states: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_block_input(_rows(hidden_states))
+
+
 def _observe_nothing(*_: torch.Tensor) -> None:
     pass
 
@@ -100,6 +110,8 @@ _library.impl("observe_residual", _observe_residual, "CompositeExplicitAutograd"
 _library._register_fake("observe_residual", _observe_nothing)
 _library.impl("observe_block", _observe_block, "CompositeExplicitAutograd")
 _library._register_fake("observe_block", _observe_nothing)
+_library.impl("observe_block_input", _observe_block_input, "CompositeExplicitAutograd")
+_library._register_fake("observe_block_input", _observe_nothing)
 
 
 def place_taps(model: nn.Module, config: VllmConfig) -> None:
@@ -126,6 +138,8 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
         raise UnsupportedModelError("additional_config is not a dictionary")
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
     for layer in layers:
+        if layer.gate is not None:
+            layer.block.register_forward_pre_hook(_tap_block_input, with_kwargs=True)
         if layer.in_front is not None:
             tap = partial(_tap_stream, _place_of_stream(layer))
             layer.in_front.register_forward_pre_hook(tap, with_kwargs=True)
@@ -189,6 +203,12 @@ def _tap_block(_: nn.Module, args: tuple[Any, ...]) -> None:
     """Norms of blocks are called as ``norm(output)``."""
     if args:
         torch.ops.flashtrace.observe_block(args[0])
+
+
+def _tap_block_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Blocks with gates are called as ``block(positions, hidden_states)``."""
+    hidden_states = args[1] if len(args) > 1 else kwargs[_STREAM]
+    torch.ops.flashtrace.observe_block_input(hidden_states)
 
 
 def _tap_stream(place: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
