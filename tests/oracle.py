@@ -252,6 +252,8 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
 
     hooks, norms = [], {}
     for layer in model.model.layers:
+        if getattr(layer, "self_attn", None) is None:  # Its scores are in no sum over layers.
+            continue
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(before_projection))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))

@@ -217,3 +217,14 @@ def test_cited_answer_has_the_numbers_of_its_sources() -> None:
     # Where the text is another than the one that was cited, there is no answer to number.
     assert "<sup>" not in Attribution(data, text=f" {text}").to_html()
     assert "<sup>" not in Attribution(data).to_html()
+
+
+def test_a_model_that_is_traced_in_part_says_so() -> None:
+    coverage = {"layers": [0, 2], "model_layers": 4, "layer_share": 0.5}
+    note = "Traced through 2 of 4 layers only: what flows through the others is in no score."
+    attribution = sample(haystack(), coverage=coverage)
+    assert note in attribution.to_html()
+    one = attribution.to_dict()
+    several = {key: one[key] for key in ("id", "object", "status", "coverage")}
+    assert note in Attribution(several | {"targets": [one]}).to_html()
+    assert note not in sample(haystack()).to_html()

@@ -231,6 +231,7 @@ def test_the_report(engine: Engine) -> None:
     assert report["limit"] == LIMIT and 0 < report["largest_error"] < LIMIT / 10
     assert report["found"] == {
         "layers": [0, 3],
+        "untraced_layers": [],
         "norms": ["RMSNorm"],
         "block_norms": [],
         "query_key_norms": False,

@@ -440,6 +440,18 @@ class AttributionUsage(_Part):
     )
 
 
+class Coverage(_Part):
+    """Which layers of the model the scores are of, where some cannot be traced."""
+
+    layers: list[_Index] = Field(
+        description="Indices of the layers that were traced. What flows to the target through the "
+        "others, which mix tokens by linear attention, state spaces or other attention, is in no "
+        "score; with include 'layers' or 'attention' they have zeros."
+    )
+    model_layers: Annotated[int, Field(ge=1)] = Field(description="Layers of the model.")
+    layer_share: _Share = Field(description="Share of the layers that were traced.")
+
+
 class AttributionError(_Part):
     """Why there is no attribution."""
 
@@ -555,6 +567,11 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="Text of every prompt token, which join to the rendered prompt; with include "
         "'tokens'.",
+    )
+    coverage: Coverage | None = Field(
+        default=None,
+        description="Which layers were traced; only of a model some of whose layers cannot be, "
+        "with the server's option partial_coverage.",
     )
     usage: AttributionUsage | None = Field(default=None, description="What it cost.")
 

@@ -146,6 +146,8 @@ def build_result(
         data["attention"] = _attention(first, usage.attention, as_tensors)
     if "tokens" in first.request.include:
         data["tokens"] = tokens
+    if usage.coverage is not None:
+        data["coverage"] = usage.coverage.to_dict()
     data["usage"] = _usage(usage, cache_details)
     if dropped := max(plan.dropped_target_tokens for plan in plans):
         data["usage"]["dropped_target_tokens"] = dropped

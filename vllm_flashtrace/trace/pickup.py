@@ -16,6 +16,7 @@ A worker that is alone sends its answer with the output of the trace's request, 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import (
     SECRET_ENV,
     WireReport,
+    coverage,
     decode_wire,
     misfit,
     secret_id,
@@ -80,7 +82,9 @@ async def pick_up(
         for stage in stages([wire.part for wire in wires])
     ]
     _check_heads([[wires[place] for place in stage] for stage in members])
-    return _merged(members, [wire.to_report() for wire in wires])
+    covered = coverage([wires[stage[0]].part for stage in members])
+    report = _merged(members, [wire.to_report() for wire in wires])
+    return dataclasses.replace(report, coverage=covered)
 
 
 async def pick_up_score(

@@ -156,7 +156,7 @@ class TotalsExchange:
 
         Args:
             all_reduce: Sums a float32 tensor ``[n]`` over the ranks.
-            layers: Layers of this pipeline stage.
+            layers: Layers of this pipeline stage, or more.
             most_traces: Most traces that a step can finish.
             device: Where totals are.
         """
@@ -165,7 +165,7 @@ class TotalsExchange:
             self._rows = torch.zeros(most_traces, layers, device=device)
 
     def add_up(self, totals: Sequence[Tensor | None]) -> list[Tensor]:
-        """Sums over the ranks, float64 ``[L]`` for each trace.
+        """Sums over the ranks, float64 ``[layers]`` for each trace, of which the first L count.
 
         Args:
             totals: This rank's totals ``[L]`` of each trace; None where it has none.
@@ -175,7 +175,7 @@ class TotalsExchange:
         for row, own in zip(rows, totals, strict=True):
             if own is not None:
                 try:
-                    row.copy_(own)
+                    row[: len(own)].copy_(own)
                 except Exception as error:  # The others wait for this rank.
                     log_unexpected("exchanging totals", error)
         # In one dimension: some of vLLM's forms of it take two to be the model's activations.
@@ -196,8 +196,8 @@ def score(
 
     Args:
         measured: The trace after its proximity pass; `tokens` is overwritten.
-        totals: float64 ``[L]``, `Measured.totals` summed over all ranks; None where this rank has
-            all the heads.
+        totals: float64 ``[>= L]``, `Measured.totals` summed over all ranks; None where this rank
+            has all the heads.
         part: What of the model it is of.
         buffers: Where the result goes.
         first_head: See `TracedModel`.
@@ -288,7 +288,7 @@ def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, Tensor, 
     """Scores ``[length]``, this rank's proximities ``[L]`` and all ranks', see `score`."""
     trace, tokens = measured.trace, measured.tokens
     own = measured.totals + measured.residual
-    denominators = own if totals is None else totals + measured.residual
+    denominators = own if totals is None else totals[: len(own)] + measured.residual
     # Behind the last target, where nothing flows from, scores are 0.
     scores = torch.empty(trace.spec.length, device=tokens.device)
     sum_shares(tokens, denominators, scores, keep=trace.spec.layers)
@@ -370,7 +370,7 @@ class FinishedTrace:
     def _check(self, sums: Tensor, code: str, message: str) -> None:
         finite = sums.isfinite()
         if not bool(finite.all()):
-            layer = self.facts.part.first_layer + int((~finite).nonzero()[0, 1])
+            layer = self.facts.part.traced_layers[int((~finite).nonzero()[0, 1])]
             raise TraceError(code, message.format(layer))
 
     def _seconds(self) -> dict[str, float]:

@@ -100,10 +100,12 @@ def prove(worker: Any) -> None:
     if report["refusal"] is not None:
         log_refusal(report["refusal"])
     else:
+        untraced = report["found"]["untraced_layers"]
         logger.info(
             "FlashTrace: the layers %s were proven to be traced exactly in %.1f s: "
             "largest error %.1e, limit %.1e",
-            "{} to {}".format(*report["found"]["layers"]),
+            "{} to {}".format(*report["found"]["layers"])
+            + (f" without {', '.join(map(str, untraced))}" if untraced else ""),
             report["seconds"],
             report["largest_error"],
             report["limit"],
@@ -265,10 +267,14 @@ class Proof:
 
     def _found(self) -> dict[str, Any]:
         """What was read of the model's structure."""
-        layers = self._model.layers
+        layers, part = self._model.layers, self._model.part
         forms = [self._model.attention_form(layer) for layer in range(len(layers))]
         return {
             "layers": [layers[0].index, layers[-1].index],
+            "untraced_layers": sorted(
+                set(range(part.first_layer, part.first_layer + part.num_layers))
+                - set(part.traced_layers)
+            ),
             "norms": _distinct(
                 type(layer.behind).__name__
                 for layer in layers
@@ -299,13 +305,14 @@ class Proof:
         context = self._runner.vllm_config.compilation_config.static_forward_context
         config = self._runner.kv_cache_config
         bits, places = [], []
-        # A model that drafts has layers in the groups as well.
+        # Also layers of a model that drafts, and those that are not traced: states are two caches.
         for group, blocks in zip(config.kv_cache_groups, self._blocks, strict=True):
             for name in group.layer_names:
-                cache = context[name].kv_cache
-                bits.append(cache.view(torch.uint8) if cache.itemsize == 1 else cache)
-                # Kernels may see each block as several.
-                places.append(_parts(blocks, len(cache) // config.num_blocks, cache.device))
+                held = context[name].kv_cache
+                for cache in [held] if isinstance(held, Tensor) else held:
+                    bits.append(cache.view(torch.uint8) if cache.itemsize == 1 else cache)
+                    # Kernels may see each block as several.
+                    places.append(_parts(blocks, len(cache) // config.num_blocks, cache.device))
         kept = [cache[where] for cache, where in zip(bits, places, strict=True)]
         try:
             yield

@@ -55,6 +55,7 @@ from vllm_flashtrace.worker.layers import (
     check_config,
     find_layers,
     is_last_stage,
+    stage_layers,
 )
 from vllm_flashtrace.worker.observer import current
 
@@ -131,6 +132,11 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
         raise UnsupportedModelError(
             "traces are not supported with a norm of what attention adds that is fused with the "
             "all-reduce: --compilation-config.pass_config.fuse_allreduce_rms false"
+        )
+    if fused and len(layers) < len(stage_layers(model, config)):
+        raise UnsupportedModelError(
+            "traces of some layers alone are not supported where the all-reduce is fused with the "
+            "next norm: --compilation-config.pass_config.fuse_allreduce_rms false"
         )
     following = _following_norms(model, layers, last) if fused else []
     additional = config.additional_config or {}

@@ -151,7 +151,7 @@ class TracedModel(ABC):
         attention, gate = self.layers[0].attention, self.layers[0].gate
         self.gate_width = 0 if gate is None else gate.width
         self.device = device
-        self.part = model_part(model, config)
+        self.part = model_part(model, config, self.layers)
         self.shape = ModelShape(
             num_layers=len(self.layers),
             num_heads=attention.num_heads,

@@ -22,6 +22,7 @@ from vllm_flashtrace.api.response import (
     OBJECT,
     AttributionError,
     AttributionObject,
+    Coverage,
     HopMass,
     TargetFound,
     TokenScore,
@@ -167,6 +168,8 @@ def result_schema() -> pa.Schema:
         *(field(name) for name in _MASSES),
         ("hops", pa.list_(hop), _described(AttributionObject, "hops")),
         field("auto_stopped"),
+        ("covered_layers", pa.list_(pa.int32()), _described(Coverage, "layers")),
+        ("model_layers", pa.int32(), _described(Coverage, "model_layers")),
         ("trace_id", text, _described(AttributionObject, "id")),
         ("error_code", text, _described(AttributionError, "code")),
         ("error_message", text, _described(AttributionError, "message")),
@@ -233,7 +236,14 @@ def _attribution(data: Mapping[str, Any]) -> dict[str, Any]:
         },
         **{name: data.get(name) for name in (*_MASSES, "auto_stopped")},
         "hops": [{name: hop.get(name) for name in _HOP_FIELDS} for hop in data["hops"]],
+        **_coverage(data.get("coverage")),
     }
+
+
+def _coverage(coverage: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not coverage:
+        return {}
+    return {"covered_layers": coverage["layers"], "model_layers": coverage["model_layers"]}
 
 
 def _error(error: Mapping[str, Any] | None) -> dict[str, Any]:
