@@ -255,7 +255,8 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
         if getattr(layer, "self_attn", None) is None:  # Its scores are in no sum over layers.
             continue
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(before_projection))
+        projection = layer.self_attn.o_proj  # Its own hooks may round what it gets.
+        hooks.append(projection.register_forward_pre_hook(before_projection, prepend=True))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))
         behind, block_norm = _norms(layer)
         norms[layer.self_attn] = block_norm

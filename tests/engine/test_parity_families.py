@@ -109,6 +109,22 @@ def test_refused_in_transformers_code(
         engine.close()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("family", GATED)
+def test_gates_in_transformers_code(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(family, tmp_path / family)
+    leaves_transformers_classes_alone(monkeypatch)
+    options = {"max_model_len": 1024, "model_impl": "transformers"}
+    engine = Engine(folder, "a refused model", in_process=True, **options)
+    try:
+        assert " with an " in engine.status()["refusal"]  # Gate, or unknown projection.
+        assert len(engine.generate([5, 6, 7], 4)) == 4
+    finally:
+        engine.close()
+
+
 def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
     """A window of 64 in two of four layers, whose cache keeps every token."""
     folder, reference = make_windowed_llama(tmp_path, ("full_attention", "sliding_attention"))

@@ -11,6 +11,7 @@ import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
 from tests.engine.test_start_proof import proven, start_reports
+from tests.engine.worker_faults import core_each
 from tests.oracle import as_float64, oracle_layer_scores
 from tests.tiny_models import HYBRIDS, make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
@@ -158,3 +159,31 @@ def test_attention_of_another_kind(engine: Engine, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UnsupportedModelError) as caught:
         engine.on_worker(found)
     assert caught.value.message == reason
+
+
+# What no other test proves of them is that ranks agree on layers of which some are left out.
+@pytest.mark.long
+@pytest.mark.timeout(480)
+def test_two_ranks(
+    folder: Path, reference: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core_each(monkeypatch, 2)
+    engine = Engine(
+        folder,
+        f"layers without attention, two ranks, {folder.name}",
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        tensor_parallel_size=2,
+        additional_config=PARTIAL,
+    )
+    try:
+        report = engine.trace(TraceJob(TOKENS, TARGET, attention=True))
+    finally:
+        engine.close()
+    expected = oracle_layer_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
+    error = relative_l1(report.scores, expected.sum(0))
+    print(f"{folder.name}, two ranks: relative L1 {error:.1e}")
+    assert error <= LIMITS[dtype]
+    assert report.coverage == Coverage((1, 3), 4)
+    assert report.attention is not None and report.attention.shape[:2] == (4, 4)

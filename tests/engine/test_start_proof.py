@@ -303,8 +303,8 @@ def test_a_structure_that_cannot_be_read(engine: Engine, monkeypatch: pytest.Mon
         assert proven(engine) is None
         assert engine.status()["refusal"] == (
             "the decoder layer of model.layers.2.self_attn.attn has no pre_feedforward_layernorm "
-            "or post_attention_layernorm or feedforward_layernorm: its norm behind attention was "
-            "not found"
+            "or pre_mlp_layernorm or post_attention_layernorm or feedforward_layernorm: its norm "
+            "behind attention was not found"
         )
 
 

@@ -227,7 +227,8 @@ def _check_coverage(
 ) -> None:
     """Refuses a model some of whose layers cannot be traced, unless the option allows it."""
     found = [layer.index for layer in layers]
-    if found == list(stage):
+    whole = found == list(stage)
+    if whole and not refusals:
         return
     if len(set(found)) < len(found) or not set(found) <= set(stage):
         raise UnsupportedModelError("decoder layers and attention layers do not fit together")
@@ -236,7 +237,7 @@ def _check_coverage(
         if refusals
         else f"{len(stage) - len(found)} of {len(stage)} decoder layers have no attention layer"
     )
-    if not found:
+    if not found or whole:
         raise UnsupportedModelError(reason)
     if not partial_coverage(config):
         raise UnsupportedModelError(
@@ -410,6 +411,7 @@ def _check_gates(layers: list[TracedLayer], config: VllmConfig) -> None:
         "an output gate in some attention layers only": any(layer.gate is None for layer in layers),
         # The gates of some rows are computed once more, for which adapters know no rows.
         "an output gate and LoRA adapters": config.lora_config is not None,
+        "an output gate on a GPU": config.device_config.device_type != "cpu",
     }
     for feature, present in refusals.items():
         if present:
