@@ -158,6 +158,35 @@ def _scores_of(layer: LayerActivations, w: Tensor) -> Tensor:
     )
 
 
+def oracle_changes(model: Any, input_ids: Any, positions: Any, weights: Any) -> tuple[float, float]:
+    """How much the layers with attention, and all, change the weighted stream by mixing tokens.
+
+    L1 norms of sum_i w_i (x_mid_i - x_prev_i), with weights made to sum to 1, summed over layers.
+    """
+    ids = _row(input_ids)
+    w = dense_weights(ids.shape[1], positions, weights)
+    before: dict[Any, Tensor] = {}
+    changes: dict[bool, float] = {True: 0.0, False: 0.0}
+    hooks = []
+    for layer in model.model.layers:
+
+        def in_front(module: Any, args: Any, kwargs: Any) -> None:
+            before[module] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        def behind(_: Any, args: Any, layer: Any = layer) -> None:
+            change = (w / w.sum()) @ (args[0][0] - before[layer])
+            changes[getattr(layer, "self_attn", None) is not None] += float(change.abs().sum())
+
+        hooks.append(layer.register_forward_pre_hook(in_front, with_kwargs=True))
+        hooks.append(_norms(layer)[0].register_forward_pre_hook(behind))
+    try:
+        _run(model, ids, lambda _: None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return changes[True], changes[True] + changes[False]
+
+
 # --- activations from a Hugging Face model --------------------------------------------------------
 
 

@@ -224,6 +224,8 @@ def test_a_model_that_is_traced_in_part_says_so() -> None:
     note = "Traced through 2 of 4 layers only: what flows through the others is in no score."
     attribution = sample(haystack(), coverage=coverage)
     assert note in attribution.to_html()
+    share = sample(haystack(), coverage=coverage, change_share=0.25).to_html()
+    assert "through 2 of 4 layers only, 25% of what mixing tokens changes: what flows" in share
     one = attribution.to_dict()
     several = {key: one[key] for key in ("id", "object", "status", "coverage")}
     assert note in Attribution(several | {"targets": [one]}).to_html()

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.same_bits import ENGINE_OPTIONS
 from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
 from tests.engine.test_start_proof import proven, start_reports
 from tests.engine.worker_faults import core_each
-from tests.oracle import as_float64, oracle_layer_scores
+from tests.oracle import as_float64, oracle_changes, oracle_layer_scores
 from tests.tiny_models import HYBRIDS, make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.records import Coverage
+from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import layers
 from vllm_flashtrace.worker.output_gates import OutputGate
@@ -84,6 +86,24 @@ def test_scores_of_the_traced_layers(engine: Engine, reference: Any, dtype: torc
             assert report.attention[index].any()
         else:
             assert not scores.any() and not report.attention[index].any()
+
+
+def test_how_much_of_the_change_is_theirs(
+    engine: Engine, reference: Any, dtype: torch.dtype
+) -> None:
+    other = TargetWeights.from_spans([(200, 220)])
+    further = FurtherHops(torch.arange(110, 200), 1, 0.0)
+    jobs = [
+        TraceJob(TOKENS, TARGET),
+        TraceJob(TOKENS, TARGET, further=further, others=[TracedTarget(other, further)]),
+    ]
+    alone, together = (engine.trace(job).changes for job in jobs)
+    assert alone is not None and together is not None
+    assert alone.shape == (1, 2) and together.shape == (2, 2)
+    for target, measured in ((TARGET, alone[0]), (TARGET, together[0]), (other, together[1])):
+        expected = oracle_changes(reference, TOKENS, target.positions, target.weights)
+        assert measured.tolist() == pytest.approx(expected, rel=LIMITS[dtype])
+        assert 0.1 < expected[0] / expected[1] < 0.9
 
 
 def test_hops_from_one_prefill(engine: Engine, dtype: torch.dtype) -> None:
@@ -161,21 +181,30 @@ def test_attention_of_another_kind(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert caught.value.message == reason
 
 
-# What no other test proves of them is that ranks agree on layers of which some are left out.
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": {**ENGINE_OPTIONS, "enable_prefix_caching": False},
+    "two ranks": {
+        "tensor_parallel_size": 2,
+        "max_model_len": 1024,
+        "enable_prefix_caching": False,
+    },
+}
+
+
+# What no other test proves of them is the taps in compiled code, and that ranks agree on layers of
+# which some are left out.
 @pytest.mark.long
 @pytest.mark.timeout(480)
-def test_two_ranks(
-    folder: Path, reference: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", WAYS)
+def test_ways(
+    way: str, folder: Path, reference: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core_each(monkeypatch, 2)
+    if way == "two ranks":
+        core_each(monkeypatch, 2)
     engine = Engine(
         folder,
-        f"layers without attention, two ranks, {folder.name}",
-        dtype=str(dtype).removeprefix("torch."),
-        max_model_len=1024,
-        enable_prefix_caching=False,
-        tensor_parallel_size=2,
-        additional_config=PARTIAL,
+        f"layers without attention, {way}, {folder.name}",
+        **{**WAYS[way], "dtype": str(dtype).removeprefix("torch."), "additional_config": PARTIAL},
     )
     try:
         report = engine.trace(TraceJob(TOKENS, TARGET, attention=True))
@@ -183,7 +212,10 @@ def test_two_ranks(
         engine.close()
     expected = oracle_layer_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
     error = relative_l1(report.scores, expected.sum(0))
-    print(f"{folder.name}, two ranks: relative L1 {error:.1e}")
+    print(f"{folder.name}, {way}: relative L1 {error:.1e}")
+    changes = oracle_changes(reference, TOKENS, TARGET.positions, TARGET.weights)
+    assert report.changes is not None
+    assert report.changes[0].tolist() == pytest.approx(changes, rel=LIMITS[dtype])
     assert error <= LIMITS[dtype]
     assert report.coverage == Coverage((1, 3), 4)
     assert report.attention is not None and report.attention.shape[:2] == (4, 4)

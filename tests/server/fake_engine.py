@@ -158,6 +158,9 @@ class FakeEngine:
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},
+            changes=tensor_bytes(torch.tensor([[1.0, 4.0]] * len(spec.targets)), torch.float64)
+            if self.traced
+            else b"",
         ).encode()
         yield _request_output(call, [_choice(0, "", [0], "length")], True)
 

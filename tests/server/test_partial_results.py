@@ -26,9 +26,10 @@ async def test_answers(partial):
         data = (await partial.chat(flashtrace=field)).json()["choices"][0]["flashtrace"]
         check_described(data)
         assert data["status"] == "completed" and data["coverage"] == COVERAGE
+        assert all(part["change_share"] == 0.25 for part in data.get("targets", [data]))
         for part in Attribution(data).targets:
             assert part.coverage == COVERAGE
-            assert "2 of 4 layers" in str(part)
+            assert "through 2 of 4 layers only, 25% of what mixing tokens changes" in str(part)
 
 
 async def test_streams_and_existing_text(partial):
@@ -53,5 +54,5 @@ async def test_what_is_said_of_layers_that_were_not_traced(partial):
 
 async def test_a_model_that_is_traced_whole_has_no_coverage(app):
     data = (await app.chat(flashtrace=True)).json()["choices"][0]["flashtrace"]
-    assert "coverage" not in data
+    assert "coverage" not in data and "change_share" not in data
     assert Attribution(data).coverage is None and "layers" not in str(Attribution(data))

@@ -504,11 +504,17 @@ class Attribution:
 
     @property
     def coverage_note(self) -> str:
-        """`coverage` in a few words; empty where all layers of the model were traced."""
+        """`coverage` in a few words; empty where all layers of the model were traced.
+
+        Of several targets the smallest ``change_share`` counts.
+        """
         found = self.coverage
         if found is None:
             return ""
-        return f"through {len(found['layers'])} of {found['model_layers']} layers only"
+        shares = [part._data.get("change_share") for part in self.targets]
+        known = [share for share in shares if share is not None]
+        least = f", {min(known):.0%} of what mixing tokens changes" if known else ""
+        return f"through {len(found['layers'])} of {found['model_layers']} layers only{least}"
 
     @property
     def _has_several(self) -> bool:

@@ -501,6 +501,12 @@ class TargetResult(_Part):
         description="Part of input_mass on prompt tokens outside the request's scope: the "
         "template's, and blanks; only with scope 'content'.",
     )
+    change_share: _Share | None = Field(
+        default=None,
+        description="With coverage: which share of what mixing tokens changes in the stream of the "
+        "target's rows is of the traced layers, by L1 norms; the rest is of layers whose sources "
+        "are not in the scores. Absent where it cannot be measured.",
+    )
     hops: list[HopMass] | None = Field(
         default=None, description="Masses of each hop, the pass that explains the target first."
     )

@@ -105,6 +105,8 @@ class TraceReport:
         seconds: Seconds by phase (``queue``, ``prefill``, ``attribution``).
         weights: What tells the weights that it was computed with from others.
         coverage: Which layers are traced; None if all are.
+        changes: float64 ``[targets, 2]``, of each target's first hop: how much the traced layers,
+            and all layers, change the weighted stream by mixing tokens; None where it is not known.
     """
 
     scores: torch.Tensor
@@ -118,6 +120,7 @@ class TraceReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     weights: str = ""
     coverage: Coverage | None = None
+    changes: torch.Tensor | None = None
 
     @property
     def targets(self) -> tuple[tuple[torch.Tensor, ...], ...]:
@@ -163,6 +166,8 @@ class TraceUsage:
         weights: `TraceReport.weights` of its requests; None before the first.
         attention: `TraceReport.attention` of the hop that explains the target, if asked for.
         coverage: `TraceReport.coverage`.
+        change_shares: By the identity of its plan, the share of each target that the traced layers
+            have in `TraceReport.changes`; empty where it is not known.
         scored_requests: Requests that scored the target, with and without parts of the prompt.
         scored_tokens: Tokens that these prefilled.
         scored_cached_tokens: Tokens that they found in the prefix cache.
@@ -174,6 +179,7 @@ class TraceUsage:
     weights: str | None = None
     attention: torch.Tensor | None = None
     coverage: Coverage | None = None
+    change_shares: dict[int, float] = field(default_factory=dict)
     scored_requests: int = 0
     scored_tokens: int = 0
     scored_cached_tokens: int = 0

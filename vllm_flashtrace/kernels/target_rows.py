@@ -42,8 +42,8 @@ class Accumulators(NamedTuple):
     Attributes:
         column_sums: float32 ``[L, H, >= columns]``, weighted column sums ``c``; where rows have a
             factor for each coordinate of a head's values, ``[L, H * d, >= columns]``.
-        residual: float32 ``[L, D]``, weighted sums ``r`` of the stream before attention.
-        stream: float32 ``[L, D]``, weighted sums ``x`` of the stream after attention, or of what
+        residual: float32 ``[>= L, D]``, weighted sums ``r`` of the stream before attention.
+        stream: float32 ``[>= L, D]``, weighted sums ``x`` of the stream after attention, or of what
             attention adds until ``r`` is added at the end.
     """
 
@@ -222,7 +222,7 @@ def _check(segment: RowSegment, num_heads: int) -> None:
         heads % num_heads
         or columns < segment.columns
         or sums.residual.shape != sums.stream.shape
-        or sums.residual.shape[0] != layers
+        or sums.residual.shape[0] < layers
         or any(s.dtype != torch.float32 or s.stride(-1) != 1 for s in sums)
     ):
         raise ValueError(

@@ -127,6 +127,9 @@ def build_result(
     tokens = first.prompt.pieces()
     data: dict[str, Any] = {"id": trace_id, "object": OBJECT, "status": "completed"}
     results = [_target_result(plan, tokens, as_tensors) for plan in plans]
+    for plan, result in zip(plans, results, strict=True):
+        if (share := usage.change_shares.get(id(plan))) is not None:
+            result["change_share"] = share
     for result, verification in zip(results, verifications, strict=False):
         result["verification"] = verification
         _add_verdicts(result.get("citations") or (), verification)

@@ -31,6 +31,7 @@ class ModelShape:
         hidden_size: Size of the residual stream.
         sums_per_head: Column sums that each head and token has: the head size where each
             coordinate has a gate of its own, else 1.
+        other_layers: Layers that are not traced, whose change of the stream is measured.
     """
 
     num_layers: int
@@ -38,6 +39,12 @@ class ModelShape:
     num_kv_heads: int
     hidden_size: int
     sums_per_head: int = 1
+    other_layers: int = 0
+
+    @property
+    def stream_layers(self) -> int:
+        """Layers around which the stream is added up: first those that are traced."""
+        return self.num_layers + self.other_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class AccumulatorBudget:
         return cls(
             limit_bytes,
             bytes_per_token=sums * shape.sums_per_head * _FLOAT_BYTES,
-            fixed_bytes=shape.num_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
+            fixed_bytes=shape.stream_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
             bytes_per_row=bytes_per_row,
             attention_bytes_per_token=sums * (_HALF_BYTES + (_FLOAT_BYTES if scaled else 0)),
         )

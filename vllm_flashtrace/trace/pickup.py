@@ -227,7 +227,18 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
         restarts=first.restarts,
         seconds={name: max(report.seconds.get(name, 0.0) for report in reports) for name in phases},
         weights=" ".join(report.weights for report in reports),
+        changes=_changes(per_stage),
     )
+
+
+def _changes(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:
+    """Sums over stages, whose ranks have the same stream; None if any stage does not know.
+
+    A stage all of whose layers are traced does not measure them, so that nothing is known then.
+    """
+    found = [stage[0].changes for stage in per_stage]
+    known = [changes for changes in found if changes is not None]
+    return _sum(known) if known and len(known) == len(found) else None
 
 
 def _kept_rows_scores(reports: Sequence[TraceReport]) -> dict[str, Any]:

@@ -309,6 +309,9 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         log_probs: float32, one for each scored position; empty on workers without the logits.
         part: What of the model the numbers are of; ``L`` are the layers in it.
         weights: What tells the worker's weights from others, the same in all of the trace's steps.
+        changes: float64 ``[sum(hops), 2]``: how much the traced layers, and all layers, change the
+            weighted stream by mixing tokens, L1 norms summed over layers; empty where all are
+            traced, or it is not known.
     """
 
     status: str
@@ -328,6 +331,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     seconds: dict[str, float] = {}
     part: ModelPart = ModelPart()
     weights: str = ""
+    changes: bytes = b""
 
     def to_report(self) -> TraceReport:
         """The report of a completed trace.
@@ -359,7 +363,15 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
             restarts=self.restarts,
             seconds=self.seconds,
             weights=self.weights,
+            changes=self._first_changes(),
         )
+
+    def _first_changes(self) -> torch.Tensor | None:
+        """`changes` of the first hop of each target."""
+        if not self.changes:
+            return None
+        first = torch.tensor((0, *self.hops[:-1])).cumsum(0)
+        return tensor_of(self.changes, torch.float64).view(-1, 2)[first]
 
     def _of_all_layers(self, numbers: torch.Tensor) -> torch.Tensor:
         """Numbers of the traced layers with zeros for those that are not."""

@@ -219,6 +219,49 @@ def _read_layer(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class OtherLayer:
+    """A decoder layer that is not traced, as far as its change of the stream is measured.
+
+    Attributes:
+        decoder: The layer.
+        behind: As in `TracedLayer`.
+        in_front: As in `TracedLayer`.
+    """
+
+    decoder: nn.Module
+    behind: nn.Module
+    in_front: nn.Module | None
+
+
+def other_layers(
+    model: nn.Module, config: VllmConfig, layers: Sequence[TracedLayer]
+) -> list[OtherLayer]:
+    """The decoder layers on this worker that are not traced, in order.
+
+    Empty where what they add to the stream cannot be seen as it is of the traced ones.
+    """
+    missing = sorted(set(stage_layers(model, config)) - {layer.index for layer in layers})
+    if not missing or layers[0].block_norm is not None:
+        return []
+    names = {id(module): name for name, module in model.named_modules()}
+    stack = names[id(layers[0].decoder)].rpartition(".")[0]
+    found = []
+    for index in missing:
+        decoder = model.get_submodule(f"{stack}.{index}")
+        kind = type(layers[0].behind)
+        try:
+            behind = getattr(decoder, _norm(f"{stack}.{index}", decoder, _NORMS_BEHIND))
+            in_front = getattr(decoder, _norm(f"{stack}.{index}", decoder, NORMS_IN_FRONT))
+        except UnsupportedModelError:
+            return []
+        if type(behind) is not kind:
+            return []
+        carried = layers[0].in_front is None
+        found.append(OtherLayer(decoder, behind, None if carried else in_front))
+    return found
+
+
 def _check_coverage(
     layers: Sequence[TracedLayer],
     refusals: Sequence[UnsupportedModelError],

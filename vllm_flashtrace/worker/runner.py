@@ -418,6 +418,20 @@ class StepObserver:
         except Exception as error:
             self._fail(error)
 
+    def on_other_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_other_update(update, residual)
+        except Exception as error:
+            self._fail(error)
+
+    def on_other_residual(self, residual: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_other_residual(residual)
+        except Exception as error:
+            self._fail(error)
+
     def on_block_input(self, hidden_states: torch.Tensor) -> None:
         """See `observer.ForwardObserver`."""
         try:

@@ -65,6 +65,8 @@ class StepRecorder:
         self._blocks = 0
         self._attentions = 0
         self._block_inputs = 0
+        self._other_updates = 0
+        self._other_residuals = 0
         self.groups: list[RowGroup] = []
         segments = []
         rows = [row for row in batch if row.req_id in traces]
@@ -149,6 +151,20 @@ class StepRecorder:
 
         self._each(add, timed=self._times_row_sums)
 
+    def record_other_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """As `record_update`, of a layer that is not traced."""
+        layer = self.model.shape.num_layers + self._other_updates
+        self._other_updates += 1
+        self._each(lambda group: group.add_rows(layer, residual=residual, stream=update))
+
+    def record_other_residual(self, residual: torch.Tensor) -> None:
+        """As `record_residual`, of a layer that is not traced."""
+        other, after = divmod(self._other_residuals, 2)
+        layer = self.model.shape.num_layers + other
+        self._other_residuals += 1
+        of = "stream" if after else "residual"
+        self._each(lambda group: group.add_rows(layer, **{of: residual}))
+
     def record_block(self, output: torch.Tensor) -> None:
         """Takes what a layer's attention block gives to the norm that it passes.
 
@@ -203,7 +219,9 @@ class StepRecorder:
         ways = {(layers, 0, 0), (0, 2 * layers, 0), (0, layers, layers)}
         seen = (self._updates, self._residuals, self._blocks)
         block_inputs = layers if self.model.gate_width else 0
+        others = self.model.shape.other_layers
         called = self._attentions == layers and self._block_inputs == block_inputs
+        called &= (self._other_updates, self._other_residuals) in {(others, 0), (0, 2 * others)}
         if called and seen in ways:
             return
         message = (
@@ -211,6 +229,11 @@ class StepRecorder:
             f"{self._residuals} residual streams, {self._blocks} blocks and {self._block_inputs} "
             "inputs of blocks were seen"
         )
+        if others:
+            message += (
+                f", of {others} others {self._other_updates} updates and {self._other_residuals} "
+                "residual streams"
+            )
         error = TraceError("recording_incomplete", message)
         for group in list(self.groups):
             self._fail(group.segments, error)
@@ -387,8 +410,8 @@ class Trace:
         zeros = partial(torch.zeros, dtype=torch.float32, device=model.device)
         self.sums = Accumulators(
             zeros(layers, heads * shape.sums_per_head, self.context),
-            zeros(layers, hidden),
-            zeros(layers, hidden),
+            zeros(shape.stream_layers, hidden),
+            zeros(shape.stream_layers, hidden),
         )
         self.attention: Tensor | None = None
         self.unscaled: Accumulators | None = None
@@ -753,8 +776,8 @@ class KeptRows:
         empty = partial(torch.empty, dtype=dtype, device=device)
         with torch.inference_mode(False):  # They are written to with and without.
             self.queries = empty(layers, rows, shape.num_heads, head_dim)
-            self.residual = empty(layers, rows, shape.hidden_size)
-            self.stream = empty(layers, rows, shape.hidden_size)
+            self.residual = empty(shape.stream_layers, rows, shape.hidden_size)
+            self.stream = empty(shape.stream_layers, rows, shape.hidden_size)
             self.scales = empty(layers, rows, dtype=torch.float32) if normed else None
             gates = (layers, shape.num_heads, *([gate_width] if gate_width > 1 else []), rows)
             self.gates = empty(*gates) if gate_width else None
@@ -768,9 +791,10 @@ class KeptRows:
         gate_width: int = 0,
     ) -> int:
         """What a row takes."""
-        width = shape.num_heads * (head_dim + gate_width) + 2 * shape.hidden_size
+        width = shape.num_heads * (head_dim + gate_width)
         scale = torch.float32.itemsize if normed else 0
-        return shape.num_layers * (width * dtype.itemsize + scale)
+        stream = shape.stream_layers * 2 * shape.hidden_size * dtype.itemsize
+        return shape.num_layers * (width * dtype.itemsize + scale) + stream
 
     @property
     def nbytes(self) -> int:

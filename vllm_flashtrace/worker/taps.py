@@ -22,6 +22,9 @@ where vLLM fuses the two.
 Where a gate lies between attention and the output projection, one more tap is on what goes into the
 block, the input of a matrix product, of which the gates of target rows are computed.
 
+Of layers that are not traced the stream is seen in the same way, by operators of their own, to tell
+how much of its change is theirs.
+
 A model whose layers do not carry the stream beside what is to be added to it norms the stream
 itself, in front of the attention block (``x_prev``) and behind it (``x_mid``), or gives it as it is
 to the block and to the MLP. Where what its block adds is normed, the stream is seen in front of the
@@ -55,6 +58,7 @@ from vllm_flashtrace.worker.layers import (
     check_config,
     find_layers,
     is_last_stage,
+    other_layers,
     stage_layers,
 )
 from vllm_flashtrace.worker.observer import current
@@ -70,6 +74,8 @@ _library = torch.library.Library("flashtrace", "FRAGMENT")
 _library.define("observe_update(Tensor(a!) update, Tensor(b!) residual) -> ()")
 _library.define("observe_residual(Tensor(a!) residual) -> ()")
 _library.define("observe_block(Tensor(a!) output) -> ()")
+_library.define("observe_other_update(Tensor(a!) update, Tensor(b!) residual) -> ()")
+_library.define("observe_other_residual(Tensor(a!) residual) -> ()")
 _library.define("observe_block_input(Tensor(a!) hidden_states) -> ()")
 
 
@@ -95,6 +101,18 @@ def _observe_block(output: torch.Tensor) -> None:
         observer.on_block(_rows(output))
 
 
+def _observe_other_update(update: torch.Tensor, residual: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_other_update(_rows(update), _rows(residual))
+
+
+def _observe_other_residual(residual: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_other_residual(_rows(residual))
+
+
 def _observe_block_input(hidden_states: torch.Tensor) -> None:
     observer = current()
     if observer is not None:
@@ -111,6 +129,10 @@ _library.impl("observe_residual", _observe_residual, "CompositeExplicitAutograd"
 _library._register_fake("observe_residual", _observe_nothing)
 _library.impl("observe_block", _observe_block, "CompositeExplicitAutograd")
 _library._register_fake("observe_block", _observe_nothing)
+_library.impl("observe_other_update", _observe_other_update, "CompositeExplicitAutograd")
+_library._register_fake("observe_other_update", _observe_nothing)
+_library.impl("observe_other_residual", _observe_other_residual, "CompositeExplicitAutograd")
+_library._register_fake("observe_other_residual", _observe_nothing)
 _library.impl("observe_block_input", _observe_block_input, "CompositeExplicitAutograd")
 _library._register_fake("observe_block_input", _observe_nothing)
 
@@ -157,6 +179,12 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
             layer.behind.register_forward_pre_hook(partial(_tap_stream, 0), with_kwargs=True)
         else:
             layer.behind.register_forward_pre_hook(_tap_residual if fused else _tap_update)
+    for other in other_layers(model, config, layers):
+        if other.in_front is None:
+            other.behind.register_forward_pre_hook(_tap_other_update)
+        else:
+            for norm in (other.in_front, other.behind):
+                norm.register_forward_pre_hook(_tap_other_residual)
     for norm in following:
         norm.register_forward_pre_hook(_tap_residual)
     if fused and not last:
@@ -198,6 +226,14 @@ def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
     """Norms are called as ``norm(update, residual)`` wherever there is a stream to add to."""
     if len(args) > 1 and args[1] is not None:
         torch.ops.flashtrace.observe_update(args[0], args[1])
+
+
+def _tap_other_update(_: nn.Module, args: tuple[Any, ...]) -> None:
+    torch.ops.flashtrace.observe_other_update(args[0], args[1])
+
+
+def _tap_other_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
+    torch.ops.flashtrace.observe_other_residual(args[0])
 
 
 def _tap_residual(_: nn.Module, args: tuple[Any, ...]) -> None:

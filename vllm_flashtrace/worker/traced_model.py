@@ -35,6 +35,7 @@ from vllm_flashtrace.worker.layers import (
     check_config,
     find_layers,
     model_part,
+    other_layers,
     output_projection,
     packed_kernel,
 )
@@ -158,6 +159,7 @@ class TracedModel(ABC):
             num_kv_heads=attention.num_kv_heads,
             hidden_size=config.model_config.get_hidden_size(),
             sums_per_head=max(1, self.gate_width),
+            other_layers=len(other_layers(model, config, self.layers)),
         )
         rank = get_tensor_model_parallel_rank() if self.part.ranks > 1 else 0
         self.first_head = rank * attention.num_heads
@@ -291,7 +293,7 @@ class TracedModel(ABC):
 
     def add_kept_rows(self, kept: KeptRows, group: RowGroup) -> None:
         """The part of `weigh` that is not attention's."""
-        for layer in range(self.shape.num_layers):
+        for layer in range(self.shape.stream_layers):
             residual, stream = kept.residual[layer], kept.stream[layer]
             if self.normed:
                 scales = kept.scales_of(layer, group.rows)

@@ -108,9 +108,10 @@ def test_table(tmp_path: Path) -> None:
 
 def test_a_row_of_a_model_that_is_traced_in_part_says_so() -> None:
     coverage = {"layers": [0, 2], "model_layers": 4, "layer_share": 0.5}
-    outcome = Outcome.answered("a", "a.jsonl", 1, 200, {**ATTRIBUTION, "coverage": coverage})
-    [row] = make_table(table_rows(outcome)).to_pylist()
+    body = {**ATTRIBUTION, "coverage": coverage, "change_share": 0.25}
+    [row] = make_table(table_rows(Outcome.answered("a", "a.jsonl", 1, 200, body))).to_pylist()
     assert (row["covered_layers"], row["model_layers"]) == ([0, 2], 4)
+    assert row["change_share"] == 0.25
 
 
 def test_every_field_of_a_score_and_of_a_hop_has_a_column() -> None:

@@ -170,6 +170,7 @@ def result_schema() -> pa.Schema:
         field("auto_stopped"),
         ("covered_layers", pa.list_(pa.int32()), _described(Coverage, "layers")),
         ("model_layers", pa.int32(), _described(Coverage, "model_layers")),
+        field("change_share"),
         ("trace_id", text, _described(AttributionObject, "id")),
         ("error_code", text, _described(AttributionError, "code")),
         ("error_message", text, _described(AttributionError, "message")),
@@ -234,7 +235,7 @@ def _attribution(data: Mapping[str, Any]) -> dict[str, Any]:
             _PLURALS.get(name, name): [score.get(name) for score in scores]
             for name in _SCORE_FIELDS
         },
-        **{name: data.get(name) for name in (*_MASSES, "auto_stopped")},
+        **{name: data.get(name) for name in (*_MASSES, "auto_stopped", "change_share")},
         "hops": [{name: hop.get(name) for name in _HOP_FIELDS} for hop in data["hops"]],
         **_coverage(data.get("coverage")),
     }
