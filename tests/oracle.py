@@ -10,8 +10,10 @@ and the head's slice W_h of the output projection,
 
 and a token's score is the sum of e_j over layers. Where the block's output u passes an RMSNorm
 before it is added, w_i alpha^h_ij is divided by rms(u_i) and W_h multiplied by the norm's gain.
-Where a head has a sink, alpha^h_i is what the softmax gives the tokens beside one more logit. The
-activations come from a Hugging Face model in float64 whose attention is computed here; norms,
+Where a block multiplies attention's output by a gate g, f_jh = (sum_i w_i alpha^h_ij g_i^h) * v_j^h
+W_h, coordinate by coordinate of the value. Where a head has a sink, alpha^h_i is what the softmax
+gives the tokens beside one more logit. The activations come from a Hugging Face model in float64
+whose attention is computed here; norms,
 rotary angles and MoE routing keep the float32 that transformers hard-codes for them (so do the
 engines this is compared with).
 """
@@ -37,7 +39,7 @@ class LayerActivations:
     x_prev and x_mid are [N, D]; query (after rotary) [N, H, d]; key [N, G, d]; value [N, G, e] with
     its bias; alpha [H, N, N]; o_proj the weight [D, H*e], times the factor with which the block's
     output is added, or the gain of its norm; scale the factor before the softmax; row_scale [N]
-    what the norm multiplies each row by.
+    what the norm multiplies each row by; gate [N, H, d] what attention's output is multiplied by.
     """
 
     x_prev: Tensor
@@ -49,6 +51,7 @@ class LayerActivations:
     o_proj: Tensor
     scale: float
     row_scale: Tensor
+    gate: Tensor | None = None
 
 
 # --- the formulas -------------------------------------------------------------------------------
@@ -66,6 +69,7 @@ def layer_oracle(
     o_proj: Tensor,
     w: Tensor,
     row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """e_j of one layer, [N], for dense target weights w [N]."""
     row_scale = torch.ones_like(w) if row_scale is None else row_scale
@@ -75,9 +79,13 @@ def layer_oracle(
     x = (w[:, None] * x_mid).sum(0)
     token_proximity = torch.zeros(context, dtype=torch.float64)
     for h in range(heads):
-        c = ((w * row_scale)[:, None] * alpha[h]).sum(0)
         w_h = o_proj[:, h * dim : (h + 1) * dim].T
-        f = c[:, None] * (v[:, h // (heads // groups)] @ w_h)
+        value = v[:, h // (heads // groups)]
+        if gate is None:
+            c = ((w * row_scale)[:, None] * alpha[h]).sum(0)
+            f = c[:, None] * (value @ w_h)
+        else:
+            f = (torch.einsum("i,id,ij->jd", w * row_scale, gate[:, h], alpha[h]) * value) @ w_h
         token_proximity += proximity(f, x)
     return token_proximity / (token_proximity.sum() + proximity(r, x))
 
@@ -146,8 +154,44 @@ def oracle_hops(
 
 def _scores_of(layer: LayerActivations, w: Tensor) -> Tensor:
     return layer_oracle(
-        layer.alpha, layer.x_prev, layer.x_mid, layer.value, layer.o_proj, w, layer.row_scale
+        layer.alpha,
+        layer.x_prev,
+        layer.x_mid,
+        layer.value,
+        layer.o_proj,
+        w,
+        layer.row_scale,
+        layer.gate,
     )
+
+
+def oracle_changes(model: Any, input_ids: Any, positions: Any, weights: Any) -> tuple[float, float]:
+    """How much the layers with attention, and all, change the weighted stream by mixing tokens.
+
+    L1 norms of sum_i w_i (x_mid_i - x_prev_i), with weights made to sum to 1, summed over layers.
+    """
+    ids = _row(input_ids)
+    w = dense_weights(ids.shape[1], positions, weights)
+    before: dict[Any, Tensor] = {}
+    changes: dict[bool, float] = {True: 0.0, False: 0.0}
+    hooks = []
+    for layer in model.model.layers:
+
+        def in_front(module: Any, args: Any, kwargs: Any) -> None:
+            before[module] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        def behind(_: Any, args: Any, layer: Any = layer) -> None:
+            change = (w / w.sum()) @ (args[0][0] - before[layer])
+            changes[getattr(layer, "self_attn", None) is not None] += float(change.abs().sum())
+
+        hooks.append(layer.register_forward_pre_hook(in_front, with_kwargs=True))
+        hooks.append(_norms(layer)[0].register_forward_pre_hook(behind))
+    try:
+        _run(model, ids, lambda _: None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return changes[True], changes[True] + changes[False]
 
 
 # --- activations from a Hugging Face model --------------------------------------------------------
@@ -198,20 +242,26 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Any,
+        attention_mask: Any,
         scaling: float,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        alpha, output = _attention(query[0], key[0], value[0], mask, scaling, softcap, s_aux)
+        alpha, output = _attention(
+            query[0], key[0], value[0], attention_mask, scaling, softcap, s_aux
+        )
         state.update(query=query[0], key=key[0], value=value[0], alpha=alpha, scale=scaling)
+        state["mixed"] = output.transpose(0, 1)
         return output.transpose(0, 1).unsqueeze(0), None
 
     def before_layer(_: Any, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         state.clear()
         state["x_prev"] = hidden[0]
+
+    def before_projection(_: Any, args: Any) -> None:
+        state["projected"] = args[0][0]
 
     def after_attention(module: Any, _: Any, output: Any) -> None:
         state["block"] = output[0][0]
@@ -238,13 +288,18 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
                 o_proj=state["o_proj"] * factor[:, None],
                 scale=float(state["scale"]),
                 row_scale=row_scale,
+                gate=_gate(state["mixed"], state["projected"]),
             )
         )
         state.clear()
 
     hooks, norms = [], {}
     for layer in _decoder(model).layers:
+        if getattr(layer, "self_attn", None) is None:  # Its scores are in no sum over layers.
+            continue
         hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
+        projection = layer.self_attn.o_proj  # Its own hooks may round what it gets.
+        hooks.append(projection.register_forward_pre_hook(before_projection, prepend=True))
         hooks.append(layer.self_attn.register_forward_hook(after_attention))
         behind, block_norm = _norms(layer)
         norms[layer.self_attn] = block_norm
@@ -266,9 +321,17 @@ def _norms(layer: Any) -> tuple[Any, Any]:
         return layer.feedforward_layernorm, None
     if not hasattr(layer, "input_layernorm"):  # OLMo 2 and 3
         return layer.mlp, layer.post_attention_layernorm
+    if hasattr(layer, "pre_mlp_layernorm"):  # AfMoE
+        return layer.pre_mlp_layernorm, layer.post_attention_layernorm
     if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 2 and 3
         return layer.pre_feedforward_layernorm, getattr(layer, "post_attention_layernorm", None)
     return layer.post_attention_layernorm, getattr(layer, "post_self_attn_layernorm", None)
+
+
+def _gate(mixed: Tensor, projected: Tensor) -> Tensor | None:
+    """What attention's output [N, H, d] is multiplied by in front of W_h, None if by nothing."""
+    projected = projected.view_as(mixed)
+    return None if torch.equal(mixed, projected) else projected / mixed
 
 
 def _norm_factors(added: Tensor, block: Tensor, norm: Any) -> tuple[Tensor, Tensor]:

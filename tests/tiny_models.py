@@ -32,10 +32,19 @@ Family = Literal[
     "exaone4",
     "deepseek_v2",
     "deepseek_v3",
+    "afmoe",
+    "laguna",
+    "laguna_elements",
+    "granite_hybrid",
+    "qwen3_next",
 ]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
-PROVEN_FAMILIES = tuple(family for family in get_args(Family) if family not in FAMILIES)
+# Some layers have no attention: they are traced only where that is asked for.
+HYBRIDS: tuple[Family, ...] = ("granite_hybrid", "qwen3_next")
+PROVEN_FAMILIES = tuple(
+    family for family in get_args(Family) if family not in (*FAMILIES, *HYBRIDS)
+)
 VOCABULARY = 512
 MAX_POSITION = 2048
 
@@ -201,6 +210,54 @@ def _model(family: Family, num_kv_heads: int) -> Any:
         return hf.Exaone4ForCausalLM(hf.Exaone4Config(**common, **kinds))
     if family in ("deepseek_v2", "deepseek_v3"):
         return _deepseek(family)
+    if family == "afmoe":
+        kinds = {"sliding_window": 64, "layer_types": windows["layer_types"]}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        routing = {"n_group": 1, "topk_group": 1, "score_func": "sigmoid", "route_norm": True}
+        config = hf.AfmoeConfig(
+            **common, **kinds, **experts, **routing, head_dim=32, num_dense_layers=3
+        )
+        return hf.AfmoeForCausalLM(config)
+    if family.startswith("laguna"):
+        return hf.LagunaForCausalLM(
+            hf.LagunaConfig(
+                **common,
+                head_dim=32,
+                mlp_layer_types=["dense"] * 4,
+                gating="per-element" if family == "laguna_elements" else "per-head",
+            )
+        )
+    if family == "granite_hybrid":
+        states = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1}
+        multipliers = {"residual_multiplier": 0.5, "attention_multiplier": 0.25}
+        return hf.GraniteMoeHybridForCausalLM(
+            hf.GraniteMoeHybridConfig(
+                **common,
+                **states,
+                **multipliers,
+                layer_types=["mamba", "attention"] * 2,
+                num_local_experts=0,
+                num_experts_per_tok=0,
+                shared_intermediate_size=256,
+            )
+        )
+    if family == "qwen3_next":
+        linear = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        # Behind attention alone, since in bfloat16 rounding chooses between experts.
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0, 1, 2]}
+        sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+        return hf.Qwen3NextForCausalLM(
+            hf.Qwen3NextConfig(
+                **common,
+                **linear,
+                **heads,
+                **experts,
+                **sizes,
+                head_dim=32,
+                layer_types=["linear_attention", "full_attention"] * 2,
+            )
+        )
     if family == "olmo2":
         return hf.Olmo2ForCausalLM(hf.Olmo2Config(**common))
     if family == "olmo3":

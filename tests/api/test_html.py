@@ -267,3 +267,16 @@ def test_an_image_whose_grid_is_not_known() -> None:
     page = Attribution(data, text="It is 7306.", image_urls=[PIXEL]).to_html()
     assert "6 tokens stand for it" in page
     assert not [attrs for tag, attrs in Page(page).tags if tag == "img"]
+
+
+def test_a_model_that_is_traced_in_part_says_so() -> None:
+    coverage = {"layers": [0, 2], "model_layers": 4, "layer_share": 0.5}
+    note = "Traced through 2 of 4 layers only: what flows through the others is in no score."
+    attribution = sample(haystack(), coverage=coverage)
+    assert note in attribution.to_html()
+    share = sample(haystack(), coverage=coverage, change_share=0.25).to_html()
+    assert "through 2 of 4 layers only, 25% of what mixing tokens changes: what flows" in share
+    one = attribution.to_dict()
+    several = {key: one[key] for key in ("id", "object", "status", "coverage")}
+    assert note in Attribution(several | {"targets": [one]}).to_html()
+    assert note not in sample(haystack()).to_html()

@@ -103,3 +103,11 @@ def test_rich_prints_an_attribution_as_its_heat_map() -> None:
     expected = io.StringIO()
     Console(file=expected, width=100).print(render_terminal(attribution))
     assert out.getvalue() == expected.getvalue() != ""
+
+
+def test_a_model_that_is_traced_in_part_says_so() -> None:
+    coverage = {"layers": [0, 2], "model_layers": 4, "layer_share": 0.5}
+    text = printed(sample(haystack(), coverage=coverage))
+    assert text.startswith(
+        "Traced through 2 of 4 layers only: what flows through the others is in no score."
+    )

@@ -52,6 +52,37 @@ def test_equals_the_definition_for_any_block_size(case, block_rows) -> None:
     )
 
 
+@pytest.mark.parametrize("form", [FORM, AttentionForm(SCALE, sliding_window=9)])
+@pytest.mark.parametrize("targets", [1, 2])
+def test_factors_of_rows_heads_and_coordinates(form: AttentionForm, targets: int) -> None:
+    """Those of each coordinate give as many sums, those of a head side by side."""
+    generator = torch.Generator().manual_seed(7)
+    query, key = torch.randn(12, 4, 8, generator=generator), torch.randn(30, 2, 8)
+    weights, positions = torch.rand(targets, 12, generator=generator), torch.arange(18, 30)
+    by_coordinate = torch.randn(4, 3, 12, generator=generator)
+    blocks = TargetRowBlocks(weights, positions, 4, 2, block_rows=5)
+
+    def sums(factors: Tensor | None, of: TargetRowBlocks, heads: int, count: int) -> list[Tensor]:
+        outs = [torch.zeros(heads, 30) for _ in range(count)]
+        of.add(query, key.permute(1, 2, 0).clone(), form, outs, factors)
+        return outs
+
+    ours = sums(by_coordinate, blocks, 12, targets)
+    by_head = sums(by_coordinate[:, 0].contiguous(), blocks, 4, targets)
+    for target, row_weights in enumerate(weights):
+        for head in range(4):
+            for coordinate in range(3):
+                factors = by_coordinate[head, coordinate]
+                alone = TargetRowBlocks(row_weights * factors, positions, 4, 2)
+                [expected] = sums(None, alone, 4, 1)
+                own = ours[target].view(4, 3, 30)[head, coordinate]
+                torch.testing.assert_close(own, expected[head], rtol=1e-5, atol=1e-6)
+                if coordinate == 0:
+                    torch.testing.assert_close(
+                        by_head[target][head], expected[head], rtol=1e-5, atol=1e-6
+                    )
+
+
 @settings(deadline=None, max_examples=40)
 @given(cases(), st.integers(0, 20), st.randoms(use_true_random=False))
 def test_pieces_in_any_order_add_up(case, cut, random) -> None:

@@ -48,6 +48,24 @@ def test_l1_proximity_is_the_definition(layer) -> None:
     torch.testing.assert_close(ours, pairs(layer), rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
+@given(layers(), st.integers(0, 1000))
+def test_a_column_sum_for_each_coordinate(layer: Layer, seed: int) -> None:
+    column_sums, values, out_proj, stream = layer
+    heads, dim, _ = out_proj.shape
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(heads, dim, len(values), generator=generator) * column_sums[:, None]
+    repeated = values.double().repeat_interleave(heads // values.shape[1], dim=1)
+    added = torch.einsum("hdn,nhd,hdk->nhk", own.double(), repeated, out_proj.double())
+    x = stream.double()
+    expected = (x.abs().sum() - (x - added).abs().sum(-1)).clamp(min=0).sum(1)
+    norms = torch.linalg.vector_norm(out_proj, dim=1)
+    ours = proximity.gated_token_proximity(
+        own.flatten(0, 1), values, out_proj, stream, column_norms=norms
+    )
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_l1_proximity_keeps_a_contribution_far_below_the_stream() -> None:
     # ||x|| - ||x - z|| of the norms themselves is 0 or noise here.
     stream, tiny = torch.full((1024,), 1e4), torch.full((1024,), 1e-5)

@@ -17,13 +17,17 @@ from tests.forked import run_forked
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
+# Each layer has one tap more.
+GATED = ("afmoe", "laguna")
 TOKENS = torch.randint(5, 500, (600,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module", params=["llama", *(pytest.param(f, marks=pytest.mark.long) for f in GATED)]
+)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model: what a compiler does to a layer it does to each of them."""
-    return make_tiny_model("llama", tmp_path_factory.mktemp("compiled") / "llama")
+    return make_tiny_model(request.param, tmp_path_factory.mktemp("compiled") / request.param)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,8 @@ def test_family(family: Family, tmp_path: Path) -> None:
 
 
 EVERY_RUN = ("llama", "gemma2", "gpt_oss")
+# An output gate is read in vLLM's own code only.
+GATED = ("afmoe", "laguna", "laguna_elements")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,7 @@ EVERY_RUN = ("llama", "gemma2", "gpt_oss")
     [
         family if family in EVERY_RUN else pytest.param(family, marks=pytest.mark.long)
         for family in (*FAMILIES, *PROVEN_FAMILIES)
+        if family not in GATED
     ],
 )
 def test_in_transformers_code(family: Family, tmp_path: Path) -> None:
@@ -108,6 +111,22 @@ def test_refused_in_transformers_code(
     )
     try:
         assert UNLIKE[name] in engine.status()["refusal"]
+        assert len(engine.generate([5, 6, 7], 4)) == 4
+    finally:
+        engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", GATED)
+def test_gates_in_transformers_code(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(family, tmp_path / family)
+    leaves_transformers_classes_alone(monkeypatch)
+    options = {"max_model_len": 1024, "model_impl": "transformers"}
+    engine = Engine(folder, "a refused model", in_process=True, **options)
+    try:
+        assert " with an " in engine.status()["refusal"]  # Gate, or unknown projection.
         assert len(engine.generate([5, 6, 7], 4)) == 4
     finally:
         engine.close()

@@ -231,6 +231,7 @@ def test_the_report(engine: Engine) -> None:
     assert report["limit"] == LIMIT and 0 < report["largest_error"] < LIMIT / 10
     assert report["found"] == {
         "layers": [0, 3],
+        "untraced_layers": [],
         "norms": ["RMSNorm"],
         "block_norms": [],
         "query_key_norms": False,
@@ -303,8 +304,8 @@ def test_a_structure_that_cannot_be_read(engine: Engine, monkeypatch: pytest.Mon
         assert proven(engine) is None
         assert engine.status()["refusal"] == (
             "the decoder layer of model.layers.2.self_attn.attn has no pre_feedforward_layernorm "
-            "or post_attention_layernorm or feedforward_layernorm: its norm behind attention was "
-            "not found"
+            "or pre_mlp_layernorm or post_attention_layernorm or feedforward_layernorm: its norm "
+            "behind attention was not found"
         )
 
 

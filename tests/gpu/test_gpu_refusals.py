@@ -23,6 +23,7 @@ from tests.gpu.standin import CPU, backend_class, flashinfer_names
 from tests.gpu.v2_engine import V2Engine, apply_patches, traced, v2_engine
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
+from vllm_flashtrace.worker.output_gates import OutputGate
 
 Change = Callable[[Any, pytest.MonkeyPatch], None]
 SLOPES = [0.5, 0.25, 0.125, 0.0625]
@@ -121,6 +122,14 @@ def test_multi_head_latent_attention(loaded: V2Engine, monkeypatch: pytest.Monke
     context = loaded.config.compilation_config.static_forward_context
     monkeypatch.setitem(context, "model.layers.9.self_attn.mla_attn", attention)
     assert "latent attention (MLA) on the TRITON_MLA backend (model.layers.9" in refusal(loaded)
+
+
+def test_output_gates(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: str, block: Any, attention: Any, projection: str) -> OutputGate:
+        return OutputGate(block, attention, projection, 1)
+
+    monkeypatch.setattr(OutputGate, "read", read)
+    assert refusal(loaded) == "traces are not supported with an output gate on a GPU"
 
 
 def test_models_without_taps(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:

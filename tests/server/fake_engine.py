@@ -65,6 +65,7 @@ class FakeEngine:
     status: dict[str, Any] = field(default_factory=dict)
     trace_scores: Callable[[int], torch.Tensor] = torch.ones
     layers: int = 2
+    traced: tuple[int, ...] = ()
     log_prob: Callable[[str], float | WireReport] = field(default=lambda _: -1.0)
     fail_after: int | None = None
     before_step: Callable[[int], Awaitable[None]] | None = None
@@ -86,7 +87,7 @@ class FakeEngine:
         self.fail_after = None
         self.before_step = None
         self.trace_scores = torch.ones
-        self.layers = 2
+        self.layers, self.traced = 2, ()
         self.log_prob = lambda _: -1.0
         self.calls.clear()
         self.trace_gate = asyncio.Event()
@@ -140,24 +141,26 @@ class FakeEngine:
             return
         scores = self.trace_scores(spec.length)
         attention, heads = b"", 0
+        layers = len(self.traced) or self.layers
         if spec.attention:
             heads = self.model_config.get_num_attention_heads(self.vllm_config.parallel_config)
-            sums = (scores / scores.sum()).expand(self.layers, heads, -1)
+            sums = (scores / scores.sum()).expand(layers, heads, -1)
             attention = tensor_bytes(sums, torch.float16)
         self._reports[spec.nonce] = WireReport(
             status="completed",
             scores=tensor_bytes(scores.expand(len(spec.targets), -1)),
             hops=(1,) * len(spec.targets),
-            layer_scores=tensor_bytes(scores.expand(self.layers, -1) / self.layers)
-            if spec.layers
-            else b"",
-            num_layers=self.layers if spec.layers else 0,
+            layer_scores=tensor_bytes(scores.expand(layers, -1) / layers) if spec.layers else b"",
+            num_layers=layers if spec.layers else 0,
             attention=attention,
             num_heads=heads,
-            part=ModelPart(0, self.layers, self.layers, 1),
+            part=ModelPart(0, self.layers, self.layers, 1, self.traced),
             recomputed_tokens=spec.length - spec.first_target,
             cached_tokens=spec.first_target,
             seconds={"prefill": 0.1, "recording": 0.02, "proximity": 0.03},
+            changes=tensor_bytes(torch.tensor([[1.0, 4.0]] * len(spec.targets)), torch.float64)
+            if self.traced
+            else b"",
         ).encode()
         yield _request_output(call, [_choice(0, "", [0], "length")], True)
 

@@ -45,9 +45,9 @@ def spec(context: int, attention: bool = False) -> TraceSpec:
 def test_the_price_is_what_a_trace_takes(context: int) -> None:
     trace = Trace(spec(context), MODEL)
     assert BUDGET.cost(context) == trace.nbytes
-    for normed in (False, True):
-        model: Any = types.SimpleNamespace(**vars(MODEL), normed=normed)
-        budget = AccumulatorBudget.of_model(10_000, SHAPE, normed=normed)
+    for scaled in (False, True):
+        model: Any = types.SimpleNamespace(**vars(MODEL), scaled=scaled)
+        budget = AccumulatorBudget.of_model(10_000, SHAPE, scaled=scaled)
         asked = Trace(spec(context, attention=True), model)
         assert budget.cost(context, attention=True) == asked.nbytes > trace.nbytes
 
@@ -66,6 +66,25 @@ def test_the_price_of_rows_is_what_they_take(rows: int) -> None:
     trace = Trace(keeping, model)
     assert keeping.kept_rows == rows + 2
     assert KEEPING.cost(97, rows + 2) == trace.nbytes
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_the_price_of_gates_and_of_layers_that_are_not_traced(width: int) -> None:
+    shape = dataclasses.replace(SHAPE, sums_per_head=width, other_layers=2)
+    sizes = shape, 8, torch.float32
+    budget = AccumulatorBudget.of_model(
+        60_000, shape, KeptRows.row_bytes(*sizes, gate_width=width), scaled=True
+    )
+    model: Any = types.SimpleNamespace(
+        **{**vars(MODEL), "shape": shape, "scaled": True},
+        keep_rows=lambda p: KeptRows(p, *sizes, "cpu", gate_width=width),
+    )
+    assert budget.cost(100, attention=True) == Trace(spec(100, attention=True), model).nbytes
+    target = TracedTarget(
+        TargetWeights.from_spans([(95, 97)]), FurtherHops(torch.arange(20, 30), 2)
+    )
+    keeping = Trace(TraceSpec.create([target], 97, exact_fraction=1.0), model)
+    assert budget.cost(97, 12) == keeping.nbytes
 
 
 def test_a_trace_keeps_rows_where_others_have_room_beside_it() -> None:

@@ -46,7 +46,8 @@ class Model:
     shape = ModelShape(LAYERS, HEADS, GROUPS, HIDDEN)
 
     def __init__(self, normed: bool, kept: bool, triton: bool = False) -> None:
-        self.normed, self._kept, self._triton = normed, kept, triton
+        self.normed = self.scaled = normed
+        self.gate_width, self._kept, self._triton = 0, kept, triton
         generator = torch.Generator().manual_seed(5)
         self.cache = torch.randn(LAYERS, 8, GROUPS, BLOCK, DIM, generator=generator)
         self.fingerprint: Any = self

@@ -114,6 +114,7 @@ def test_the_budget_is_measured_when_first_asked_for(alone: bool) -> None:
 
     class Model:
         shape, device, normed = ModelShape(2, 2, 2, 8), torch.device("cpu"), False
+        scaled = False
 
         def take_scratch(self, activations: int) -> None:
             assert not asked and activations == 77

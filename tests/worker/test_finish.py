@@ -35,7 +35,7 @@ class Model:
         self.proximities = proximities
         self.calls = 0
 
-    batched, normed = True, False
+    batched, normed, scaled, gate_width = True, False, False, 0
 
     def replace_by_proximities(self, traces: Any, tables: Any, adapter: int | None) -> None:
         self.calls += 1

@@ -66,6 +66,7 @@ class Model:
     """A GPU model as far as the end of traces goes."""
 
     batched, normed, device, clock = True, False, META, HostClock()
+    scaled, gate_width = False, 0
 
     def __init__(self, shape: ModelShape, dim: int, dtype: torch.dtype) -> None:
         self.shape = shape

@@ -284,6 +284,12 @@ class Attribution:
         return load(base64.b64decode(data))["attention"]
 
     @property
+    def coverage(self) -> dict[str, Any] | None:
+        """Which layers the scores are of; None where all layers of the model were traced."""
+        found = self._completed().get("coverage")
+        return None if found is None else dict(found)
+
+    @property
     def usage(self) -> dict[str, Any]:
         """What the trace cost."""
         return dict(self._completed().get("usage") or {})
@@ -502,12 +508,28 @@ class Attribution:
     def __str__(self) -> str:
         if self.status != "completed":
             return f"Attribution({self._no_result_reason()})"
+        partly = f", {self.coverage_note}" if self.coverage else ""
         if self._has_several:
-            return f"Attribution({len(self.targets)} targets)"
+            return f"Attribution({len(self.targets)} targets{partly})"
         top = ", ".join(f"{score.token!r} {score.score:.3f}" for score in self.top(3))
-        return f"Attribution(target={self.target['text']!r}, input {self.input_mass:.1%}: {top})"
+        target = repr(self.target["text"])
+        return f"Attribution(target={target}, input {self.input_mass:.1%}{partly}: {top})"
 
     __repr__ = __str__
+
+    @property
+    def coverage_note(self) -> str:
+        """`coverage` in a few words; empty where all layers of the model were traced.
+
+        Of several targets the smallest ``change_share`` counts.
+        """
+        found = self.coverage
+        if found is None:
+            return ""
+        shares = [part._data.get("change_share") for part in self.targets]
+        known = [share for share in shares if share is not None]
+        least = f", {min(known):.0%} of what mixing tokens changes" if known else ""
+        return f"through {len(found['layers'])} of {found['model_layers']} layers only{least}"
 
     @property
     def _has_several(self) -> bool:

@@ -68,17 +68,26 @@ def _render(name: str, attribution: Attribution) -> str:
 def _context(attribution: Attribution) -> dict[str, Any]:
     """Everything the templates read."""
     if attribution.status != "completed":
-        return {"status": attribution.status, "error": attribution.error, "text": attribution.text}
+        lost = {"error": attribution.error, "text": attribution.text, "coverage": ""}
+        return {"status": attribution.status, **lost}
     if attribution.targets != [attribution]:
         parts = [{"target": part.target, "sources": _sources(part)} for part in attribution.targets]
         cited = _cited(attribution)
-        return {"status": "several", "id": attribution.id, "parts": parts, "cited": cited}
+        coverage = attribution.coverage_note
+        return {
+            "status": "several",
+            "id": attribution.id,
+            "parts": parts,
+            "cited": cited,
+            "coverage": coverage,
+        }
     scale = heat_scale(attribution.scores)
     prompt = prompt_heat(attribution)
     mass = attribution.mass
     return {
         "status": attribution.status,
         "id": attribution.id,
+        "coverage": attribution.coverage_note,
         "text": attribution.text,
         "target": attribution.target,
         "prompt": prompt,

@@ -476,6 +476,18 @@ class AttributionUsage(_Part):
     )
 
 
+class Coverage(_Part):
+    """Which layers of the model the scores are of, where some cannot be traced."""
+
+    layers: list[_Index] = Field(
+        description="Indices of the layers that were traced. What flows to the target through the "
+        "others, which mix tokens by linear attention, state spaces or other attention, is in no "
+        "score; with include 'layers' or 'attention' they have zeros."
+    )
+    model_layers: Annotated[int, Field(ge=1)] = Field(description="Layers of the model.")
+    layer_share: _Share = Field(description="Share of the layers that were traced.")
+
+
 class AttributionError(_Part):
     """Why there is no attribution."""
 
@@ -524,6 +536,12 @@ class TargetResult(_Part):
         default=None,
         description="Part of input_mass on prompt tokens outside the request's scope: the "
         "template's, and blanks; only with scope 'content'.",
+    )
+    change_share: _Share | None = Field(
+        default=None,
+        description="With coverage: which share of what mixing tokens changes in the stream of the "
+        "target's rows is of the traced layers, by L1 norms; the rest is of layers whose sources "
+        "are not in the scores. Absent where it cannot be measured.",
     )
     hops: list[HopMass] | None = Field(
         default=None, description="Masses of each hop, the pass that explains the target first."
@@ -596,6 +614,11 @@ class AttributionObject(TargetResult, _Head):
         default=None,
         description="Text of every prompt token, which join to the rendered prompt; with include "
         "'tokens'.",
+    )
+    coverage: Coverage | None = Field(
+        default=None,
+        description="Which layers were traced; only of a model some of whose layers cannot be, "
+        "with the server's option partial_coverage.",
     )
     usage: AttributionUsage | None = Field(default=None, description="What it cost.")
 

@@ -55,6 +55,12 @@ class TerminalHeatMap:
         if attribution.status != "completed":
             yield Text(str(attribution), style="bold red")
             return
+        if attribution.coverage is not None:
+            yield Text(
+                f"Traced {attribution.coverage_note}: what flows through the others is in no "
+                "score.\n",
+                style="bold",
+            )
         if attribution.targets != [attribution]:
             for number, part in enumerate(attribution.targets, 1):
                 yield Text(f"{number}  {_printable(str(part.target['text']))}", style="bold")

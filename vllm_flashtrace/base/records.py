@@ -88,6 +88,27 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Coverage:
+    """What of a model a trace covers, where some of its layers cannot be traced.
+
+    Attributes:
+        layers: Indices of the layers that are traced, ascending.
+        model_layers: Layers of the model.
+    """
+
+    layers: tuple[int, ...]
+    model_layers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``coverage`` of a result."""
+        return {
+            "layers": list(self.layers),
+            "model_layers": self.model_layers,
+            "layer_share": len(self.layers) / self.model_layers,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class TraceReport:
     """What the engine measured for one trace request: one hop, or several from one prefill.
 
@@ -105,6 +126,9 @@ class TraceReport:
         restarts: How often recording began again after a preemption.
         seconds: Seconds by phase (``queue``, ``prefill``, ``attribution``).
         weights: What tells the weights that it was computed with from others.
+        coverage: Which layers are traced; None if all are.
+        changes: float64 ``[targets, 2]``, of each target's first hop: how much the traced layers,
+            and all layers, change the weighted stream by mixing tokens; None where it is not known.
     """
 
     scores: torch.Tensor
@@ -117,6 +141,8 @@ class TraceReport:
     restarts: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     weights: str = ""
+    coverage: Coverage | None = None
+    changes: torch.Tensor | None = None
 
     @property
     def targets(self) -> tuple[tuple[torch.Tensor, ...], ...]:
@@ -161,6 +187,9 @@ class TraceUsage:
     Attributes:
         weights: `TraceReport.weights` of its requests; None before the first.
         attention: `TraceReport.attention` of the hop that explains the target, if asked for.
+        coverage: `TraceReport.coverage`.
+        change_shares: By the identity of its plan, the share of each target that the traced layers
+            have in `TraceReport.changes`; empty where it is not known.
         scored_requests: Requests that scored the target, with and without parts of the prompt.
         scored_tokens: Tokens that these prefilled.
         scored_cached_tokens: Tokens that they found in the prefix cache.
@@ -171,6 +200,8 @@ class TraceUsage:
     seconds: dict[str, float] = field(default_factory=dict)
     weights: str | None = None
     attention: torch.Tensor | None = None
+    coverage: Coverage | None = None
+    change_shares: dict[int, float] = field(default_factory=dict)
     scored_requests: int = 0
     scored_tokens: int = 0
     scored_cached_tokens: int = 0
@@ -178,6 +209,7 @@ class TraceUsage:
     def add(self, report: TraceReport) -> None:
         """Adds one trace request."""
         self.weights = report.weights
+        self.coverage = report.coverage
         if report.attention is not None:
             self.attention = report.attention
         self.recomputed_tokens += report.recomputed_tokens

@@ -162,14 +162,18 @@ class TargetRowBlocks:
     ) -> None:
         """Adds ``c_h[j] = sum_i w_i s_i alpha^h_ij`` for every head and token.
 
+        Factors may differ between heads, ``s_i^h``, and between the coordinates of a head's value,
+        ``s_i^h[e]``; then ``c_h[j][e] = sum_i w_i s_i^h[e] alpha^h_ij``.
+
         Args:
             query: ``[tokens, H, d]``, queries after position encoding, any float dtype.
             keys: float32 ``[G, d, n]`` with ``n >= columns``, keys as cached, one column a token;
                 overwritten.
             form: How the layer makes attention weights ``alpha`` of queries and keys.
-            out: float32 ``[H, >= n]``, added to in place; of several targets, one for each.
-            scales: float32 ``[R]``, factors ``s`` on the weights of the rows in this layer, in the
-                order in which they were given; 1 if None.
+            out: float32 ``[H, >= n]``, added to in place; of several targets, one for each. With
+                factors for each coordinate ``[H * d, >= n]``, those of a head side by side.
+            scales: float32 ``[R]``, ``[H, R]`` or ``[H, d, R]``, factors ``s`` on the weights of
+                the rows in this layer, in the order in which they were given; 1 if None.
         """
         if not self.blocks:
             return
@@ -187,8 +191,15 @@ class TargetRowBlocks:
                 attention, denominators, _ = block.weights_of(form, queries, keys, first, memory)
             # The softmax denominator is folded into the row weights: one pass less over the block.
             row_weights = block.row_weights / denominators[:, None]  # [H, T, B]
+            if scales is not None and scales.dim() == 3:
+                own = scales[..., block.given]  # [H, d, B]
+                for target, one in enumerate(outs):
+                    by_head = one[:, first : block.columns].unflatten(0, (len(own), -1))
+                    by_head.baddbmm_(own * row_weights[:, target : target + 1], attention)
+                continue
             if scales is not None:
-                row_weights *= scales[block.given]
+                own = scales[..., block.given]
+                row_weights *= own if own.dim() == 1 else own[:, None]
             sums = torch.bmm(row_weights, attention)
             for target, one in enumerate(outs):
                 one[:, first : block.columns] += sums[:, target]

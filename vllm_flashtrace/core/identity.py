@@ -26,9 +26,10 @@ def attention_error(weights: Tensor, values: Tensor, output: Tensor) -> float:
     """How far the attention's own output is from ``sum_j alpha^h_ij v_j^h``.
 
     Args:
-        weights: ``[R, H, n]``, attention weights of R rows.
+        weights: ``[R, H, n]``, attention weights of R rows, or ``[R, H, d, n]`` where each
+            coordinate of a head has its own, times the rows' gates if there are any.
         values: ``[n, G, d]``, cached values; head ``h`` reads ``h // (H // G)``.
-        output: ``[R, H, d]``, the layer's own output, before its projection.
+        output: ``[R, H, d]``, the layer's own output, before its projection, times the gates.
 
     Returns:
         The largest Euclidean distance of any row and head, relative to the norm of
@@ -75,7 +76,8 @@ def identity_error(contributed: Tensor, added: Tensor, rounded: Tensor | None = 
 def _mixed(weights: Tensor, values: Tensor) -> Tensor:
     """``sum_j alpha^h_ij v_j^h``, float64 ``[R, H, d]``."""
     grouped = weights.double().unflatten(1, (values.shape[1], -1))
-    return torch.einsum("rgsn,ngd->rgsd", grouped, values.double()).flatten(1, 2)
+    products = "rgsn,ngd->rgsd" if weights.dim() == 3 else "rgsdn,ngd->rgsd"
+    return torch.einsum(products, grouped, values.double()).flatten(1, 2)
 
 
 def _largest(distances: Tensor, sizes: Tensor, vectors: Tensor) -> float:

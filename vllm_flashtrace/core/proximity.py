@@ -19,6 +19,13 @@ the weight of row ``i`` in this layer, and ``gamma`` to the projection, both exa
     c_h[j] = sum_i (w_i / rms_i) alpha^h_ij      W_O^h diag(gamma) in the place of W_O^h
     r      = sum_i w_i x_prev_i                  x = r + gamma * sum_i (w_i / rms_i) u_i
 
+Where the attention's output passes a gate before ``W_O``, ``g_i^h`` for each head or ``g_i^h[e]``
+for each coordinate of its value, the gate of row ``i`` is one for all tokens and belongs to the
+row's weight too:
+
+    c_h[j] = sum_i w_i g_i^h alpha^h_ij          f_jh = c_h[j] v_j^h W_O^h
+    c_h[j][e] = sum_i w_i g_i^h[e] alpha^h_ij    f_jh = (c_h[j] * v_j^h) W_O^h
+
 Contributions have ``tokens * heads * D`` coordinates;
 `token_proximity` is exact without storing or even computing most of them.
 """
@@ -152,6 +159,51 @@ def token_proximity(
         known = overshoot.gather(1, tokens)
         overshoot.scatter_(1, tokens, torch.where(reach > 0, further, known))
     return totals.sub_(overshoot.mul_(2)).clamp_(min=0).sum(dim=0)
+
+
+def gated_token_proximity(
+    column_sums: Tensor,
+    values: Tensor,
+    out_proj: Tensor,
+    stream: Tensor,
+    *,
+    exact_fraction: float = DEFAULT_EXACT_FRACTION,
+    column_norms: Tensor,
+) -> Tensor:
+    """As `token_proximity` with a column sum for each coordinate of a head's values.
+
+    One head after another, so that the gated values of one head is all that is held beside them.
+
+    Args:
+        column_sums: float32 ``[H * d, N]``, finite, of any sign.
+        values: As there.
+        out_proj: As there.
+        stream: As there.
+        exact_fraction: As there, of each head's bounds.
+        column_norms: As there.
+
+    Returns:
+        float32 ``[N]``: ``sum_h prox((c_h[j] * v_j) W_O^h)``.
+
+    Raises:
+        ValueError: As there.
+    """
+    by_head = column_sums.unflatten(0, (len(out_proj), -1))
+    shared = len(out_proj) // values.shape[1]
+    ones = column_sums.new_ones(1, column_sums.shape[1])
+    total = torch.zeros_like(ones[0])
+    for head, sums in enumerate(by_head):
+        gated = values[:, head // shared].float() * sums.t()
+        own = slice(head, head + 1)
+        total += token_proximity(
+            ones,
+            gated[:, None],
+            out_proj[own],
+            stream,
+            exact_fraction=exact_fraction,
+            column_norms=column_norms[own],
+        )
+    return total
 
 
 def token_shares(proximities: Tensor, denominators: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class AttentionInputs:
         rows: The target rows, with their accumulators.
         form: How the layer makes logits; `form.scale` includes the scales of eight-bit floats.
         scales: float32 ``[R]``, positive factors on the weights of the rows in this layer, the rows
-            of all segments one after another; None for 1.
+            of all segments one after another; None for 1. In torch also ``[H, R]``, factors of each
+            head, or ``[H, d, R]``, of each coordinate of a head's values.
 
     Raises:
         ValueError: The shapes or types do not fit together.
@@ -207,6 +208,8 @@ def paged_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bo
     if by_triton(inputs.query):
         from vllm_flashtrace.kernels.triton_column_sums import triton_column_sums
 
+        if inputs.scales is not None and inputs.scales.dim() > 1:
+            raise ValueError("the Triton kernels take one factor for each row")
         triton_column_sums(inputs, layer)
     else:
         torch_column_sums(inputs, layer, overwrite_keys=overwrite_keys)

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_flashtrace.core.proximity import l1_proximity, token_proximity, token_shares
+from vllm_flashtrace.core.proximity import (
+    gated_token_proximity,
+    l1_proximity,
+    token_proximity,
+    token_shares,
+)
 from vllm_flashtrace.kernels.target_rows import Accumulators, touching_sums
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +94,8 @@ class ProximityTrace:
     Attributes:
         sums: Column sums ``c`` ``[L, H, N]``, non-negative, which the proximities replace;
             residual ``r`` and stream ``x``, ``[L, D]``, in the same weighting. The last dimension
-            of each is contiguous.
+            of each is contiguous. In torch also ``[L, H * d, N]``, of any sign: column sums for
+            each coordinate of a head's values.
         block_table: int32 ``[>= ceil(N / block_size)]``: token ``j`` lies in slot
             ``j % block_size`` of block ``block_table[j // block_size]``.
         totals: float64 ``[L]``, contiguous: gets the proximity of all tokens.
@@ -196,7 +202,8 @@ def _token_proximities(
 ) -> Tensor:
     """One layer of one trace, float32 ``[N]``."""
     norms = layer.column_norms
-    heads, tokens = column_sums.shape
+    tokens = column_sums.shape[1]
+    heads, gated = layer.heads, len(column_sums) > layer.heads
     by_head = layer.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [H, d, D]
     if norms is None:
         norms = column_norms(layer.weight, heads)
@@ -207,7 +214,7 @@ def _token_proximities(
         column_sums = column_sums * layer.scale
 
     def core(column_sums: Tensor, values: Tensor) -> Tensor:
-        return token_proximity(
+        return (gated_token_proximity if gated else token_proximity)(
             column_sums,
             values,
             by_head,
@@ -217,15 +224,16 @@ def _token_proximities(
         )
 
     lowest, highest = column_sums.aminmax()
-    if bool((lowest >= 0) & (highest < torch.inf)):
+    least = -torch.inf if gated else 0.0
+    if bool((lowest >= least) & lowest.isfinite() & highest.isfinite()):
         try:
             return core(column_sums, values)
         except ValueError:
-            usable = _usable(column_sums, values)
+            usable = _usable(column_sums, values, least)
             if bool(usable.all()):
                 raise
     else:
-        usable = _usable(column_sums, values)
+        usable = _usable(column_sums, values, least)
     column_sums = column_sums.masked_fill(~usable, 0)
     values = values.masked_fill(~usable[:, None, None], 0)
     return core(column_sums, values).masked_fill_(~usable, torch.nan)
@@ -288,15 +296,18 @@ def gather_tokens(cache: Tensor, block_table: Tensor, tokens: int) -> Tensor:
     return vectors.transpose(0, 1)
 
 
-def _usable(column_sums: Tensor, values: Tensor) -> Tensor:
-    """Tokens whose values and column sums are numbers, bool ``[N]``."""
+def _usable(column_sums: Tensor, values: Tensor, least: float) -> Tensor:
+    """Tokens whose values and column sums are numbers, bool ``[N]``, and these not too small."""
     lengths = torch.linalg.vector_norm(values.float(), dim=2)
-    fine = (column_sums >= 0) & (column_sums < torch.inf)
+    fine = (column_sums >= least) & column_sums.isfinite()
     return lengths.isfinite().all(dim=1) & fine.all(dim=0)
 
 
 def _check(layers: Sequence[ProximityLayer], traces: Sequence[ProximityTrace]) -> None:
     heads, hidden = layers[0].heads, layers[0].hidden
+    widths = {heads}
+    if not traces[0].sums.column_sums.is_cuda:
+        widths.add(layers[0].weight.shape[1])
     last = max(layer.index for layer in layers)
     smallest = min(layer.cache.shape[2] for layer in layers)
     if len({layer.index for layer in layers}) < len(layers):
@@ -306,7 +317,7 @@ def _check(layers: Sequence[ProximityLayer], traces: Sequence[ProximityTrace]) -
     for trace in traces:
         column_sums, residual, _ = trace.sums
         if (
-            column_sums.shape[1] != heads
+            column_sums.shape[1] not in widths
             or residual.shape[1] != hidden
             or len(column_sums) <= last
             or trace.block_table.numel() * smallest < trace.tokens

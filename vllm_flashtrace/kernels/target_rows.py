@@ -40,9 +40,10 @@ class Accumulators(NamedTuple):
     """What one trace adds up; on the device of the step.
 
     Attributes:
-        column_sums: float32 ``[L, H, >= columns]``, weighted column sums ``c``.
-        residual: float32 ``[L, D]``, weighted sums ``r`` of the stream before attention.
-        stream: float32 ``[L, D]``, weighted sums ``x`` of the stream after attention, or of what
+        column_sums: float32 ``[L, H, >= columns]``, weighted column sums ``c``; where rows have a
+            factor for each coordinate of a head's values, ``[L, H * d, >= columns]``.
+        residual: float32 ``[>= L, D]``, weighted sums ``r`` of the stream before attention.
+        stream: float32 ``[>= L, D]``, weighted sums ``x`` of the stream after attention, or of what
             attention adds until ``r`` is added at the end.
     """
 
@@ -218,10 +219,10 @@ def _check(segment: RowSegment, num_heads: int) -> None:
         )
     layers, heads, columns = sums.column_sums.shape
     if (
-        heads != num_heads
+        heads % num_heads
         or columns < segment.columns
         or sums.residual.shape != sums.stream.shape
-        or sums.residual.shape[0] != layers
+        or sums.residual.shape[0] < layers
         or any(s.dtype != torch.float32 or s.stride(-1) != 1 for s in sums)
     ):
         raise ValueError(

@@ -128,6 +128,9 @@ def build_result(
     tokens = first.prompt.pieces()
     data: dict[str, Any] = {"id": trace_id, "object": OBJECT, "status": "completed"}
     results = [_target_result(plan, tokens, as_tensors) for plan in plans]
+    for plan, result in zip(plans, results, strict=True):
+        if (share := usage.change_shares.get(id(plan))) is not None:
+            result["change_share"] = share
     for result, verification in zip(results, verifications, strict=False):
         result["verification"] = verification
         _add_verdicts(result.get("citations") or (), verification)
@@ -147,6 +150,8 @@ def build_result(
         data["attention"] = _attention(first, usage.attention, as_tensors)
     if "tokens" in first.request.include:
         data["tokens"] = tokens
+    if usage.coverage is not None:
+        data["coverage"] = usage.coverage.to_dict()
     data["usage"] = _usage(usage, cache_details)
     if dropped := max(plan.dropped_target_tokens for plan in plans):
         data["usage"]["dropped_target_tokens"] = dropped

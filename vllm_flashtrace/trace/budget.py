@@ -22,12 +22,29 @@ _MOST_KEPT = 4
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of the traced model on this worker; heads are those of its tensor-parallel rank."""
+    """Sizes of the traced model on this worker; heads are those of its tensor-parallel rank.
+
+    Attributes:
+        num_layers: Layers that are traced.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        hidden_size: Size of the residual stream.
+        sums_per_head: Column sums that each head and token has: the head size where each
+            coordinate has a gate of its own, else 1.
+        other_layers: Layers that are not traced, whose change of the stream is measured.
+    """
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     hidden_size: int
+    sums_per_head: int = 1
+    other_layers: int = 0
+
+    @property
+    def stream_layers(self) -> int:
+        """Layers around which the stream is added up: first those that are traced."""
+        return self.num_layers + self.other_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +73,21 @@ class AccumulatorBudget:
         shape: ModelShape,
         bytes_per_row: int = 0,
         *,
-        normed: bool = False,
+        scaled: bool = False,
     ) -> Self:
         """The budget of a worker: column sums per head, ``r`` and ``x`` per layer, in float32.
 
-        Sums of attention are a copy in float16 of the column sums; where blocks are normed, whose
-        column sums are of other weights, they are also added up by themselves.
+        Sums of attention are a copy in float16 of the column sums; where rows are ``scaled``, since
+        blocks are normed or gated, column sums are of other weights, and those of attention are
+        also added up by themselves.
         """
         sums = shape.num_layers * shape.num_heads
         return cls(
             limit_bytes,
-            bytes_per_token=sums * _FLOAT_BYTES,
-            fixed_bytes=shape.num_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
+            bytes_per_token=sums * shape.sums_per_head * _FLOAT_BYTES,
+            fixed_bytes=shape.stream_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
             bytes_per_row=bytes_per_row,
-            attention_bytes_per_token=sums * (_HALF_BYTES + (_FLOAT_BYTES if normed else 0)),
+            attention_bytes_per_token=sums * (_HALF_BYTES + (_FLOAT_BYTES if scaled else 0)),
         )
 
     @classmethod

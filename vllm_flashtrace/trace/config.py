@@ -154,6 +154,13 @@ class FlashTraceConfig(BaseModel):
         "by the model's type: 1e-4 in float32 (0.01 on a GPU), 0.005 in float16, 0.03 in bfloat16, "
         "0.1 with an fp8 KV cache or where output projections round their inputs to eight bits.",
     )
+    partial_coverage: bool = Field(
+        default=False,
+        description="Whether a model some of whose layers cannot be traced (linear attention, "
+        "state space, or attention of another kind) is traced through its other layers alone. "
+        "Every result then says which these are, as `coverage`; without the option such a model is "
+        "not traced.",
+    )
     page: bool = Field(default=False, description="Whether `/flashtrace` serves the HTML page.")
 
     @classmethod

@@ -350,8 +350,11 @@ def take_report(
             f"the worker's result is of {len(report.targets)} targets, not {len(call.plans)}",
         )
     try:
-        for plan, hops in zip(call.plans, report.targets, strict=True):
+        for place, (plan, hops) in enumerate(zip(call.plans, report.targets, strict=True)):
             length, layers = len(plan.token_ids), report.layer_scores
+            if report.changes is not None and not plan.recursion.begun:
+                traced, whole = report.changes[place].tolist()
+                usage.change_shares[id(plan)] = traced / whole if whole else 0.0
             for scores in hops:
                 if plan.recursion.next_weights() is not None:
                     plan.recursion.add(

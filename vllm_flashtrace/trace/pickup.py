@@ -16,6 +16,7 @@ A worker that is alone sends its answer with the output of the trace's request, 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import (
     SECRET_ENV,
     WireReport,
+    coverage,
     decode_wire,
     misfit,
     secret_id,
@@ -80,7 +82,9 @@ async def pick_up(
         for stage in stages([wire.part for wire in wires])
     ]
     _check_heads([[wires[place] for place in stage] for stage in members])
-    return _merged(members, [wire.to_report() for wire in wires])
+    covered = coverage([wires[stage[0]].part for stage in members])
+    report = _merged(members, [wire.to_report() for wire in wires])
+    return dataclasses.replace(report, coverage=covered)
 
 
 async def pick_up_score(
@@ -223,7 +227,18 @@ def _merged(members: Sequence[Sequence[int]], reports: Sequence[TraceReport]) ->
         restarts=first.restarts,
         seconds={name: max(report.seconds.get(name, 0.0) for report in reports) for name in phases},
         weights=" ".join(report.weights for report in reports),
+        changes=_changes(per_stage),
     )
+
+
+def _changes(per_stage: Sequence[Sequence[TraceReport]]) -> torch.Tensor | None:
+    """Sums over stages, whose ranks have the same stream; None if any stage does not know.
+
+    A stage all of whose layers are traced does not measure them, so that nothing is known then.
+    """
+    found = [stage[0].changes for stage in per_stage]
+    known = [changes for changes in found if changes is not None]
+    return _sum(known) if known and len(known) == len(found) else None
 
 
 def _kept_rows_scores(reports: Sequence[TraceReport]) -> dict[str, Any]:

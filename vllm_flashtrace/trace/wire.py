@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.base.records import TraceReport
+from vllm_flashtrace.base.records import Coverage, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget, rows_of
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -273,12 +273,19 @@ class ModelPart(msgspec.Struct, frozen=True, array_like=True):
         num_layers: Layers held.
         model_layers: Layers of the whole model.
         ranks: Workers that share each layer's heads.
+        traced: Indices of the layers that are traced; empty if all are.
     """
 
     first_layer: int = 0
     num_layers: int = 0
     model_layers: int = 0
     ranks: int = 1
+    traced: tuple[int, ...] = ()
+
+    @property
+    def traced_layers(self) -> Sequence[int]:
+        """Indices of the layers that are traced."""
+        return self.traced or range(self.first_layer, self.first_layer + self.num_layers)
 
     @property
     def whole(self) -> bool:
@@ -302,6 +309,9 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
         log_probs: float32, one for each scored position; empty on workers without the logits.
         part: What of the model the numbers are of; ``L`` are the layers in it.
         weights: What tells the worker's weights from others, the same in all of the trace's steps.
+        changes: float64 ``[sum(hops), 2]``: how much the traced layers, and all layers, change the
+            weighted stream by mixing tokens, L1 norms summed over layers; empty where all are
+            traced, or it is not known.
     """
 
     status: str
@@ -321,6 +331,7 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
     seconds: dict[str, float] = {}
     part: ModelPart = ModelPart()
     weights: str = ""
+    changes: bytes = b""
 
     def to_report(self) -> TraceReport:
         """The report of a completed trace.
@@ -332,11 +343,13 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
             raise TraceError("result_missing", f"the worker's result is {self.status}")
         layers = None
         if self.num_layers:
-            layers = tensor_of(self.layer_scores, torch.float32).view(self.num_layers, -1)
+            scores = tensor_of(self.layer_scores, torch.float32).view(self.num_layers, -1)
+            layers = self._of_all_layers(scores)
         attention = None
         if self.num_heads:
             sums = tensor_of(self.attention, torch.float16)
-            attention = sums.view(self.part.num_layers, self.num_heads, -1)
+            count = len(self.part.traced_layers)
+            attention = self._of_all_layers(sums.view(count, self.num_heads, -1))
         scores = tensor_of(self.scores, torch.float32).view(sum(self.hops), -1)
         (first, *later), *others = (tuple(hops) for hops in scores.split(self.hops))
         return TraceReport(
@@ -350,7 +363,24 @@ class WireReport(msgspec.Struct, frozen=True, omit_defaults=True):
             restarts=self.restarts,
             seconds=self.seconds,
             weights=self.weights,
+            changes=self._first_changes(),
         )
+
+    def _first_changes(self) -> torch.Tensor | None:
+        """`changes` of the first hop of each target."""
+        if not self.changes:
+            return None
+        first = torch.tensor((0, *self.hops[:-1])).cumsum(0)
+        return tensor_of(self.changes, torch.float64).view(-1, 2)[first]
+
+    def _of_all_layers(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers of the traced layers with zeros for those that are not."""
+        part = self.part
+        if not part.traced:
+            return numbers
+        whole = numbers.new_zeros(part.num_layers, *numbers.shape[1:])
+        whole[[index - part.first_layer for index in part.traced]] = numbers
+        return whole
 
     def encode(self) -> bytes:
         """Msgpack form."""
@@ -405,6 +435,14 @@ def stages(parts: Sequence[ModelPart]) -> list[list[int]]:
     if totals != {reached}:
         raise misfit(f"{reached} layers of a model of {', '.join(map(str, sorted(totals)))}")
     return ordered
+
+
+def coverage(parts: Sequence[ModelPart]) -> Coverage | None:
+    """Which layers are traced, of one rank of each stage; None if it is all of them."""
+    if not any(part.traced for part in parts):
+        return None
+    traced = sorted(index for part in parts for index in part.traced_layers)
+    return Coverage(tuple(traced), parts[0].model_layers)
 
 
 def misfit(detail: str = "") -> TraceError:

@@ -77,7 +77,7 @@ class CPUTracedModel(TracedModel):
         blocks = TargetRowBlocks(weights, kept.positions[rows], *heads, rows=rows)
         for layer in range(len(self.layers)):
             keys = self._read_keys(layer, batch_row.block_tables, blocks.columns)
-            scales = None if kept.scales is None else kept.scales[layer, rows]
+            scales = kept.factors_of(layer, rows)
             out = [target.sums.column_sums[layer] for target in targets]
             blocks.add(kept.queries[layer], keys, self.attention_form(layer), out, scales)
         for group in groups:

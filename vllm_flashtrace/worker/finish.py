@@ -26,6 +26,7 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import Accumulators, ProximityTrace, SumsTouchedError, sum_shares
+from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes
 from vllm_flashtrace.worker.step import RowGroup, Segment, Trace
 
@@ -48,6 +49,8 @@ class Measured:
         tokens: float32 ``[L, N]``, each token's proximity summed over this rank's heads.
         totals: float64 ``[L]``, `tokens` summed over tokens.
         residual: float64 ``[L]``, the proximity of the residual, the same on every rank.
+        changes: float64 ``[2]``, L1 norms of ``x - r`` summed over the traced layers and over all
+            layers; None where all are traced or the others are not seen.
         recorded: Mark at the end of the last recording step.
     """
 
@@ -56,6 +59,7 @@ class Measured:
     totals: Tensor
     residual: Tensor
     recorded: Any
+    changes: Tensor | None = None
 
 
 def measure(
@@ -102,9 +106,10 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     _complete_sums(segments, model)
     size = (len(traces), 2, model.shape.num_layers)
     results = torch.empty(size, dtype=torch.float64, device=model.device)
+    layers = model.shape.num_layers
     inputs = [
         ProximityTrace(
-            segment.row_segment.sums,
+            _of_layers(segment.row_segment.sums, layers),
             segment.batch_row.block_tables[0],
             totals,
             residual,
@@ -116,13 +121,27 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     for trace in traces:
         if trace.attention is not None:  # Proximities are about to take the place of the sums.
             trace.attention.copy_((trace.unscaled or trace.sums).column_sums)
+    changes = [_changes(segment.row_segment.sums, model.shape) for segment in segments]
     model.replace_by_proximities(inputs, tables, traces[0].adapter)
     return {
         segment.batch_row.req_id: Measured(
-            segment.trace, one.sums.column_sums[:, 0], one.totals, one.residual, recorded
+            segment.trace, one.sums.column_sums[:, 0], one.totals, one.residual, recorded, change
         )
-        for segment, one in zip(segments, inputs, strict=True)
+        for segment, one, change in zip(segments, inputs, changes, strict=True)
     }
+
+
+def _of_layers(sums: Accumulators, layers: int) -> Accumulators:
+    """The sums of the layers that are traced."""
+    return sums._replace(residual=sums.residual[:layers], stream=sums.stream[:layers])
+
+
+def _changes(sums: Accumulators, shape: ModelShape) -> Tensor | None:
+    """`Measured.changes` of complete sums."""
+    if not shape.other_layers:
+        return None
+    change = (sums.stream - sums.residual).abs().sum(dim=1, dtype=torch.float64)
+    return torch.stack([change[: shape.num_layers].sum(), change.sum()])
 
 
 def _complete_sums(segments: Sequence[Segment], model: TracedModel) -> None:
@@ -156,7 +175,7 @@ class TotalsExchange:
 
         Args:
             all_reduce: Sums a float32 tensor ``[n]`` over the ranks.
-            layers: Layers of this pipeline stage.
+            layers: Layers of this pipeline stage, or more.
             most_traces: Most traces that a step can finish.
             device: Where totals are.
         """
@@ -165,7 +184,7 @@ class TotalsExchange:
             self._rows = torch.zeros(most_traces, layers, device=device)
 
     def add_up(self, totals: Sequence[Tensor | None]) -> list[Tensor]:
-        """Sums over the ranks, float64 ``[L]`` for each trace.
+        """Sums over the ranks, float64 ``[layers]`` for each trace, of which the first L count.
 
         Args:
             totals: This rank's totals ``[L]`` of each trace; None where it has none.
@@ -175,7 +194,7 @@ class TotalsExchange:
         for row, own in zip(rows, totals, strict=True):
             if own is not None:
                 try:
-                    row.copy_(own)
+                    row[: len(own)].copy_(own)
                 except Exception as error:  # The others wait for this rank.
                     log_unexpected("exchanging totals", error)
         # In one dimension: some of vLLM's forms of it take two to be the model's activations.
@@ -196,8 +215,8 @@ def score(
 
     Args:
         measured: The trace after its proximity pass; `tokens` is overwritten.
-        totals: float64 ``[L]``, `Measured.totals` summed over all ranks; None where this rank has
-            all the heads.
+        totals: float64 ``[>= L]``, `Measured.totals` summed over all ranks; None where this rank
+            has all the heads.
         part: What of the model it is of.
         buffers: Where the result goes.
         first_head: See `TracedModel`.
@@ -209,7 +228,7 @@ def score(
     trace = measured.trace
     scores = _scores(measured, totals)
     copied = _copy([[part] for part in scores], trace, buffers, measured.tokens)
-    facts = TraceFacts.of(trace, part, first_head)
+    facts = TraceFacts.of(trace, part, first_head, changes=measured.changes is not None)
     return FinishedTrace(facts, copied, measured.recorded, trace.clock.mark())
 
 
@@ -233,7 +252,7 @@ def run_hops(
     """
     trace = segment.trace
     recorded = trace.clock.mark()
-    hops: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in trace.targets]
+    hops: list[list[tuple[Tensor, ...]]] = [[] for _ in trace.targets]
     waiting = [(index, target.weights, 1.0) for index, target in enumerate(trace.targets)]
     own = sum(sums.nbytes for sums in trace.sums)
     more = min(len(waiting) - 1, max(0, spare_bytes) // own)
@@ -253,7 +272,8 @@ def run_hops(
     copied = _copy(parts, trace, buffers)
     ended = trace.clock.mark()
     counts = tuple(map(len, hops))
-    return FinishedTrace(TraceFacts.of(trace, model.part), copied, recorded, ended, counts)
+    facts = TraceFacts.of(trace, model.part, changes=model.shape.other_layers > 0)
+    return FinishedTrace(facts, copied, recorded, ended, counts)
 
 
 def _weigh(
@@ -261,7 +281,7 @@ def _weigh(
     targets: Sequence[TargetWeights],
     sums: Sequence[Accumulators],
     model: TracedModel,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """One hop of each target over kept rows, see `_scores`; overwrites as many of the sums."""
     trace = segment.trace
     kept = trace.rows
@@ -284,15 +304,19 @@ def _weigh(
     return found
 
 
-def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores ``[length]``, this rank's proximities ``[L]`` and all ranks', see `score`."""
+def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, ...]:
+    """Scores ``[length]``, this rank's proximities ``[L]`` and all ranks', see `score`.
+
+    Behind them `Measured.changes`, if there are any.
+    """
     trace, tokens = measured.trace, measured.tokens
     own = measured.totals + measured.residual
-    denominators = own if totals is None else totals + measured.residual
+    denominators = own if totals is None else totals[: len(own)] + measured.residual
     # Behind the last target, where nothing flows from, scores are 0.
     scores = torch.empty(trace.spec.length, device=tokens.device)
     sum_shares(tokens, denominators, scores, keep=trace.spec.layers)
-    return scores, own, denominators
+    changes = () if measured.changes is None else (measured.changes,)
+    return scores, own, denominators, *changes
 
 
 def _copy(
@@ -316,7 +340,8 @@ class FinishedTrace:
         facts: What is to be told of the trace beside its scores.
         copied: float32 ``[hops, length]``, the scores; float64 ``[hops, L]``, the proximities of
             all tokens and the residual over this rank's heads; float64 ``[hops, L]``, over all
-            ranks'; int64 ``[2]``, see `WeightsSeen`; and, if the trace asked for them, the scores
+            ranks'; float64 ``[hops, 2]``, `Measured.changes`, if there are any; int64 ``[2]``, see
+            `WeightsSeen`; and, if the trace asked for them, the scores
             per layer, float32 ``[L, context]``, and the sums of attention, see `Trace.attention`.
         recorded: Mark at the end of the last recording step.
         ended: Mark after the scores.
@@ -338,7 +363,9 @@ class FinishedTrace:
                 another rank is not.
         """
         facts = self.facts
-        scores, own, denominators, weights, *asked = self.copied.tensors
+        scores, own, denominators, *asked = self.copied.tensors
+        changes = asked.pop(0) if facts.changes else None
+        weights = asked.pop(0)
         attention = asked.pop() if facts.attention else None
         _check_weights(weights)
         self._check(own, "recording_failed", "a proximity of layer {} is not finite")
@@ -359,6 +386,7 @@ class FinishedTrace:
             seconds=self._seconds(),
             part=facts.part,
             weights=_weights_text(weights),
+            changes=b"" if changes is None else tensor_bytes(changes, torch.float64),
         )
 
     def _padded(self, layers: Tensor) -> bytes:
@@ -370,7 +398,7 @@ class FinishedTrace:
     def _check(self, sums: Tensor, code: str, message: str) -> None:
         finite = sums.isfinite()
         if not bool(finite.all()):
-            layer = self.facts.part.first_layer + int((~finite).nonzero()[0, 1])
+            layer = self.facts.part.traced_layers[int((~finite).nonzero()[0, 1])]
             raise TraceError(code, message.format(layer))
 
     def _seconds(self) -> dict[str, float]:
@@ -451,9 +479,12 @@ class TraceFacts:
     part: ModelPart
     first_head: int
     attention: bool
+    changes: bool
 
     @classmethod
-    def of(cls, trace: Trace, part: ModelPart, first_head: int = 0) -> TraceFacts:
+    def of(
+        cls, trace: Trace, part: ModelPart, first_head: int = 0, changes: bool = False
+    ) -> TraceFacts:
         """Takes over from a trace of ``part`` of the model."""
         return cls(
             trace.spec.length,
@@ -466,6 +497,7 @@ class TraceFacts:
             part,
             first_head,
             trace.attention is not None,
+            changes,
         )
 
 
@@ -486,7 +518,7 @@ class HostCopy:
 
 def host_bytes(tokens: int, layers: int) -> int:
     """Host memory for the result of a trace of so many tokens, without scores per layer."""
-    sizes = (4 * tokens, 8 * layers, 8 * layers, 16)
+    sizes = (4 * tokens, 8 * layers, 8 * layers, 16, 16)
     return sum(_rounded(size, _ALIGNMENT) for size in sizes)
 
 

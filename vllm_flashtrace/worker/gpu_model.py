@@ -76,6 +76,8 @@ class GPUTracedModel(TracedModel):
         self._readings: dict[int, _Reading] = {}
         self._scratch: Tensor | None = None
         self._kept_rows = 0
+        if self.gate_width:
+            raise UnsupportedModelError("traces are not supported with an output gate on a GPU")
         for index, layer in enumerate(self.layers):
             self._check_projection(layer)
             self._reading(index)

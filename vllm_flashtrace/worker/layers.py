@@ -32,8 +32,10 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
+from vllm_flashtrace.worker.output_gates import OutputGate
 from vllm_flashtrace.worker.quantized import Quantization, quantization_of
 
 # Architectures that tests compare with an oracle; others are traced only when proven at the start.
@@ -50,11 +52,13 @@ KNOWN_ARCHITECTURES = (
 # norm of that name is the block's.
 _NORMS_BEHIND = (
     "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
     "post_attention_layernorm",
     "feedforward_layernorm",
 )
 _NORMS_OF_BLOCKS = {
     "pre_feedforward_layernorm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
     "post_attention_layernorm": "post_self_attn_layernorm",
     "mlp": "post_attention_layernorm",
 }
@@ -147,6 +151,7 @@ class TracedLayer:
         multiplier: Factor on what the block adds to the stream.
         quantization: How ``W_O`` is quantised, or None.
         block_norm: The norm of what the block adds, or None.
+        gate: What multiplies attention's output in front of ``W_O``, or None.
     """
 
     index: int
@@ -162,6 +167,7 @@ class TracedLayer:
     multiplier: float = 1.0
     quantization: Quantization | None = None
     block_norm: BlockNorm | None = None
+    gate: OutputGate | None = None
 
     @property
     def heads(self) -> HeadSizes:
@@ -179,7 +185,8 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
 
     With pipeline parallelism these are the layers of its stage.
 
-    Layers of a model that drafts tokens for this one are none of them.
+    Layers of a model that drafts tokens for this one are none of them. With the option
+    ``partial_coverage`` neither are layers whose mixing of tokens is none that can be traced.
 
     Raises:
         UnsupportedModelError: A layer uses a feature that cannot be traced exactly, or its
@@ -187,50 +194,146 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     """
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
-    layers = []
+    layers, refusals = [], []
     for context_name, attention in config.compilation_config.static_forward_context.items():
         if config.speculative_config is not None and id(attention) not in names:
             continue
-        if not isinstance(attention, (Attention, MLAAttention)):
-            continue
-        if isinstance(attention, MLAAttention):
-            _check_latents(context_name, attention, config)
-        parts = names.get(id(attention), "").split(".")
-        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-        if not numbers or len(parts) - numbers[-1] < 3:
-            raise UnsupportedModelError(
-                f"{context_name} is not inside the attention block of a numbered decoder layer"
-            )
-        block = modules[".".join(parts[:-1])]
-        decoder = modules[".".join(parts[: numbers[-1] + 1])]
-        projection = _projection_name(block)
-        out_proj, adapters = base_projection(getattr(block, projection, None))
-        quantization = _check_attention(context_name, attention, block, out_proj)
-        in_front, behind = _around(context_name, decoder)
-        layers.append(
-            TracedLayer(
-                index=int(parts[numbers[-1]]),
-                name=context_name,
-                decoder=decoder,
-                block=block,
-                attention=attention,
-                behind=getattr(decoder, behind),
-                projection=projection,
-                out_proj=out_proj,
-                adapters=adapters,
-                in_front=in_front,
-                multiplier=_multiplier(context_name, decoder),
-                quantization=quantization,
-                block_norm=_block_norm(context_name, decoder, behind),
-            )
-        )
+        try:
+            layer = _read_layer(modules, names, context_name, attention, config)
+        except _OtherAttentionError as error:
+            refusals.append(error)
+        else:
+            layers += [] if layer is None else [layer]
     layers.sort(key=lambda layer: layer.index)
-    if [layer.index for layer in layers] != list(stage_layers(model, config)) or not layers:
-        raise UnsupportedModelError("some decoder layers have no attention layer")
+    _check_coverage(layers, refusals, stage_layers(model, config), config)
     if len({layer.heads for layer in layers}) > 1:
         raise UnsupportedModelError("attention layers of different sizes are not supported")
     _check_block_norms(layers)
+    _check_gates(layers, config)
     return layers
+
+
+class _OtherAttentionError(UnsupportedModelError):
+    """A layer's attention is of a kind that is not traced."""
+
+
+def _read_layer(
+    modules: dict[str, nn.Module],
+    names: dict[int, str],
+    context_name: str,
+    attention: Any,
+    config: VllmConfig,
+) -> TracedLayer | None:
+    """The decoder layer of something in vLLM's forward context; None if that is no attention."""
+    if not isinstance(attention, (Attention, MLAAttention)):
+        return None
+    if isinstance(attention, MLAAttention):
+        _check_latents(context_name, attention, config)
+    parts = names.get(id(attention), "").split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    if not numbers or len(parts) - numbers[-1] < 3:
+        raise UnsupportedModelError(
+            f"{context_name} is not inside the attention block of a numbered decoder layer"
+        )
+    block = modules[".".join(parts[:-1])]
+    decoder = modules[".".join(parts[: numbers[-1] + 1])]
+    projection = _projection_name(block)
+    out_proj, adapters = base_projection(getattr(block, projection, None))
+    quantization = _check_attention(context_name, attention, block, out_proj)
+    in_front, behind = _around(context_name, decoder, block, out_proj)
+    return TracedLayer(
+        index=int(parts[numbers[-1]]),
+        name=context_name,
+        decoder=decoder,
+        block=block,
+        attention=attention,
+        behind=getattr(decoder, behind),
+        projection=projection,
+        out_proj=out_proj,
+        adapters=adapters,
+        in_front=in_front,
+        multiplier=_multiplier(context_name, decoder),
+        quantization=quantization,
+        block_norm=_block_norm(context_name, decoder, behind),
+        gate=OutputGate.read(context_name, block, attention, projection),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OtherLayer:
+    """A decoder layer that is not traced, as far as its change of the stream is measured.
+
+    Attributes:
+        decoder: The layer.
+        behind: As in `TracedLayer`.
+        in_front: As in `TracedLayer`.
+    """
+
+    decoder: nn.Module
+    behind: nn.Module
+    in_front: nn.Module | None
+
+
+def other_layers(
+    model: nn.Module, config: VllmConfig, layers: Sequence[TracedLayer]
+) -> list[OtherLayer]:
+    """The decoder layers on this worker that are not traced, in order.
+
+    Empty where what they add to the stream cannot be seen as it is of the traced ones.
+    """
+    missing = sorted(set(stage_layers(model, config)) - {layer.index for layer in layers})
+    if not missing or layers[0].block_norm is not None:
+        return []
+    names = {id(module): name for name, module in model.named_modules()}
+    stack = names[id(layers[0].decoder)].rpartition(".")[0]
+    found = []
+    for index in missing:
+        decoder = model.get_submodule(f"{stack}.{index}")
+        kind = type(layers[0].behind)
+        try:
+            behind = getattr(decoder, _norm(f"{stack}.{index}", decoder, _NORMS_BEHIND))
+            in_front = getattr(decoder, _norm(f"{stack}.{index}", decoder, NORMS_IN_FRONT))
+        except UnsupportedModelError:
+            return []
+        if type(behind) is not kind:
+            return []
+        carried = layers[0].in_front is None
+        found.append(OtherLayer(decoder, behind, None if carried else in_front))
+    return found
+
+
+def _check_coverage(
+    layers: Sequence[TracedLayer],
+    refusals: Sequence[UnsupportedModelError],
+    stage: range,
+    config: VllmConfig,
+) -> None:
+    """Refuses a model some of whose layers cannot be traced, unless the option allows it."""
+    found = [layer.index for layer in layers]
+    whole = found == list(stage)
+    if whole and not refusals:
+        return
+    if len(set(found)) < len(found) or not set(found) <= set(stage):
+        raise UnsupportedModelError("decoder layers and attention layers do not fit together")
+    reason = (
+        refusals[0].message
+        if refusals
+        else f"{len(stage) - len(found)} of {len(stage)} decoder layers have no attention layer"
+    )
+    if not found or whole:
+        raise UnsupportedModelError(reason)
+    if not partial_coverage(config):
+        raise UnsupportedModelError(
+            f"{reason}; the option 'partial_coverage' traces the other {len(found)} alone"
+        )
+
+
+def partial_coverage(config: VllmConfig) -> bool:
+    """Whether a model may be traced through some of its layers alone."""
+    try:
+        return FlashTraceConfig.from_additional_config(config.additional_config).partial_coverage
+    except ValueError:
+        return False  # Said where the first trace is refused.
 
 
 def check_config(config: VllmConfig) -> None:
@@ -287,14 +390,56 @@ def _projection_name(block: nn.Module) -> str:
     return found[0] if len(found) == 1 else "o_proj"
 
 
-def _around(layer_name: str, decoder: nn.Module) -> tuple[nn.Module | None, str]:
+def _around(
+    layer_name: str, decoder: nn.Module, block: nn.Module, out_proj: nn.Module | None
+) -> tuple[nn.Module | None, str]:
     """`TracedLayer.in_front`, and the name of `TracedLayer.behind`."""
     if _norms_outputs_alone(decoder):
         return decoder, MLP
     behind = _norm(layer_name, decoder, _NORMS_BEHIND)
-    if "residual" in inspect.signature(decoder.forward).parameters:
+    takes_residual = "residual" in inspect.signature(decoder.forward).parameters
+    if takes_residual and _carries_stream(decoder, block, getattr(decoder, behind), out_proj):
         return None, behind
     return getattr(decoder, _norm(layer_name, decoder, NORMS_IN_FRONT)), behind
+
+
+class _NormSeenError(Exception):
+    """Ends a decoder layer's code where the stream behind its block is normed."""
+
+
+def _carries_stream(decoder: Any, block: Any, behind: nn.Module, out_proj: Any) -> bool:
+    """Whether a layer hands the stream on beside what is to be added to it.
+
+    One may take both and add up by itself, as those of Granite 4 do. Its own code tells, run on one
+    row up to the norm behind the block, which does nothing meanwhile.
+    """
+    seen: list[int] = []
+
+    def end(_: Any, args: tuple[Any, ...]) -> None:
+        seen.append(sum(argument is not None for argument in args))
+        raise _NormSeenError
+
+    row = torch.zeros(1, out_proj.output_size, dtype=out_proj.params_dtype)
+    row = row.to(next(behind.parameters()).device)
+    arguments = dict.fromkeys(inspect.signature(decoder.forward).parameters)
+    given = {"positions": torch.zeros_like(row[:, 0], dtype=torch.int64)}
+    given |= {"hidden_states": row, "residual": row.clone()}
+    stock = vars(block).get("forward")
+    hook = behind.register_forward_pre_hook(end, prepend=True)
+    block.forward = lambda *_, **__: row.clone()
+    try:
+        with torch.inference_mode():
+            decoder(**{name: given[name] for name in arguments if name in given})
+    except _NormSeenError:
+        return seen == [2]
+    except Exception:
+        return True  # The proof at the start tells.
+    finally:
+        hook.remove()
+        vars(block).pop("forward", None)
+        if stock is not None:
+            block.forward = stock
+    return True
 
 
 def _norms_outputs_alone(decoder: nn.Module) -> bool:
@@ -339,6 +484,22 @@ def _check_block_norms(layers: list[TracedLayer]) -> None:
             raise UnsupportedModelError(f"traces are not supported with {feature}")
 
 
+def _check_gates(layers: list[TracedLayer], config: VllmConfig) -> None:
+    widths = {layer.gate.width for layer in layers if layer.gate is not None}
+    if not widths:
+        return
+    refusals = {
+        "output gates of different kinds": len(widths) > 1,
+        "an output gate in some attention layers only": any(layer.gate is None for layer in layers),
+        # The gates of some rows are computed once more, for which adapters know no rows.
+        "an output gate and LoRA adapters": config.lora_config is not None,
+        "an output gate on a GPU": config.device_config.device_type != "cpu",
+    }
+    for feature, present in refusals.items():
+        if present:
+            raise UnsupportedModelError(f"traces are not supported with {feature}")
+
+
 def _multiplier(layer_name: str, decoder: nn.Module) -> float:
     multiplier = float(getattr(decoder, "residual_multiplier", 1.0))
     if not 0 < multiplier < math.inf:
@@ -363,12 +524,9 @@ def _check_attention(
     name: str, attention: Attention | MLAAttention, block: nn.Module, out_proj: nn.Module | None
 ) -> Quantization | None:
     """How the output projection is quantised; refuses what is not traced."""
-    latents = isinstance(attention, MLAAttention)
     refusals = {
         f"{type(attention).__name__} layers": type(attention) not in (Attention, MLAAttention),
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
-        "an output gate in attention": bool(getattr(block, "attn_output_gate", False))
-        or (latents and getattr(block, "g_proj", None) is not None),
         "an unknown output projection": not isinstance(out_proj, RowParallelLinear),
     }
     _refuse(name, refusals)
@@ -378,6 +536,7 @@ def _check_attention(
     if isinstance(attention, MLAAttention):
         refusals = {
             other_width: width != heads * attention.v_head_dim,
+            "an output gate of latent attention": getattr(block, "g_proj", None) is not None,
             "sparse attention": attention.use_sparse or attention.indexer is not None,
             "a sliding window of latent attention": attention.sliding_window is not None,
             "non-causal attention": attention.non_causal_multi_token_decode,
@@ -402,13 +561,13 @@ def _check_attention(
     try:
         return quantization_of(out_proj)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error.message} ({name})") from None
+        raise _OtherAttentionError(f"{error.message} ({name})") from None
 
 
 def _refuse(name: str, refusals: dict[str, bool]) -> None:
     for feature, present in refusals.items():
         if present:
-            raise UnsupportedModelError(f"traces are not supported with {feature} ({name})")
+            raise _OtherAttentionError(f"traces are not supported with {feature} ({name})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -500,14 +659,23 @@ def is_last_stage(config: VllmConfig) -> bool:
     return config.parallel_config.pipeline_parallel_size == 1 or get_pp_group().is_last_rank
 
 
-def model_part(model: nn.Module, config: VllmConfig) -> ModelPart:
-    """What of the model is on this worker."""
+def model_part(
+    model: nn.Module, config: VllmConfig, traced: Sequence[TracedLayer] = ()
+) -> ModelPart:
+    """What of the model is on this worker.
+
+    Args:
+        model: The model.
+        config: vLLM's configuration.
+        traced: The layers that are traced; all if none are given.
+    """
     layers = stage_layers(model, config)
     return ModelPart(
         first_layer=layers.start,
         num_layers=len(layers),
         model_layers=config.model_config.get_total_num_hidden_layers(),
         ranks=config.parallel_config.tensor_parallel_size,
+        traced=tuple(layer.index for layer in traced) if len(traced) < len(layers) else (),
     )
 
 

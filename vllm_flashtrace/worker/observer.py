@@ -54,6 +54,19 @@ class ForwardObserver(Protocol):
             output: ``[tokens, D]``, the block's output.
         """
 
+    def on_other_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """As `on_update`, once per decoder layer that is not traced."""
+
+    def on_other_residual(self, residual: torch.Tensor) -> None:
+        """As `on_residual`, twice per decoder layer that is not traced."""
+
+    def on_block_input(self, hidden_states: torch.Tensor) -> None:
+        """Called once per decoder layer whose block has an output gate, before `on_attention`.
+
+        Args:
+            hidden_states: ``[tokens, D]``, what goes into the block.
+        """
+
 
 def current() -> ForwardObserver | None:
     """The observer of the running forward pass."""

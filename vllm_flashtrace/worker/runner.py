@@ -168,7 +168,7 @@ class RunnerCapture:
         # A worker that is not alone does not know the scores that the next hop begins with.
         row_bytes = self._model.row_bytes() if self._alone else 0
         self.recorder.budget = AccumulatorBudget.of_model(
-            limit, self._model.shape, row_bytes, normed=self._model.normed
+            limit, self._model.shape, row_bytes, scaled=self._model.scaled
         )
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(
@@ -415,6 +415,27 @@ class StepObserver:
         """See `observer.ForwardObserver`."""
         try:
             self.step.record_block(output)
+        except Exception as error:
+            self._fail(error)
+
+    def on_other_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_other_update(update, residual)
+        except Exception as error:
+            self._fail(error)
+
+    def on_other_residual(self, residual: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_other_residual(residual)
+        except Exception as error:
+            self._fail(error)
+
+    def on_block_input(self, hidden_states: torch.Tensor) -> None:
+        """See `observer.ForwardObserver`."""
+        try:
+            self.step.record_block_input(hidden_states)
         except Exception as error:
             self._fail(error)
 

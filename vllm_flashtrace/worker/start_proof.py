@@ -101,10 +101,12 @@ def prove(worker: Any) -> None:
     if report["refusal"] is not None:
         log_refusal(report["refusal"])
     else:
+        untraced = report["found"]["untraced_layers"]
         logger.info(
             "FlashTrace: the layers %s were proven to be traced exactly in %.1f s: "
             "largest error %.1e, limit %.1e",
-            "{} to {}".format(*report["found"]["layers"]),
+            "{} to {}".format(*report["found"]["layers"])
+            + (f" without {', '.join(map(str, untraced))}" if untraced else ""),
             report["seconds"],
             report["largest_error"],
             report["limit"],
@@ -205,6 +207,7 @@ class Proof:
         self._failure: str | None = None
         self._outputs: dict[int, Tensor] = {}
         self._block_outputs: list[Tensor] = []
+        self._gates: list[Tensor] = []
         self._traces: dict[str, Trace] = {}
         self._contributed = torch.full(
             (model.shape.num_layers, rows, model.shape.hidden_size), math.nan, dtype=torch.float64
@@ -265,10 +268,14 @@ class Proof:
 
     def _found(self) -> dict[str, Any]:
         """What was read of the model's structure."""
-        layers = self._model.layers
+        layers, part = self._model.layers, self._model.part
         forms = [self._model.attention_form(layer) for layer in range(len(layers))]
         return {
             "layers": [layers[0].index, layers[-1].index],
+            "untraced_layers": sorted(
+                set(range(part.first_layer, part.first_layer + part.num_layers))
+                - set(part.traced_layers)
+            ),
             "norms": _distinct(
                 type(layer.behind).__name__
                 for layer in layers
@@ -283,7 +290,7 @@ class Proof:
             "latent_attention": any(isinstance(layer.attention, MLAAttention) for layer in layers),
             "output_bias": any(layer.out_proj.bias is not None for layer in layers),
             "residual_multipliers": _distinct(layer.multiplier for layer in layers),
-            "output_gates": any(getattr(layer.block, "attn_output_gate", 0) for layer in layers),
+            "output_gates": self._model.gate_width > 0,
             "windows": _distinct(form.sliding_window for form in forms),
             "soft_caps": _distinct(form.soft_cap for form in forms if form.soft_cap),
             "sinks": any(form.sinks is not None for form in forms),
@@ -300,13 +307,14 @@ class Proof:
         context = self._runner.vllm_config.compilation_config.static_forward_context
         config = self._runner.kv_cache_config
         bits, places = [], []
-        # A model that drafts has layers in the groups as well.
+        # Also layers of a model that drafts, and those that are not traced: states are two caches.
         for group, blocks in zip(config.kv_cache_groups, self._blocks, strict=True):
             for name in group.layer_names:
-                cache = context[name].kv_cache
-                bits.append(cache.view(torch.uint8) if cache.itemsize == 1 else cache)
-                # Kernels may see each block as several.
-                places.append(_parts(blocks, len(cache) // config.num_blocks, cache.device))
+                held = context[name].kv_cache
+                for cache in [held] if isinstance(held, Tensor) else held:
+                    bits.append(cache.view(torch.uint8) if cache.itemsize == 1 else cache)
+                    # Kernels may see each block as several.
+                    places.append(_parts(blocks, len(cache) // config.num_blocks, cache.device))
         kept = [cache[where] for cache, where in zip(bits, places, strict=True)]
         try:
             yield
@@ -339,9 +347,8 @@ class Proof:
             step = StepRecorder(rows, self._traces, self._model, self._fail_trace)
             self._tables = row.block_tables
             places = [row.first_row + position for position in self._positions]
-            return _ProbeObserver(
-                self._model, step, self.fail, places, self._outputs, self._block_outputs
-            )
+            kept = self._outputs, self._block_outputs, self._gates
+            return _ProbeObserver(self._model, step, self.fail, places, *kept)
         except Exception as error:
             log_unexpected("preparing the proof at the start", error)
             self.fail(error)
@@ -392,10 +399,15 @@ class Proof:
             weights = torch.stack(
                 [_padded(trace.sums.column_sums[index], length) for trace in traces]
             )
+            if model.shape.sums_per_head > 1:
+                weights = weights.unflatten(1, (model.shape.num_heads, -1))
             values = model.read_values(index, self._tables, length)
             output = self._outputs[index].unflatten(-1, (model.shape.num_heads, -1))
             output = output[..., : layer.heads.values]
-            scales = self._scales[index].to(model.device)[:, None, None]
+            if model.gate_width:  # On both sides: a gate may be too small to divide by.
+                gates = self._gates[index]
+                output = output.float() * (gates[..., None] if gates.dim() == 2 else gates)
+            scales = self._scales[index].to(model.device).view(-1, *[1] * (weights.dim() - 1))
             self.errors[index, 0] = attention_error(weights / scales, values, output)
             projection = model.output_projection(index).weight
             self.errors[index, 2] = (
@@ -458,7 +470,7 @@ class Proof:
 
 
 class _ProbeObserver(StepObserver):
-    """Also keeps the attention output of the target rows, and what goes to norms of blocks."""
+    """Also keeps of the target rows the attention output, what goes to norms, and gates."""
 
     def __init__(
         self,
@@ -468,11 +480,13 @@ class _ProbeObserver(StepObserver):
         rows: Sequence[int],
         outputs: dict[int, Tensor],
         block_outputs: list[Tensor],
+        gates: list[Tensor],
     ) -> None:
         super().__init__(model, step, fail)
         self._rows = torch.tensor(rows, device=model.device)
         self._outputs = outputs
         self._block_outputs = block_outputs
+        self._gates = gates
 
     def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
         """See `observer.ForwardObserver`."""
@@ -489,6 +503,15 @@ class _ProbeObserver(StepObserver):
         super().on_block(output)
         try:
             self._block_outputs.append(output[self._rows])
+        except Exception as error:
+            self._fail(error)
+
+    def on_block_input(self, hidden_states: Tensor) -> None:
+        """See `observer.ForwardObserver`; ``[R, H]`` or ``[R, H, d]`` of each layer are kept."""
+        super().on_block_input(hidden_states)
+        try:
+            taken = [group.gates for group in self.step.groups if group.gates is not None]
+            self._gates.append(torch.cat(taken, dim=-1).movedim(-1, 0))
         except Exception as error:
             self._fail(error)
 

@@ -64,6 +64,9 @@ class StepRecorder:
         self._residuals = 0
         self._blocks = 0
         self._attentions = 0
+        self._block_inputs = 0
+        self._other_updates = 0
+        self._other_residuals = 0
         self.groups: list[RowGroup] = []
         segments = []
         rows = [row for row in batch if row.req_id in traces]
@@ -87,6 +90,16 @@ class StepRecorder:
     def segments(self) -> list[Segment]:
         """The target rows that are still being recorded."""
         return [segment for group in self.groups for segment in group.segments]
+
+    def record_block_input(self, hidden_states: torch.Tensor) -> None:
+        """Computes the gates of a layer's rows, factors on their weights in its column sums.
+
+        Args:
+            hidden_states: ``[tokens, D]``, what goes into the layer's attention block.
+        """
+        layer = self._block_inputs
+        self._block_inputs += 1
+        self._each(lambda group: group.take_gates(self.model, layer, hidden_states))
 
     def record_attention(self, layer: int, query: torch.Tensor) -> None:
         """Adds one layer's column sums, or readies them for `record_block` or `flush`.
@@ -137,6 +150,20 @@ class StepRecorder:
                 group.add_rows(layer, residual=residual)
 
         self._each(add, timed=self._times_row_sums)
+
+    def record_other_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
+        """As `record_update`, of a layer that is not traced."""
+        layer = self.model.shape.num_layers + self._other_updates
+        self._other_updates += 1
+        self._each(lambda group: group.add_rows(layer, residual=residual, stream=update))
+
+    def record_other_residual(self, residual: torch.Tensor) -> None:
+        """As `record_residual`, of a layer that is not traced."""
+        other, after = divmod(self._other_residuals, 2)
+        layer = self.model.shape.num_layers + other
+        self._other_residuals += 1
+        of = "stream" if after else "residual"
+        self._each(lambda group: group.add_rows(layer, **{of: residual}))
 
     def record_block(self, output: torch.Tensor) -> None:
         """Takes what a layer's attention block gives to the norm that it passes.
@@ -191,12 +218,22 @@ class StepRecorder:
         # Each layer is seen in one of three ways, see `taps`.
         ways = {(layers, 0, 0), (0, 2 * layers, 0), (0, layers, layers)}
         seen = (self._updates, self._residuals, self._blocks)
-        if self._attentions == layers and seen in ways:
+        block_inputs = layers if self.model.gate_width else 0
+        others = self.model.shape.other_layers
+        called = self._attentions == layers and self._block_inputs == block_inputs
+        called &= (self._other_updates, self._other_residuals) in {(others, 0), (0, 2 * others)}
+        if called and seen in ways:
             return
         message = (
             f"of {layers} layers {self._attentions} attention calls, {self._updates} updates, "
-            f"{self._residuals} residual streams and {self._blocks} blocks were seen"
+            f"{self._residuals} residual streams, {self._blocks} blocks and {self._block_inputs} "
+            "inputs of blocks were seen"
         )
+        if others:
+            message += (
+                f", of {others} others {self._other_updates} updates and {self._other_residuals} "
+                "residual streams"
+            )
         error = TraceError("recording_incomplete", message)
         for group in list(self.groups):
             self._fail(group.segments, error)
@@ -328,7 +365,7 @@ class Trace:
         started: Mark before the first chunk, or None.
         recording: Time spent on recording; on a GPU, on column sums.
         clock: Sets and reads those marks.
-        sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``.
+        sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``, see `Accumulators`.
         attention: float16 ``[L, H, context]``, if asked for: gets the column sums of attention
             itself when the trace is complete.
         unscaled: Where these are added up, if the weights of `sums` have a factor for each row and
@@ -372,17 +409,19 @@ class Trace:
         layers, heads, hidden = shape.num_layers, shape.num_heads, shape.hidden_size
         zeros = partial(torch.zeros, dtype=torch.float32, device=model.device)
         self.sums = Accumulators(
-            zeros(layers, heads, self.context), zeros(layers, hidden), zeros(layers, hidden)
+            zeros(layers, heads * shape.sums_per_head, self.context),
+            zeros(shape.stream_layers, hidden),
+            zeros(shape.stream_layers, hidden),
         )
         self.attention: Tensor | None = None
         self.unscaled: Accumulators | None = None
         if spec.attention:
             if spec.keeps_rows:
                 raise ValueError("sums of attention are of one target without further hops")
-            columns = self.sums.column_sums
-            self.attention = torch.empty_like(columns, dtype=torch.float16)
-            if model.normed:
-                self.unscaled = self.sums._replace(column_sums=torch.zeros_like(columns))
+            columns = layers, heads, self.context
+            self.attention = torch.empty(columns, dtype=torch.float16, device=model.device)
+            if model.scaled:
+                self.unscaled = self.sums._replace(column_sums=zeros(*columns))
 
     @property
     def nbytes(self) -> int:
@@ -503,6 +542,8 @@ class RowGroup:
         scales: float32 ``[L, R]``, the factors on the rows' weights that layers have, where their
             blocks are normed; else None. Four bytes a row and layer.
         waiting: ``[R, H, d]``, a layer's queries that wait for these factors, or None.
+        gates: float32 ``[H, R]`` or ``[H, d, R]``, the gates of the layer that is being recorded,
+            see `OutputGate`, or None.
         unscaled: Those whose column sums are also wanted without the factors, see `Trace`.
     """
 
@@ -521,6 +562,7 @@ class RowGroup:
         self._rows_in: dict[tuple[int, int], PagedRows] = {}
         self.scales = scales
         self.waiting: Tensor | None = None
+        self.gates: Tensor | None = None
         self.unscaled = unscaled
         self._clock = clock
         self._pieces = Pieces(clock)
@@ -561,11 +603,17 @@ class RowGroup:
         """Goes on alone with one segment of a group, from where the group is."""
         if self.scales is not None and group.scales is not None:
             self.scales.copy_(group.rows.of_segment(group.scales, index))
+        if group.gates is not None:
+            self.gates = group.rows.of_segment(group.gates, index)
         if group.waiting is not None:
             first = group.rows.first_row(index)
             self.waiting = group.waiting[first : first + len(self.rows)]
         if group.kept is not None:
             self.keep(group.kept.of_segment(index, self.rows))
+
+    def take_gates(self, model: TracedModel, layer: int, hidden_states: Tensor) -> None:
+        """Computes the gates with which the layer's column sums are added."""
+        self.gates = model.row_gates(layer, self.rows, hidden_states)
 
     def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
         """Adds a layer's column sums, or lets its queries wait for what else they need."""
@@ -581,7 +629,7 @@ class RowGroup:
         if self.kept is not None and self.kept.keep(layer, heads):
             return
         if self.scales is None:
-            model.add_column_sums(layer, heads, self, self.rows, None)
+            model.add_column_sums(layer, heads, self, self.rows, self.gates)
         else:  # The memory of the step's queries may be used again before the block has run.
             self.waiting = _picked(heads, self.rows)
 
@@ -591,7 +639,8 @@ class RowGroup:
         scales = _of_layer(self.scales, layer)
         model.row_scales(layer, self.rows, output, scales)
         if self.waiting is not None:
-            model.add_column_sums(layer, self.waiting, self, self.rows.in_a_row, scales)
+            factors = row_factors(scales, self.gates)
+            model.add_column_sums(layer, self.waiting, self, self.rows.in_a_row, factors)
             self.waiting = None
 
     def add_block(self, layer: int, output: Tensor) -> None:
@@ -619,6 +668,12 @@ class KeptGroup(RowGroup):
         super().__init__([segment], rows, clock)
         self._kept = kept
         self._place = kept.place_of(segment.row_segment.positions)
+
+    def take_gates(self, model: TracedModel, layer: int, hidden_states: Tensor) -> None:
+        """Keeps the gates."""
+        assert self._kept.gates is not None
+        gates = model.row_gates(layer, self.rows, hidden_states)
+        self._kept.gates[layer, ..., self._place] = gates
 
     def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
         """Keeps the queries."""
@@ -661,6 +716,18 @@ def _of_layer(scales: Tensor | None, layer: int) -> Tensor:
     return scales[layer]
 
 
+def row_factors(scales: Tensor | None, gates: Tensor | None) -> Tensor | None:
+    """The factors on the weights of rows in a layer, see `AttentionInputs`; None for 1.
+
+    Args:
+        scales: float32 ``[R]``, those that all heads share, or None.
+        gates: ``[H, R]`` or ``[H, d, R]``, those of each, or None.
+    """
+    if gates is None:
+        return scales
+    return gates.float() if scales is None else gates.float() * scales
+
+
 def _picked(heads: Tensor, rows: PagedRows) -> Tensor:
     """A copy of the target rows' queries, in a row."""
     # Eight-bit floats cannot be indexed.
@@ -689,6 +756,7 @@ class KeptRows:
         stream: ``[L, R, D]``, the stream behind them, or what they add to it; where that is
             normed, what they give to the norm.
         scales: float32 ``[L, R]``, ``1 / rms`` of what they give to the norm, or None.
+        gates: ``[L, H, R]`` or ``[L, H, d, R]``, see `OutputGate`, or None.
     """
 
     def __init__(
@@ -699,6 +767,7 @@ class KeptRows:
         dtype: torch.dtype,
         device: Any,
         normed: bool = False,
+        gate_width: int = 0,
     ) -> None:
         """Takes the memory."""
         self.positions = positions
@@ -707,31 +776,43 @@ class KeptRows:
         empty = partial(torch.empty, dtype=dtype, device=device)
         with torch.inference_mode(False):  # They are written to with and without.
             self.queries = empty(layers, rows, shape.num_heads, head_dim)
-            self.residual = empty(layers, rows, shape.hidden_size)
-            self.stream = empty(layers, rows, shape.hidden_size)
+            self.residual = empty(shape.stream_layers, rows, shape.hidden_size)
+            self.stream = empty(shape.stream_layers, rows, shape.hidden_size)
             self.scales = empty(layers, rows, dtype=torch.float32) if normed else None
+            gates = (layers, shape.num_heads, *([gate_width] if gate_width > 1 else []), rows)
+            self.gates = empty(*gates) if gate_width else None
 
     @staticmethod
     def row_bytes(
-        shape: ModelShape, head_dim: int, dtype: torch.dtype, normed: bool = False
+        shape: ModelShape,
+        head_dim: int,
+        dtype: torch.dtype,
+        normed: bool = False,
+        gate_width: int = 0,
     ) -> int:
         """What a row takes."""
-        width = shape.num_heads * head_dim + 2 * shape.hidden_size
+        width = shape.num_heads * (head_dim + gate_width)
         scale = torch.float32.itemsize if normed else 0
-        return shape.num_layers * (width * dtype.itemsize + scale)
+        stream = shape.stream_layers * 2 * shape.hidden_size * dtype.itemsize
+        return shape.num_layers * (width * dtype.itemsize + scale) + stream
 
     @property
     def nbytes(self) -> int:
         """What all of them take."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.queries.nbytes + self.residual.nbytes + self.stream.nbytes + scales
+        more = [part.nbytes for part in (self.scales, self.gates) if part is not None]
+        return self.queries.nbytes + self.residual.nbytes + self.stream.nbytes + sum(more)
 
     def scales_of(self, layer: int, rows: PagedRows) -> Tensor | None:
-        """The factors of rows as they lie here, float32 ``[R]``."""
+        """The factors of rows that all heads share, as they lie here, float32 ``[R]``."""
         if self.scales is None:
             return None
         where = rows.adjacent
         return self.scales[layer, rows.places if where is None else where]
+
+    def factors_of(self, layer: int, where: Tensor | slice) -> Tensor | None:
+        """All factors of rows as they lie here, see `row_factors`."""
+        scales = None if self.scales is None else self.scales[layer, where]
+        return row_factors(scales, None if self.gates is None else self.gates[layer, ..., where])
 
     def place_of(self, positions: Tensor) -> slice:
         """Where consecutive ones of the positions are kept."""

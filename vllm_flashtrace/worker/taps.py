@@ -19,6 +19,12 @@ stream in front of the block as the next norm takes it; what is added is compute
 on that input would undo the fusion of the all-reduce with this norm, so such a model is refused
 where vLLM fuses the two.
 
+Where a gate lies between attention and the output projection, one more tap is on what goes into the
+block, the input of a matrix product, of which the gates of target rows are computed.
+
+Of layers that are not traced the stream is seen in the same way, by operators of their own, to tell
+how much of its change is theirs.
+
 A model whose layers do not carry the stream beside what is to be added to it norms the stream
 itself, in front of the attention block (``x_prev``) and behind it (``x_mid``), or gives it as it is
 to the block and to the MLP. Where what its block adds is normed, the stream is seen in front of the
@@ -52,13 +58,15 @@ from vllm_flashtrace.worker.layers import (
     check_config,
     find_layers,
     is_last_stage,
+    other_layers,
+    stage_layers,
 )
 from vllm_flashtrace.worker.observer import current
 
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
 _STREAM = "hidden_states"
-_VERSION = 4  # To be raised whenever compiled code changes.
+_VERSION = 5  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
 # The tensors are declared as mutated, though they are not, so that no compiler pass drops or moves
@@ -66,6 +74,9 @@ _library = torch.library.Library("flashtrace", "FRAGMENT")
 _library.define("observe_update(Tensor(a!) update, Tensor(b!) residual) -> ()")
 _library.define("observe_residual(Tensor(a!) residual) -> ()")
 _library.define("observe_block(Tensor(a!) output) -> ()")
+_library.define("observe_other_update(Tensor(a!) update, Tensor(b!) residual) -> ()")
+_library.define("observe_other_residual(Tensor(a!) residual) -> ()")
+_library.define("observe_block_input(Tensor(a!) hidden_states) -> ()")
 
 
 def _rows(stream: torch.Tensor) -> torch.Tensor:
@@ -90,6 +101,24 @@ def _observe_block(output: torch.Tensor) -> None:
         observer.on_block(_rows(output))
 
 
+def _observe_other_update(update: torch.Tensor, residual: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_other_update(_rows(update), _rows(residual))
+
+
+def _observe_other_residual(residual: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_other_residual(_rows(residual))
+
+
+def _observe_block_input(hidden_states: torch.Tensor) -> None:
+    observer = current()
+    if observer is not None:
+        observer.on_block_input(_rows(hidden_states))
+
+
 def _observe_nothing(*_: torch.Tensor) -> None:
     pass
 
@@ -100,6 +129,12 @@ _library.impl("observe_residual", _observe_residual, "CompositeExplicitAutograd"
 _library._register_fake("observe_residual", _observe_nothing)
 _library.impl("observe_block", _observe_block, "CompositeExplicitAutograd")
 _library._register_fake("observe_block", _observe_nothing)
+_library.impl("observe_other_update", _observe_other_update, "CompositeExplicitAutograd")
+_library._register_fake("observe_other_update", _observe_nothing)
+_library.impl("observe_other_residual", _observe_other_residual, "CompositeExplicitAutograd")
+_library._register_fake("observe_other_residual", _observe_nothing)
+_library.impl("observe_block_input", _observe_block_input, "CompositeExplicitAutograd")
+_library._register_fake("observe_block_input", _observe_nothing)
 
 
 def place_taps(model: nn.Module, config: VllmConfig) -> None:
@@ -120,12 +155,19 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
             "traces are not supported with a norm of what attention adds that is fused with the "
             "all-reduce: --compilation-config.pass_config.fuse_allreduce_rms false"
         )
+    if fused and len(layers) < len(stage_layers(model, config)):
+        raise UnsupportedModelError(
+            "traces of some layers alone are not supported where the all-reduce is fused with the "
+            "next norm: --compilation-config.pass_config.fuse_allreduce_rms false"
+        )
     following = _following_norms(model, layers, last) if fused else []
     additional = config.additional_config or {}
     if not isinstance(additional, dict):
         raise UnsupportedModelError("additional_config is not a dictionary")
     config.additional_config = {**additional, _CACHE_KEY: _VERSION}
     for layer in layers:
+        if layer.gate is not None:
+            layer.block.register_forward_pre_hook(_tap_block_input, with_kwargs=True)
         if layer.in_front is not None:
             tap = partial(_tap_stream, _place_of_stream(layer))
             layer.in_front.register_forward_pre_hook(tap, with_kwargs=True)
@@ -137,6 +179,12 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
             layer.behind.register_forward_pre_hook(partial(_tap_stream, 0), with_kwargs=True)
         else:
             layer.behind.register_forward_pre_hook(_tap_residual if fused else _tap_update)
+    for other in other_layers(model, config, layers):
+        if other.in_front is None:
+            other.behind.register_forward_pre_hook(_tap_other_update)
+        else:
+            for norm in (other.in_front, other.behind):
+                norm.register_forward_pre_hook(_tap_other_residual)
     for norm in following:
         norm.register_forward_pre_hook(_tap_residual)
     if fused and not last:
@@ -180,6 +228,14 @@ def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
         torch.ops.flashtrace.observe_update(args[0], args[1])
 
 
+def _tap_other_update(_: nn.Module, args: tuple[Any, ...]) -> None:
+    torch.ops.flashtrace.observe_other_update(args[0], args[1])
+
+
+def _tap_other_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
+    torch.ops.flashtrace.observe_other_residual(args[0])
+
+
 def _tap_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
     if len(args) > 1 and args[1] is not None:
         torch.ops.flashtrace.observe_residual(args[1])
@@ -189,6 +245,12 @@ def _tap_block(_: nn.Module, args: tuple[Any, ...]) -> None:
     """Norms of blocks are called as ``norm(output)``."""
     if args:
         torch.ops.flashtrace.observe_block(args[0])
+
+
+def _tap_block_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Blocks with gates are called as ``block(positions, hidden_states)``."""
+    hidden_states = args[1] if len(args) > 1 else kwargs[_STREAM]
+    torch.ops.flashtrace.observe_block_input(hidden_states)
 
 
 def _tap_stream(place: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from vllm_flashtrace.worker.layers import (
     check_config,
     find_layers,
     model_part,
+    other_layers,
     output_projection,
     packed_kernel,
 )
@@ -129,6 +130,7 @@ class TracedModel(ABC):
         first_head: Index among the model's query heads of the first on this worker.
         clock: Times the device's work.
         normed: Whether what attention blocks add to the stream is normed, see `BlockNorm`.
+        gate_width: See `OutputGate`; 0 where there are no gates.
         fingerprint: Tells whether the model's weights have changed.
         cache_groups: Where the KV cache keeps the layers; set by the runner where not in one group.
         slot_of: Tells where a LoRA adapter's weights are, by its id; set by the runner.
@@ -147,14 +149,17 @@ class TracedModel(ABC):
         self.layers = find_layers(model, config)
         if not has_taps(model):
             raise UnsupportedModelError("the model was loaded without taps")
-        heads = self.layers[0].heads
+        heads, gate = self.layers[0].heads, self.layers[0].gate
+        self.gate_width = 0 if gate is None else gate.width
         self.device = device
-        self.part = model_part(model, config)
+        self.part = model_part(model, config, self.layers)
         self.shape = ModelShape(
             num_layers=len(self.layers),
             num_heads=heads.queries,
             num_kv_heads=heads.groups,
             hidden_size=config.model_config.get_hidden_size(),
+            sums_per_head=max(1, self.gate_width),
+            other_layers=len(other_layers(model, config, self.layers)),
         )
         rank = get_tensor_model_parallel_rank() if self.part.ranks > 1 else 0
         self.first_head = rank * heads.queries
@@ -169,6 +174,11 @@ class TracedModel(ABC):
         self._dequantized: Tensor | None = None
         self._unpacked: dict[int, tuple[Callable[..., Any], Projection]] = {}
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the weights of rows have factors of their own in each layer."""
+        return self.normed or self.gate_width > 0
+
     @abstractmethod
     def add_column_sums(
         self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
@@ -180,7 +190,7 @@ class TracedModel(ABC):
             query: ``[tokens, H, d]``, queries as `heads_of` gives them.
             group: The traces.
             rows: Their target rows as they lie among these queries.
-            scales: float32 ``[R]``, see `AttentionInputs`.
+            scales: float32 ``[R]``, ``[H, R]`` or ``[H, d, R]``, see `AttentionInputs`.
         """
 
     def heads_of(self, layer: int, query: Tensor) -> Tensor:
@@ -204,6 +214,22 @@ class TracedModel(ABC):
         if norm is None:
             raise TraceError("recording_failed", f"the block of layer {layer} has no norm")
         inverse_rms(rows, output, norm.epsilon, out)
+
+    def row_gates(self, layer: int, rows: PagedRows, hidden_states: Tensor) -> Tensor:
+        """What target rows' attention output is multiplied by.
+
+        Args:
+            layer: Layer index.
+            rows: The target rows.
+            hidden_states: ``[tokens, D]``, what goes into the layer's block.
+
+        Returns:
+            float32 ``[H, R]`` or ``[H, d, R]``.
+        """
+        gate = self.layers[layer].gate
+        if gate is None:
+            raise TraceError("recording_failed", f"the block of layer {layer} has no gate")
+        return gate.values(hidden_states[rows.places])
 
     def gain(self, layer: int) -> Tensor | None:
         """What the norm behind a layer's block multiplies coordinates by, float32 ``[D]``."""
@@ -238,13 +264,13 @@ class TracedModel(ABC):
 
     def row_bytes(self) -> int:
         """What each row takes that a trace keeps for further hops; 0 where none may be kept."""
-        return KeptRows.row_bytes(self.shape, self._head_dim, self._dtype, self.normed)
+        size, gates = self._head_dim, self.gate_width
+        return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates)
 
     def keep_rows(self, positions: Tensor) -> KeptRows:
         """Memory for the rows of one trace at given positions."""
-        return KeptRows(
-            positions, self.shape, self._head_dim, self._dtype, self.device, self.normed
-        )
+        sizes = self.shape, self._head_dim, self._dtype, self.device
+        return KeptRows(positions, *sizes, self.normed, self.gate_width)
 
     def weigh(self, kept: KeptRows, group: RowGroup) -> None:
         """Adds kept rows to the sums of all layers; the step's requests must hold their blocks.
@@ -253,9 +279,11 @@ class TracedModel(ABC):
             kept: The rows of one trace.
             group: Which of them, with the weights of a hop, as they lie in ``kept``.
         """
+        near = group.rows.adjacent
+        where = group.rows.places if near is None else near
         for layer in range(self.shape.num_layers):
-            scales = kept.scales_of(layer, group.rows)
-            self.add_column_sums(layer, kept.queries[layer], group, group.rows, scales)
+            factors = kept.factors_of(layer, where)
+            self.add_column_sums(layer, kept.queries[layer], group, group.rows, factors)
         self.add_kept_rows(kept, group)
 
     def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
@@ -265,7 +293,7 @@ class TracedModel(ABC):
 
     def add_kept_rows(self, kept: KeptRows, group: RowGroup) -> None:
         """The part of `weigh` that is not attention's."""
-        for layer in range(self.shape.num_layers):
+        for layer in range(self.shape.stream_layers):
             residual, stream = kept.residual[layer], kept.stream[layer]
             if self.normed:
                 scales = kept.scales_of(layer, group.rows)

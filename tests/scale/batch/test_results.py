@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion
 
 from tests.scale.batch.replicas import ATTRIBUTION, chat
 from vllm_flashtrace.api.response import AttributionObject, HopMass, TokenScore
-from vllm_flashtrace.scale.batch.results import Outcome, result_schema, table_rows
+from vllm_flashtrace.scale.batch.results import Outcome, make_table, result_schema, table_rows
 from vllm_flashtrace.scale.batch.store import (
     ERRORS,
     OUTPUT,
@@ -103,6 +103,15 @@ def test_table(tmp_path: Path) -> None:
     assert (first["part"], first["auto_stopped"]) == ([None, None], None)
     assert rows[1]["text"] == "no 1" and rows[1]["error_code"] == "target_not_found"
     assert rows[3]["error_message"] == "stream has no place"
+    assert first["covered_layers"] is None and first["model_layers"] is None
+
+
+def test_a_row_of_a_model_that_is_traced_in_part_says_so() -> None:
+    coverage = {"layers": [0, 2], "model_layers": 4, "layer_share": 0.5}
+    body = {**ATTRIBUTION, "coverage": coverage, "change_share": 0.25}
+    [row] = make_table(table_rows(Outcome.answered("a", "a.jsonl", 1, 200, body))).to_pylist()
+    assert (row["covered_layers"], row["model_layers"]) == ([0, 2], 4)
+    assert row["change_share"] == 0.25
 
 
 def test_every_field_of_a_score_and_of_a_hop_has_a_column() -> None:

@@ -22,6 +22,7 @@ from vllm_flashtrace.api.response import (
     OBJECT,
     AttributionError,
     AttributionObject,
+    Coverage,
     HopMass,
     TargetFound,
     TokenScore,
@@ -167,6 +168,9 @@ def result_schema() -> pa.Schema:
         *(field(name) for name in _MASSES),
         ("hops", pa.list_(hop), _described(AttributionObject, "hops")),
         field("auto_stopped"),
+        ("covered_layers", pa.list_(pa.int32()), _described(Coverage, "layers")),
+        ("model_layers", pa.int32(), _described(Coverage, "model_layers")),
+        field("change_share"),
         ("trace_id", text, _described(AttributionObject, "id")),
         ("error_code", text, _described(AttributionError, "code")),
         ("error_message", text, _described(AttributionError, "message")),
@@ -231,9 +235,16 @@ def _attribution(data: Mapping[str, Any]) -> dict[str, Any]:
             _PLURALS.get(name, name): [score.get(name) for score in scores]
             for name in _SCORE_FIELDS
         },
-        **{name: data.get(name) for name in (*_MASSES, "auto_stopped")},
+        **{name: data.get(name) for name in (*_MASSES, "auto_stopped", "change_share")},
         "hops": [{name: hop.get(name) for name in _HOP_FIELDS} for hop in data["hops"]],
+        **_coverage(data.get("coverage")),
     }
+
+
+def _coverage(coverage: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not coverage:
+        return {}
+    return {"covered_layers": coverage["layers"], "model_layers": coverage["model_layers"]}
 
 
 def _error(error: Mapping[str, Any] | None) -> dict[str, Any]:

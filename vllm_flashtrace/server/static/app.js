@@ -182,7 +182,9 @@ function show(turn, data, { whole = data, index = null } = {}) {
   const { recomputed_tokens: recomputed, cached_tokens: cached } = data.usage;
   // A server may keep to itself what was cached.
   const cost = recomputed === undefined ? "" : `: ${recomputed} tokens recomputed, ${cached} from cache`;
-  say(`Attributed in ${seconds.toFixed(2)} s${cost}.`);
+  const { coverage } = whole;
+  const part = coverage ? ` Traced through ${coverage.layers.length} of ${coverage.model_layers} layers only.` : "";
+  say(`Attributed in ${seconds.toFixed(2)} s${cost}.${part}`);
 }
 
 function drawTabs() {
