@@ -253,7 +253,7 @@ def _recording(model: Any, consume: Callable[[LayerActivations], Any]) -> Iterat
         )
         state.update(query=query[0], key=key[0], value=value[0], alpha=alpha, scale=scaling)
         state["mixed"] = output.transpose(0, 1)
-        return output.transpose(0, 1).unsqueeze(0), None
+        return state["mixed"].contiguous().unsqueeze(0), None
 
     def before_layer(_: Any, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -231,7 +231,7 @@ REFUSALS: dict[str, tuple[str, str, Any]] = {
     "sparse attention": ("mla_attn", "use_sparse", True),
     "a sliding window of latent attention": ("mla_attn", "sliding_window", 64),
     "non-causal attention": ("mla_attn", "non_causal_multi_token_decode", True),
-    "an output gate in attention": ("", "g_proj", torch.nn.Identity()),
+    "an output gate of latent attention": ("", "g_proj", torch.nn.Identity()),
     "quantized weights in latent attention": ("kv_b_proj", "quant_method", object()),
     "an up-projection of latents that is packed or has a bias": (
         "kv_b_proj",
@@ -251,7 +251,8 @@ def test_refusals(engine: Engine, feature: str, monkeypatch: pytest.MonkeyPatch)
     [table] = [own for own in tables if name in own]
     monkeypatch.setitem(table, name, value)
     assert _refusal(engine) == (
-        f"traces are not supported with {feature} (model.layers.{LAYER}.self_attn.attn)"
+        f"traces are not supported with {feature} (model.layers.{LAYER}.self_attn.attn); the option "
+        "'partial_coverage' traces the other 3 alone"
     )
 
 
