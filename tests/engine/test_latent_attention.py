@@ -251,8 +251,8 @@ def test_refusals(engine: Engine, feature: str, monkeypatch: pytest.MonkeyPatch)
     [table] = [own for own in tables if name in own]
     monkeypatch.setitem(table, name, value)
     assert _refusal(engine) == (
-        f"traces are not supported with {feature} (model.layers.{LAYER}.self_attn.attn); the option "
-        "'partial_coverage' traces the other 3 alone"
+        f"traces are not supported with {feature} (model.layers.{LAYER}.self_attn.attn); the "
+        "option 'partial_coverage' traces the other 3 alone"
     )
 
 
