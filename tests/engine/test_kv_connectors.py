@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.config import KVTransferConfig
 from benchmarks.same_bits import answers
 from tests import engine_starts
 from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1
+from tests.engine.test_images import MESSAGES, Seen, last
 from tests.engine.test_pipeline_parallel import make_buffers
 from tests.engine.test_scores import log_probs
 from tests.engine.test_start_proof import start_reports
@@ -28,7 +30,7 @@ from tests.kv_connectors import (
     memory_offloading,
 )
 from tests.oracle import oracle_scores
-from tests.tiny_models import make_windowed_llama
+from tests.tiny_models import make_tiny_model, make_windowed_llama
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops
@@ -195,13 +197,31 @@ def test_offloading(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         engine.close()
 
 
-@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "windows"])
-def test_offloading_behind_windows(mixed: bool, tmp_path: Path) -> None:
-    kinds = ("full_attention" if mixed else "sliding_attention", "sliding_attention")
-    folder, reference = make_windowed_llama(tmp_path, kinds)
-    blocks = {"num_gpu_blocks_override": 44} if mixed else {}
-    transfer = memory_offloading(blocks_per_chunk=1 if mixed else 2)
-    engine = start(folder, "offloading behind windows", transfer, **blocks)
+def windows(folder: Path, first: str) -> tuple[Path, Path]:
+    return make_windowed_llama(folder, (first, "sliding_attention"))
+
+
+def latents(folder: Path) -> tuple[Path, Path]:
+    model = make_tiny_model("deepseek_v3", folder)
+    return model, model
+
+
+@pytest.mark.parametrize(
+    ("make", "chunk", "overrides"),
+    [
+        (partial(windows, first="full_attention"), 1, {"num_gpu_blocks_override": 44}),
+        (partial(windows, first="sliding_attention"), 2, {}),
+        (latents, 1, {"num_gpu_blocks_override": 44, "attention_backend": "CPU_MLA"}),
+    ],
+    ids=["mixed", "windows", "latents"],
+)
+def test_offloading_of_other_caches(
+    make: Any, chunk: int, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    """Caches that forget and such that keep latents, also in chunks of several blocks."""
+    folder, reference = make(tmp_path)
+    transfer = memory_offloading(blocks_per_chunk=chunk)
+    engine = start(folder, "offloading of other caches", transfer, **overrides)
     try:
         assert start_reports(engine)[0]["refusal"] is None
         checked = Checked(engine, reference)
@@ -214,10 +234,26 @@ def test_offloading_behind_windows(mixed: bool, tmp_path: Path) -> None:
         ):
             forget(engine)
             cached.append(checked.trace(text, first, rows))
-        print(f"{kinds}: relative L1 {max(checked.errors):.1e}, {cached} tokens loaded")
-        assert max(checked.errors) <= 1e-4 and min(cached) > 0
+        print(f"relative L1 {max(checked.errors):.1e}, {cached} tokens loaded")
+        assert max(checked.errors) <= 1e-4 and min(cached) >= 255
     finally:
         engine.close()
+
+
+def test_offloading_of_images(tmp_path: Path) -> None:
+    seen = Seen(tmp_path, "qwen2_5_vl", kv_transfer_config=memory_offloading())
+    try:
+        tokens, images = seen.answer(MESSAGES)
+        target = last(tokens, 20)
+        forget(seen.engine)
+        report = seen.engine.trace(TraceJob(tokens, target, images=images))
+        assert report.cached_tokens == (len(tokens) - 20) // BLOCK * BLOCK > 0
+        assert MemoryOffloadingWorker.loaded == [report.cached_tokens // BLOCK]
+        error = relative_l1(report.scores, seen.expected(tokens, target, MESSAGES))
+        print(f"images: relative L1 {error:.1e}, {report.cached_tokens} tokens loaded")
+        assert error <= 1e-4
+    finally:
+        seen.engine.close()
 
 
 @pytest.mark.long
