@@ -10,6 +10,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``attention_backends``  | all      | attention backends, via vLLM's registry         |
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad plugin options stop the start               |
+| ``external_cache``      | all      | how far a trace request may load from elsewhere |
 | ``kept_blocks``         | all      | a trace keeps blocks behind sliding windows     |
 | ``mla_attention``       | CPU      | latent attention shows queries and output       |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
@@ -66,6 +67,7 @@ def _modules() -> list[ModuleType]:
     from vllm_flashtrace.patches import (
         data_parallel,
         engine_options,
+        external_cache,
         kept_blocks,
         model_load,
         model_runner_v1,
@@ -81,6 +83,7 @@ def _modules() -> list[ModuleType]:
         *_platform_modules(),
         data_parallel,
         engine_options,
+        external_cache,
         kept_blocks,
         model_load,
         model_runner_v1,

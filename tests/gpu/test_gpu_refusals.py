@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vllm.config import set_current_vllm_config
+from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.attention.chunked_local_attention import (
     create_chunked_local_attention_backend,
@@ -88,7 +88,11 @@ CONFIGS: dict[str, tuple[str, str, Any]] = {
         "speculative_config",
         SimpleNamespace(enable_adaptive_verification=True),
     ),
-    "KV transfer": ("", "kv_transfer_config", object()),
+    "KV transfer by NixlConnector": (
+        "",
+        "kv_transfer_config",
+        KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both"),
+    ),
 }
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
 from tests.gpu.standin import BACKENDS
 from tests.gpu.test_fp8_cache import SCALES, layers, quantize_queries
 from tests.gpu.v2_engine import V2Engine, apply_patches, v2_engine
+from vllm_flashtrace.worker import start_proof
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import worker_report
 from vllm_flashtrace.worker.start_proof import default_limit, prove
@@ -57,6 +61,22 @@ def test_backends(backend: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(GPUTracedModel, "read_values", swapped)
         assert "failed in layer 3" in proof(engine)["refusal"]
+
+
+def test_a_kv_connector_is_left_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows no request that the scheduler has not told it of."""
+    with v2_engine(tiny_llama, monkeypatch, "FLASH_ATTN") as engine:
+        apply_patches(monkeypatch)
+        agent: Any = SimpleNamespace(
+            register_kv_caches=lambda _: None, set_host_xfer_buffer_ops=lambda _: None
+        )
+        monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", agent)
+        monkeypatch.setattr(engine.runner, "kv_connector", ActiveKVConnector(engine.config, {}))
+        assert proof(engine)["refusal"] is None
+        assert kv_transfer_state._KV_CONNECTOR_AGENT is agent
+        assert not engine.runner.kv_connector._disabled
+        monkeypatch.setattr(start_proof, "_without_connector", nullcontext)
+        assert "could not be run" in proof(engine)["refusal"]
 
 
 def test_an_fp8_cache(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, MLAAttention
@@ -45,6 +45,9 @@ KNOWN_ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
+
+TRACED_CONNECTORS = frozenset({"OffloadingConnector"})
+"""KV connectors of vLLM, or modules and names of others, that tests trace through."""
 
 # Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
 # attention block. Where there is one more, that norms the block's output before it is added: the
@@ -354,14 +357,29 @@ def check_config(config: VllmConfig) -> None:
         "adaptive verification of drafts": bool(
             getattr(config.speculative_config, "enable_adaptive_verification", False)
         ),
-        "KV transfer": config.kv_transfer_config is not None,
         "a pooling model": config.model_config.runner_type != "generate",
         "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
     }
     for feature, present in refusals.items():
         if present:
             raise UnsupportedModelError(f"traces are not supported with {feature}")
+    if config.kv_transfer_config is not None:
+        _check_connector(config.kv_transfer_config)
     check_data_parallel(parallel)
+
+
+def _check_connector(transfer: KVTransferConfig) -> None:
+    """Refuses connectors through which no test has traced, and what hands requests over."""
+    module, name = transfer.kv_connector_module_path, transfer.kv_connector
+    if transfer.kv_role != "kv_both":
+        raise UnsupportedModelError(
+            f"traces are not supported with disaggregated prefill (kv_role {transfer.kv_role})"
+        )
+    if name == "MultiConnector" and not module:
+        for child in transfer.kv_connector_extra_config.get("connectors", ()):
+            _check_connector(KVTransferConfig(**child))
+    elif (f"{module}.{name}" if module else name) not in TRACED_CONNECTORS:
+        raise UnsupportedModelError(f"traces are not supported with KV transfer by {name}")
 
 
 def check_architecture(config: VllmConfig) -> None:

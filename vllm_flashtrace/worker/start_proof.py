@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -220,7 +221,12 @@ class Proof:
     def run(self, worker: Any) -> None:
         """Runs the probe; all workers must. Never raises."""
         try:
-            with torch.inference_mode(), capturing(self._runner, self), self._blocks_kept():
+            with (
+                torch.inference_mode(),
+                capturing(self._runner, self),
+                self._blocks_kept(),
+                _without_connector(self._runner),
+            ):
                 _execute(worker, self._token_ids, self._blocks)
             if not self._traces:
                 raise RuntimeError("the forward pass was not seen")
@@ -609,6 +615,25 @@ def _execute(worker: Any, token_ids: list[int], blocks: Sequence[list[int]]) -> 
     finally:
         worker.model_runner.execute_model_state = None
         worker.execute_model(removal)
+
+
+@contextmanager
+def _without_connector(runner: Any) -> Iterator[None]:
+    """Keeps the probe from a KV connector, which knows no such request; as vLLM's dummy runs do."""
+    connector = getattr(runner, "kv_connector", None)
+    if connector is not None:  # Of a V2 runner.
+        connector.set_disabled(True)
+        try:
+            yield
+        finally:
+            connector.set_disabled(False)
+        return
+    connector = kv_transfer_state._KV_CONNECTOR_AGENT
+    kv_transfer_state._KV_CONNECTOR_AGENT = None
+    try:
+        yield
+    finally:
+        kv_transfer_state._KV_CONNECTOR_AGENT = connector
 
 
 def _on_all_workers(ready: bool) -> bool:

@@ -359,7 +359,7 @@ class Trace:
         first: Lowest position to be recorded.
         context: Number of tokens up to the last target.
         next_position: Where the next chunk is expected to begin.
-        cached_tokens: Tokens that came from the prefix cache.
+        cached_tokens: Tokens that came from the prefix cache, or through a KV connector.
         recomputed_tokens: Tokens prefilled.
         restarts: How often recording began again after a preemption.
         started: Mark before the first chunk, or None.
