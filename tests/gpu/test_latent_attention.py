@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -270,3 +270,30 @@ def test_quantized_latents(loaded: V2Engine, dtype: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(layer, "kv_cache_dtype", dtype)
         monkeypatch.setattr(layer, "kv_cache", torch.zeros(3, 16, 576, dtype=torch.uint8))
     assert f"KV cache dtype {dtype}" in refusal(loaded)
+
+
+def test_latent_attention_in_some_layers(loaded: V2Engine) -> None:
+    model = GPUTracedModel(loaded.model, loaded.config, CPU)
+    other = dataclasses.replace(model.layers[1], attention=nn.Identity())
+    model.layers = [model.layers[0], other]
+    with pytest.raises(UnsupportedModelError, match="latent attention in some of the layers"):
+        model._latent_room()
+
+
+def test_nothing_made_of_weights_outlives_them(
+    loaded: V2Engine, deepseek: tuple[Path, Any]
+) -> None:
+    """The layer decodes with copies of its weights, so only prefilled rows follow new ones."""
+    engine = V2Engine(loaded.model, loaded.config, loaded.layout)
+    first, second = traced(90, (70, 90)), traced(90, (70, 90), seed=2)
+    engine.step({"first": 90}, new={"first": first.new})
+    assert_exact(engine, first, deepseek[1])
+    ours = loaded.model.model.layers[1].self_attn.mla_attn.kv_b_proj.weight
+    theirs = deepseek[1].model.layers[1].self_attn.kv_b_proj.weight
+    before = ours.data.clone(), theirs.data.clone()
+    try:
+        ours.data.copy_(before[0].flip(1)), theirs.data.copy_(before[1].flip(1))
+        engine.step({"second": 90}, new={"second": second.new})
+        assert_exact(engine, second, deepseek[1])
+    finally:
+        ours.data.copy_(before[0]), theirs.data.copy_(before[1])
