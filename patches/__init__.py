@@ -12,7 +12,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``engine_options``      | all      | bad plugin options stop the start               |
 | ``external_cache``      | all      | how far a trace request may load from elsewhere |
 | ``kept_blocks``         | all      | a trace keeps blocks behind sliding windows     |
-| ``mla_attention``       | CPU      | latent attention shows queries and output       |
+| ``mla_attention``       | all      | latent attention shows queries and output       |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | four methods of the V1 model runner             |
 | ``model_runner_v2``     | CUDA     | three methods and a function of the V2 runner   |
@@ -100,14 +100,13 @@ def _platform_modules() -> list[ModuleType]:
     """What only one platform needs; elsewhere traces are refused by the worker, by name."""
     from vllm.platforms import current_platform
 
-    from vllm_flashtrace.patches import attention_backends, worker_start
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        return []
+    from vllm_flashtrace.patches import attention_backends, mla_attention, worker_start
 
-    if current_platform.is_cpu():
-        from vllm_flashtrace.patches import mla_attention
-
-        return [attention_backends, mla_attention, worker_start]
+    modules = [attention_backends, mla_attention, worker_start]
     if current_platform.is_cuda():
         from vllm_flashtrace.patches import model_runner_v2
 
-        return [attention_backends, worker_start, model_runner_v2]
-    return []
+        modules.append(model_runner_v2)
+    return modules

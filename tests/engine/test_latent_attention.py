@@ -223,10 +223,10 @@ REFUSALS: dict[str, tuple[str, str, Any]] = {
         "attn_backend",
         _named("AMX_MLA"),
     ),
-    "multi-head latent attention (MLA) on the FLASHMLA backend": (
+    "multi-head latent attention (MLA) on the FLASHMLA_SPARSE backend": (
         "mla_attn",
         "attn_backend",
-        _named("FLASHMLA"),
+        _named("FLASHMLA_SPARSE"),
     ),
     "sparse attention": ("mla_attn", "use_sparse", True),
     "a sliding window of latent attention": ("mla_attn", "sliding_window", 64),

@@ -118,7 +118,10 @@ def load_model(
         "block_size": 32,
         "max_num_seqs": 8,
     }
-    config = EngineArgs(model=str(folder), **{**defaults, **arguments}).create_engine_config()
+    arguments = {**defaults, **arguments}
+    config = EngineArgs(model=str(folder), **arguments).create_engine_config()
+    # The CPU's kernels for latent attention know blocks of one size only.
+    config.cache_config.block_size = arguments["block_size"]
     if isinstance(backend, str):
         backend = backend_class(backend)
     module, name = backend.full_cls_name()

@@ -122,10 +122,10 @@ def test_image_tokens_in_a_prefix_and_prefetched_weights(
 def test_multi_head_latent_attention(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = MLAAttention.__new__(MLAAttention)
     nn.Module.__init__(attention)
-    attention.attn_backend = SimpleNamespace(get_name=lambda: "TRITON_MLA")  # type: ignore[assignment]
+    attention.attn_backend = SimpleNamespace(get_name=lambda: "TOKENSPEED_MLA")  # type: ignore[assignment]
     context = loaded.config.compilation_config.static_forward_context
     monkeypatch.setitem(context, "model.layers.9.self_attn.mla_attn", attention)
-    assert "latent attention (MLA) on the TRITON_MLA backend (model.layers.9" in refusal(loaded)
+    assert "latent attention (MLA) on the TOKENSPEED_MLA backend (model.layers.9" in refusal(loaded)
 
 
 def test_output_gates(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,15 @@ from vllm_flashtrace.kernels.triton_proximity import triton_proximities, triton_
 from vllm_flashtrace.kernels.triton_row_sums import triton_inverse_rms, triton_row_sums
 from vllm_flashtrace.patches import worker_start
 from vllm_flashtrace.patches._check import PatchError
-from vllm_flashtrace.worker import finish, gpu_model, runner, step, traced_model, warm_up
+from vllm_flashtrace.worker import (
+    finish,
+    gpu_latents,
+    gpu_model,
+    runner,
+    step,
+    traced_model,
+    warm_up,
+)
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.runner import worker_report
 
@@ -156,6 +164,19 @@ def test_normed_blocks(tmp_path: Path, worker: Any, monkeypatch: pytest.MonkeyPa
         found, _ = warmed_and_run(engine, worker(engine), monkeypatch)
     assert len({name for name, _ in found.launched}) == 13
     assert not found.missing()
+
+
+def test_latent_attention(tmp_path: Path, worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of one, three or all heads are made at a time."""
+    folder = make_tiny_model("deepseek_v3", tmp_path / "deepseek_v3")
+    for module in (gpu_latents, gpu_model):
+        monkeypatch.setattr(module, "ROOM_BYTES", 1)
+    with v2_engine(folder, monkeypatch, "TRITON_MLA", block_size=16) as engine:
+        monkeypatch.setattr(runner, "check_architecture", lambda _: None)
+        found, report = warmed_and_run(engine, worker(engine), monkeypatch)
+    assert len({name for name, _ in found.launched}) == 12
+    assert not found.missing()
+    assert report["compiled"] == len(found.warmed) and report["failures"] == []
 
 
 @pytest.mark.parametrize("quantized", [False, True])

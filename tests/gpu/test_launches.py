@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.test_fp8_cache import layers
 from tests.gpu.v2_engine import apply_patches, traced, v2_engine
+from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.kernels import (
     PagedRows,
     paged_attention,
@@ -21,14 +22,14 @@ from vllm_flashtrace.kernels import (
     triton_row_sums,
     triton_rows,
 )
-from vllm_flashtrace.worker import gpu_model
+from vllm_flashtrace.worker import gpu_model, runner
 from vllm_flashtrace.worker.step import StepRecorder
 
 # What only describes memory that is there.
 VIEWS = {
     "alias", "as_strided", "detach", "expand", "permute", "resolve_conj", "resolve_neg", "select",
-    "slice", "split", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-    "view_as", "_reshape_alias", "_unsafe_view",
+    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten",
+    "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view",
 }  # fmt: skip
 # What would make the host wait for the device.
 WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select"}
@@ -138,3 +139,24 @@ def test_more_rows_are_added_layer_by_layer(
     for attention in layer_calls[::2]:
         assert attention["_lse_kernel"] == attention["_column_sums_kernel"] == 1
         assert attention.total() - attention["copy to the device"] <= 5
+
+
+def test_latents_are_read_layer_by_layer(
+    tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per layer and trace a gather, a product and a copy more; nothing waits, nothing is left."""
+    monkeypatch.setattr(runner, "check_architecture", lambda _: None)
+    folder = make_tiny_model("deepseek_v3", tmp_path / "deepseek_v3")
+    arguments = {"block_size": 16, "max_num_batched_tokens": 2048}
+    with v2_engine(folder, monkeypatch, "TRITON_MLA", **arguments) as engine:
+        apply_patches(monkeypatch)
+        new = {f"{n}": traced(107, (5, 105), seed=n).new for n in range(3)}
+        engine.step({name: 107 for name in new}, new=new)
+    *layer_calls, end = counted.calls
+    assert not end and len(layer_calls) == 2 * 4
+    for attention in layer_calls[::2]:
+        attention.pop("copy to the device", None)
+        attention.pop("arange", None)  # The room's block table, once.
+        for name in ("index_select", "bmm", "copy_", "_lse_kernel", "_column_sums_kernel"):
+            assert attention.pop(name) == 3
+        assert attention.total() <= 3 * 3  # As above: parts joined or added, memory cleared.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,17 +16,20 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
+from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.patches import model_runner_v1
 from vllm_flashtrace.worker.layers import CacheGroups
 from vllm_flashtrace.worker.runner import _ATTRIBUTE, batch_rows_v1
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_llama: Path) -> Iterator[V2Engine]:
-    """FlashInfer with blocks of 128 tokens, which it reads as two of 64."""
+@pytest.fixture(scope="module", params=["FLASHINFER", "FLASHMLA"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[V2Engine]:
+    """Backends with blocks of 128 tokens, which they read as two of 64."""
+    family: Family = "deepseek_v3" if request.param == "FLASHMLA" else "llama"
+    folder = make_tiny_model(family, tmp_path_factory.mktemp(family))
     with (
         pytest.MonkeyPatch.context() as patch,
-        v2_engine(tiny_llama, patch, "FLASHINFER", block_size=128) as engine,
+        v2_engine(folder, patch, request.param, block_size=128) as engine,
     ):
         yield engine
 

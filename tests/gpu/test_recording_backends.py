@@ -197,7 +197,7 @@ def test_a_moved_kernel_interface_is_refused(
     ("platform", "expected"),
     [
         ("cpu", {"attention_backends", "mla_attention", "worker_start"}),
-        ("cuda", {"attention_backends", "worker_start", "model_runner_v2"}),
+        ("cuda", {"attention_backends", "mla_attention", "worker_start", "model_runner_v2"}),
         ("rocm", set()),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.plugins import load_general_plugins
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -19,6 +22,7 @@ from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from tests.engine.harness import relative_l1
+from tests.gpu.latent_backends import LATENT_BACKENDS, latent_backend
 from tests.gpu.standin import (
     CPU,
     backend_class,
@@ -31,7 +35,7 @@ from tests.gpu.standin_runner import StandInRunner, graph_manager
 from tests.oracle import oracle_scores
 from vllm_flashtrace.base.records import Span, TraceReport
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.patches import model_runner_v2
+from vllm_flashtrace.patches import mla_attention, model_runner_v2
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, decode_wire, seal
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker import start_proof
@@ -157,7 +161,8 @@ class V2Engine:
 
     def __init__(self, model: Any, config: Any, layout: KVCacheLayout) -> None:
         self.model, self.config, self.layout = model, config, layout
-        self.cache = bind_cache(config, layout)
+        # With latents every layer's cache is as large as those of 18 key/value heads of 32 numbers.
+        self.cache = bind_cache(config, layout, 32 if config.model_config.use_mla else 4)
         self.runner = StandInRunner(model, config, self.cache)
         self.steps = StepMaker(self.runner.block_tables.block_size)
         with pytest.MonkeyPatch.context() as patch:
@@ -202,15 +207,12 @@ def v2_engine(
 ) -> Iterator[V2Engine]:
     """An engine whose model was loaded on a backend; the runner's class is not patched yet."""
     with contextlib.ExitStack() as stack:
-        if backend == "FLASHINFER":
-            stack.enter_context(flashinfer_names())
-        recording = backend_class(backend)
-        if backend == "FLASHINFER":
-            # Its own builder plans kernels; block sizes stay those of the FlashInfer backend.
-            builder = staticmethod(TritonAttentionBackend.get_builder_cls)
-            monkeypatch.setattr(recording.__base__, "get_builder_cls", builder)
-        use_torch_kernels(recording.__base__.get_impl_cls(), monkeypatch)
-        model, config = load_model(folder, backend, monkeypatch, **arguments)
+        if backend in LATENT_BACKENDS:
+            recording = stack.enter_context(latent_backend(backend, monkeypatch))
+            arguments = {"attention_backend": "CPU_MLA", **arguments}  # And not that of AMX.
+        else:
+            recording = stack.enter_context(_recording(backend, monkeypatch))
+        model, config = load_model(folder, recording, monkeypatch, **arguments)
         place_taps(model, config)
         for module in (adapter, start_proof):
             monkeypatch.setattr(
@@ -219,8 +221,26 @@ def v2_engine(
         yield V2Engine(model, config, layout)
 
 
+@contextlib.contextmanager
+def _recording(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+    """A recording backend that runs here."""
+    with flashinfer_names() if backend == "FLASHINFER" else contextlib.nullcontext():
+        recording = backend_class(backend)
+        if backend == "FLASHINFER":
+            # Its own builder plans kernels; block sizes stay those of the FlashInfer backend.
+            builder = staticmethod(TritonAttentionBackend.get_builder_cls)
+            monkeypatch.setattr(recording.__base__, "get_builder_cls", builder)
+        use_torch_kernels(recording.__base__.get_impl_cls(), monkeypatch)
+        yield recording
+
+
 def apply_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Applies the patch of the V2 runner until the test ends."""
+    """Applies the patches of the V2 runner and of latent attention until the test ends."""
+    load_general_plugins()  # Which would apply the second later.
+    stock = inspect.unwrap(MLAAttention.forward_impl)
+    monkeypatch.setattr(MLAAttention, "forward_impl", stock)
+    mla_attention.check()
+    mla_attention.apply()
     for name in ("execute_model", "prepare_attn"):
         monkeypatch.setattr(GPUModelRunner, name, getattr(GPUModelRunner, name))
     dispatch = "dispatch_cg_and_sync_dp"

@@ -31,6 +31,7 @@ class Shape:
     dtype: torch.dtype = torch.float32
     query_dtype: torch.dtype | None = None
     tokens_first: bool = False
+    heads_first: bool = False
 
     @property
     def heads(self) -> int:
@@ -102,7 +103,13 @@ def make_case(
 
 
 def _cache(shape: Shape, blocks: int) -> Tensor:
-    """K's half of a cache that holds K and V side by side, ``[blocks, G, block_size, d]``."""
+    """K's half of a cache that holds K and V side by side, ``[blocks, G, block_size, d]``.
+
+    With heads first the blocks of a head follow one another, as those that are made of latents do.
+    """
+    if shape.heads_first:
+        whole = torch.full((shape.groups, blocks, shape.block_size, shape.dim), torch.nan)
+        return whole.to(shape.dtype).transpose(0, 1)
     sizes = (blocks, shape.groups, shape.block_size, 2 * shape.dim)
     if shape.tokens_first:
         sizes = (blocks, shape.block_size, shape.groups, 2 * shape.dim)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-LAYOUTS = {"HND": (0, 1, 2, 3), "NHD": (0, 2, 1, 3), "HDN": (0, 1, 3, 2)}
+LAYOUTS = {"HND": (0, 1, 2, 3), "NHD": (0, 2, 1, 3), "HDN": (0, 1, 3, 2), "HBND": (1, 0, 2, 3)}
 """Order in memory of the axes block, key/value head, slot, dimension."""
 
 

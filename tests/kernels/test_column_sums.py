@@ -134,6 +134,8 @@ SHAPES = [
     Shape(groups=4, shared=1, dim=128, block_size=17, dtype=torch.float32, tokens_first=True),
     Shape(groups=1, shared=3, dim=256, block_size=16, dtype=torch.float32),
     Shape(groups=1, shared=17, dim=64, block_size=16, dtype=torch.float32),
+    Shape(groups=3, shared=1, dim=192, block_size=64, dtype=BFLOAT16, heads_first=True),
+    Shape(groups=5, shared=1, dim=21, block_size=64, dtype=torch.float32, heads_first=True),
     Shape(dim=64, dtype=E4M3, query_dtype=BFLOAT16),
     Shape(dim=128, dtype=E5M2, query_dtype=FLOAT16, tokens_first=True),
     Shape(dim=64, dtype=E4M3, query_dtype=E4M3),

@@ -50,9 +50,10 @@ CASES = [
      {"sliding_window": 9, "soft_cap": 2.0}),
     (Shape(groups=1, shared=1, dim=256, dtype=torch.float16), {"sinks": torch.zeros(1)}),
     (Shape(groups=1, shared=2, dim=64, dtype=torch.float32), {"alibi_slopes": torch.zeros(2)}),
+    (Shape(groups=3, shared=1, dim=192, block_size=64, dtype=torch.bfloat16, heads_first=True), {}),
 ]  # fmt: skip
 # For which they are compiled always; for the other one in the long runs.
-CAPABILITIES = [(80, 90), (90,), (80,), (80,)]
+CAPABILITIES = [(80, 90), (90,), (80,), (80,), (80, 90)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,17 +39,21 @@ def interpreter() -> Iterator[None]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("values", "weight", "dim"),
+    ("values", "weight", "dim", "heads"),
     [
-        (torch.bfloat16, torch.bfloat16, 128),
-        (torch.float8_e4m3fn, torch.bfloat16, 80),
-        (torch.float8_e5m2, torch.float32, 256),
+        (torch.bfloat16, torch.bfloat16, 128, {}),
+        (torch.float8_e4m3fn, torch.bfloat16, 80, {}),
+        (torch.float8_e5m2, torch.float32, 256, {}),
+        (torch.bfloat16, torch.bfloat16, 128,
+         {"groups": 3, "shared": 1, "block_size": 64, "layout": "HBND"}),
     ],
-)
+    ids=str,
+)  # fmt: skip
 def test_every_kernel_compiles(
-    capability: int, values: torch.dtype, weight: torch.dtype, dim: int
+    capability: int, values: torch.dtype, weight: torch.dtype, dim: int, heads: dict[str, Any]
 ) -> None:
-    layer = make_layer(values=values, weight=weight, dim=dim, shared=2, tokens=20)
+    heads = {"shared": 2, **heads}
+    layer = make_layer(values=values, weight=weight, dim=dim, tokens=20, **heads)
     with compiled_only(capability) as kernels:
         layer.proximities(triton_proximities)
     assert kernels.keys() == KERNELS

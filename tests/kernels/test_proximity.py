@@ -47,6 +47,9 @@ LAYERS = [
     dict(values=E5M2, weight=F32, dim=128, shared=3, block_size=128, layout="HND", tokens=140),
     dict(values=B16, weight=F32, dim=64, shared=3, block_size=128, layout="NHD", tokens=260),
     dict(values=F32, weight=B16, dim=96, shared=4, block_size=16, layout="HDN", tokens=47),
+    # As values that are made of latents.
+    dict(values=B16, weight=B16, dim=128, shared=1, block_size=64, layout="HBND", tokens=150),
+    dict(values=F32, weight=F32, dim=13, shared=1, block_size=64, layout="HBND", tokens=70),
 ]
 
 

@@ -77,7 +77,11 @@ def interpreter() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Model:
-    """A layer as far as the kernels' variants depend on it."""
+    """A layer as far as the kernels' variants depend on it.
+
+    Attributes:
+        latents: Size of values, where these and keys are made of latents, head by head; else 0.
+    """
 
     groups: int = 2
     shared: int = 4
@@ -88,6 +92,7 @@ class Model:
     cached: torch.dtype = BFLOAT16
     query_dtype: torch.dtype = BFLOAT16
     tokens_first: bool = False
+    latents: int = 0
     adapters: bool = False
     window: int | None = None
     soft_cap: float = 0.0
@@ -99,19 +104,31 @@ class Model:
     def heads(self) -> int:
         return self.groups * self.shared
 
-    def tensors(self) -> LayerTensors:
-        sizes = [BLOCKS, self.groups, self.block_size, 2 * self.dim]
+    def caches(self, blocks: int = BLOCKS) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        if self.latents:
+            keys, values = (
+                torch.zeros(self.groups, blocks, self.block_size, size, dtype=self.cached)
+                for size in (self.dim, self.latents)
+            )
+            return keys.transpose(0, 1), values.transpose(0, 1)
+        sizes = [blocks, self.groups, self.block_size, 2 * self.dim]
         if self.tokens_first:
             sizes[1], sizes[2] = sizes[2], sizes[1]
         cache = torch.zeros(sizes).to(self.cached)
         cache = cache.transpose(1, 2) if self.tokens_first else cache
-        weight = torch.zeros(self.hidden, self.heads * self.dim, dtype=self.dtype)
+        return cache[..., : self.dim], cache[..., self.dim :]
+
+    def tensors(self) -> LayerTensors:
+        keys, values = self.caches()
+        width = self.heads * values.shape[-1]
+        weight = torch.zeros(self.hidden, width, dtype=self.dtype)
         meta = torch.empty(weight.shape, dtype=FLOAT32, device="meta")
         per_head = torch.zeros(self.heads)
         return LayerTensors(
             query=torch.zeros(1, self.heads, self.dim).to(self.query_dtype),
-            keys=cache[..., : self.dim],
-            values=cache[..., self.dim :],
+            keys=keys,
+            values=values,
             stream=torch.zeros(1, self.hidden, dtype=self.dtype),
             weights=[weight, meta] if self.adapters else [meta if self.scaled else weight],
             form=AttentionForm(
@@ -160,6 +177,7 @@ MODELS = {
     "cap and alibi": Model(soft_cap=30.0, alibi=True, shared=5),
     "many heads without groups": Model(groups=64, shared=1, hidden=4096),
     "adapters": Model(adapters=True, dim=80, shared=7),
+    "latents": Model(groups=16, shared=1, dim=192, latents=128, hidden=2048, block_size=64),
     "normed blocks": Model(scaled=True, dim=256, groups=1, shared=4, hidden=1152, soft_cap=50.0),
 }  # fmt: skip
 
@@ -220,6 +238,8 @@ def launch_as_traces_do(
     by_layer = None if scales is None else scales[where]
     inputs = AttentionInputs(query, layer.keys, rows, layer.form, by_layer)
     triton_column_sums(inputs, where)
+    if model.latents:
+        _launch_for_some_heads(model, query, segments, layer.form, where)
     memory = torch.empty(len(rows) * LAYERS * model.heads * model.dim * 8, dtype=torch.uint8)
     kept = KeptQueries.within(memory, rows, LAYERS, model.dim, model.query_dtype)
     if kept is not None:
@@ -247,6 +267,21 @@ def launch_as_traces_do(
         proximities = segment.sums.column_sums[:, 0]
         scores = torch.zeros(proximities.shape[1] + offset)
         triton_sum_shares(proximities, results[0], scores, keep=where == 1)
+
+
+def _launch_for_some_heads(
+    model: Model, query: Tensor, segments: list[RowSegment], form: AttentionForm, where: int
+) -> None:
+    """As keys are made of latents: of one trace, and of as many heads as there is room for."""
+    for segment in segments:
+        for some in (slice(0, 7), slice(7, 8), slice(8, model.heads)):
+            heads = some.stop - some.start
+            blocks = min(segment.columns // model.block_size + 1, 40)
+            keys, _ = dataclasses.replace(model, groups=heads).caches(blocks)
+            sums = segment.sums._replace(column_sums=segment.sums.column_sums[:, some])
+            own = dataclasses.replace(segment, sums=sums)
+            rows = PagedRows.build([own], heads, heads, CPU)
+            triton_column_sums(AttentionInputs(query[:, some], keys, rows, form), where)
 
 
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

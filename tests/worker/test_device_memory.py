@@ -10,7 +10,9 @@ import torch
 
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.worker import gpu_model
+from vllm_flashtrace.worker.gpu_latents import LatentRoom
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, device_memory_limit
+from vllm_flashtrace.worker.layers import HeadSizes
 from vllm_flashtrace.worker.recorder import Recorder
 from vllm_flashtrace.worker.runner import RunnerCapture, activation_bytes
 
@@ -75,7 +77,7 @@ def test_what_kept_queries_take(memory: Any, monkeypatch: pytest.MonkeyPatch) ->
     model: Any = GPUTracedModel.__new__(GPUTracedModel)
     vars(model).update(
         device=GPU, _head_dim=128, _dtype=torch.bfloat16, _scratch=None, _kept_rows=0, layers=[],
-        shape=ModelShape(layers, heads, 8, 4096),
+        _room=None, shape=ModelShape(layers, heads, 8, 4096),
     )  # fmt: skip
     take: Any = GPUTracedModel.take_scratch
     for free, rows in ((12, 1024), (2, 256 // 16 * 16 * (GIB // 4) // (row * 256)), (0, 0)):
@@ -92,6 +94,31 @@ def test_what_kept_queries_take(memory: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "empty", refuse)
     take(model, 0)
     assert model._scratch is None and model._kept_rows == 0
+
+
+def test_what_the_room_of_latent_attention_takes(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heads of the longest context, 256 MiB or a quarter of the limit, or one head."""
+    taken: list[int] = []
+    room: Any = LatentRoom(HeadSizes(128, 128, 192, 128), torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(room, "take", taken.append)
+    model: Any = GPUTracedModel.__new__(GPUTracedModel)
+    vars(model).update(device=GPU, layers=[], _room=room, _scratch=None, _longest=163_840)
+    one = 163_840 * 192 * 2
+    for free, expected in ((12 * GIB, 256 << 20), (GIB, GIB // 8), (GIB // 16, one)):
+        memory.free = free
+        GPUTracedModel.take_scratch(model, 0)
+        assert taken.pop() == expected
+    memory.free, model._longest = 12 * GIB, 1024
+    GPUTracedModel.take_scratch(model, 0)
+    assert taken.pop() == 1024 * 192 * 2 * 128 and model._scratch is None
+
+    def refuse(_: int) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(room, "take", refuse)
+    GPUTracedModel.take_scratch(model, 0)
 
 
 @pytest.mark.parametrize(("estimates", "expected"), [("1", 3), ("0", 5)])

@@ -32,7 +32,7 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_values,
 )
 from vllm_flashtrace.worker.latents import latent_keys, latent_values
-from vllm_flashtrace.worker.layers import LATENT_BACKEND, TracedLayer
+from vllm_flashtrace.worker.layers import CPU_LATENT_BACKEND, TracedLayer
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
@@ -151,7 +151,7 @@ def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
 def _check_layer(layer: TracedLayer) -> None:
     attention = layer.attention
     backend = attention.attn_backend.get_name()
-    if backend not in ("CPU_ATTN", LATENT_BACKEND):
+    if backend not in ("CPU_ATTN", CPU_LATENT_BACKEND):
         raise UnsupportedModelError(f"traces are not supported on the {backend} backend")
     dtype = attention.kv_cache.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:

@@ -1,8 +1,9 @@
 """A traced model on one of the recorded CUDA backends, and what is refused there by name.
 
 Nothing here waits for the device, and nothing is copied out of the KV cache or of the weights:
-kernels read both where vLLM keeps them. What is queued while a request holds its KV blocks reads
-them before a later step can write to them, because vLLM runs its steps on the same stream.
+kernels read both where vLLM keeps them. Of latent attention keys and values are made first, see
+`gpu_latents`. What is queued while a request holds its KV blocks reads them before a later step can
+write to them, because vLLM runs its steps on the same stream.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
@@ -42,6 +44,13 @@ from vllm_flashtrace.worker.gpu_cache import (
     cache_scales,
     key_value_views,
     quantized_dtype,
+)
+from vllm_flashtrace.worker.gpu_latents import (
+    ROOM_BYTES,
+    LatentRoom,
+    check_gpu_latents,
+    latent_form,
+    read_latent_values,
 )
 from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.observer import RecordingAttention
@@ -78,6 +87,8 @@ class GPUTracedModel(TracedModel):
         self._kept_rows = 0
         if self.gate_width:
             raise UnsupportedModelError("traces are not supported with an output gate on a GPU")
+        self._room = self._latent_room()
+        self._longest = config.model_config.max_model_len
         for index, layer in enumerate(self.layers):
             self._check_projection(layer)
             self._reading(index)
@@ -86,15 +97,19 @@ class GPUTracedModel(TracedModel):
         self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
     ) -> None:
         """See `TracedModel`."""
-        keys = self._keys(layer)
         rows = group.rows_in(self.cache_groups.places[layer], rows)
+        if self._room is not None:
+            attention: Any = self.layers[layer].attention
+            form = self.attention_form(layer)
+            self._room.add_column_sums(layer, attention, query, rows, form, scales)
+            return
+        keys = self._keys(layer)
         inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales)
         paged_column_sums(inputs, layer)
 
     def heads_of(self, layer: int, query: Tensor) -> Tensor:
         """See `TracedModel`."""
-        attention: Any = self.layers[layer].attention
-        if (query.dtype in _FP8) != (attention.query_quant is not None):
+        if (query.dtype in _FP8) != quantizes_queries(self.layers[layer]):
             raise TraceError(
                 "recording_failed", f"queries of layer {self.layers[layer].index} are {query.dtype}"
             )
@@ -119,8 +134,7 @@ class GPUTracedModel(TracedModel):
 
     def row_bytes(self) -> int:
         """See `TracedModel`; 0 where queries are eight-bit floats, which are not kept."""
-        attention: Any = self.layers[0].attention
-        return super().row_bytes() if attention.query_quant is None else 0
+        return 0 if quantizes_queries(self.layers[0]) else super().row_bytes()
 
     def weigh(self, kept: KeptRows, group: RowGroup) -> None:
         """See `TracedModel`; in as many launches as column sums take for one layer, and one each.
@@ -148,6 +162,9 @@ class GPUTracedModel(TracedModel):
         """See `TracedModel`; they are copied."""
         reading = self._reading(layer)
         block_table = block_tables[self.cache_groups.places[layer]]
+        attention = self.layers[layer].attention
+        if isinstance(attention, MLAAttention):
+            return read_latent_values(attention, block_table, tokens)
         values = gather_tokens(self._views(layer, reading).values, block_table, tokens)
         return values.float() * reading.scales.value
 
@@ -155,11 +172,10 @@ class GPUTracedModel(TracedModel):
         """See `TracedModel`; None where there are too many rows, or no memory could be had."""
         if self._scratch is None:
             return None
-        attention: Any = self.layers[0].attention
-        quantized = attention.query_quant is not None
+        quantized = quantizes_queries(self.layers[0])
         dtype = current_platform.fp8_dtype() if quantized else self._dtype
-        layers, size = self.shape.num_layers, attention.head_size
-        return KeptQueries.within(self._scratch, rows, layers, size, dtype)
+        layers = self.shape.num_layers
+        return KeptQueries.within(self._scratch, rows, layers, self._head_dim, dtype)
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
         """See `TracedModel`."""
@@ -167,8 +183,19 @@ class GPUTracedModel(TracedModel):
         return PagedRows.build(segments, heads, groups, self.device, self._kept_rows)
 
     def take_scratch(self, activation_bytes: int) -> None:
-        """See `TracedModel`; queries of `KEPT_ROWS` rows, or as many as there is memory for."""
+        """See `TracedModel`; queries of `KEPT_ROWS` rows, or as many as there is memory for.
+
+        With latent attention it is the room for keys and values of contexts of any length.
+        """
         super().take_scratch(activation_bytes)
+        if self._room is not None:
+            most = min(ROOM_BYTES, device_memory_limit(self.device, activation_bytes) // 4)
+            size = self._room.bytes_for(self._longest, most)
+            try:
+                self._room.take(size)
+            except torch.OutOfMemoryError as error:
+                logger.warning("Memory for %d bytes is taken for each trace: %s", size, error)
+            return
         row = KeptQueries.row_bytes(
             self.shape.num_layers,
             self.shape.num_heads,
@@ -193,7 +220,8 @@ class GPUTracedModel(TracedModel):
         """See `TracedModel`: one call per KV cache group for layers whose ``W_O`` lies there.
 
         Those whose matrix has to be made, because of quantised weights, of an adapter or of
-        a norm behind the block, have a call each, and the matrix while it lasts.
+        a norm behind the block, have a call each, and the matrix while it lasts. So have those of
+        latent attention, and the values.
         """
         alone = [
             layer.quantization is not None
@@ -202,7 +230,7 @@ class GPUTracedModel(TracedModel):
             for layer in self.layers
         ]
         groups = self.cache_groups
-        one_call = len(groups.numbers) == 1 and not any(alone)
+        one_call = len(groups.numbers) == 1 and not any(alone) and self._room is None
         with nullcontext() if one_call else touching_sums():
             for place in range(len(groups.numbers)):
                 own = [
@@ -213,6 +241,12 @@ class GPUTracedModel(TracedModel):
                 together = [index for index in numbers if not alone[index]]
                 parts = [together] if together else []
                 parts += [[index] for index in numbers if alone[index]]
+                if self._room is not None:
+                    for index in numbers:
+                        weight, _ = self.output_projection(index, adapter)
+                        layer = self.layers[index]
+                        self._room.replace_by_proximities(layer, index, weight, own)
+                    continue
                 for part in parts:
                     layers = [self._proximity_layer(index, adapter) for index in part]
                     replace_by_proximities(layers, own)
@@ -233,6 +267,12 @@ class GPUTracedModel(TracedModel):
             )
         return min(limit, max_accumulator_mib << 20)
 
+    def kernel_views(self, layer: int) -> KeyValueViews:
+        """Keys and values of a layer as kernels get them."""
+        if self._room is not None:
+            return self._room.views()
+        return self._views(layer, self._reading(layer))
+
     def _reading(self, layer: int) -> _Reading:
         """Read when first needed, and again when scales, which come with weights, are others."""
         traced = self.layers[layer]
@@ -240,9 +280,21 @@ class GPUTracedModel(TracedModel):
         scales = cache_scales(attention)
         reading = self._readings.get(layer)
         if reading is None or reading.scales != scales:
-            check_gpu_layer(traced, self._flashinfer_quantizes)
+            if self._room is not None:
+                check_gpu_latents(traced, self._dtype)
+            else:
+                check_gpu_layer(traced, self._flashinfer_quantizes)
             reading = self._readings[layer] = _Reading(scales, quantized_dtype(attention))
         return reading
+
+    def _latent_room(self) -> LatentRoom | None:
+        """Where keys and values of latent attention are made; None for a model without."""
+        latents = {isinstance(layer.attention, MLAAttention) for layer in self.layers}
+        if len(latents) > 1:
+            raise UnsupportedModelError(
+                "traces are not supported with latent attention in some of the layers"
+            )
+        return LatentRoom(self.layers[0].heads, self._dtype, self.device) if latents.pop() else None
 
     def _keys(self, layer: int) -> LayerKeys:
         keys = self._views(layer, self._reading(layer)).keys
@@ -259,7 +311,10 @@ class GPUTracedModel(TracedModel):
         return ProximityLayer(layer, values, weight, scale)
 
     def _check_projection(self, layer: TracedLayer) -> None:
-        width = self.shape.num_heads * layer.attention.head_size
+        heads = layer.heads
+        # A cached value may be longer than what is projected, and the kernels read whole ones.
+        cached = heads.values if self._room is not None else layer.attention.head_size
+        width = heads.queries * cached
         if layer.quantization is not None:
             projection = layer.out_proj
             sizes = projection.output_size_per_partition, projection.input_size_per_partition
@@ -302,6 +357,8 @@ def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm
     factor on the dot products.
     """
     attention: Any = layer.attention
+    if isinstance(attention, MLAAttention):
+        return latent_form(layer)
     impl = attention.impl
     query_scale = scales.query if attention.query_quant is not None else 1.0
     left, _ = impl.sliding_window
@@ -318,6 +375,11 @@ def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm
         alibi_slopes=on_device(impl.alibi_slopes),
         sinks=on_device(impl.sinks),
     )
+
+
+def quantizes_queries(layer: TracedLayer) -> bool:
+    """Whether a layer's kernel gets its queries in eight bits; latent attention's never does."""
+    return getattr(layer.attention, "query_quant", None) is not None
 
 
 def check_gpu_config(config: VllmConfig) -> None:

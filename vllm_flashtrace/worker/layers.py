@@ -72,8 +72,15 @@ _NORMS = (RMSNorm, GemmaRMSNorm)
 # which the stream is not.
 _GATHERING_NORMS = ("TPAwareRMSNorm", "TPAwareGemmaRMSNorm")
 
-# The one backend of latent attention whose cache is read, see `latents`.
-LATENT_BACKEND = "CPU_MLA"
+# The backends of latent attention whose caches are read, see `latents` and `gpu_latents`.
+CPU_LATENT_BACKEND = "CPU_MLA"
+GPU_LATENT_BACKENDS = (
+    "CUTLASS_MLA",
+    "FLASHINFER_MLA",
+    "FLASHMLA",
+    "FLASH_ATTN_MLA",
+    "TRITON_MLA",
+)
 
 
 class HeadSizes(NamedTuple):
@@ -531,7 +538,8 @@ def _check_latents(name: str, attention: MLAAttention, config: VllmConfig) -> No
     """Refuses latent attention that is not read as its layer computes it."""
     backend = attention.attn_backend.get_name()
     refusals = {
-        f"multi-head latent attention (MLA) on the {backend} backend": backend != LATENT_BACKEND,
+        f"multi-head latent attention (MLA) on the {backend} backend": backend
+        not in (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS),
         "LoRA adapters of a model with multi-head latent attention (MLA)": config.lora_config
         is not None,
     }

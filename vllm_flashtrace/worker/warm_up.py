@@ -15,8 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
-from vllm_flashtrace.worker.gpu_cache import cache_scales, key_value_views, quantized_dtype
-from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
+from vllm_flashtrace.worker.gpu_model import GPUTracedModel, quantizes_queries
 from vllm_flashtrace.worker.layers import TracedLayer, cache_groups
 from vllm_flashtrace.worker.runner import KERNELS_ATTRIBUTE
 
@@ -74,15 +73,14 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
 
     kinds = None
     with compiling() as compilation, torch.inference_mode():
-        for layer in model.layers:
-            attention: Any = layer.attention
-            keys, values = key_value_views(attention, quantized_dtype(attention))
-            quantized = attention.query_quant is not None
+        for index, layer in enumerate(model.layers):
+            keys, values = model.kernel_views(index)
+            quantized = quantizes_queries(layer)
             tensors = LayerTensors(
                 query=torch.empty(
                     1,
                     model.shape.num_heads,
-                    attention.head_size,
+                    layer.heads.keys,
                     dtype=current_platform.fp8_dtype() if quantized else dtype,
                     device=model.device,
                 ),
@@ -90,7 +88,7 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
                 values=values,
                 stream=torch.empty(1, model.shape.hidden_size, dtype=dtype, device=model.device),
                 weights=_projections(layer),
-                form=gpu_attention_form(layer, cache_scales(attention)),
+                form=model.attention_form(index),
                 scaled=layer.block_norm is not None,
             )
             kinds = kinds or target_rows_of_every_kind(tensors)
