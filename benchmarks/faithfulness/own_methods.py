@@ -128,8 +128,10 @@ class Embedder:
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
 
     def embed(self, text: str) -> Values:
-        """A vector of length 1."""
+        """A vector of length 1, or of 0 where the text has no token."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            return np.zeros(self._vectors.shape[1])
         mean = self._vectors[ids].astype(np.float64).mean(axis=0)
         return mean / np.linalg.norm(mean)
 

@@ -177,6 +177,47 @@ def test_rows_that_predict_the_target_agree_with_the_oracle(
     assert found.target["tokens"][0] == [min(weights), 2 if not hops else min(weights) + 1]
 
 
+def test_defaults_agree_with_the_oracle(tiny: Engine, tiny_folder: Path) -> None:
+    """All of them at once: rows that chose the answer, hops to the end, no punctuation."""
+    from transformers import AutoModelForCausalLM
+
+    ft = FlashTrace(llm=tiny.llm)
+    encode = ft.llm.get_tokenizer().encode
+    prompt = encode("The cat sat, on a mat: it was 4821! ... Which cat, and (where)?\n")
+    reasoning, answer = encode("Let me see, the cat - on a mat. "), encode("It sat; there!")
+    ids, start = [*prompt, *reasoning, *answer], len(prompt) + len(reasoning)
+    found = ft.attribute(prompt, ids[len(prompt) :], {"target": {"text": "It sat; there!"}})
+    assert found.status == "completed", found.error
+    listed = {score.index: score.score for score in found.scores}
+    whole = ft.attribute(
+        prompt, ids[len(prompt) :], {"target": {"text": "It sat; there!"}, "top_k": None}
+    )
+    scores = torch.tensor([token.score for token in whole.scores], dtype=torch.float64)
+    assert len(whole.hops) == len(found.hops) >= 2
+    assert listed == {i: float(scores[i]) for i in listed}
+
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, attn_implementation="eager", dtype=torch.float32
+    )
+    texts = ft.llm.get_tokenizer().batch_decode([[i] for i in ids])
+    words = torch.tensor([any(c.isalnum() for c in text) for text in texts])
+    assert 0 < int((~words[: len(prompt)]).sum()) < len(prompt) // 2
+    positions = torch.arange(len(ids) - 1)  # Of the last token no row is explained.
+    target = torch.zeros(len(ids) - 1)
+    target[start - 1 : len(ids) - 1] = words[start:].float()
+
+    def one_hop(dense: torch.Tensor) -> torch.Tensor:
+        rows = dense.nonzero().squeeze(1)
+        return oracle_scores(model, ids[: len(ids) - 1], rows, dense[rows])
+
+    is_input = (positions < len(prompt)) & words[:-1]
+    followed = (positions >= len(prompt)) & (positions < start) & words[:-1]
+    expected, left = oracle_hops(one_hop, target.double(), is_input, followed, len(whole.hops) - 1)
+    expected = expected[: len(prompt)]
+    assert float((scores - expected).abs().sum() / expected.sum()) <= 1e-5
+    assert whole.remaining_mass == pytest.approx(float(left), abs=1e-6)
+
+
 @pytest.mark.parametrize("rows", ["target", "predicting"])
 def test_surprising_tokens_count_more(tiny: Engine, tiny_folder: Path, rows: str) -> None:
     """As with the weights ``-log p`` that Hugging Face gives, of one target and of several."""
@@ -225,21 +266,21 @@ def test_a_failed_trace_keeps_its_completion(ft: FlashTrace) -> None:
     assert lost.text
 
 
-def test_trace_of_exactly_the_model_length(tiny: Engine) -> None:
+@pytest.mark.parametrize(("rows", "dropped"), [("target", 1), ("predicting", 0)])
+def test_trace_of_exactly_the_model_length(tiny: Engine, rows: str, dropped: int) -> None:
     ft = FlashTrace(llm=tiny.llm)
     limit = ft.llm.llm_engine.vllm_config.model_config.max_model_len
     prompt = (ft.llm.get_tokenizer().encode(CONTEXT) * 10)[: limit - 20]
     [full] = ft.generate(
         [prompt],
         _greedy(max_tokens=20, ignore_eos=True),
-        flashtrace={"target": {"tokens": [[0, 20]]}},
+        flashtrace={"target": {"tokens": [[0, 20]]}, "rows": rows},
     )
     assert full.status == "completed"
     data = full.to_dict()
-    assert (
-        data["usage"]["dropped_target_tokens"] == 1
-    )  # the engine cannot prefill the very last token
-    assert data["target"]["tokens"][-1][1] == 19
+    # The engine cannot prefill the very last token, and has no need to for the row before it.
+    assert data["usage"].get("dropped_target_tokens", 0) == dropped
+    assert data["target"]["tokens"][-1][1] == 20 - dropped
 
 
 def test_bad_field_is_refused_before_generation(ft: FlashTrace) -> None:

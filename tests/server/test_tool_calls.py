@@ -429,3 +429,12 @@ async def test_the_guard_is_refused_where_there_are_no_tool_calls(apps, app):
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "flashtrace.guard", answer.text
     assert not app.engine.generations
+
+
+async def test_the_guard_trusts_no_argument_of_a_model_that_is_traced_in_part(app, monkeypatch):
+    monkeypatch.setattr(app.engine, "layers", 4)
+    monkeypatch.setattr(app.engine, "traced", (0, 2))
+    found = (await guarded(app))["guard"]
+    assert found["flagged"] and found["arguments"]
+    for argument in found["arguments"]:
+        assert argument["flagged"] and "not traced" in argument["reason"]

@@ -9,7 +9,7 @@ import pytest
 from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.base.records import Completion
-from vllm_flashtrace.text.guard import guarded_argument, require_messages
+from vllm_flashtrace.text.guard import guarded_argument, require_messages, traced_in_part
 from vllm_flashtrace.text.prompt_map import LocatedToken, PromptMap
 from vllm_flashtrace.text.sources import PromptSource, Source
 
@@ -83,6 +83,17 @@ def test_a_document_in_the_users_message_is_not_trusted() -> None:
     assert len(judge({}, sources=tool)["untrusted"]) == 2
     lost = judge({0: 0.1}, sources=[PromptSource(document, None)])
     assert lost["flagged"] and "where a source lies" in lost["reason"]
+
+
+def test_an_argument_of_a_model_that_is_traced_in_part_is_flagged() -> None:
+    clean = judge({1: 0.5})
+    found = traced_in_part(clean)
+    assert found["flagged"] and "not traced" in found["reason"]
+    assert {k: v for k, v in found.items() if k not in ("flagged", "reason")} == {
+        k: v for k, v in clean.items() if k != "flagged"
+    }
+    both = traced_in_part(judge({1: 0.1, 4: 0.4}))
+    assert "message 4" in both["reason"] and "not traced" in both["reason"]
 
 
 def test_a_plain_prompt_is_refused() -> None:

@@ -11,7 +11,7 @@ from vllm_flashtrace.api.request import RequestLimits, parse_flashtrace_field
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import Completion
 from vllm_flashtrace.text.generated import ParsedOutput
-from vllm_flashtrace.text.plan import plan_trace
+from vllm_flashtrace.text.plan import plan_targets, plan_trace
 
 QUESTION = [{"role": "user", "content": "The secret code is 4821. Which code is it?"}]
 TURNS = [
@@ -231,6 +231,31 @@ def test_target_beyond_the_context_is_dropped_and_counted(plan, chat):
     assert whole.dropped_target_tokens == 0
     assert whole.target_text == found.target_text + texts(whole, [whole.target.last])
     assert plan(completion, {"max_trace_tokens": limit + 1}).token_ids == whole.token_ids
+
+
+def test_a_row_that_chose_the_last_token_of_the_context_is_within_it(plan, chat):
+    completion = chat(QUESTION, "The code is 4821.", eos=False)
+    last = plan(completion).target.last
+    limit = {"max_trace_tokens": last}
+    found = plan(completion, limit, rows="predicting")
+    assert (found.dropped_target_tokens, found.target.last) == (0, last)
+    assert int(found.recursion.next_weights().last) == last - 1
+    assert plan(completion, limit, rows="predicting", verify=1).dropped_target_tokens == 1
+    less = {"max_trace_tokens": last - 1}
+    assert plan(completion, less, rows="predicting").dropped_target_tokens == 1
+
+
+@pytest.mark.parametrize("answer", ["?!", "?! ..."])
+def test_an_answer_of_punctuation_is_explained_in_parts_too(chat, byte_level, render, answer):
+    request = parse(targets="sentences", skip_tokens="punctuation")
+    found = plan_targets(request, chat(QUESTION, answer), byte_level, render=render)
+    assert found and all(part.recursion.next_weights() is not None for part in found)
+    with pytest.raises(TraceError, match="no token of the answer"):
+        request = parse(targets="sentences", skip_tokens=["?!", "...", "?", "!", "."])
+        plan_targets(request, chat(QUESTION, answer), byte_level, render=render)
+    words = chat(QUESTION, f"{answer} The code is 4821.")
+    whole = plan_targets(parse(targets="sentences", skip_tokens="punctuation"), words, byte_level)
+    assert all("code" in part.target_text for part in whole)
 
 
 def test_context_that_ends_before_the_target_is_refused(plan, chat):

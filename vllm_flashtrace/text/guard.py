@@ -101,6 +101,17 @@ def guarded_argument(
     }
 
 
+def traced_in_part(judged: Mapping[str, Any]) -> dict[str, Any]:
+    """The same argument, flagged: what reached it through layers that are not traced is unknown.
+
+    Args:
+        judged: What `guarded_argument` gives.
+    """
+    reason = "some of the model's layers are not traced, so nothing shows where it came from"
+    reasons = [judged["reason"], reason] if judged["flagged"] else [reason]
+    return {**judged, "flagged": True, "reason": "; ".join(reasons)}
+
+
 def _named(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     names = {key: message.get(key) for key in ("tool_call_id", "name")}
     return {"message": index, **{k: v for k, v in names.items() if isinstance(v, str)}}

@@ -447,9 +447,11 @@ def plan_targets(
         request.reasoning, generated, prompt_text=prompt.text, parsed=parts.reasoning
     )
     resolved = _resolve_all(request, parts, reasoning, prompt_length, max_targets)
-    targets = [
-        _within_context(target.weights, max_trace_tokens, prompt_length) for target in resolved
-    ]
+    most = max_trace_tokens
+    scored = request.weighting != "equal" or request.verify > 0
+    if most is not None and request.rows == "predicting" and not scored:
+        most += 1  # No row of the last token itself is needed.
+    targets = [_within_context(target.weights, most, prompt_length) for target in resolved]
     with_marks = without_text(written, completion.images, but_first=True)
     prompt_map = locate_prompt(completion, with_marks, render, tokenizer)
     sources: list[PromptSource] | None = None
@@ -463,16 +465,22 @@ def plan_targets(
         # Tokens of images have no text, and are no punctuation.
         skipped[[token for image in completion.images for token in image.tokens]] = False
     plans = []
-    for found, (target, dropped) in zip(resolved, targets, strict=True):
+    explained = [
+        skipped is None or target.without(skipped[: target.last + 1]) is not None
+        for target, _ in targets
+    ]
+    for found, (target, dropped), left in zip(resolved, targets, explained, strict=True):
         length = target.last + 1
         own_skipped = None if skipped is None else skipped[:length]
-        if own_skipped is not None and target.without(own_skipped) is None:
-            if found.part is not None:
+        if own_skipped is not None and not left:
+            # Beside parts that have words, those of punctuation alone are left out.
+            if found.part is not None and any(explained):
                 continue
             if request.skip_tokens != "punctuation":
+                kind = "target" if found.part is None else "answer"
                 raise TraceError(
                     "empty_target",
-                    "flashtrace.skip_tokens leaves no token of the target to explain",
+                    f"flashtrace.skip_tokens leaves no token of the {kind} to explain",
                 )
             own_skipped = own_skipped.clone()
             own_skipped[target.positions] = False
@@ -512,10 +520,6 @@ def plan_targets(
             and any(prompt_length + i < target.first for i in reasoning.tokens[:1]),
         )
         plans.append(plan)
-    if not plans:
-        raise TraceError(
-            "empty_target", "flashtrace.skip_tokens leaves no token of the answer to explain"
-        )
     return plans
 
 

@@ -23,7 +23,7 @@ from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.base.records import TraceUsage
 from vllm_flashtrace.core.hops import HopMass, HopResult
 from vllm_flashtrace.text.citations import cited, cited_source
-from vllm_flashtrace.text.guard import guarded_argument
+from vllm_flashtrace.text.guard import guarded_argument, traced_in_part
 from vllm_flashtrace.text.plan import TracePlan
 from vllm_flashtrace.text.prompt_images import image_part, scored_image
 from vllm_flashtrace.text.prompt_map import PromptMap
@@ -142,6 +142,8 @@ def build_result(
             data["citations"] = sorted(found, key=lambda each: (each["start"], each["end"]))
         if first.request.guard is not None:
             judged = [each for result in results if (each := result.pop("guard"))]
+            if usage.coverage is not None:
+                judged = [traced_in_part(each) for each in judged]
             flagged = any(each["flagged"] for each in judged)
             data["guard"] = {"flagged": flagged, "arguments": judged}
         data["targets"] = results

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import math
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -354,7 +355,9 @@ def take_report(
             length, layers = len(plan.token_ids), report.layer_scores
             if report.changes is not None and not plan.recursion.begun:
                 traced, whole = report.changes[place].tolist()
-                usage.change_shares[id(plan)] = traced / whole if whole else 0.0
+                share = traced / whole if whole else 0.0
+                if math.isfinite(share):
+                    usage.change_shares[id(plan)] = share
             for scores in hops:
                 if plan.recursion.next_weights() is not None:
                     plan.recursion.add(

@@ -32,6 +32,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
+from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
@@ -457,7 +458,8 @@ def _carries_stream(decoder: Any, block: Any, behind: nn.Module, out_proj: Any) 
             decoder(**{name: given[name] for name in arguments if name in given})
     except _NormSeenError:
         return seen == [2]
-    except Exception:
+    except Exception as error:
+        log_unexpected("reading how a decoder layer hands on its stream", error)
         return True  # The proof at the start tells.
     finally:
         hook.remove()
@@ -587,7 +589,7 @@ def _check_attention(
     try:
         return quantization_of(out_proj)
     except UnsupportedModelError as error:
-        raise _OtherAttentionError(f"{error.message} ({name})") from None
+        raise UnsupportedModelError(f"{error.message} ({name})") from None
 
 
 def _refuse(name: str, refusals: dict[str, bool]) -> None:

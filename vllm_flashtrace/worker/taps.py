@@ -229,11 +229,13 @@ def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _tap_other_update(_: nn.Module, args: tuple[Any, ...]) -> None:
-    torch.ops.flashtrace.observe_other_update(args[0], args[1])
+    if len(args) > 1 and args[1] is not None:
+        torch.ops.flashtrace.observe_other_update(args[0], args[1])
 
 
 def _tap_other_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
-    torch.ops.flashtrace.observe_other_residual(args[0])
+    if args:
+        torch.ops.flashtrace.observe_other_residual(args[0])
 
 
 def _tap_residual(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -114,6 +114,13 @@ def test_a_row_of_a_model_that_is_traced_in_part_says_so() -> None:
     assert row["change_share"] == 0.25
 
 
+def test_sentences_have_a_column() -> None:
+    sentence = {"message": 0, "start": 3, "end": 9, "text": "A cat.", "tokens": 2}
+    body = {**ATTRIBUTION, "sentences": [{**sentence, "score": 0.5, "mean": 0.25}]}
+    [row] = make_table(table_rows(Outcome.answered("a", "a.jsonl", 1, 200, body))).to_pylist()
+    assert row["sentences"] == [{**sentence, "part": None, "score": 0.5, "mean": 0.25}]
+
+
 def test_every_field_of_a_score_and_of_a_hop_has_a_column() -> None:
     names = result_schema().names
     lists = {"index": "indices", "score": "scores", "token_id": "token_ids", "token": "tokens"}

@@ -10,7 +10,7 @@ descriptions; the list columns that belong to scores have one length.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from types import UnionType
@@ -24,6 +24,7 @@ from vllm_flashtrace.api.response import (
     AttributionObject,
     Coverage,
     HopMass,
+    SentenceScore,
     TargetFound,
     TokenScore,
 )
@@ -131,6 +132,7 @@ def _scalar_type(annotation: Any) -> type | None:
 
 _SCORE_FIELDS = _scalar_fields(TokenScore)
 _HOP_FIELDS = _scalar_fields(HopMass)
+_SENTENCE_FIELDS = _scalar_fields(SentenceScore)
 _FIELDS = _scalar_fields(AttributionObject)
 _MASSES = [name for name in _FIELDS if name.endswith("_mass")]
 
@@ -145,6 +147,7 @@ def result_schema() -> pa.Schema:
     # Masses have the full precision, so that they add up to 1; the many scores have not.
     masses = {**small, float: pa.float64()}
     hop = pa.struct([(name, masses[kind]) for name, (kind, _) in _HOP_FIELDS.items()])
+    sentence = pa.struct([(name, small[kind]) for name, (kind, _) in _SENTENCE_FIELDS.items()])
 
     def field(name: str) -> tuple[str, pa.DataType, str]:
         kind, what = _FIELDS[name]
@@ -168,6 +171,7 @@ def result_schema() -> pa.Schema:
         *(field(name) for name in _MASSES),
         ("hops", pa.list_(hop), _described(AttributionObject, "hops")),
         field("auto_stopped"),
+        ("sentences", pa.list_(sentence), _described(AttributionObject, "sentences")),
         ("covered_layers", pa.list_(pa.int32()), _described(Coverage, "layers")),
         ("model_layers", pa.int32(), _described(Coverage, "model_layers")),
         field("change_share"),
@@ -236,9 +240,18 @@ def _attribution(data: Mapping[str, Any]) -> dict[str, Any]:
             for name in _SCORE_FIELDS
         },
         **{name: data.get(name) for name in (*_MASSES, "auto_stopped", "change_share")},
-        "hops": [{name: hop.get(name) for name in _HOP_FIELDS} for hop in data["hops"]],
+        "hops": _structs(data["hops"], _HOP_FIELDS),
+        "sentences": _structs(data.get("sentences"), _SENTENCE_FIELDS),
         **_coverage(data.get("coverage")),
     }
+
+
+def _structs(
+    entries: Sequence[Mapping[str, Any]] | None, names: Iterable[str]
+) -> list[dict[str, Any]] | None:
+    if entries is None:
+        return None
+    return [{name: entry.get(name) for name in names} for entry in entries]
 
 
 def _coverage(coverage: Mapping[str, Any] | None) -> dict[str, Any]:
