@@ -66,7 +66,8 @@ def test_offline_jobs_are_skipped_alone(tight: Engine, trace_tokens: list[int]) 
     text = tight.llm.get_tokenizer().decode(generated)
     # Two of 310 tokens do not fit side by side, one of 570 not at all.
     records = [Completion(trace_tokens[:length], generated, text) for length in (300, 560, 300)]
-    answers = ft._attribute(ft._parse({"hops": 0}), records)
+    jobs = [ft._job(record, None, None) for record in records]
+    answers = ft._attribute(ft._parse({"hops": 0}), jobs)
     assert [answer.status for answer in answers] == ["completed", "skipped", "completed"]
     assert answers[1].error is not None
     assert answers[1].error["code"] == "overloaded"
