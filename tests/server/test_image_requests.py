@@ -31,6 +31,16 @@ def data_url(rows: int, columns: int, seed: int = 0) -> str:
 
 
 URL = data_url(4, 6)
+MULTI_MODAL_INPUT = {
+    "arrival_time",
+    "cache_salt",
+    "mm_hashes",
+    "mm_kwargs",
+    "mm_placeholders",
+    "prompt",
+    "prompt_token_ids",
+    "type",
+}
 
 
 def messages(*urls: str) -> list[dict[str, Any]]:
@@ -58,6 +68,7 @@ def app(seeing: App) -> App:
 def check_traces(app: App, images: int = 1) -> None:
     """Every trace has the completion's images, with their pixels."""
     [generation] = app.engine.generations
+    assert set(generation.prompt) <= MULTI_MODAL_INPUT
     assert app.engine.traces
     for trace in app.engine.traces:
         assert trace.prompt["type"] == "multimodal"
@@ -183,10 +194,37 @@ async def test_what_is_refused_beside_images(app: App, option: dict[str, Any]) -
         assert "prompts with images" in answer.json()["error"]["message"]
 
 
+def sent_images(app: App) -> list[bool]:
+    """Of the images of all generations in order, whether their pixels went to the engine."""
+    return [
+        item is not None
+        for call in app.engine.generations
+        for item in call.prompt["mm_kwargs"]["image"]
+    ]
+
+
 async def test_a_request_without_the_field_is_vllms(app: App) -> None:
-    answer = await app.chat(messages=messages(URL))
-    assert answer.status_code == 200
-    assert not app.engine.traces
+    """Traced ones in between change nothing of what vLLM sends, and are sent like others."""
+    first, second = data_url(4, 6, seed=8), data_url(4, 6, seed=9)
+    said = [*messages(second), {"role": "assistant", "content": "The small green box."}]
+    answer = await app.post("/v1/attributions", messages=said)
+    assert answer.json()["status"] == "completed", answer.text
+    assert not app.engine.generations
+    fields: list[dict[str, Any]] = [{}, {"flashtrace": True}, {"flashtrace": True}, {}]
+    for url, field in zip((first, first, second, second), fields, strict=True):
+        answer = await app.chat(messages=messages(url), **field)
+        assert answer.status_code == 200, answer.text
+    # The engine has each image from its first request on, and not from a trace.
+    assert sent_images(app) == [True, False, True, False]
+    plain, traced = (call.prompt for call in app.engine.generations[:2])
+    assert plain.keys() == traced.keys() <= MULTI_MODAL_INPUT
+    for key in ("mm_hashes", "mm_placeholders", "prompt_token_ids"):
+        assert plain[key] == traced[key]
+    assert all(
+        item["pixel_values"].data.numel()
+        for trace in app.engine.traces
+        for item in trace.prompt["mm_kwargs"]["image"]
+    )
 
 
 async def test_a_picture_is_fetched_once(app: App, monkeypatch: pytest.MonkeyPatch) -> None:

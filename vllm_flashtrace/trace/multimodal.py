@@ -19,7 +19,12 @@ from vllm.inputs.engine import mm_input
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import PromptImage
 
+KNOWN_ITEMS = "flashtrace_known_items"
+"""Key of an engine input for its images' pixels, where vLLM leaves them out (see `as_sent`)."""
+
 _IMAGE, _TYPE = "image", "multimodal"
+# What vLLM's cache in shared memory puts in the place of pixels.
+_ADDRESS = "address"
 # The patches of an image in front of the merger, as Qwen's processors give them: time, height and
 # width.
 _GRID = "image_grid_thw"
@@ -63,8 +68,8 @@ class PromptImages:
             raise TraceError(
                 "unsupported_input", f"traces are not supported with {' or '.join(others)} inputs"
             )
-        kwargs = engine_input["mm_kwargs"]
-        if any(item is None for item in kwargs[_IMAGE]):
+        kwargs = engine_input.get(KNOWN_ITEMS, engine_input["mm_kwargs"])
+        if not has_pixels(kwargs):
             raise TraceError("unsupported_input", "the pixels of an image are not known")
         return cls(kwargs, engine_input["mm_hashes"], placeholders)
 
@@ -85,6 +90,18 @@ class PromptImages:
             span = (place.offset, place.offset + place.length)
             images.append(PromptImage(index, tokens, span, rows, columns))
         return images
+
+
+def has_pixels(kwargs: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether all images of an input are there, none only by what a cache of vLLM's knows of it."""
+    return all(item is not None and _ADDRESS not in item for item in kwargs.get(_IMAGE, ()))
+
+
+def as_sent(engine_input: Any) -> Any:
+    """An engine input as vLLM's own renderer makes it, without `KNOWN_ITEMS`."""
+    if not isinstance(engine_input, Mapping) or KNOWN_ITEMS not in engine_input:
+        return engine_input
+    return {key: value for key, value in engine_input.items() if key != KNOWN_ITEMS}
 
 
 def check_images(config: Any) -> None:
