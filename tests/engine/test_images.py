@@ -119,7 +119,7 @@ def last(tokens: list[int], count: int) -> TargetWeights:
 
 def test_scores_are_the_oracles(seen: Seen) -> None:
     tokens, images = seen.answer(MESSAGES)
-    [first, second] = images.in_prompt()
+    [first, second] = images.in_prompt
     assert (first.rows, first.columns, len(first.tokens)) == (4, 6, 24)
     assert (second.rows, second.columns, len(second.tokens)) == (5, 3, 15)
     target = last(tokens, 20)
@@ -214,7 +214,7 @@ def test_offline(seen: Seen) -> None:
     first, second = answer.images
     assert (first["rows"], first["columns"], first["message"], first["part"]) == (4, 6, 0, 1)
     assert (second["rows"], second["columns"], second["message"], second["part"]) == (5, 3, 0, 3)
-    for entry, image in zip(answer.images, images.in_prompt(), strict=True):
+    for entry, image in zip(answer.images, images.in_prompt, strict=True):
         assert entry["scores"] == [answer.scores[token].score for token in image.tokens]
         where = [
             (score.token, score.image, score.row, score.column)

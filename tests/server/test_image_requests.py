@@ -227,6 +227,31 @@ async def test_a_request_without_the_field_is_vllms(app: App) -> None:
     )
 
 
+async def test_pixels_are_bounded(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of waiting and deferred traces count, those of a completion once, until they end."""
+    memory = app.app.state.flashtrace.tracer._images
+    await until(lambda: memory.held_bytes == 0)
+    app.engine.trace_gate.clear()
+    field = {"mode": "deferred"}
+    await app.chat(messages=messages(URL), flashtrace=field, n=2)
+    await until(lambda: app.engine.traces)
+    held = memory.held_bytes
+    item = app.engine.traces[0].prompt["mm_kwargs"]["image"][0]
+    assert held == sum(part.data.nbytes for part in item.values())
+    monkeypatch.setattr(memory, "limit_bytes", held)
+    refused = (await app.chat(messages=messages(URL), flashtrace=True)).json()["choices"][0]
+    assert refused["message"]["content"]
+    assert refused["flashtrace"]["error"]["code"] == "overloaded", refused
+    assert "(max_result_mib)" in refused["flashtrace"]["error"]["message"]
+    app.engine.trace_gate.set()
+    await until(lambda: not pending(app))
+    app.engine.reset()
+    del item
+    await until(lambda: memory.held_bytes == 0)
+    again = (await app.chat(messages=messages(URL), flashtrace=True)).json()["choices"][0]
+    assert again["flashtrace"]["status"] == "completed", again
+
+
 async def test_a_picture_is_fetched_once(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.multimodal.media.connector import MediaConnector
 

@@ -132,7 +132,7 @@ def engine_input(modality: str = "image", grid: tuple[int, ...] = (1, 4, 6), **i
 def test_grids(grid: tuple[int, ...], expected: tuple[int | None, int | None]) -> None:
     images = PromptImages.of(engine_input(grid=grid))
     assert images is not None
-    [image] = images.in_prompt()
+    [image] = images.in_prompt
     assert (image.tokens, image.span) == (tuple(range(3, 9)), (3, 9))
     assert (image.rows, image.columns) == expected
 
@@ -143,7 +143,7 @@ def test_tokens_that_only_mark_an_image_are_none_of_its_parts() -> None:
     given["mm_placeholders"]["image"][0].is_embed = mask
     images = PromptImages.of(given)
     assert images is not None
-    assert images.in_prompt()[0].tokens == (4, 5, 7)
+    assert images.in_prompt[0].tokens == (4, 5, 7)
 
 
 def test_what_is_no_image() -> None:

@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ def noting_inputs(llm: Any) -> Iterator[list[Any]]:
         noted.append(prompt)
         return add_request(request_id, as_sent(prompt), *args, **kwargs)
 
-    engine.add_request, renderer.render_chat = noting, with_pixels(renderer).render_chat
+    engine.add_request = noting
+    renderer.render_chat = partial(type(renderer).render_chat, with_pixels(renderer))
     try:
         yield noted
     finally:

@@ -248,7 +248,7 @@ class FlashTrace:
         except TraceError as error:
             job.error = error
         if job.images is not None:
-            job.completion = replace(completion, images=job.images.in_prompt())
+            job.completion = replace(completion, images=job.images.in_prompt)
         return job
 
     def _images(self, rendered: Any) -> PromptImages | None:

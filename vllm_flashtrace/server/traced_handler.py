@@ -130,7 +130,7 @@ def check_beside_images(flashtrace: FlashTraceRequest, images: PromptImages | No
         InvalidRequestError: Naming the option.
     """
     try:
-        refuse_with_images(flashtrace, 0 if images is None else len(images.in_prompt()))
+        refuse_with_images(flashtrace, 0 if images is None else images.count)
     except TraceError as error:
         raise InvalidRequestError(FIELD, error.message, code=error.code) from error
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from vllm.inputs import TokensPrompt
 from vllm.inputs.engine import mm_input
 
@@ -30,7 +32,7 @@ _ADDRESS = "address"
 _GRID = "image_grid_thw"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class PromptImages:
     """What vLLM's ``MultiModalInput`` holds beside tokens.
 
@@ -78,7 +80,23 @@ class PromptImages:
         prompt: Any = mm_input(token_ids, self.kwargs, self.hashes, self.placeholders)
         return prompt
 
-    def in_prompt(self) -> list[PromptImage]:
+    @property
+    def nbytes(self) -> int:
+        """What its pixels, and all else that encoders take, hold of memory."""
+        return sum(
+            part.data.nbytes
+            for item in self.kwargs[_IMAGE]
+            for part in item.values()
+            if isinstance(part.data, Tensor)
+        )
+
+    @property
+    def count(self) -> int:
+        """How many images the prompt has."""
+        return len(self.placeholders[_IMAGE])
+
+    @cached_property
+    def in_prompt(self) -> tuple[PromptImage, ...]:
         """Where the images are, in the order that the client gave them."""
         images = []
         items = zip(self.placeholders[_IMAGE], self.kwargs[_IMAGE], strict=True)
@@ -89,7 +107,7 @@ class PromptImages:
             rows, columns = _grid(item, len(tokens)) or (None, None)
             span = (place.offset, place.offset + place.length)
             images.append(PromptImage(index, tokens, span, rows, columns))
-        return images
+        return tuple(images)
 
 
 def has_pixels(kwargs: Mapping[str, Sequence[Any]]) -> bool:
