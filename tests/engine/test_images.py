@@ -162,6 +162,32 @@ def test_hops_from_one_prefill(seen: Seen) -> None:
     assert len(report.later_scores) == 2
 
 
+def test_targets_in_front_of_an_image_and_within_one(seen: Seen) -> None:
+    """A trace ends at its last target; it has the images in front of it, each of them whole."""
+    tokens, images = seen.answer(MESSAGES)
+    first, second = images.in_prompt
+    for end, count in ((second.span[0] - 2, 1), (second.tokens[3], 2), (first.span[0] - 1, 0)):
+        target = TargetWeights.from_spans([(end - 4, end)])
+        cut = tokens[: images.whole(end)]
+        assert len(images.prompt(cut).get("mm_hashes", {"image": ()})["image"]) == count  # type: ignore[attr-defined]
+        expected = seen.expected(tokens, target, MESSAGES)[: len(cut)]
+        report = seen.engine.trace(TraceJob(cut, target, images=images))
+        assert relative_l1(report.scores, expected) <= BOUND / 100
+
+
+@pytest.mark.parametrize("hops", [1, 3])
+def test_earlier_turns_with_images_behind_them(seen: Seen, hops: int) -> None:
+    """Hops of their own end in the assistant's turn, the last tokens of which are an image's."""
+    from vllm_flashtrace import FlashTrace
+
+    [said] = chat("It is in this box: ", IMAGES[0])
+    turns = [*chat("Where is the key?"), {**said, "role": "assistant"}, *chat("Or?", IMAGES[1])]
+    options = {"top_k": None, "recurse_over": "assistant", "hops": hops, "include": ["hops"]}
+    answer = FlashTrace(llm=seen.engine.llm).attribute(turns, "In the other one.", options)
+    assert answer.status == "completed", answer.error
+    assert [image["message"] for image in answer.images] == [1, 2]
+
+
 def test_another_image_is_another_trace(seen: Seen) -> None:
     """What a mistake would cost: no pixels, or those of another image of the same size."""
     messages = chat("Which box holds the key? ", IMAGES[0])

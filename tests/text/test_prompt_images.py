@@ -146,6 +146,26 @@ def test_tokens_that_only_mark_an_image_are_none_of_its_parts() -> None:
     assert images.in_prompt[0].tokens == (4, 5, 7)
 
 
+def test_images_behind_the_end_are_left_out() -> None:
+    given = engine_input()
+    second = SimpleNamespace(offset=10, length=2, is_embed=None)
+    given["mm_kwargs"]["image"].append({})
+    given["mm_hashes"]["image"].append("other")
+    given["mm_placeholders"]["image"].append(second)
+    images = PromptImages.of(given)
+    assert images is not None
+    assert [images.whole(length) for length in (3, 4, 9, 10, 11, 14)] == [3, 9, 9, 10, 12, 14]
+    for length, hashes in ((14, ["h", "other"]), (12, ["h", "other"]), (10, ["h"]), (9, ["h"])):
+        prompt: Any = images.prompt([0] * length)
+        assert prompt["mm_hashes"] == {"image": hashes}
+        for of_images in (prompt["mm_kwargs"], prompt["mm_placeholders"]):
+            assert len(of_images["image"]) == len(hashes)
+    assert images.prompt([0] * 3) == {"prompt_token_ids": [0] * 3}
+    for length in (5, 11):
+        with pytest.raises(ValueError, match="within an image"):
+            images.prompt([0] * length)
+
+
 def test_what_is_no_image() -> None:
     assert PromptImages.of({"type": "token", "prompt_token_ids": [1]}) is None
     for given, word in (

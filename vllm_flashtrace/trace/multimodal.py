@@ -76,9 +76,33 @@ class PromptImages:
         return cls(kwargs, engine_input["mm_hashes"], placeholders)
 
     def prompt(self, token_ids: list[int]) -> TokensPrompt:
-        """Engine input with these tokens, which begin with the prompt's."""
-        prompt: Any = mm_input(token_ids, self.kwargs, self.hashes, self.placeholders)
+        """Engine input with these tokens, which begin with the prompt's or end within it.
+
+        Images behind the last token are left out.
+
+        Raises:
+            ValueError: The tokens end within an image; see `whole`.
+        """
+        length = len(token_ids)
+        if self.whole(length) != length:
+            raise ValueError(f"{length} tokens end within an image")
+        count = sum(place.offset < length for place in self.placeholders[_IMAGE])
+        if count == 0:
+            return TokensPrompt(prompt_token_ids=token_ids)
+        prompt: Any = mm_input(
+            token_ids,
+            {_IMAGE: self.kwargs[_IMAGE][:count]},
+            {_IMAGE: self.hashes[_IMAGE][:count]},
+            {_IMAGE: self.placeholders[_IMAGE][:count]},
+        )
         return prompt
+
+    def whole(self, length: int) -> int:
+        """The fewest tokens, ``length`` at least, that do not end within an image."""
+        for place in self.placeholders[_IMAGE]:
+            if place.offset < length:
+                length = max(length, place.offset + place.length)
+        return length
 
     @property
     def nbytes(self) -> int:
