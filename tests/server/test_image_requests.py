@@ -54,7 +54,14 @@ def messages(*urls: str) -> list[dict[str, Any]]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def seeing(plugins: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[App]:
     folder = make_tiny_vision_model("qwen2_5_vl", tmp_path_factory.mktemp("seeing") / "vl")
-    app = await build(str(folder), "--dtype", "float32", "--limit-mm-per-prompt", '{"image": 2}')
+    app = await build(
+        str(folder),
+        "--dtype=float32",
+        "--limit-mm-per-prompt",
+        '{"image": 2}',
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
+    )
     yield app
     await app.client.aclose()
 
@@ -184,14 +191,27 @@ async def test_responses_and_messages(app: App) -> None:
 
 @pytest.mark.parametrize("option", [{"verify": 1}, {"guard": True, "targets": "claims"}])
 async def test_what_is_refused_beside_images(app: App, option: dict[str, Any]) -> None:
-    answer = await app.chat(messages=messages(URL), flashtrace=option)
-    assert answer.status_code == 400
-    assert not app.engine.calls
     said = [*messages(URL), {"role": "assistant", "content": "The small green box."}]
-    if "verify" in option:
-        answer = await app.post("/v1/attributions", messages=said, flashtrace=option)
-        assert answer.status_code == 400
-        assert "prompts with images" in answer.json()["error"]["message"]
+    source = {"type": "base64", "media_type": "image/png", "data": URL.partition(",")[2]}
+    user = {"role": "user", "content": [{"type": "image", "source": source}]}
+    seen = {
+        "role": "user",
+        "content": [{"type": "input_image", "image_url": URL, "detail": "auto"}],
+    }
+    for path, body in (
+        ("/v1/chat/completions", {"messages": messages(URL)}),
+        ("/v1/chat/completions", {"messages": messages(URL), "stream": True}),
+        ("/v1/attributions", {"messages": said}),
+        ("/v1/responses", {"input": [seen]}),
+        ("/v1/messages", {"messages": [user], "max_tokens": 8}),
+    ):
+        answer = await app.post(path, flashtrace=option, **body)
+        assert answer.status_code == 400, (path, answer.text)
+        error = answer.json()["error"]
+        assert "prompts with images" in error["message"], (path, error)
+        if path != "/v1/messages":  # Anthropic's errors have no such key.
+            assert error["param"] == f"flashtrace.{next(iter(option))}", path
+    assert not app.engine.calls
 
 
 def sent_images(app: App) -> list[bool]:

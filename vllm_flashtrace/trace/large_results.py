@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from vllm_flashtrace.api.request import FlashTraceRequest
@@ -108,8 +110,7 @@ class LargeAttribution(dict[str, Any]):
 class ImageMemory:
     """What the images of an API server's attributions take of its memory.
 
-    Those of a completion count once, however many of its choices are traced, from the beginning of
-    the first attribution until nobody refers to them any more.
+    Those of a completion count once, however many of its choices are traced at a time.
 
     Attributes:
         limit_bytes: What they may take together.
@@ -119,31 +120,35 @@ class ImageMemory:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
-        self._held: weakref.WeakSet[PromptImages] = weakref.WeakSet()
+        self._holders: Counter[PromptImages] = Counter()
 
-    def hold(self, images: PromptImages | None) -> None:
-        """Counts the images of a completion; to be called in the running event loop.
+    @contextmanager
+    def held(self, images: PromptImages | None) -> Iterator[None]:
+        """Counts the images of an attribution's completion within the block.
 
         Raises:
             TraceError: ``overloaded``: with those of others they take more than is allowed.
         """
-        if images is None or images in self._held:
+        if images is None:
+            yield
             return
-        nbytes = images.nbytes
-        if self.held_bytes + nbytes > self.limit_bytes:
-            raise TraceError(
-                "overloaded",
-                f"the prompt's images take {nbytes} bytes and those of other attributions "
-                f"{self.held_bytes}, of {self.limit_bytes} (max_result_mib)",
-            )
-        self._held.add(images)
-        self.held_bytes += nbytes
-        loop = asyncio.get_running_loop()
-        released = weakref.finalize(images, _call_in, loop, lambda: self._release(nbytes))
-        released.atexit = False
-
-    def _release(self, nbytes: int) -> None:
-        self.held_bytes -= nbytes
+        if images not in self._holders:
+            nbytes = images.nbytes
+            if self.held_bytes + nbytes > self.limit_bytes:
+                raise TraceError(
+                    "overloaded",
+                    f"the prompt's images take {nbytes} bytes and those of other attributions "
+                    f"{self.held_bytes}, of {self.limit_bytes} (max_result_mib)",
+                )
+            self.held_bytes += nbytes
+        self._holders[images] += 1
+        try:
+            yield
+        finally:
+            self._holders[images] -= 1
+            if not self._holders[images]:
+                del self._holders[images]
+                self.held_bytes -= images.nbytes
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, release: Callable[[], None]) -> None:

@@ -104,7 +104,7 @@ class PromptImages:
                 length = max(length, place.offset + place.length)
         return length
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """What its pixels, and all else that encoders take, hold of memory."""
         return sum(

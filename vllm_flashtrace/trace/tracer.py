@@ -194,15 +194,16 @@ class AsyncTracer:
             try:
                 # Before the work of planning.
                 self._admission.refuse_if_full(self._planning + self._results.waiting)
-                self._images.hold(context.images)
-                async with asyncio.timeout(self.config.trace_timeout_seconds) as limit:
-                    plans, waited = await self._planned(
-                        partial(self._plan, request, completion, reasoning_parser, render)
-                    )
-                    verifier = partial(self._verify, plans, render=render, limit=limit)
-                    result, usage = await self._run(
-                        plans, context, trace_id, watch, waited, verifier
-                    )
+                seconds = self.config.trace_timeout_seconds
+                with self._images.held(context.images):
+                    async with asyncio.timeout(seconds) as limit:
+                        plans, waited = await self._planned(
+                            partial(self._plan, request, completion, reasoning_parser, render)
+                        )
+                        verifier = partial(self._verify, plans, render=render, limit=limit)
+                        result, usage = await self._run(
+                            plans, context, trace_id, watch, waited, verifier
+                        )
             except Exception as error:
                 result = failed_result(trace_id, self._reason(error))
             watch.ended(result, usage)
