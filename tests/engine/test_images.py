@@ -271,3 +271,14 @@ def test_refusals(seen: Seen, option: dict[str, Any]) -> None:
     options = {"targets": "claims", **option} if "guard" in option else option
     [answer] = ft.generate(MESSAGES, None, options)
     assert (answer.error or {})["code"] == "unsupported_input"
+
+
+def test_other_media_are_refused(seen: Seen) -> None:
+    from vllm_flashtrace import FlashTrace
+    from vllm_flashtrace.base.errors import InvalidRequestError
+
+    ft = FlashTrace(llm=seen.engine.llm)
+    messages = [{"role": "user", "content": [{"video_url": "https://pictures.example/a.mp4"}]}]
+    for attribute in (ft.generate, lambda asked: ft.attribute(asked, "Green.")):
+        with pytest.raises(InvalidRequestError, match="video_url parts"):
+            attribute(messages)

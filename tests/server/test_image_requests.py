@@ -301,6 +301,7 @@ async def test_a_picture_is_fetched_once(app: App, monkeypatch: pytest.MonkeyPat
     "part",
     [
         {"type": "video_url", "video_url": {"url": "https://pictures.example/a.mp4"}},
+        {"video_url": "https://pictures.example/a.mp4"},
         {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
         {"type": "image_url", "image_url": None, "uuid": "box"},
     ],
