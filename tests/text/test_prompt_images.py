@@ -84,6 +84,7 @@ def test_scores_by_part() -> None:
     scores = [0.1 * i for i in range(len(TOKENS))]
     entry = scored_image(IMAGES[0], (1, 1), scores)
     assert (entry["rows"], entry["columns"], entry["tokens"]) == (2, 2, 4)
+    assert "kind" not in entry
     assert entry["scores"] == scores[1:5]
     assert entry["score"] == pytest.approx(1.0)
     assert image_part(IMAGES[0], 3) == {"image": 0, "row": 1, "column": 1}

@@ -159,7 +159,6 @@ def scored_image(
     grid = {} if image.rows is None else {"rows": image.rows, "columns": image.columns}
     return {
         "index": image.index,
-        "kind": "image",
         **({} if place is None else {"message": place[0], "part": place[1]}),
         "tokens": len(own),
         **grid,
