@@ -11,6 +11,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad plugin options stop the start               |
 | ``external_cache``      | all      | how far a trace request may load from elsewhere |
+| ``image_cache``         | all      | traces leave the engine's image cache alone     |
 | ``kept_blocks``         | all      | a trace keeps blocks behind sliding windows     |
 | ``mla_attention``       | all      | latent attention shows queries and output       |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
@@ -68,6 +69,7 @@ def _modules() -> list[ModuleType]:
         data_parallel,
         engine_options,
         external_cache,
+        image_cache,
         kept_blocks,
         model_load,
         model_runner_v1,
@@ -84,6 +86,7 @@ def _modules() -> list[ModuleType]:
         data_parallel,
         engine_options,
         external_cache,
+        image_cache,
         kept_blocks,
         model_load,
         model_runner_v1,

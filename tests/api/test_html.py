@@ -226,7 +226,7 @@ PIXEL = (
 
 
 def with_image(urls: list[str | None], **image: object) -> Attribution:
-    entry = {"index": 0, "kind": "image", "tokens": 6, "rows": 2, "columns": 3, "score": 0.21}
+    entry = {"index": 0, "tokens": 6, "rows": 2, "columns": 3, "score": 0.21}
     entry |= {"scores": [0.0, 0.01, 0.04, 0.16, 0.0, 0.0], **image}
     data = response(haystack(), images=[entry])
     data["scores"][4] |= {"token": "", "image": 0, "row": 1, "column": 2, "score": 0.7}

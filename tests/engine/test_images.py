@@ -119,7 +119,7 @@ def last(tokens: list[int], count: int) -> TargetWeights:
 
 def test_scores_are_the_oracles(seen: Seen) -> None:
     tokens, images = seen.answer(MESSAGES)
-    [first, second] = images.in_prompt()
+    [first, second] = images.in_prompt
     assert (first.rows, first.columns, len(first.tokens)) == (4, 6, 24)
     assert (second.rows, second.columns, len(second.tokens)) == (5, 3, 15)
     target = last(tokens, 20)
@@ -160,6 +160,32 @@ def test_hops_from_one_prefill(seen: Seen) -> None:
             {i: float(w) for i, w in enumerate(share) if followed[i]}
         )
     assert len(report.later_scores) == 2
+
+
+def test_targets_in_front_of_an_image_and_within_one(seen: Seen) -> None:
+    """A trace ends at its last target; it has the images in front of it, each of them whole."""
+    tokens, images = seen.answer(MESSAGES)
+    first, second = images.in_prompt
+    for end, count in ((second.span[0] - 2, 1), (second.tokens[3], 2), (first.span[0] - 1, 0)):
+        target = TargetWeights.from_spans([(end - 4, end)])
+        cut = tokens[: images.whole(end)]
+        assert len(images.prompt(cut).get("mm_hashes", {"image": ()})["image"]) == count  # type: ignore[attr-defined]
+        expected = seen.expected(tokens, target, MESSAGES)[: len(cut)]
+        report = seen.engine.trace(TraceJob(cut, target, images=images))
+        assert relative_l1(report.scores, expected) <= BOUND / 100
+
+
+@pytest.mark.parametrize("hops", [1, 3])
+def test_earlier_turns_with_images_behind_them(seen: Seen, hops: int) -> None:
+    """Hops of their own end in the assistant's turn, the last tokens of which are an image's."""
+    from vllm_flashtrace import FlashTrace
+
+    [said] = chat("It is in this box: ", IMAGES[0])
+    turns = [*chat("Where is the key?"), {**said, "role": "assistant"}, *chat("Or?", IMAGES[1])]
+    options = {"top_k": None, "recurse_over": "assistant", "hops": hops, "include": ["hops"]}
+    answer = FlashTrace(llm=seen.engine.llm).attribute(turns, "In the other one.", options)
+    assert answer.status == "completed", answer.error
+    assert [image["message"] for image in answer.images] == [1, 2]
 
 
 def test_another_image_is_another_trace(seen: Seen) -> None:
@@ -214,7 +240,7 @@ def test_offline(seen: Seen) -> None:
     first, second = answer.images
     assert (first["rows"], first["columns"], first["message"], first["part"]) == (4, 6, 0, 1)
     assert (second["rows"], second["columns"], second["message"], second["part"]) == (5, 3, 0, 3)
-    for entry, image in zip(answer.images, images.in_prompt(), strict=True):
+    for entry, image in zip(answer.images, images.in_prompt, strict=True):
         assert entry["scores"] == [answer.scores[token].score for token in image.tokens]
         where = [
             (score.token, score.image, score.row, score.column)
@@ -245,3 +271,14 @@ def test_refusals(seen: Seen, option: dict[str, Any]) -> None:
     options = {"targets": "claims", **option} if "guard" in option else option
     [answer] = ft.generate(MESSAGES, None, options)
     assert (answer.error or {})["code"] == "unsupported_input"
+
+
+def test_other_media_are_refused(seen: Seen) -> None:
+    from vllm_flashtrace import FlashTrace
+    from vllm_flashtrace.base.errors import InvalidRequestError
+
+    ft = FlashTrace(llm=seen.engine.llm)
+    messages = [{"role": "user", "content": [{"video_url": "https://pictures.example/a.mp4"}]}]
+    for attribute in (ft.generate, lambda asked: ft.attribute(asked, "Green.")):
+        with pytest.raises(InvalidRequestError, match="video_url parts"):
+            attribute(messages)

@@ -70,6 +70,7 @@ def test_kill_switch(run: Run) -> None:
         "attention_backends",
         "data_parallel",
         "external_cache",
+        "image_cache",
         "model_load",
         "model_runner_v1",
         "output_handler",

@@ -31,6 +31,16 @@ def data_url(rows: int, columns: int, seed: int = 0) -> str:
 
 
 URL = data_url(4, 6)
+MULTI_MODAL_INPUT = {
+    "arrival_time",
+    "cache_salt",
+    "mm_hashes",
+    "mm_kwargs",
+    "mm_placeholders",
+    "prompt",
+    "prompt_token_ids",
+    "type",
+}
 
 
 def messages(*urls: str) -> list[dict[str, Any]]:
@@ -44,7 +54,14 @@ def messages(*urls: str) -> list[dict[str, Any]]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def seeing(plugins: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[App]:
     folder = make_tiny_vision_model("qwen2_5_vl", tmp_path_factory.mktemp("seeing") / "vl")
-    app = await build(str(folder), "--dtype", "float32", "--limit-mm-per-prompt", '{"image": 2}')
+    app = await build(
+        str(folder),
+        "--dtype=float32",
+        "--limit-mm-per-prompt",
+        '{"image": 2}',
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
+    )
     yield app
     await app.client.aclose()
 
@@ -58,6 +75,7 @@ def app(seeing: App) -> App:
 def check_traces(app: App, images: int = 1) -> None:
     """Every trace has the completion's images, with their pixels."""
     [generation] = app.engine.generations
+    assert set(generation.prompt) <= MULTI_MODAL_INPUT
     assert app.engine.traces
     for trace in app.engine.traces:
         assert trace.prompt["type"] == "multimodal"
@@ -173,20 +191,85 @@ async def test_responses_and_messages(app: App) -> None:
 
 @pytest.mark.parametrize("option", [{"verify": 1}, {"guard": True, "targets": "claims"}])
 async def test_what_is_refused_beside_images(app: App, option: dict[str, Any]) -> None:
-    answer = await app.chat(messages=messages(URL), flashtrace=option)
-    assert answer.status_code == 400
-    assert not app.engine.calls
     said = [*messages(URL), {"role": "assistant", "content": "The small green box."}]
-    if "verify" in option:
-        answer = await app.post("/v1/attributions", messages=said, flashtrace=option)
-        assert answer.status_code == 400
-        assert "prompts with images" in answer.json()["error"]["message"]
+    source = {"type": "base64", "media_type": "image/png", "data": URL.partition(",")[2]}
+    user = {"role": "user", "content": [{"type": "image", "source": source}]}
+    seen = {
+        "role": "user",
+        "content": [{"type": "input_image", "image_url": URL, "detail": "auto"}],
+    }
+    for path, body in (
+        ("/v1/chat/completions", {"messages": messages(URL)}),
+        ("/v1/chat/completions", {"messages": messages(URL), "stream": True}),
+        ("/v1/attributions", {"messages": said}),
+        ("/v1/responses", {"input": [seen]}),
+        ("/v1/messages", {"messages": [user], "max_tokens": 8}),
+    ):
+        answer = await app.post(path, flashtrace=option, **body)
+        assert answer.status_code == 400, (path, answer.text)
+        error = answer.json()["error"]
+        assert "prompts with images" in error["message"], (path, error)
+        if path != "/v1/messages":  # Anthropic's errors have no such key.
+            assert error["param"] == f"flashtrace.{next(iter(option))}", path
+    assert not app.engine.calls
+
+
+def sent_images(app: App) -> list[bool]:
+    """Of the images of all generations in order, whether their pixels went to the engine."""
+    return [
+        item is not None
+        for call in app.engine.generations
+        for item in call.prompt["mm_kwargs"]["image"]
+    ]
 
 
 async def test_a_request_without_the_field_is_vllms(app: App) -> None:
-    answer = await app.chat(messages=messages(URL))
-    assert answer.status_code == 200
-    assert not app.engine.traces
+    """Traced ones in between change nothing of what vLLM sends, and are sent like others."""
+    first, second = data_url(4, 6, seed=8), data_url(4, 6, seed=9)
+    said = [*messages(second), {"role": "assistant", "content": "The small green box."}]
+    answer = await app.post("/v1/attributions", messages=said)
+    assert answer.json()["status"] == "completed", answer.text
+    assert not app.engine.generations
+    fields: list[dict[str, Any]] = [{}, {"flashtrace": True}, {"flashtrace": True}, {}]
+    for url, field in zip((first, first, second, second), fields, strict=True):
+        answer = await app.chat(messages=messages(url), **field)
+        assert answer.status_code == 200, answer.text
+    # The engine has each image from its first request on, and not from a trace.
+    assert sent_images(app) == [True, False, True, False]
+    plain, traced = (call.prompt for call in app.engine.generations[:2])
+    assert plain.keys() == traced.keys() <= MULTI_MODAL_INPUT
+    for key in ("mm_hashes", "mm_placeholders", "prompt_token_ids"):
+        assert plain[key] == traced[key]
+    assert all(
+        item["pixel_values"].data.numel()
+        for trace in app.engine.traces
+        for item in trace.prompt["mm_kwargs"]["image"]
+    )
+
+
+async def test_pixels_are_bounded(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of waiting and deferred traces count, those of a completion once, until they end."""
+    memory = app.app.state.flashtrace.tracer._images
+    await until(lambda: memory.held_bytes == 0)
+    app.engine.trace_gate.clear()
+    field = {"mode": "deferred"}
+    await app.chat(messages=messages(URL), flashtrace=field, n=2)
+    await until(lambda: app.engine.traces)
+    held = memory.held_bytes
+    item = app.engine.traces[0].prompt["mm_kwargs"]["image"][0]
+    assert held == sum(part.data.nbytes for part in item.values())
+    monkeypatch.setattr(memory, "limit_bytes", held)
+    refused = (await app.chat(messages=messages(URL), flashtrace=True)).json()["choices"][0]
+    assert refused["message"]["content"]
+    assert refused["flashtrace"]["error"]["code"] == "overloaded", refused
+    assert "(max_result_mib)" in refused["flashtrace"]["error"]["message"]
+    app.engine.trace_gate.set()
+    await until(lambda: not pending(app))
+    app.engine.reset()
+    del item
+    await until(lambda: memory.held_bytes == 0)
+    again = (await app.chat(messages=messages(URL), flashtrace=True)).json()["choices"][0]
+    assert again["flashtrace"]["status"] == "completed", again
 
 
 async def test_a_picture_is_fetched_once(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +301,7 @@ async def test_a_picture_is_fetched_once(app: App, monkeypatch: pytest.MonkeyPat
     "part",
     [
         {"type": "video_url", "video_url": {"url": "https://pictures.example/a.mp4"}},
+        {"video_url": "https://pictures.example/a.mp4"},
         {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
         {"type": "image_url", "image_url": None, "uuid": "box"},
     ],

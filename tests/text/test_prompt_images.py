@@ -84,6 +84,7 @@ def test_scores_by_part() -> None:
     scores = [0.1 * i for i in range(len(TOKENS))]
     entry = scored_image(IMAGES[0], (1, 1), scores)
     assert (entry["rows"], entry["columns"], entry["tokens"]) == (2, 2, 4)
+    assert "kind" not in entry
     assert entry["scores"] == scores[1:5]
     assert entry["score"] == pytest.approx(1.0)
     assert image_part(IMAGES[0], 3) == {"image": 0, "row": 1, "column": 1}
@@ -97,6 +98,10 @@ def test_scores_by_part() -> None:
         {"type": "video_url", "video_url": {"url": "x"}},
         {"type": "audio_url", "audio_url": {"url": "x"}},
         {"type": "input_audio", "input_audio": {}},
+        {"video_url": {"url": "x"}},
+        {"audio_url": None, "uuid": "u"},
+        {"type": "image_url", "video_url": {"url": "x"}, "uuid": "u"},
+        {"image_url": {}, "uuid": "u"},
         {"type": "image_url", "image_url": {"url": None}, "uuid": "u"},
         {"type": "image_pil", "uuid": "u"},
     ],
@@ -132,7 +137,7 @@ def engine_input(modality: str = "image", grid: tuple[int, ...] = (1, 4, 6), **i
 def test_grids(grid: tuple[int, ...], expected: tuple[int | None, int | None]) -> None:
     images = PromptImages.of(engine_input(grid=grid))
     assert images is not None
-    [image] = images.in_prompt()
+    [image] = images.in_prompt
     assert (image.tokens, image.span) == (tuple(range(3, 9)), (3, 9))
     assert (image.rows, image.columns) == expected
 
@@ -143,7 +148,27 @@ def test_tokens_that_only_mark_an_image_are_none_of_its_parts() -> None:
     given["mm_placeholders"]["image"][0].is_embed = mask
     images = PromptImages.of(given)
     assert images is not None
-    assert images.in_prompt()[0].tokens == (4, 5, 7)
+    assert images.in_prompt[0].tokens == (4, 5, 7)
+
+
+def test_images_behind_the_end_are_left_out() -> None:
+    given = engine_input()
+    second = SimpleNamespace(offset=10, length=2, is_embed=None)
+    given["mm_kwargs"]["image"].append({})
+    given["mm_hashes"]["image"].append("other")
+    given["mm_placeholders"]["image"].append(second)
+    images = PromptImages.of(given)
+    assert images is not None
+    assert [images.whole(length) for length in (3, 4, 9, 10, 11, 14)] == [3, 9, 9, 10, 12, 14]
+    for length, hashes in ((14, ["h", "other"]), (12, ["h", "other"]), (10, ["h"]), (9, ["h"])):
+        prompt: Any = images.prompt([0] * length)
+        assert prompt["mm_hashes"] == {"image": hashes}
+        for of_images in (prompt["mm_kwargs"], prompt["mm_placeholders"]):
+            assert len(of_images["image"]) == len(hashes)
+    assert images.prompt([0] * 3) == {"prompt_token_ids": [0] * 3}
+    for length in (5, 11):
+        with pytest.raises(ValueError, match="within an image"):
+            images.prompt([0] * length)
 
 
 def test_what_is_no_image() -> None:

@@ -102,7 +102,6 @@ class ImageScore(_Part):
     index: _Index = Field(
         description="Number of the image among the prompt's, as the client gave them."
     )
-    kind: Literal["image"] = Field(description="Always 'image'.")
     message: _Index | None = Field(
         default=None,
         description="Index of the message that it stands in; absent where this is not certain.",

@@ -63,17 +63,22 @@ def start_engine(model: str, config: Mapping[str, Any] | None, engine_args: dict
 def noting_inputs(llm: Any) -> Iterator[list[Any]]:
     """Within the block, notes the rendered input of each request that ``llm`` gives its engine.
 
-    Images come with their pixels, also those that vLLM's engine holds in its cache.
+    Images come with their pixels, also those that vLLM's engine holds in its cache; the engine gets
+    what it would get otherwise.
     """
+    from vllm_flashtrace.patches.image_cache import with_pixels
+    from vllm_flashtrace.trace.multimodal import as_sent
+
     engine, renderer = llm.llm_engine, llm.renderer
     noted: list[Any] = []
     add_request, render_chat = engine.add_request, renderer.render_chat
 
     def noting(request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         noted.append(prompt)
-        return add_request(request_id, prompt, *args, **kwargs)
+        return add_request(request_id, as_sent(prompt), *args, **kwargs)
 
-    engine.add_request, renderer.render_chat = noting, partial(render_chat, skip_mm_cache=True)
+    engine.add_request = noting
+    renderer.render_chat = partial(type(renderer).render_chat, with_pixels(renderer))
     try:
         yield noted
     finally:

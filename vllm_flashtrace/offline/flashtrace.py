@@ -28,7 +28,7 @@ from vllm_flashtrace.offline.engine import (
 from vllm_flashtrace.offline.jobs import TraceJob, run_jobs
 from vllm_flashtrace.text.guard import require_messages
 from vllm_flashtrace.text.plan import plan_targets
-from vllm_flashtrace.text.prompt_images import has_media, image_urls
+from vllm_flashtrace.text.prompt_images import has_media, image_urls, refuse_media
 from vllm_flashtrace.text.sources import find_sources
 from vllm_flashtrace.text.tool_calls import call_arguments
 from vllm_flashtrace.text.verification import Verification
@@ -207,6 +207,7 @@ class FlashTrace:
             )
         for prompt in prompts:
             known = Completion((), (), "", **texts_of(prompt))
+            refuse_media(known.messages or (), "messages")
             if request.guard is not None:
                 require_messages(known)
             find_sources(request, known)
@@ -248,7 +249,7 @@ class FlashTrace:
         except TraceError as error:
             job.error = error
         if job.images is not None:
-            job.completion = replace(completion, images=job.images.in_prompt())
+            job.completion = replace(completion, images=job.images.in_prompt)
         return job
 
     def _images(self, rendered: Any) -> PromptImages | None:

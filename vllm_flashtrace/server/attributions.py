@@ -39,6 +39,7 @@ from vllm_flashtrace.server.http_errors import (
 )
 from vllm_flashtrace.server.large_objects import BYTES, JSON, as_response, carried
 from vllm_flashtrace.server.session import Attribution, TraceService, check_sources, new_trace_id
+from vllm_flashtrace.server.traced_handler import check_beside_images
 from vllm_flashtrace.text.guard import require_messages
 
 router = APIRouter(route_class=OpenAIErrorRoute)
@@ -234,6 +235,7 @@ async def _attribute(
     text = await _existing_text(state, body, raw_request)
     if isinstance(text, ErrorResponse):
         return text
+    check_beside_images(flashtrace, text.context.images)
     if flashtrace.guard is not None:
         require_messages(text.completion)
     await _check(text, flashtrace, state.vllm_config.model_config.max_model_len)

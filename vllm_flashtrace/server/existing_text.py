@@ -35,7 +35,7 @@ from vllm_flashtrace.server.rendering import (
     make_render,
     reasoning_markers,
     tokenize_completion,
-    with_pixels,
+    without_image_cache,
 )
 from vllm_flashtrace.server.session import images_of
 from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
@@ -106,7 +106,7 @@ async def existing_chat(
     refuse_media(prior, "messages")
     request = _build(ChatCompletionRequest, {**options, "messages": [dict(m) for m in prior]})
     seeing = copy.copy(handler)
-    seeing.online_renderer = with_pixels(handler.online_renderer)
+    seeing.online_renderer = without_image_cache(handler.online_renderer)
     rendered = await seeing.render_chat_request(request)
     if isinstance(rendered, ErrorResponse):
         return rendered

@@ -15,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.trace.engines import noting_ranks
-from vllm_flashtrace.trace.multimodal import PromptImages, check_images
+from vllm_flashtrace.trace.multimodal import PromptImages, as_sent, check_images
 from vllm_flashtrace.trace.tracer import EngineContext
 
 BeforeGenerate = Callable[[Any, PromptImages | None], None]
@@ -118,7 +118,7 @@ class RecordingClient:
         )
         self._before_generate(sampling_params, record.context.images)
         self.prompts.append(record)
-        outputs = self._client.generate(prompt, sampling_params, request_id, **kwargs)
+        outputs = self._client.generate(as_sent(prompt), sampling_params, request_id, **kwargs)
         return _record(outputs, record, sampling_params.output_kind == RequestOutputKind.DELTA)
 
 

@@ -16,6 +16,7 @@ from vllm.utils.mistral import is_mistral_tokenizer
 
 from vllm_flashtrace.api.request import FlashTraceRequest, ToolCallTarget
 from vllm_flashtrace.base.errors import InvalidRequestError
+from vllm_flashtrace.patches import image_cache
 from vllm_flashtrace.text.generated import OutputParser, ParsedCall, ParsedOutput
 from vllm_flashtrace.text.prompt_images import without_pictures
 
@@ -61,10 +62,20 @@ def render_with(online: Any, chat_params: Callable[[], Any]) -> Render:
 
 
 def with_pixels(online: Any) -> Any:
-    """A copy of vLLM's ``OnlineRenderer`` that prepares images with their pixels.
+    """A copy of vLLM's ``OnlineRenderer`` whose inputs have the pixels of their images beside them.
 
     vLLM's own leaves them out where the engine holds them in its cache, from which they may be gone
     when a trace needs them.
+    """
+    copied = copy.copy(online)
+    copied.renderer = image_cache.with_pixels(online.renderer)
+    return copied
+
+
+def without_image_cache(online: Any) -> Any:
+    """A copy of vLLM's ``OnlineRenderer`` for inputs that no engine gets as they are.
+
+    They have their pixels, and the list of the images in the engine's cache stays as it is.
     """
 
     def preprocess_chat(*args: Any, **kwargs: Any) -> Any:

@@ -35,6 +35,7 @@ from vllm_flashtrace.server.rendering import (
     make_reasoning_parser,
     render_with,
     require_tool_calls,
+    with_pixels,
 )
 from vllm_flashtrace.server.session import (
     RequestFacts,
@@ -159,14 +160,14 @@ class _RecordingResponses(OpenAIServingResponses):
             default_template, default_template_content_format
         ).with_defaults(defaults)
         self._render = render_with(self._stock_renderer, lambda: params)
-        return await self._stock_renderer.preprocess_chat(
+        return await with_pixels(self._stock_renderer).preprocess_chat(
             request,
             messages,
             default_template,
             default_template_content_format,
             default_template_kwargs,
             tool_dicts,
-            **{**kwargs, "skip_mm_cache": True},  # See `with_pixels`.
+            **kwargs,
         )
 
     def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any) -> Any:

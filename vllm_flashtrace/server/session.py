@@ -163,9 +163,9 @@ class TraceSession:
         )
 
 
-def images_of(context: EngineContext) -> list[PromptImage]:
+def images_of(context: EngineContext) -> Sequence[PromptImage]:
     """The images of a prompt, by what its trace shares with it."""
-    return [] if context.images is None else context.images.in_prompt()
+    return () if context.images is None else context.images.in_prompt
 
 
 @dataclass(frozen=True, slots=True)

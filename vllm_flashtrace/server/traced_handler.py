@@ -16,7 +16,7 @@ from typing import Any
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_flashtrace.api.request import FIELD, FlashTraceRequest, check_against_limit
-from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
+from vllm_flashtrace.base.errors import InvalidRequestError
 from vllm_flashtrace.server.http_errors import error_response
 from vllm_flashtrace.server.recording_client import RecordingClient
 from vllm_flashtrace.server.rendering import with_pixels
@@ -129,10 +129,7 @@ def check_beside_images(flashtrace: FlashTraceRequest, images: PromptImages | No
     Raises:
         InvalidRequestError: Naming the option.
     """
-    try:
-        refuse_with_images(flashtrace, 0 if images is None else len(images.in_prompt()))
-    except TraceError as error:
-        raise InvalidRequestError(FIELD, error.message, code=error.code) from error
+    refuse_with_images(flashtrace, 0 if images is None else images.count)
 
 
 async def field_as_sent(request: Any, raw_request: Any) -> Any:

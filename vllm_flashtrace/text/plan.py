@@ -25,7 +25,7 @@ from vllm_flashtrace.api.request import (
     TokensTarget,
     ToolCallTarget,
 )
-from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.base.errors import InvalidRequestError, TraceError
 from vllm_flashtrace.base.records import Completion, ScoredText, Span
 from vllm_flashtrace.core.hops import HopRecursion
 from vllm_flashtrace.core.weights import TargetWeights
@@ -429,9 +429,9 @@ def plan_targets(
         TraceError: ``empty_completion``, ``empty_target``, ``target_not_found``,
             ``span_out_of_range``, ``reasoning_not_found``, ``regex_timeout``,
             ``tool_call_not_found``, ``argument_not_found``, ``target_beyond_context``,
-            ``too_many_targets``, ``assistant_not_located``, or ``unsupported_input``: the prompt
-            has images, and the request asks for what is not known of them.
-        InvalidRequestError: The request has a guard, and the prompt is no chat.
+            ``too_many_targets``, or ``assistant_not_located``.
+        InvalidRequestError: The request has a guard, and the prompt is no chat; or it asks for what
+            it cannot have beside the prompt's images.
     """
     if not completion.generated_token_ids:
         raise TraceError("empty_completion", "no token was generated")
@@ -534,13 +534,14 @@ def refuse_with_images(request: FlashTraceRequest, images: int) -> None:
         images: How many images the prompt has.
 
     Raises:
-        TraceError: ``unsupported_input``.
+        InvalidRequestError: ``unsupported_input``, naming the option.
     """
     for name, asked in (("verify", request.verify > 0), ("guard", request.guard is not None)):
         if asked and images:
-            raise TraceError(
-                "unsupported_input",
+            raise InvalidRequestError(
+                f"flashtrace.{name}",
                 f"flashtrace.{name} is not available for prompts with images, got {images} of them",
+                code="unsupported_input",
             )
 
 

@@ -39,7 +39,7 @@ def refuse_media(messages: Sequence[Mapping[str, Any]], name: str) -> None:
 
     Args:
         messages: Chat messages in OpenAI's form.
-        name: The request field that they come from.
+        name: The request field, or the argument, that they come from.
 
     Raises:
         InvalidRequestError: ``unsupported_input``: a part is a video or sound, or an image that is
@@ -48,9 +48,10 @@ def refuse_media(messages: Sequence[Mapping[str, Any]], name: str) -> None:
     for message, index, part in _parts(messages):
         kind = _type(part)
         where = f"{name}[{message}].content[{index}]"
-        if kind.startswith(_OTHER_MEDIA):
+        other = kind if kind.startswith(_OTHER_MEDIA) else _other_media(part)
+        if other is not None:
             raise InvalidRequestError(
-                where, f"{where}: traces are not supported with {kind} parts", "unsupported_input"
+                where, f"{where}: traces are not supported with {other} parts", "unsupported_input"
             )
         pictures = [part[key] for key in _IMAGE_KEYS if key in part]
         if kind in _IMAGE_TYPES and part.get("uuid") is not None and not any(map(_given, pictures)):
@@ -158,7 +159,6 @@ def scored_image(
     grid = {} if image.rows is None else {"rows": image.rows, "columns": image.columns}
     return {
         "index": image.index,
-        "kind": "image",
         **({} if place is None else {"message": place[0], "part": place[1]}),
         "tokens": len(own),
         **grid,
@@ -195,6 +195,12 @@ def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, Ma
             for index, part in enumerate(content):
                 if isinstance(part, Mapping):
                     yield number, index, part
+
+
+def _other_media(part: Mapping[str, Any]) -> str | None:
+    """The key under which a part holds a video or sound; vLLM reads it where there is no type."""
+    keys = (key for key in part if isinstance(key, str) and key.startswith(_OTHER_MEDIA))
+    return next((key for key in keys if part[key] is not None or "type" not in part), None)
 
 
 def _type(part: Mapping[str, Any]) -> str:

@@ -101,7 +101,7 @@ class FlashTraceConfig(BaseModel):
         description="MiB that large results (scores per layer or hop, sums of attention, "
         "`top_k: null` over a long prompt) may take of one API server together, from before the "
         "trace until the last byte is sent or stored; above it further ones wait like those for a "
-        "place in the engine.",
+        "place in the engine. Images of prompts may take as much again.",
     )
     trace_token_share: float = Field(
         default=0.25,

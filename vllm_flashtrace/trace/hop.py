@@ -144,9 +144,11 @@ def _trace_call(
     config: FlashTraceConfig,
     context: EngineContext,
 ) -> TraceCall:
-    """The engine request: a prefill up to the last target position."""
-    last = max(target.weights.last for target in targets)
-    token_ids = max((plan.token_ids for plan in plans), key=len)[: last + 1]
+    """The engine request: a prefill up to the last target position, or the end of its image."""
+    length = max(target.weights.last for target in targets) + 1
+    if context.images is not None:
+        length = context.images.whole(length)
+    token_ids = max((plan.token_ids for plan in plans), key=len)[:length]
     first = plans[0]
     spec = TraceSpec.create(
         targets,

@@ -2,17 +2,22 @@
 
 A result of 30 layers and 32,768 tokens is 4 MB as float32, 64 MB as Python's own lists and 22 MB as
 JSON. So it stays a tensor until it is written out, and its bytes are held of a budget from before
-the engine measures it until the last of them is sent or stored.
+the engine measures it until the last of them is sent or stored. Pixels of prompts are bounded
+likewise.
 """
 
 from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from vllm_flashtrace.api.request import FlashTraceRequest
+from vllm_flashtrace.base.errors import TraceError
+from vllm_flashtrace.trace.multimodal import PromptImages
 
 LARGE_BYTES = 128 << 10
 """From here on a result is written out piece by piece, and counted in the budget."""
@@ -100,6 +105,50 @@ class LargeAttribution(dict[str, Any]):
         loop = asyncio.get_running_loop()
         self.release = weakref.finalize(self, _call_in, loop, release)
         self.release.atexit = False
+
+
+class ImageMemory:
+    """What the images of an API server's attributions take of its memory.
+
+    Those of a completion count once, however many of its choices are traced at a time.
+
+    Attributes:
+        limit_bytes: What they may take together.
+        held_bytes: What they take.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._holders: Counter[PromptImages] = Counter()
+
+    @contextmanager
+    def held(self, images: PromptImages | None) -> Iterator[None]:
+        """Counts the images of an attribution's completion within the block.
+
+        Raises:
+            TraceError: ``overloaded``: with those of others they take more than is allowed.
+        """
+        if images is None:
+            yield
+            return
+        if images not in self._holders:
+            nbytes = images.nbytes
+            if self.held_bytes + nbytes > self.limit_bytes:
+                raise TraceError(
+                    "overloaded",
+                    f"the prompt's images take {nbytes} bytes and those of other attributions "
+                    f"{self.held_bytes}, of {self.limit_bytes} (max_result_mib)",
+                )
+            self.held_bytes += nbytes
+        self._holders[images] += 1
+        try:
+            yield
+        finally:
+            self._holders[images] -= 1
+            if not self._holders[images]:
+                del self._holders[images]
+                self.held_bytes -= images.nbytes
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, release: Callable[[], None]) -> None:

@@ -11,21 +11,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from vllm.inputs import TokensPrompt
 from vllm.inputs.engine import mm_input
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import PromptImage
 
+KNOWN_ITEMS = "flashtrace_known_items"
+"""Key of an engine input for its images' pixels, where vLLM leaves them out (see `as_sent`)."""
+
 _IMAGE, _TYPE = "image", "multimodal"
+# What vLLM's cache in shared memory puts in the place of pixels.
+_ADDRESS = "address"
 # The patches of an image in front of the merger, as Qwen's processors give them: time, height and
 # width.
 _GRID = "image_grid_thw"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class PromptImages:
     """What vLLM's ``MultiModalInput`` holds beside tokens.
 
@@ -63,17 +70,57 @@ class PromptImages:
             raise TraceError(
                 "unsupported_input", f"traces are not supported with {' or '.join(others)} inputs"
             )
-        kwargs = engine_input["mm_kwargs"]
-        if any(item is None for item in kwargs[_IMAGE]):
+        kwargs = engine_input.get(KNOWN_ITEMS, engine_input["mm_kwargs"])
+        if not has_pixels(kwargs):
             raise TraceError("unsupported_input", "the pixels of an image are not known")
         return cls(kwargs, engine_input["mm_hashes"], placeholders)
 
     def prompt(self, token_ids: list[int]) -> TokensPrompt:
-        """Engine input with these tokens, which begin with the prompt's."""
-        prompt: Any = mm_input(token_ids, self.kwargs, self.hashes, self.placeholders)
+        """Engine input with these tokens, which begin with the prompt's or end within it.
+
+        Images behind the last token are left out.
+
+        Raises:
+            ValueError: The tokens end within an image; see `whole`.
+        """
+        length = len(token_ids)
+        if self.whole(length) != length:
+            raise ValueError(f"{length} tokens end within an image")
+        count = sum(place.offset < length for place in self.placeholders[_IMAGE])
+        if count == 0:
+            return TokensPrompt(prompt_token_ids=token_ids)
+        prompt: Any = mm_input(
+            token_ids,
+            {_IMAGE: self.kwargs[_IMAGE][:count]},
+            {_IMAGE: self.hashes[_IMAGE][:count]},
+            {_IMAGE: self.placeholders[_IMAGE][:count]},
+        )
         return prompt
 
-    def in_prompt(self) -> list[PromptImage]:
+    def whole(self, length: int) -> int:
+        """The fewest tokens, ``length`` at least, that do not end within an image."""
+        for place in self.placeholders[_IMAGE]:
+            if place.offset < length:
+                length = max(length, place.offset + place.length)
+        return length
+
+    @cached_property
+    def nbytes(self) -> int:
+        """What its pixels, and all else that encoders take, hold of memory."""
+        return sum(
+            part.data.nbytes
+            for item in self.kwargs[_IMAGE]
+            for part in item.values()
+            if isinstance(part.data, Tensor)
+        )
+
+    @property
+    def count(self) -> int:
+        """How many images the prompt has."""
+        return len(self.placeholders[_IMAGE])
+
+    @cached_property
+    def in_prompt(self) -> tuple[PromptImage, ...]:
         """Where the images are, in the order that the client gave them."""
         images = []
         items = zip(self.placeholders[_IMAGE], self.kwargs[_IMAGE], strict=True)
@@ -84,7 +131,19 @@ class PromptImages:
             rows, columns = _grid(item, len(tokens)) or (None, None)
             span = (place.offset, place.offset + place.length)
             images.append(PromptImage(index, tokens, span, rows, columns))
-        return images
+        return tuple(images)
+
+
+def has_pixels(kwargs: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether all images of an input are there, none only by what a cache of vLLM's knows of it."""
+    return all(item is not None and _ADDRESS not in item for item in kwargs.get(_IMAGE, ()))
+
+
+def as_sent(engine_input: Any) -> Any:
+    """An engine input as vLLM's own renderer makes it, without `KNOWN_ITEMS`."""
+    if not isinstance(engine_input, Mapping) or KNOWN_ITEMS not in engine_input:
+        return engine_input
+    return {key: value for key, value in engine_input.items() if key != KNOWN_ITEMS}
 
 
 def check_images(config: Any) -> None:

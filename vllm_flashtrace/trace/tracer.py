@@ -39,7 +39,12 @@ from vllm_flashtrace.trace.hop import (
     visits,
     while_alive,
 )
-from vllm_flashtrace.trace.large_results import LARGE_BYTES, LargeAttribution, result_bytes
+from vllm_flashtrace.trace.large_results import (
+    LARGE_BYTES,
+    ImageMemory,
+    LargeAttribution,
+    result_bytes,
+)
 from vllm_flashtrace.trace.metrics import cache_lookup
 from vllm_flashtrace.trace.observation import Observation, Observer
 from vllm_flashtrace.trace.pickup import decode_status
@@ -104,6 +109,7 @@ class AsyncTracer:
             waits_for="room for the result",
             bytes_of="results (max_result_mib)",
         )
+        self._images = ImageMemory(config.max_result_mib << 20)
         # Planning runs in a thread; a fast tokenizer must not be shared with the server's own.
         self._tokenizer = copy.deepcopy(engine_client.get_tokenizer())
         self._refusal: str | None = None
@@ -188,14 +194,16 @@ class AsyncTracer:
             try:
                 # Before the work of planning.
                 self._admission.refuse_if_full(self._planning + self._results.waiting)
-                async with asyncio.timeout(self.config.trace_timeout_seconds) as limit:
-                    plans, waited = await self._planned(
-                        partial(self._plan, request, completion, reasoning_parser, render)
-                    )
-                    verifier = partial(self._verify, plans, render=render, limit=limit)
-                    result, usage = await self._run(
-                        plans, context, trace_id, watch, waited, verifier
-                    )
+                seconds = self.config.trace_timeout_seconds
+                with self._images.held(context.images):
+                    async with asyncio.timeout(seconds) as limit:
+                        plans, waited = await self._planned(
+                            partial(self._plan, request, completion, reasoning_parser, render)
+                        )
+                        verifier = partial(self._verify, plans, render=render, limit=limit)
+                        result, usage = await self._run(
+                            plans, context, trace_id, watch, waited, verifier
+                        )
             except Exception as error:
                 result = failed_result(trace_id, self._reason(error))
             watch.ended(result, usage)
