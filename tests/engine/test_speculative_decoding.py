@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests import engine_starts
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_start_proof import start_reports
+from tests.forked import run_forked
 from tests.oracle import oracle_scores
 from vllm_flashtrace.base.records import TraceReport
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 
 PROMPT = list(range(10, 40)) * 4
+PROMPTS = [PROMPT, PROMPT[7:], PROMPT[1:] + PROMPT]
 DRAFTS = 3
 NEW_TOKENS = 60
 
@@ -43,23 +46,62 @@ def eagle(model: Path, folder: Path) -> dict[str, Any]:
     return {"method": "eagle", "model": str(folder)}
 
 
+def start(drafter: Any, model: Path, folder: Path, reason: str) -> Engine:
+    return Engine(
+        model,
+        reason,
+        # vLLM starts no second engine in a process that has loaded Numba, which this one needs.
+        in_process=drafter is not ngram,
+        max_model_len=1024,
+        speculative_config={**drafter(model, folder), "num_speculative_tokens": DRAFTS},
+    )
+
+
+def stock(drafter: str, model: str, folder: str) -> None:
+    """Writes what an engine with the same drafts completes without the plugin."""
+    own = Path(folder)
+    engine = start({"ngram": ngram, "eagle": eagle}[drafter], Path(model), own, "drafts, stock")
+    completions, _, most = run(engine, PROMPTS, [])
+    (own / "stock.json").write_text(json.dumps([completions, most]))
+    engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("drafter", [ngram, eagle])
+def test_completions_are_those_of_a_stock_engine_that_drafts(
+    drafter: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """With traces beside them, token for token."""
+    engine_starts.note(f"drafts of {drafter.__name__}, without the plugin")
+    code = "import sys; from tests.engine.test_speculative_decoding import stock; "
+    status, output = run_forked(
+        ["-c", code + "stock(*sys.argv[1:])", drafter.__name__, str(tiny_folder), str(tmp_path)],
+        tmp_path / "stock.log",
+        250,
+        VLLM_FLASHTRACE_DISABLE="1",
+        VLLM_PLUGINS="none",
+    )
+    assert status == 0, output
+    expected, most = json.loads((tmp_path / "stock.json").read_text())
+    assert most > 1
+    engine = start(drafter, tiny_folder, tmp_path, f"drafts of {drafter.__name__}")
+    try:
+        jobs = [TraceJob(PROMPT, TargetWeights.from_spans([(100, 120)]))] * 3
+        completions, reports, most = run(engine, PROMPTS, jobs)
+    finally:
+        engine.close()
+    assert len(reports) == 3 and most > 1
+    assert completions == expected
+
+
 @pytest.mark.parametrize("drafter", [ngram, eagle])
 def test_completions_and_traces(
     drafter: Any, tiny: Engine, tiny_folder: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    prompts = [PROMPT, PROMPT[7:], PROMPT[1:] + PROMPT]
-    expected = [tiny.generate(prompt, NEW_TOKENS) for prompt in prompts]
-    speculative = {**drafter(tiny_folder, tmp_path), "num_speculative_tokens": DRAFTS}
-    engine = Engine(
-        tiny_folder,
-        f"drafts of {drafter.__name__}",
-        # vLLM starts no second engine in a process that has loaded Numba, which this one needs.
-        in_process=drafter is not ngram,
-        max_model_len=1024,
-        speculative_config=speculative,
-    )
+    expected = [tiny.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    engine = start(drafter, tiny_folder, tmp_path, f"drafts of {drafter.__name__}")
     try:
         [proof] = start_reports(engine)
         assert proof["refusal"] is None and proof["largest_error"] < 1e-5
@@ -71,7 +113,7 @@ def test_completions_and_traces(
             TraceJob(tokens, spans, further=FurtherHops(torch.arange(120, 125), 1)),
             TraceJob(tokens[:129], TargetWeights.from_mapping({128: 1.0})),
         ]
-        completions, reports, most = run(engine, prompts, jobs)
+        completions, reports, most = run(engine, PROMPTS, jobs)
     finally:
         engine.close()
     assert completions == expected
