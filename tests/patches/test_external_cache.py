@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
@@ -16,7 +17,9 @@ from tests.patches.test_prefix_cache import SPEC, request
 from vllm_flashtrace.patches import external_cache
 from vllm_flashtrace.trace.wire import ScoreSpec, seal
 
-TRACE, SCORE = seal(SPEC), seal(ScoreSpec.create([20, 40], 60))  # From 40 and 19 on.
+# Fixed, for parameters name their tests, and processes of the suite compare these names.
+NAMED = msgspec.structs.replace(ScoreSpec.create([20, 40], 60), nonce="0" * 32)
+TRACE, SCORE = seal(SPEC), seal(NAMED)  # From 40 and 19 on.
 
 
 class Connector:
