@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
@@ -17,9 +16,13 @@ from tests.patches.test_prefix_cache import SPEC, request
 from vllm_flashtrace.patches import external_cache
 from vllm_flashtrace.trace.wire import ScoreSpec, seal
 
-# Fixed, for parameters name their tests, and processes of the suite compare these names.
-NAMED = msgspec.structs.replace(ScoreSpec.create([20, 40], 60), nonce="0" * 32)
-TRACE, SCORE = seal(SPEC), seal(NAMED)  # From 40 and 19 on.
+TRACE, SCORE = seal(SPEC), seal(ScoreSpec.create([20, 40], 60))  # From 40 and 19 on.
+
+
+def named(sealed: object) -> str | None:
+    """Names of tests that are the same in all processes of the suite: each seals with its key."""
+    names = {TRACE: "trace", SCORE: "score"}
+    return names.get(sealed) if isinstance(sealed, bytes) else None
 
 
 class Connector:
@@ -45,6 +48,7 @@ class Connector:
         (None, 16, 40, False, (40, False)),
         (bytes(100), 16, 40, False, (40, False)),
     ],
+    ids=named,
 )
 def test_offers(
     monkeypatch: pytest.MonkeyPatch,
@@ -78,6 +82,7 @@ def test_offers(
         (None, 0, None, None),
         (None, 0, 48, 48),
     ],
+    ids=named,
 )
 def test_where_offloading_ends(
     sealed: bytes | None, computed: int, most: int | None, expected: int | None
@@ -90,7 +95,7 @@ def test_where_offloading_ends(
     assert told(scheduler, request(sealed), computed, most) == expected
 
 
-@pytest.mark.parametrize(("sealed", "expected"), [(TRACE, 0), (SCORE, 0), (None, None)])
+@pytest.mark.parametrize(("sealed", "expected"), [(TRACE, 0), (SCORE, 0), (None, None)], ids=named)
 def test_what_is_offloaded(sealed: bytes | None, expected: int | None) -> None:
     state = SimpleNamespace(max_offload_tokens=None)
     asked = request(sealed)

@@ -19,7 +19,9 @@ SPEC = TraceSpec.create(TargetWeights.from_spans([(40, 60)]), 60, exact_fraction
 
 
 @pytest.mark.parametrize(
-    ("sealed", "seen"), [(None, True), (bytes(100), True), (seal(SPEC), False)]
+    ("sealed", "seen"),
+    [(None, True), (bytes(100), True), (seal(SPEC), False)],
+    ids=["none", "not ours", "ours"],
 )
 def test_who_sees_the_engines_cache(
     sealed: bytes | None, seen: bool, monkeypatch: pytest.MonkeyPatch
