@@ -85,7 +85,7 @@ def test_completion_that_fills_the_context(server: Server) -> None:
         prompt=[500 + i % 3000 for i in range(2048 - 16)],
         max_tokens=16,
         ignore_eos=True,
-        flashtrace={"target": {"tokens": [[0, 16]]}},
+        flashtrace={"target": {"tokens": [[0, 16]]}, "rows": "target"},
     )
     trace = response.json()["choices"][0]["flashtrace"]
     assert trace["status"] == "completed"
