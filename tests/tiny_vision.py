@@ -7,11 +7,16 @@ token of an image stands for 8 by 8 pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from tests import tiny_models
+from tests.oracle import oracle_scores
 from tests.tiny_models import VOCABULARY
+from vllm_flashtrace.core.weights import TargetWeights
 
 VisionFamily = Literal["qwen2_5_vl", "qwen3_vl"]
 VISION_FAMILIES = get_args(VisionFamily)
@@ -29,6 +34,22 @@ _CHAT_TEMPLATE = (
     "{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+def picture_scores(
+    model: Any, processor: Any, tokens: Sequence[int], target: TargetWeights, pictures: list[Any]
+) -> torch.Tensor:
+    """The oracle's scores of a prompt with pictures; it sees what Transformers makes of them."""
+    seen = processor(images=pictures, return_tensors="pt")
+    return oracle_scores(
+        model,
+        tokens,
+        target.positions,
+        target.weights,
+        mm_token_type_ids=(torch.tensor([tokens]) == IMAGE_TOKEN).int(),
+        pixel_values=seen["pixel_values"].double(),
+        image_grid_thw=seen["image_grid_thw"],
+    )
 
 
 def make_tiny_vision_model(family: VisionFamily, folder: Path, *, seed: int = 0) -> Path:

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
-from tests.oracle import oracle_scores
-from tests.tiny_vision import IMAGE_TOKEN, PIXELS, VISION_FAMILIES, make_tiny_vision_model
+from tests.tiny_vision import PIXELS, VISION_FAMILIES, make_tiny_vision_model, picture_scores
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.multimodal import PromptImages
@@ -88,19 +87,10 @@ class Seen:
         return [*output.prompt_token_ids, *output.outputs[0].token_ids], images
 
     def expected(self, tokens: list[int], target: TargetWeights, messages: Any) -> torch.Tensor:
-        """The oracle's scores; it sees what Transformers makes of the pictures."""
+        """The oracle's scores."""
         parts = [part for message in messages for part in message["content"]]
         pictures = [part["image_pil"] for part in parts if "image_pil" in part]
-        seen = self.processor(images=pictures, return_tensors="pt")
-        return oracle_scores(
-            self.reference,
-            tokens,
-            target.positions,
-            target.weights,
-            mm_token_type_ids=(torch.tensor([tokens]) == IMAGE_TOKEN).int(),
-            pixel_values=seen["pixel_values"].double(),
-            image_grid_thw=seen["image_grid_thw"],
-        )
+        return picture_scores(self.reference, self.processor, tokens, target, pictures)
 
 
 @pytest.fixture(scope="module", params=VISION_FAMILIES)

@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 from tests.engine.harness import relative_l1
-from tests.oracle import oracle_scores
 from tests.server.live_server import OURS, Server, serve
 from tests.server.test_image_requests import data_url, messages
-from tests.tiny_vision import IMAGE_TOKEN, make_tiny_vision_model
+from tests.tiny_vision import make_tiny_vision_model, picture_scores
 from vllm_flashtrace.core.weights import TargetWeights
 
 URLS = (data_url(4, 6), data_url(5, 3, seed=1))
@@ -37,17 +36,8 @@ def expected(folder: Path, tokens: list[int]) -> torch.Tensor:
         for url in URLS
     ]
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    seen = processor(images=pictures, return_tensors="pt")
     target = TargetWeights.from_spans([(len(tokens) - 8, len(tokens))])
-    return oracle_scores(
-        model,
-        tokens,
-        target.positions,
-        target.weights,
-        mm_token_type_ids=(torch.tensor([tokens]) == IMAGE_TOKEN).int(),
-        pixel_values=seen["pixel_values"].double(),
-        image_grid_thw=seen["image_grid_thw"],
-    )
+    return picture_scores(model, processor, tokens, target, pictures)
 
 
 class Asked:
