@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,13 @@ class Engine:
 
             cleanup_dist_env_and_memory()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The engine starts no step, so what it computes together is what was sent meanwhile."""
+        self.llm.sleep(level=0)
+        yield
+        self.llm.wake_up(tags=["scheduling"])
+
     def trace(self, job: TraceJob) -> TraceReport:
         return self.trace_many([job])[0]
 
@@ -121,26 +128,22 @@ class Engine:
     ) -> list[TraceReport]:
         """Runs traces in one batch; ``decoding`` prompts, which come first, generate beside them.
 
-        Beside such prompts the engine holds still until it has all, so that what is computed
-        together does not depend on how fast they come.
+        Beside such prompts the engine is :meth:`held` until it has all.
         """
         specs = [self._spec(job) for job in jobs]
         engine = self.llm.llm_engine
-        if decoding:
-            self.llm.sleep(level=0)
-        for prompt in decoding:
-            engine.add_request(self._id(), self._prompt(prompt), self._generate(new_tokens))
-        for job, spec in zip(jobs, specs, strict=True):
-            request_id = self._id()
-            self._nonces[request_id] = spec.nonce
-            engine.add_request(
-                request_id,
-                self._prompt(job.token_ids, job.images),
-                self._record(spec),
-                lora_request=job.lora_request,
-            )
-        if decoding:
-            self.llm.wake_up(tags=["scheduling"])
+        with self.held() if decoding else nullcontext():
+            for prompt in decoding:
+                engine.add_request(self._id(), self._prompt(prompt), self._generate(new_tokens))
+            for job, spec in zip(jobs, specs, strict=True):
+                request_id = self._id()
+                self._nonces[request_id] = spec.nonce
+                engine.add_request(
+                    request_id,
+                    self._prompt(job.token_ids, job.images),
+                    self._record(spec),
+                    lora_request=job.lora_request,
+                )
         self.run()
         return [self.collect(spec.nonce) for spec in specs]
 

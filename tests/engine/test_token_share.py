@@ -90,24 +90,19 @@ def test_two_traces_and_a_new_prompt(logged: Engine) -> None:
         for i in range(2)
     ]
     alone = [logged.trace(job).scores for job in jobs]
-    [(first, nonce), (second, other)] = [logged.submit(job) for job in jobs]
-    from vllm import SamplingParams
-
-    logged.llm.llm_engine.add_request(
-        "newcomer",
-        {"prompt_token_ids": text_tokens(logged, 100, "New. ")},
-        SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True),
-    )
     logged.on_worker(take_log)
+    with logged.held():
+        [(first, nonce), (second, other)] = [logged.submit(job) for job in jobs]
+        newcomer = logged.submit_completion(text_tokens(logged, 100, "New. "), 40)
     logged.run()
     steps = logged.on_worker(take_log)
     for step in steps:
         of_traces = sum(n for req, n in step.items() if req.startswith((first, second)))
-        if any(req.startswith("newcomer") for req in step):
+        if any(req.startswith(newcomer) for req in step):
             assert of_traces <= SHARE
     starts = [
         next(i for i, step in enumerate(steps) if any(r.startswith(name) for r in step))
-        for name in ("newcomer", second)
+        for name in (newcomer, second)
     ]
     assert starts[0] < starts[1]
     for scores, key in zip(alone, (nonce, other), strict=True):
