@@ -35,6 +35,8 @@ DROPS = (1, 3, 5)
 """How many of the best sentences are taken out."""
 REFERENCE = "loo-sentence"
 """The method that the others are tested against."""
+DEFAULTS = "flashtrace-auto-predicting-skip"
+"""The method that is the server's default."""
 RIDGE = 0.3
 
 
@@ -162,7 +164,7 @@ def _verified(
 ) -> dict[str, dict[str, Values]]:
     """The best sentences of ours, ordered by what is lost without each; the others behind them."""
     results: dict[str, dict[str, Values]] = {}
-    for method in ("flashtrace-k1", "flashtrace-auto-predicting-skip"):
+    for method in ("flashtrace-k1", DEFAULTS):
         own: dict[str, Values] = {}
         for case in cases:
             ours = scores.get((method, SHOWN), {}).get(case.key)
@@ -228,7 +230,12 @@ def summarise(
             if lost is not None and pooling == "mean":
                 for k, value in zip(DROPS, lost["lost"], strict=True):
                     values.setdefault(f"drop{k}", []).append(value)
-        seconds = [s for key in own if (s := seconds_of(method, key, work)) is not None]
+        seconds = [
+            s
+            for key in own
+            if by_key[key].number < max(1, options.ablated)  # Which every method in vLLM has.
+            if (s := seconds_of(method, key, work)) is not None
+        ]
         rows.append(
             {
                 "method": method,
@@ -261,6 +268,41 @@ def summarise(
             "tests": _tests(scores, by_key),
         }
     )
+
+
+def widely(cases: Sequence[Any], methods: Sequence[str], work: Any) -> dict[str, Any]:
+    """What the cheapest methods find on all answers; ``test`` is the defaults less each of them."""
+    own = {
+        method: {
+            case.key: (case.task, found(pooled(case, np.array(row["values"]))[SHOWN], case.gold))
+            for case in cases
+            if (row := work.get("scores", case.key, method)) is not None and "values" in row
+        }
+        for method in methods
+    }
+    tests = {}
+    for method, values in own.items():
+        both = [key for key in values if key in own[DEFAULTS]]
+        if method != DEFAULTS and len(both) >= 8:
+            pairs = [(own[DEFAULTS][key][1], values[key][1]) for key in both]
+            tests[method] = paired_test(*zip(*pairs, strict=True), seed=0)
+    corrected = holm({name: p for name, (_, _, p) in tests.items()})
+    rows = []
+    for method, values in own.items():
+        tasks: dict[str, list[float]] = {}
+        for task, value in values.values():
+            tasks.setdefault(task, []).append(value)
+        rows.append(
+            {
+                "method": method,
+                "n": len(values),
+                "found": bootstrap([value for _, value in values.values()], seed=0),
+                "tasks": {task: [fmean(each), len(each)] for task, each in tasks.items()},
+                "test": [*tests[method], corrected[method]] if method in tests else None,
+            }
+        )
+    lengths = [case.prepared.prompt_length for case in cases]
+    return rounded({"prompt_tokens": fmean(lengths) if lengths else None, "rows": rows})
 
 
 def _tests(
@@ -351,15 +393,53 @@ def by_pooling(result: Mapping[str, Any]) -> str:
     return markdown(["method", *names], rows)
 
 
+def by_length(*results: Mapping[str, Any]) -> str:
+    """Markdown: the share found by the cheapest methods, in contexts of each length.
+
+    A star marks a share found that differs from that of the defaults on the same answers (paired
+    test, Holm, 0.05).
+    """
+    columns = [{row["method"]: row for row in result["wide"]["rows"]} for result in results]
+    header = ["method"]
+    for result, column in zip(results, columns, strict=True):
+        tokens = result["wide"]["prompt_tokens"]
+        header.append(f"{tokens:,.0f} tokens (n = {column[DEFAULTS]['n']})")
+    rows = [
+        [
+            method,
+            *(f"{_interval([*c[method]['found'], 0])}{star(c[method]['test'])}" for c in columns),
+        ]
+        for method in sorted(columns[0], key=lambda name: -columns[0][name]["found"][0])
+    ]
+    return markdown(header, rows)
+
+
+def widely_by_task(result: Mapping[str, Any]) -> str:
+    """Markdown: the same by task, in the contexts of one length."""
+    rows = sorted(result["wide"]["rows"], key=lambda row: -row["found"][0])
+    counts = {task: n for row in rows for task, (_, n) in row["tasks"].items()}
+    header = ["method", *(f"{task} ({n})" for task, n in counts.items())]
+    return markdown(
+        header,
+        [
+            [r["method"], *(f"{r['tasks'][t][0]:.2f}" if t in r["tasks"] else "" for t in counts)]
+            for r in rows
+        ],
+    )
+
+
 def tables(result: Mapping[str, Any]) -> str:
     """All of them, for the terminal."""
-    return "\n\n".join([quality(result), by_task(result), by_pooling(result)])
+    shown = [by_length(result), widely_by_task(result)]
+    if result["rows"]:
+        shown += [quality(result), by_task(result), by_pooling(result)]
+    return "\n\n".join(shown)
 
 
 _NAMED = {
     "flashtrace-k1": "paper's formula",
-    "flashtrace-auto-predicting-skip": "defaults",
-    f"flashtrace-auto-predicting-skip{_VERIFIED}{VERIFIED}": "the same, four verified",
+    DEFAULTS: "defaults",
+    f"{DEFAULTS}{_VERIFIED}{VERIFIED}": "the same, four verified",
     "loo-sentence": "leave-one-out",
     "contextcite": "ContextCite, 32",
     "attn-lrp": "AttnLRP",

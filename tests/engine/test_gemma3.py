@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gemma3 import gguf_parts, write_folder
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_start_proof import proven
-from tests.gemma3 import encode, gguf_parts, write_folder
 from tests.oracle import oracle_scores
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -34,18 +34,16 @@ TEXT = _FACTS + 13 * _FILLER + "The code of the northern gate is"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[int]]:
-    folder, pieces, scores = write_folder(tmp_path_factory.mktemp("gemma3") / "gemma-3-270m")
-    return folder, pieces, encode(TEXT, pieces, scores)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("gemma3") / "gemma-3-270m")
 
 
 @pytest.fixture(scope="module")
-def engine(model: tuple[Path, list[str], list[int]]) -> Iterator[Engine]:
+def engine(folder: Path) -> Iterator[Engine]:
     engine = Engine(
-        model[0],
+        folder,
         "Gemma 3 270M, float32: real weights",
         in_process=True,
-        skip_tokenizer_init=True,
         disable_hybrid_kv_cache_manager=True,
         kv_cache_memory_bytes=512 << 20,
     )
@@ -53,10 +51,12 @@ def engine(model: tuple[Path, list[str], list[int]]) -> Iterator[Engine]:
     engine.close()
 
 
-def test_parity(engine: Engine, model: tuple[Path, list[str], list[int]]) -> None:
+def test_parity(engine: Engine, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder, pieces, prompt = model
+    tokenizer = engine.llm.get_tokenizer()
+    prompt = tokenizer("<bos>" + TEXT, add_special_tokens=False)["input_ids"]
+    assert len(prompt) == 594
     token_ids = prompt + engine.generate(prompt, 8)
     weights = TargetWeights.from_spans([(len(prompt), len(token_ids))])
     ours = engine.trace(TraceJob(token_ids, weights)).scores
@@ -66,8 +66,9 @@ def test_parity(engine: Engine, model: tuple[Path, list[str], list[int]]) -> Non
     expected = oracle_scores(reference, token_ids, weights.positions, weights.weights)
     error = relative_l1(ours, expected)
     print(f"Gemma 3 270M, {len(token_ids)} tokens: relative L1 {error:.2e}")
-    print("completion:", "".join(pieces[i] for i in token_ids[len(prompt) :]))
-    print("most credited:", [(pieces[token_ids[i]], i) for i in ours.topk(20).indices.tolist()])
+    print("completion:", tokenizer.decode(token_ids[len(prompt) :]))
+    top = ours.topk(20).indices.tolist()
+    print("most credited:", [(tokenizer.decode([token_ids[i]]), i) for i in top])
     repeated = min(proven(engine)["seconds"] for _ in range(2))
     print(f"the proof, repeated, takes {repeated:.2f} s")
     assert len(token_ids) > 520  # More than the window.

@@ -251,8 +251,8 @@ def hf_model(folder: Path) -> HFModel:
 
 def own_options(output: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"tasks": ["digits", "code"], "examples": 2, "left_out": 1, "ablated": 1, "offline": 1},
-        **{"sentences": 9, "seed": 0, "json": output, "model": None, "figure": None},
+        **{"tasks": ["digits", "code"], "wide": 3, "examples": 2, "left_out": 1, "ablated": 1},
+        **{"offline": 1, "sentences": 9, "seed": 0, "json": output, "model": None, "figure": None},
     )
 
 
@@ -296,7 +296,14 @@ def test_own_answers_are_explained_and_a_second_run_does_nothing(
         assert rows[method, "best 2"]["lds"][3] == 2
         assert method not in own_answers.DROPPED or rows[method, "mean"]["drop3"][3] == 2
     assert result["answers"] == {"digits": [12, 16], "code": [12, 16]}
+    wide = {row["method"]: row for row in result["wide"]["rows"]}
+    assert list(wide) == own_answers.WIDE
+    assert {row["n"] for row in wide.values()} == {6}
+    assert {row["tasks"]["code"][1] for row in wide.values()} == {3}
+    assert not any(row["test"] for row in wide.values())  # Six pairs are too few.
     table = own_summary.tables(result)
+    assert "tokens (n = 6) |" in own_summary.by_length(result, result)
+    assert "| digits (3) | code (3) |" in table
     for method in (*own_answers.OURS, *own_answers.COST, *own_answers.HF, *own_answers.WORDS):
         assert f"| {method} | " in table
     assert "| right answers | 12 of 16 | 12 of 16 |" in table

@@ -207,3 +207,37 @@ def test_verified_sentences_are_ordered_by_what_is_lost_and_stay_ahead() -> None
     assert own_summary.seconds_of("flashtrace-k1-verified4", "a", work) == pytest.approx(12.0)
     assert own_summary.seconds_of("loo-sentence", "a", work) == 14.0
     assert own_summary.seconds_of("heads-mean-own", "a", work) is None
+
+
+def test_the_cheapest_methods_are_compared_with_the_defaults_on_the_same_answers() -> None:
+    """The defaults find the third of three sentences on each of twenty answers, words the first."""
+    prepared = SimpleNamespace(
+        user=(0, 3), texts=list("abc"), sentences=((0, 1), (1, 2), (2, 3)), prompt_length=7
+    )
+    cases = [
+        SimpleNamespace(
+            key=str(i), task="even" if i % 2 == 0 else "odd", prepared=prepared, gold={2}
+        )
+        for i in range(20)
+    ]
+    best = {own_summary.DEFAULTS: [0.0, 1.0, 2.0], "overlap": [2.0, 1.0, 0.0], "recency": [0, 0, 1]}
+    rows = [
+        {"kind": "scores", "example": case.key, "method": method, "values": values}
+        for case in cases
+        for method, values in best.items()
+        if method != "recency" or case.task == "odd"  # It failed on the others.
+    ]
+    result = own_summary.widely(cases, list(best), Work(*rows))
+    assert result["prompt_tokens"] == 7
+    wide = {row["method"]: row for row in result["rows"]}
+    assert wide["overlap"]["found"] == [0, 0, 0]
+    assert wide["overlap"]["tasks"] == {"even": [0, 10], "odd": [0, 10]}
+    assert wide["overlap"]["test"][:2] == [20, 1]
+    assert wide["overlap"]["test"][3] < 0.001
+    assert wide["recency"]["tasks"] == {"odd": [1, 10]}
+    assert wide["recency"]["test"][:2] == [10, 0]
+    assert wide[own_summary.DEFAULTS]["test"] is None
+    shown = own_summary.by_length({"wide": result}, {"wide": result})
+    assert "| method | 7 tokens (n = 20) | 7 tokens (n = 20) |" in shown
+    assert "| overlap | 0.00 [0.00, 0.00] * | 0.00 [0.00, 0.00] * |" in shown
+    assert "| recency |  | 1.00 |" in own_summary.widely_by_task({"wide": result})
