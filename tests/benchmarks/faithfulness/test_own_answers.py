@@ -185,7 +185,7 @@ class Work:
 def test_verified_sentences_are_ordered_by_what_is_lost_and_stay_ahead() -> None:
     """Of six sentences ours proposes four; the best of all by leave-one-out is not among them."""
     tokens = (5.0, 4.0, 3.0, 2.0, 1.0, 0.0)
-    lost = (0.0, 7.0, 1.0, 2.0, 9.0, 0.0)
+    lost = (0.0, 7.0, 1.0, -2.0, 9.0, 0.0)
     prepared = SimpleNamespace(
         user=(0, 6), texts=list("abcdef"), sentences=tuple((i, i + 1) for i in range(6))
     )
@@ -202,7 +202,10 @@ def test_verified_sentences_are_ordered_by_what_is_lost_and_stay_ahead() -> None
     )
     scores = own_summary.sentence_scores([case], work)
     verified = scores["flashtrace-k1-verified4", "mean"]["a"]
-    assert np.argsort(-verified, kind="stable").tolist() == [1, 3, 2, 0, 4, 5]
+    assert verified[:4].tolist() == pytest.approx(lost[:4], abs=1e-5)
+    assert 0 <= verified[5] < verified[4] < 1e-6
+    order = own_summary.order_of("flashtrace-k1-verified4", verified)
+    assert np.argsort(-order, kind="stable").tolist() == [1, 2, 0, 3, 4, 5]
     # Its own seconds, and those of the whole text and four without a sentence.
     assert own_summary.seconds_of("flashtrace-k1-verified4", "a", work) == pytest.approx(12.0)
     assert own_summary.seconds_of("loo-sentence", "a", work) == 14.0
