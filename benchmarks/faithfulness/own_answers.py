@@ -37,7 +37,7 @@ from rich.progress import track
 
 from benchmarks.faithfulness.__main__ import as_text, environment
 from benchmarks.faithfulness.attention import AttentionFamily, PackageFamily
-from benchmarks.faithfulness.baselines import SimpleFamily
+from benchmarks.faithfulness.baselines import ReagentFamily, SimpleFamily
 from benchmarks.faithfulness.engine import EngineResource
 from benchmarks.faithfulness.example import Example, Prepared, prepare
 from benchmarks.faithfulness.gradients import GradientFamily
@@ -65,7 +65,7 @@ KEEP_PROBABILITY = 0.5
 
 CHEAP = (OwnFamily, WordFamily, SimpleFamily)
 COSTLY = (CutFamily,)
-OFFLINE = (AttentionFamily, LogitDirectionFamily, PackageFamily, GradientFamily)
+OFFLINE = (AttentionFamily, LogitDirectionFamily, PackageFamily, GradientFamily, ReagentFamily)
 """Families that run the model in Hugging Face transformers, once the engine is gone."""
 OURS = [
     "flashtrace-k0",
@@ -85,7 +85,7 @@ THROUGH = ["flashtrace-auto-through", "flashtrace-auto-predicting-through"]
 WORDS = ["overlap", "question-overlap", "bm25", "random", "recency"]
 if importlib.util.find_spec("wordllama") is not None:
     WORDS.append("embedding")
-COST = {"loo-sentence": "left_out", "contextcite": "ablated"}
+COST = {"loo-sentence": "left_out", "contextcite": "ablated", "contextcite-128": "ablated"}
 """Methods that ask the model many times, and the option that says for how many examples."""
 HF = [
     "logit-direction",
@@ -94,6 +94,11 @@ HF = [
     "value-norm",
     "flashtrace-package",
     "attn-lrp",
+    "alti-rollout",
+    "attention-gradient",
+    "attention-ig",
+    "attention-times-ig",
+    "reagent",
 ]
 DROPPED = [
     "flashtrace-k1",
