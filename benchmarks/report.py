@@ -36,6 +36,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "serving": ("serving.json", tables.serving),
     "cap": ("cap.json", tables.cap),
     "agent_guard": ("agent_guard.json", tables.agent_guard),
+    "agent_sources": ("agent_sources.json", tables.agent_sources),
     "faithfulness": ("faithfulness.json", faithfulness.quality),
     "faithfulness_tasks": ("faithfulness.json", faithfulness.by_task),
     "faithfulness_lengths": ("faithfulness.json", faithfulness.by_length),

@@ -172,6 +172,29 @@ def agent_guard(result: Result) -> str:
     return f"{wrapped(caption)}\n\n{markdown(columns, result['rows'])}"
 
 
+def agent_sources(result: Result) -> str:
+    """How often the instruction that caused a call is its best source, by method."""
+
+    def share(value: Sequence[float]) -> str:
+        return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+
+    first = result["rows"][0]
+    titles = {
+        "all": "whole context",
+        "tools": "tool results",
+        "copied": "copied",
+        "other": "other",
+        "resisted": "resisted",
+    }
+    columns = [Column("method", "method", str)]
+    columns += [
+        Column(f"{title} ({first[key][3]})", key, share)
+        for key, title in titles.items()
+        if key in first
+    ]
+    return markdown(columns, result["rows"])
+
+
 def parity(result: Result) -> str:
     """Errors against a float64 evaluation."""
     return markdown(

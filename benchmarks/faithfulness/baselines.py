@@ -21,6 +21,7 @@ from benchmarks.faithfulness.example import Family, Prepared, Scores, Span, Valu
 from benchmarks.faithfulness.hf import HFModel, all_cores, target_logits
 
 ABLATIONS = 32
+MORE_ABLATIONS = 128
 KEEP_PROBABILITY = 0.5
 LASSO_ALPHA = 0.01
 _CERTAIN = -1e-7
@@ -40,6 +41,7 @@ class AblationFamily(Family):
         "loo-token": "log-probability lost without the token",
         "loo-sentence": "log-probability lost without the sentence, spread over its tokens",
         "contextcite": f"sparse linear model of {ABLATIONS} random ablations of sentences",
+        "contextcite-128": f"sparse linear model of {MORE_ABLATIONS} ablations of sentences",
     }
 
     def __init__(self, resources: Any) -> None:
@@ -53,7 +55,8 @@ class AblationFamily(Family):
         methods: dict[str, Callable[[Prepared], tuple[Values, int]]] = {
             "loo-token": self._loo_token,
             "loo-sentence": self._loo_sentence,
-            "contextcite": self._contextcite,
+            "contextcite": lambda prepared: self._contextcite(prepared, ABLATIONS),
+            "contextcite-128": lambda prepared: self._contextcite(prepared, MORE_ABLATIONS),
         }
         results = {}
         for name in names:
@@ -72,16 +75,16 @@ class AblationFamily(Family):
         lost = self._lost(prepared, prepared.sentences)
         return spread(lost, prepared.sentences, prepared.user), 1 + len(prepared.sentences)
 
-    def _contextcite(self, prepared: Prepared) -> tuple[Values, int]:
+    def _contextcite(self, prepared: Prepared, ablations: int) -> tuple[Values, int]:
         key = zlib.crc32(prepared.example.id.encode())
         source = np.random.default_rng([self._seed, key])
-        kept = source.random((ABLATIONS, len(prepared.sentences))) < KEEP_PROBABILITY
+        kept = source.random((ablations, len(prepared.sentences))) < KEEP_PROBABILITY
         removed = [
             [span for span, keep in zip(prepared.sentences, row, strict=True) if not keep]
             for row in kept
         ]
         weights = surrogate(kept, self._logprobs(prepared, removed), prepared.response_length)
-        return spread(weights, prepared.sentences, prepared.user), ABLATIONS
+        return spread(weights, prepared.sentences, prepared.user), ablations
 
     def _lost(self, prepared: Prepared, spans: Sequence[Span]) -> Values:
         """What the response's log-probability loses without each span, ``[len(spans)]``."""
@@ -219,6 +222,79 @@ def clp_divergences(hf: HFModel, prepared: Prepared) -> Tensor:
         change = (original.exp() * (original - logs)).sum(-1, dtype=torch.float64)
         divergences.append(change.sum(-1).clamp(min=0))
     return torch.cat(divergences)
+
+
+REPLACEMENTS = 64
+"""Prompts with some tokens replaced, of ReAGent."""
+REPLACED_SHARE = 0.3
+"""Share of the user's tokens that are replaced in each; the paper's."""
+_REAGENT_BATCH_TOKENS = 1 << 11
+"""Fewer in a pass than of CLP: logits of all outputs of a pass are held."""
+
+
+class ReagentFamily(Family):
+    """``reagent``: tokens replaced by other likely ones, some at a time."""
+
+    labels: Mapping[str, str] = {
+        "reagent": f"ReAGent: {REPLACEMENTS} prompts with {REPLACED_SHARE:.0%} of tokens replaced",
+    }
+
+    def __init__(self, resources: Any) -> None:
+        """Takes the model from ``resources.hf``, and ``resources.seed``."""
+        self._hf: HFModel = resources.hf
+        self._seed = int(resources.seed)
+
+    def attribute(self, prepared: Prepared, names: Collection[str]) -> dict[str, Scores]:
+        """See `Family`; fact ``evaluations``, prompts beside the original one."""
+        if not names:
+            return {}
+        source = torch.Generator().manual_seed(
+            zlib.crc32(f"{self._seed}/{prepared.example.id}".encode())
+        )
+        with torch.no_grad(), all_cores(), self._hf.fused_attention():
+            began = time.perf_counter()
+            scores = reagent(self._hf, prepared, REPLACEMENTS, source)
+            seconds = time.perf_counter() - began
+        return {"reagent": Scores(scores.numpy(), seconds, {"evaluations": float(REPLACEMENTS)})}
+
+
+def reagent(hf: HFModel, prepared: Prepared, count: int, source: torch.Generator) -> Tensor:
+    """Importance of the user's tokens, ``[P]`` float64 (Zhao & Shan, "ReAGent", 2024).
+
+    Each of ``count`` prompts has random tokens replaced. With ``delta`` the probability that a
+    token of the output loses by it, averaged over the output, ``logit((1 + delta) / 2)`` counts for
+    every replaced token and against every other one; scores are the means over the prompts. Unlike
+    there
+
+    - the tokens that replace others are drawn from what the explained model itself expects there
+      after the unchanged text before, without the token that stands there, and not from a masked
+      language model;
+    - all tokens of the output share the replacements, and these are ``count``, whatever they show;
+    - scores start at 0 and not at random, and the softmax that turns the paper's scores into a
+      distribution is left out: it does not change the order of tokens.
+    """
+    first, end = prepared.user
+    size = end - first
+    whole = torch.tensor(prepared.token_ids)
+    states = hf.model.model(input_ids=whole[None], use_cache=False).last_hidden_state[0]
+    chances = hf.model.lm_head(states[torch.arange(first - 1, end - 1).clamp(min=0)]).float()
+    chances[torch.arange(size), whole[first:end]] = -torch.inf
+    others = torch.multinomial(chances.softmax(-1), count, True, generator=source)
+    # As many in each prompt: those with the smallest of random numbers.
+    order = torch.rand(count, size, generator=source).argsort(-1).argsort(-1)
+    replaced = order < max(1, round(REPLACED_SHARE * size))
+    variants = whole.repeat(1 + count, 1)
+    variants[1:, first:end] = torch.where(replaced, others.T, whole[first:end])
+    answer = whole[slice(*prepared.target)]
+    found = []
+    for batch in variants.split(max(1, _REAGENT_BATCH_TOKENS // len(whole))):
+        logits = target_logits(hf.model, batch, prepared).float()
+        own = logits[:, torch.arange(len(answer)), answer]
+        found.append((own - logits.logsumexp(-1)).double().exp())
+    probabilities = torch.cat(found)
+    lost = (probabilities[0] - probabilities[1:]).mean(-1)
+    updates = torch.logit((1 + lost) / 2, eps=1e-6)
+    return (updates[:, None] * torch.where(replaced, 1.0, -1.0)).mean(0)
 
 
 class SimpleFamily(Family):

@@ -38,7 +38,7 @@ from rich.progress import track
 
 from benchmarks.faithfulness.__main__ import as_text, environment
 from benchmarks.faithfulness.attention import AttentionFamily, PackageFamily
-from benchmarks.faithfulness.baselines import SimpleFamily
+from benchmarks.faithfulness.baselines import ReagentFamily, SimpleFamily
 from benchmarks.faithfulness.engine import EngineResource
 from benchmarks.faithfulness.example import Example, Prepared, prepare
 from benchmarks.faithfulness.gradients import GradientFamily
@@ -74,7 +74,7 @@ KEEP_PROBABILITY = 0.5
 
 CHEAP = (OwnFamily, WordFamily, SimpleFamily)
 COSTLY = (CutFamily,)
-OFFLINE = (AttentionFamily, LogitDirectionFamily, PackageFamily, GradientFamily)
+OFFLINE = (AttentionFamily, LogitDirectionFamily, PackageFamily, GradientFamily, ReagentFamily)
 """Families that run the model in Hugging Face transformers, once the engine is gone."""
 OURS = [
     "flashtrace-k0",
@@ -96,7 +96,7 @@ if importlib.util.find_spec("wordllama") is not None:
     WORDS.append("embedding")
 WIDE = ["flashtrace-k1", "flashtrace-auto-predicting-skip", *WORDS]
 """The paper's formula, our defaults, and what no model is asked for; on the most examples."""
-COST = {"loo-sentence": "left_out", "contextcite": "ablated"}
+COST = {"loo-sentence": "left_out", "contextcite": "ablated", "contextcite-128": "offline"}
 """Methods that ask the model many times, and the option that says for how many examples."""
 HF = [
     "logit-direction",
@@ -105,6 +105,8 @@ HF = [
     "value-norm",
     "flashtrace-package",
     "attn-lrp",
+    "alti-rollout",
+    "attention-gradient",
 ]
 DROPPED = [
     "flashtrace-k1",

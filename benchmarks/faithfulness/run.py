@@ -24,7 +24,12 @@ from rich.progress import track
 
 from benchmarks.faithfulness import metrics
 from benchmarks.faithfulness.attention import AttentionFamily, PackageFamily
-from benchmarks.faithfulness.baselines import AblationFamily, ClpFamily, SimpleFamily
+from benchmarks.faithfulness.baselines import (
+    AblationFamily,
+    ClpFamily,
+    ReagentFamily,
+    SimpleFamily,
+)
 from benchmarks.faithfulness.engine import EngineResource
 from benchmarks.faithfulness.example import MethodFailed, Prepared, Scores, prepare, stop_mask
 from benchmarks.faithfulness.gradients import GradientFamily
@@ -40,6 +45,7 @@ FAMILIES = (
     PackageFamily,
     GradientFamily,
     ClpFamily,
+    ReagentFamily,
     AblationFamily,
     SimpleFamily,
 )
@@ -60,8 +66,12 @@ EXPENSIVE = {
     "loo-token": 1,
     "loo-sentence": 10,
     "contextcite": 1,
+    "contextcite-128": 1,
     "clp-sentence": 1,
+    "reagent": 1,
     "integrated-gradients": 1,
+    "attention-times-ig": 1,
+    "attention-ig": 1,
 }
 """Six seconds and more for one short example: they run on the first examples of each task, the
 cheaper ones on so many times more. ``loo-token`` takes over a minute and runs where asked for."""

@@ -34,7 +34,7 @@ def double_model(hf: HFModel) -> Any:
 
 @pytest.fixture(scope="session")
 def resources(hf: HFModel) -> Any:
-    return types.SimpleNamespace(hf=hf)
+    return types.SimpleNamespace(hf=hf, seed=0)
 
 
 @pytest.fixture(scope="session")

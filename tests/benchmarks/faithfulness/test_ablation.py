@@ -70,6 +70,15 @@ def test_contextcite_ranks_the_sentence_that_matters() -> None:
     np.testing.assert_array_equal(again, values)
 
 
+def test_contextcite_with_more_ablations_is_nearer() -> None:
+    ablation, scorer = family({5: 12.0, 13: 4.0})
+    prepared = prepared_example()
+    values = ablation.attribute(prepared, ["contextcite-128"])["contextcite-128"]
+    assert scorer.calls == values.facts["evaluations"] == 128
+    sums = [values.values[first - 2 : end - 2].sum() for first, end in prepared.sentences]
+    np.testing.assert_allclose(sums, [0, 12, 0, 4], atol=0.3)
+
+
 def test_lasso_recovers_a_sparse_linear_function() -> None:
     source = np.random.default_rng(0)
     features = source.standard_normal((200, 30))

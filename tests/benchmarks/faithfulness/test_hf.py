@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.faithfulness import baselines
 from benchmarks.faithfulness.attention import (
     AttentionFamily,
     PackageFamily,
+    alti_rollout,
     attention_mean,
     attention_rollout,
     cage,
@@ -24,7 +26,7 @@ from benchmarks.faithfulness.attention import (
     token_rows,
     value_norm,
 )
-from benchmarks.faithfulness.baselines import ClpFamily, clp_divergences
+from benchmarks.faithfulness.baselines import ClpFamily, ReagentFamily, clp_divergences, reagent
 from benchmarks.faithfulness.example import Family, MethodFailed, Prepared
 from benchmarks.faithfulness.gradients import GradientFamily
 from benchmarks.faithfulness.hf import HFModel
@@ -145,6 +147,34 @@ def test_attention_rollout(hf: HFModel, prepared: Prepared, layers: list[LayerAc
     assert relative_l1(scores, wanted) < 1e-5
 
 
+def test_alti_rollout(hf: HFModel, prepared: Prepared, layers: list[LayerActivations]) -> None:
+    """Against the paper's formula, pair by pair, and the product of whole matrices."""
+    length = len(prepared.token_ids)
+    rollout = torch.eye(length, dtype=torch.float64)
+    for layer in layers:
+        heads = len(layer.alpha)
+        values = layer.value.repeat_interleave(heads // layer.value.shape[1], dim=1)
+        projection = layer.o_proj.unflatten(1, (heads, -1))
+        vectors = torch.einsum("hij,jhd,Dhd->ijD", layer.alpha, values, projection)
+        vectors[range(length), range(length)] += layer.x_prev
+        torch.testing.assert_close(vectors.sum(1), layer.x_mid)  # They are all of the stream.
+        norms = [
+            [
+                max(0.0, float(y.abs().sum() - (y - vectors[i, j]).abs().sum()))
+                for j in range(length)
+            ]
+            for i, y in enumerate(layer.x_mid)
+        ]
+        contributions = torch.tensor(norms, dtype=torch.float64)
+        rollout = contributions / contributions.sum(-1, keepdim=True) @ rollout
+    wanted = rollout[prepared.target[0] - 1 : prepared.target[1] - 1].mean(0)
+    scores, facts = alti_rollout(hf.recorded(prepared), prepared)
+    assert relative_l1(scores, wanted) < 1e-5
+    assert float(scores.sum()) == pytest.approx(1, abs=1e-5)
+    mass = float(wanted[slice(*prepared.reasoning)].sum())
+    assert facts["reasoning_mass"] == pytest.approx(mass, rel=1e-3)
+
+
 def test_value_norm(hf: HFModel, prepared: Prepared, layers: list[LayerActivations]) -> None:
     def one_hop(w: Tensor) -> Tensor:
         scores = torch.zeros_like(w)
@@ -177,7 +207,9 @@ def test_too_many_tokens_are_refused(hf: HFModel) -> None:
         hf.check_attention_fits(20_000)
 
 
-@pytest.mark.parametrize("kind", [AttentionFamily, PackageFamily, GradientFamily, ClpFamily])
+@pytest.mark.parametrize(
+    "kind", [AttentionFamily, PackageFamily, GradientFamily, ClpFamily, ReagentFamily]
+)
 @pytest.mark.parametrize("case", ["prepared", "without_reasoning"])
 def test_scores_of_every_method(
     kind: type[Family], case: str, resources: Any, request: pytest.FixtureRequest
@@ -233,3 +265,42 @@ def test_clp_is_the_divergence_of_each_sentence(hf: HFModel, prepared: Prepared)
     found = clp_divergences(hf, prepared)
     assert len(found) == 3
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_reagent_weighs_its_replacements(
+    hf: HFModel, double_model: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the paper's update, prompt by prompt, with the prompts that were scored."""
+    variants: list[Tensor] = []
+    stock = baselines.target_logits
+
+    def watched(model: Any, ids: Tensor, prepared: Prepared) -> Tensor:
+        variants.extend(ids)
+        return stock(model, ids, prepared)
+
+    monkeypatch.setattr(baselines, "target_logits", watched)
+    scores = reagent(hf, prepared, 50, torch.Generator().manual_seed(1))
+    whole, *changed = variants
+    assert whole.tolist() == list(prepared.token_ids) and len(changed) == 50
+    answer = range(*prepared.target)
+
+    def probabilities(ids: Tensor) -> Tensor:
+        chances = double_model(ids[None]).logits[0].softmax(-1)
+        return torch.stack([chances[at - 1, prepared.token_ids[at]] for at in answer])
+
+    original = probabilities(whole)
+    wanted = torch.zeros(prepared.num_user_tokens, dtype=torch.float64)
+    times = torch.zeros(prepared.num_user_tokens)
+    for variant in changed:
+        delta = (original - probabilities(variant)).mean()
+        update = torch.log((1 + delta) / (1 - delta))
+        replaced = (variant != whole)[slice(*prepared.user)]
+        assert int(replaced.sum()) == int((variant != whole).sum())  # None but the user's.
+        assert int(replaced.sum()) == round(0.3 * prepared.num_user_tokens)
+        wanted += torch.where(replaced, update, -update) / len(changed)
+        times += replaced
+    assert times.min() > 0
+    torch.testing.assert_close(scores, wanted, rtol=1e-3, atol=1e-6)
+    replay = reagent(hf, prepared, 50, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(replay, scores, rtol=0, atol=0)
