@@ -42,6 +42,8 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "faithfulness_lengths": ("faithfulness.json", faithfulness.by_length),
     "faithfulness_perturbation": ("faithfulness.json", faithfulness.perturbation),
     "own_answers": ("own_answers.json", own_summary.quality),
+    "own_answers_wide": ("own_answers*.json", own_summary.by_length),
+    "own_answers_wide_tasks": ("own_answers.json", own_summary.widely_by_task),
     "own_answers_tasks": ("own_answers.json", own_summary.by_task),
     "own_answers_pooling": ("own_answers.json", own_summary.by_pooling),
     "gpu_kernels": ("gpu_kernels.json", tables.gpu_kernels),
