@@ -18,6 +18,7 @@ from tests.engine.harness import (
 from tests.oracle import oracle_scores
 from tests.tiny_models import (
     FAMILIES,
+    LLAMA4_ENGINE,
     PROVEN_FAMILIES,
     Family,
     make_other_model,
@@ -139,7 +140,9 @@ def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
 
 
 def _engine_args(family: Family) -> dict[str, Any]:
-    """Where a CPU has AMX, vLLM has another backend of latent attention, which is refused."""
+    if family == "llama4":
+        return LLAMA4_ENGINE
+    # Where a CPU has AMX, vLLM has another backend of latent attention, which is refused.
     return {"attention_backend": "CPU_MLA"} if family.startswith("deepseek") else {}
 
 
