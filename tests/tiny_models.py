@@ -46,11 +46,8 @@ HYBRIDS: tuple[Family, ...] = ("granite_hybrid", "qwen3_next")
 PROVEN_FAMILIES = tuple(
     family for family in get_args(Family) if family not in (*FAMILIES, *HYBRIDS)
 )
-# Chunks are made of whole blocks. vLLM has to be told that queries grow with their position.
-LLAMA4_ENGINE: dict[str, Any] = {
-    "block_size": 32,
-    "override_generation_config": {"attn_temperature_tuning": True},
-}
+# vLLM does not read of the config that queries grow with their position.
+LLAMA4_ENGINE: dict[str, Any] = {"override_generation_config": {"attn_temperature_tuning": True}}
 VOCABULARY = 512
 MAX_POSITION = 2048
 

@@ -10,18 +10,14 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
-from tests.engine.test_start_proof import (
-    LAYER,
-    LIMIT,
-    proven,
-    reads_form,
-    start_reports,
-)
+from tests.engine.test_start_proof import LAYER, LIMIT, proven, reads_form, start_reports
 from tests.oracle import oracle_scores
 from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model
+from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import start_proof
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
+from vllm_flashtrace.worker.layers import TracedLayer, find_layers
 
 TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
 TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
@@ -58,6 +54,7 @@ def engine(folder: Path) -> Iterator[Engine]:
         max_model_len=1024,
         max_num_batched_tokens=256,
         max_num_seqs=8,
+        block_size=32,
         **LLAMA4_ENGINE,
     )
     yield engine
@@ -154,6 +151,16 @@ def test_what_is_left_out_is_seen(
     assert f"failed in layer {layer} (" in report["refusal"]
     assert start_proof._MEASURES["attention"] in report["refusal"]
     assert error > wrong
+
+
+def test_chunks_that_are_not_computed_are_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Transformers' code, where vLLM lets every layer see every token."""
+    runner = engine.on_worker(lambda worker: worker.model_runner)
+    monkeypatch.setattr(TracedLayer, "chunk_size", None)
+    with pytest.raises(UnsupportedModelError, match=r"every token \(model\.layers\.0\."):
+        find_layers(runner.get_model(), runner.vllm_config)
 
 
 def test_the_report(engine: Engine) -> None:

@@ -29,7 +29,7 @@ def test_traces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """In steps of 16, with and without a prefix-cache hit, beside requests that take blocks."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"block_size": 32}
+    options: dict[str, Any] = {}
     if kind == "chunks":
         folder = reference = make_tiny_model("llama4", tmp_path / "llama4")
         options = LLAMA4_ENGINE
@@ -46,6 +46,7 @@ def test_traces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         max_model_len=1536,
         max_num_batched_tokens=64,
         max_num_seqs=8,
+        block_size=32,
         num_gpu_blocks_override=BLOCKS[kind],
         **options,
     )

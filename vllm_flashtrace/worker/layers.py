@@ -232,6 +232,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
         raise UnsupportedModelError("attention layers of different sizes are not supported")
     _check_block_norms(layers)
     _check_gates(layers, config)
+    _check_chunks(layers, config)
     return layers
 
 
@@ -536,6 +537,21 @@ def _check_gates(layers: list[TracedLayer], config: VllmConfig) -> None:
     for feature, present in refusals.items():
         if present:
             raise UnsupportedModelError(f"traces are not supported with {feature}")
+
+
+def _check_chunks(layers: list[TracedLayer], config: VllmConfig) -> None:
+    """Refuses models that vLLM computes without their chunks, as it does in Transformers' code."""
+    text = config.model_config.hf_text_config
+    kinds = getattr(text, "layer_types", None) or ()
+    if not getattr(text, "attention_chunk_size", None):
+        return
+    for layer in layers:
+        has_chunks = "chunked_attention" in kinds[layer.index : layer.index + 1]
+        if has_chunks and layer.chunk_size is None:
+            raise UnsupportedModelError(
+                "traces are not supported with chunked local attention that is computed as "
+                f"attention to every token ({layer.name})"
+            )
 
 
 def _multiplier(layer_name: str, decoder: nn.Module) -> float:
