@@ -12,7 +12,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``engine_options``      | all      | bad plugin options stop the start               |
 | ``external_cache``      | all      | how far a trace request may load from elsewhere |
 | ``image_cache``         | all      | traces leave the engine's image cache alone     |
-| ``kept_blocks``         | all      | a trace keeps blocks behind sliding windows     |
+| ``kept_blocks``         | all      | a trace keeps blocks that layers have freed     |
 | ``mla_attention``       | all      | latent attention shows queries and output       |
 | ``model_load``          | all      | taps are placed on a model as it is loaded      |
 | ``model_runner_v1``     | all      | four methods of the V1 model runner             |

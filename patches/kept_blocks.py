@@ -1,6 +1,7 @@
-"""Keeps the blocks that a trace reads at its end, where layers have a sliding window.
+"""Keeps the blocks that a trace reads at its end, where layers have a sliding window or chunks.
 
-What it changes: ``SlidingWindowManager`` frees a request's blocks behind its window. For a trace
+What it changes: ``SlidingWindowManager`` frees a request's blocks behind its window, and
+``ChunkedLocalAttentionManager`` those in front of its chunk. For a trace
 ``remove_skipped_blocks`` frees none that a target row sees: it is told that no more tokens are
 computed than lie in front of the first target. ``get_num_blocks_to_allocate`` then reserves a
 trace's blocks without the cap that counts on their being freed. ``KVCacheManager.allocate_slots``
@@ -8,7 +9,7 @@ notes which requests are traces, and ``free`` and ``pop_blocks_for_free`` forget
 without a sealed trace spec are treated as ever, and so are traces for which the whole cache is too
 small; see ``worker.layers.keeps_blocks``.
 
-Why here: the values of a chunk's window are read when the last chunk is over. vLLM keeps or frees
+Why here: the values that a step's rows see are read when the last step is over. vLLM keeps or frees
 by the kind of layer alone; no request field sets it.
 
 Tested on: vLLM 0.32.0.
@@ -20,13 +21,19 @@ import functools
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    SlidingWindowManager,
+)
 
 from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 from vllm_flashtrace.patches.prefix_cache import spec_of
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker.layers import keeps_blocks
+
+_FREEING = (ChunkedLocalAttentionManager, SlidingWindowManager)
+_COUNT = "get_num_blocks_to_allocate"
 
 # First target position of the traces that hold blocks, by request id; ids are unique.
 _traces: dict[str, int] = {}
@@ -38,23 +45,23 @@ def check() -> None:
         (KVCacheManager, "allocate_slots", ("self", "request")),
         (KVCacheManager, "free", ("self", "request")),
         (KVCacheManager, "pop_blocks_for_free", ("self", "request")),
-        (
-            SlidingWindowManager,
-            "remove_skipped_blocks",
-            ("self", "request_id", "processed_computed_tokens"),
+        *(
+            (kind, name, ("self", "request_id", *more))
+            for kind in _FREEING
+            for name, more in (
+                ("remove_skipped_blocks", ("processed_computed_tokens",)),
+                (_COUNT, ()),
+            )
         ),
-        (SlidingWindowManager, "get_num_blocks_to_allocate", ("self", "request_id")),
     ):
         require_parameters(getattr(kind, name, None), f"{kind.__name__}.{name}", *parameters)
-    name = "get_num_blocks_to_allocate"
-    require_keyword(getattr(SlidingWindowManager, name), name, "apply_admission_cap")
+    for kind in _FREEING:
+        require_keyword(getattr(kind, _COUNT), _COUNT, "apply_admission_cap")
 
 
 def apply() -> None:
     """Wraps the methods."""
     stock_allocate = KVCacheManager.allocate_slots
-    stock_remove = SlidingWindowManager.remove_skipped_blocks
-    stock_count = SlidingWindowManager.get_num_blocks_to_allocate
 
     @functools.wraps(stock_allocate)
     def allocate_slots(self: KVCacheManager, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,31 +70,34 @@ def apply() -> None:
             _note(self, request)
         return stock_allocate(self, request, *args, **kwargs)
 
-    @functools.wraps(stock_remove)
-    def remove_skipped_blocks(
-        self: SlidingWindowManager,
-        request_id: str,
-        processed_computed_tokens: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        target = _traces.get(request_id, processed_computed_tokens)
-        stock_remove(self, request_id, min(target, processed_computed_tokens), *args, **kwargs)
-
-    @functools.wraps(stock_count)
-    def get_num_blocks_to_allocate(
-        self: SlidingWindowManager, request_id: str, *args: Any, **kwargs: Any
-    ) -> int:
-        if request_id in _traces:
-            kwargs["apply_admission_cap"] = False
-        blocks: int = stock_count(self, request_id, *args, **kwargs)
-        return blocks
-
     KVCacheManager.allocate_slots = allocate_slots
     KVCacheManager.free = _forgetting(KVCacheManager.free)
     KVCacheManager.pop_blocks_for_free = _forgetting(KVCacheManager.pop_blocks_for_free)
-    SlidingWindowManager.remove_skipped_blocks = remove_skipped_blocks
-    SlidingWindowManager.get_num_blocks_to_allocate = get_num_blocks_to_allocate
+    for kind in _FREEING:
+        kind.remove_skipped_blocks = _keeping(kind.remove_skipped_blocks)
+        kind.get_num_blocks_to_allocate = _counting(kind.get_num_blocks_to_allocate)
+
+
+def _keeping(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def remove_skipped_blocks(
+        self: Any, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        target = _traces.get(request_id, processed_computed_tokens)
+        stock(self, request_id, min(target, processed_computed_tokens), *args, **kwargs)
+
+    return remove_skipped_blocks
+
+
+def _counting(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def get_num_blocks_to_allocate(self: Any, request_id: str, *args: Any, **kwargs: Any) -> int:
+        if request_id in _traces:
+            kwargs["apply_admission_cap"] = False
+        blocks: int = stock(self, request_id, *args, **kwargs)
+        return blocks
+
+    return get_num_blocks_to_allocate
 
 
 def _forgetting(stock: Any) -> Any:

@@ -35,6 +35,7 @@ Family = Literal[
     "afmoe",
     "laguna",
     "laguna_elements",
+    "llama4",
     "granite_hybrid",
     "qwen3_next",
 ]
@@ -45,6 +46,8 @@ HYBRIDS: tuple[Family, ...] = ("granite_hybrid", "qwen3_next")
 PROVEN_FAMILIES = tuple(
     family for family in get_args(Family) if family not in (*FAMILIES, *HYBRIDS)
 )
+# vLLM does not read of the config that queries grow with their position.
+LLAMA4_ENGINE: dict[str, Any] = {"override_generation_config": {"attn_temperature_tuning": True}}
 VOCABULARY = 512
 MAX_POSITION = 2048
 
@@ -227,6 +230,8 @@ def _model(family: Family, num_kv_heads: int) -> Any:
                 gating="per-element" if family == "laguna_elements" else "per-head",
             )
         )
+    if family == "llama4":
+        return _llama4(common)
     if family == "granite_hybrid":
         states = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1}
         multipliers = {"residual_multiplier": 0.5, "attention_multiplier": 0.25}
@@ -302,6 +307,29 @@ def _deepseek(family: Family) -> Any:
     routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # Read by vLLM alone.
     config = hf.DeepseekV3Config(**made, **routing, q_lora_rank=96, n_group=2)
     return hf.DeepseekV3ForCausalLM(config)
+
+
+def _llama4(common: dict[str, Any]) -> Any:
+    """Chunks of 32 tokens in all layers but the last, which has no positions; experts in two.
+
+    In the last layer queries grow every 16 tokens. See `LLAMA4_ENGINE`.
+    """
+    import transformers as hf
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            **common,
+            **experts,
+            head_dim=32,
+            intermediate_size_mlp=256,
+            attention_chunk_size=32,
+            floor_scale=16,
+            attn_scale=0.5,
+            rope_parameters=rope,
+        )
+    )
 
 
 def _randomise(model: Any, seed: int) -> None:

@@ -52,7 +52,9 @@ def test_equals_the_definition_for_any_block_size(case, block_rows) -> None:
     )
 
 
-@pytest.mark.parametrize("form", [FORM, AttentionForm(SCALE, sliding_window=9)])
+@pytest.mark.parametrize(
+    "form", [FORM, AttentionForm(SCALE, sliding_window=9), AttentionForm(SCALE, chunk_size=11)]
+)
 @pytest.mark.parametrize("targets", [1, 2])
 def test_factors_of_rows_heads_and_coordinates(form: AttentionForm, targets: int) -> None:
     """Those of each coordinate give as many sums, those of a head side by side."""

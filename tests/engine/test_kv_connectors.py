@@ -30,7 +30,7 @@ from tests.kv_connectors import (
     memory_offloading,
 )
 from tests.oracle import oracle_scores
-from tests.tiny_models import make_tiny_model, make_windowed_llama
+from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model, make_windowed_llama
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops
@@ -206,14 +206,20 @@ def latents(folder: Path) -> tuple[Path, Path]:
     return model, model
 
 
+def chunks(folder: Path) -> tuple[Path, Path]:
+    model = make_tiny_model("llama4", folder)
+    return model, model
+
+
 @pytest.mark.parametrize(
     ("make", "chunk", "overrides"),
     [
         (partial(windows, first="full_attention"), 1, {"num_gpu_blocks_override": 44}),
         (partial(windows, first="sliding_attention"), 2, {}),
         (latents, 1, {"num_gpu_blocks_override": 44, "attention_backend": "CPU_MLA"}),
+        (chunks, 1, {"num_gpu_blocks_override": 88, **LLAMA4_ENGINE}),
     ],
-    ids=["mixed", "windows", "latents"],
+    ids=["mixed", "windows", "latents", "chunks"],
 )
 def test_offloading_of_other_caches(
     make: Any, chunk: int, overrides: dict[str, Any], tmp_path: Path

@@ -18,6 +18,7 @@ from tests.engine.harness import (
 from tests.oracle import oracle_scores
 from tests.tiny_models import (
     FAMILIES,
+    LLAMA4_ENGINE,
     PROVEN_FAMILIES,
     Family,
     make_other_model,
@@ -27,6 +28,8 @@ from tests.tiny_models import (
 from vllm_flashtrace.core.weights import TargetWeights
 
 LIMIT = 1e-3
+# Chunks are made of whole blocks.
+CHUNKS = {"block_size": 32, **LLAMA4_ENGINE}
 
 
 @pytest.mark.parametrize("family", (*FAMILIES, *PROVEN_FAMILIES))
@@ -45,7 +48,7 @@ GATED = ("afmoe", "laguna", "laguna_elements")
     [
         family if family in EVERY_RUN else pytest.param(family, marks=pytest.mark.long)
         for family in (*FAMILIES, *PROVEN_FAMILIES)
-        if family not in GATED
+        if family not in (*GATED, "llama4")
     ],
 )
 def test_in_transformers_code(family: Family, tmp_path: Path) -> None:
@@ -138,8 +141,15 @@ def test_sliding_window_in_some_layers(tmp_path: Path) -> None:
     _compare(folder, reference, disable_hybrid_kv_cache_manager=True)
 
 
+def test_chunks_in_a_cache_that_keeps_every_token(tmp_path: Path) -> None:
+    folder = make_tiny_model("llama4", tmp_path / "llama4")
+    _compare(folder, folder, disable_hybrid_kv_cache_manager=True, **CHUNKS)
+
+
 def _engine_args(family: Family) -> dict[str, Any]:
-    """Where a CPU has AMX, vLLM has another backend of latent attention, which is refused."""
+    if family == "llama4":
+        return CHUNKS
+    # Where a CPU has AMX, vLLM has another backend of latent attention, which is refused.
     return {"attention_backend": "CPU_MLA"} if family.startswith("deepseek") else {}
 
 

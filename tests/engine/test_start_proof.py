@@ -240,6 +240,7 @@ def test_the_report(engine: Engine) -> None:
         "residual_multipliers": [1.0],
         "output_gates": False,
         "windows": [None],
+        "chunks": [None],
         "soft_caps": [],
         "sinks": False,
         "alibi": False,

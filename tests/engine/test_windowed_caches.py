@@ -1,8 +1,9 @@
-"""Layers with sliding windows, in KV cache groups that free the blocks behind them."""
+"""Layers with sliding windows or chunks, in KV cache groups that free the blocks behind them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,23 +11,31 @@ import torch
 from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1
 from tests.engine.test_start_proof import start_reports
 from tests.oracle import oracle_scores
-from tests.tiny_models import make_windowed_llama
+from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model, make_windowed_llama
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.patches import kept_blocks
 
 MIXED = ("full_attention", "sliding_attention")
+# Blocks of a cache that has room for 700 tokens and not for 1,400.
+BLOCKS = {"mixed": 70, "windows": 40, "chunks": 96}
 TOKENS = torch.randint(5, 500, (700,), generator=torch.Generator().manual_seed(1)).tolist()
 LONG = TOKENS * 2
 
 
-@pytest.mark.parametrize("kinds", [MIXED, ("sliding_attention",) * 2], ids=["mixed", "windows"])
-def test_traces(kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of 16, with and without a prefix-cache hit, beside requests that take blocks."""
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_traces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps of 16, with and without a prefix-cache hit, beside requests that take blocks."""
     from transformers import AutoModelForCausalLM
 
-    folder, reference = make_windowed_llama(tmp_path, kinds)
+    options: dict[str, Any] = {}
+    if kind == "chunks":
+        folder = reference = make_tiny_model("llama4", tmp_path / "llama4")
+        options = LLAMA4_ENGINE
+    else:
+        kinds = MIXED if kind == "mixed" else ("sliding_attention",) * 2
+        folder, reference = make_windowed_llama(tmp_path, kinds)
     model = AutoModelForCausalLM.from_pretrained(
         reference, attn_implementation="eager", dtype=torch.float32
     )
@@ -38,7 +47,8 @@ def test_traces(kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.Monk
         max_num_batched_tokens=64,
         max_num_seqs=8,
         block_size=32,
-        num_gpu_blocks_override=70 if kinds == MIXED else 40,
+        num_gpu_blocks_override=BLOCKS[kind],
+        **options,
     )
 
     def errors(stop: int, start: int, rows: FurtherHops | None = None) -> float:
@@ -60,7 +70,7 @@ def test_traces(kinds: tuple[str, str], tmp_path: Path, monkeypatch: pytest.Monk
             "hit": errors(500, 300),
             "hops": errors(700, 650, FurtherHops(torch.arange(300, 420), 2)),
         }
-        print(f"{kinds}: relative L1 {found}")
+        print(f"{kind}: relative L1 {found}")
         assert max(found.values()) <= 1e-4
         last = TargetWeights.from_spans([(1350, 1400)])
         with pytest.raises(TraceError, match="too small to keep all blocks of 1400 tokens"):

@@ -104,16 +104,18 @@ def test_groups_of_a_cache() -> None:
     draft = KVCacheGroupSpec(["draft"], FullAttentionSpec(**sizes))
     windowed = KVCacheGroupSpec(["c"], SlidingWindowSpec(**sizes, sliding_window=64))
     chunked = KVCacheGroupSpec(["b"], ChunkedLocalAttentionSpec(**sizes, attention_chunk_size=16))
-    layers: Any = [SimpleNamespace(name=name) for name in ("a", "c")]
-    groups = cache_groups(KVCacheConfig(4, [], [draft, windowed, full]), layers)
-    assert (groups.numbers, groups.places) == ((1, 2), (1, 0))
-    assert (groups.layers(0), groups.layers(1)) == ([1], [0])
+    layers: Any = [SimpleNamespace(name=name) for name in ("a", "c", "b")]
+    groups = cache_groups(KVCacheConfig(4, [], [draft, windowed, full, chunked]), layers)
+    assert (groups.numbers, groups.places) == ((1, 2, 3), (1, 0, 2))
+    assert [groups.layers(place) for place in range(3)] == [[1], [0], [2]]
+    every = KVCacheGroupSpec(["b"], FullAttentionSpec(**sizes, non_causal=True))
     with pytest.raises(UnsupportedModelError, match="causal attention only"):
-        cache_groups(KVCacheConfig(4, [], [chunked]), [SimpleNamespace(name="b")])
+        cache_groups(KVCacheConfig(4, [], [every]), layers[2:])
     with pytest.raises(UnsupportedModelError, match="does not hold c"):
         cache_groups(KVCacheConfig(4, [], [full]), layers)
     for blocks, fits in ((9, False), (10, False), (11, True)):  # Five each, and the empty one.
-        assert keeps_blocks(KVCacheConfig(blocks, [], [full, windowed]), 64) == fits
+        for freeing in (windowed, chunked):
+            assert keeps_blocks(KVCacheConfig(blocks, [], [full, freeing]), 64) == fits
     assert keeps_blocks(KVCacheConfig(2, [], [full]), 64)
 
 

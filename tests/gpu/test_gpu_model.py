@@ -100,7 +100,7 @@ def test_soft_cap_and_alibi(loaded: V2Engine, layer: Any, monkeypatch: pytest.Mo
 def model_layer(loaded: V2Engine, layer: Any) -> Any:
     """The layer without the checks of a whole model: FlashInfer's are refused, see there."""
     projection = loaded.model.model.layers[1].self_attn.o_proj
-    return SimpleNamespace(attention=layer, out_proj=projection)
+    return SimpleNamespace(attention=layer, out_proj=projection, chunk_size=None)
 
 
 def set_scales(

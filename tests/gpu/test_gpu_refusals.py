@@ -180,7 +180,7 @@ LAYERS: dict[str, tuple[Change, str]] = {
         set_impl(alibi_slopes=SLOPES, sinks=torch.zeros(4)),
         "ALiBi and attention sinks",
     ),
-    "chunks": (set_impl(chunk_lookback=1), "chunked local attention"),
+    "lookback": (set_impl(chunk_lookback=1), "chunks that see earlier ones"),
     "window both ways": (
         set_impl(sliding_window=8, attn_type=AttentionType.ENCODER),
         "a sliding window of (7, 7)",

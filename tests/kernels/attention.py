@@ -139,6 +139,8 @@ def definition(case: Case, form: AttentionForm) -> tuple[Tensor, list[Tensor]]:
             hidden = tokens > position
             if form.sliding_window is not None:
                 hidden |= position - tokens >= form.sliding_window
+            if form.chunk_size is not None:
+                hidden |= tokens // form.chunk_size != position // form.chunk_size
             logits[:, hidden] = -torch.inf
             everything = logits
             if form.sinks is not None:

@@ -92,11 +92,15 @@ FORMS = {
     "window": {"sliding_window": 13},
     "window of one": {"sliding_window": 1},
     "window beyond": {"sliding_window": 10_000},
+    "chunks": {"chunk_size": 13},
+    "chunks of one": {"chunk_size": 1},
+    "chunks beyond": {"chunk_size": 10_000},
     "cap": {"soft_cap": 1.5},
     "alibi": {"alibi_slopes": 0.3},
     "sinks": {"sinks": 4.0},
     "window, cap and sinks": {"sliding_window": 20, "soft_cap": 2.0, "sinks": -2.0},
     "window, cap and alibi": {"sliding_window": 30, "soft_cap": 2.0, "alibi_slopes": 0.1},
+    "chunks, cap and sinks": {"chunk_size": 16, "soft_cap": 2.0, "sinks": -2.0},
 }
 
 
@@ -112,7 +116,7 @@ def test_attention_forms_in_torch(name: str) -> None:
 
 
 # Cutting meets what decides which keys are seen, and the sink, which is in one part alone.
-CUT = ["plain", "window", "window of one", "sinks", "window, cap and sinks"]
+CUT = ["plain", "window", "window of one", "chunks", "sinks", "window, cap and sinks"]
 
 
 @pytest.mark.parametrize(
@@ -410,6 +414,8 @@ def test_misfits_are_refused(change, message: str) -> None:
         ({"scale": 0.0}, "scale"),
         ({"scale": float("nan")}, "scale"),
         ({"scale": 1.0, "sliding_window": 0}, "sliding_window"),
+        ({"scale": 1.0, "chunk_size": 0}, "chunk_size"),
+        ({"scale": 1.0, "sliding_window": 4, "chunk_size": 8}, "not both"),
         ({"scale": 1.0, "soft_cap": -1.0}, "soft_cap"),
         ({"scale": 1.0, "soft_cap": float("inf")}, "soft_cap"),
     ],

@@ -46,6 +46,7 @@ def launch(case: Case, form: AttentionForm, layer: int = 0) -> None:
 
 CASES = [
     (Shape(groups=1, shared=4, dim=128, dtype=torch.bfloat16), {}),
+    (Shape(groups=1, shared=5, dim=128, dtype=torch.bfloat16), {"chunk_size": 64}),
     (Shape(groups=1, shared=7, dim=80, dtype=torch.float8_e4m3fn, query_dtype=torch.bfloat16),
      {"sliding_window": 9, "soft_cap": 2.0}),
     (Shape(groups=1, shared=1, dim=256, dtype=torch.float16), {"sinks": torch.zeros(1)}),
@@ -53,7 +54,7 @@ CASES = [
     (Shape(groups=3, shared=1, dim=192, block_size=64, dtype=torch.bfloat16, heads_first=True), {}),
 ]  # fmt: skip
 # For which they are compiled always; for the other one in the long runs.
-CAPABILITIES = [(80, 90), (90,), (80,), (80,), (80, 90)]
+CAPABILITIES = [(80, 90), (90,), (90,), (80,), (80,), (80, 90)]
 
 
 @pytest.mark.parametrize(

@@ -47,15 +47,16 @@ def paged_rows(positions: list[list[int]]) -> PagedRows:
     targets(),
     st.sampled_from([1, 3, 8]),
     st.sampled_from([4, 16]),
-    st.sampled_from([0, 1, 5, 1000]),
+    st.sampled_from([(0, 0), (1, 0), (5, 0), (1000, 0), (0, 1), (0, 7), (0, 32), (0, 1000)]),
     st.sampled_from([1, 40, 4096]),
 )
-def test_every_pair_is_in_one_piece_of_work(positions, row_tile, key_tile, window, enough) -> None:
+def test_every_pair_is_in_one_piece_of_work(positions, row_tile, key_tile, sight, enough) -> None:
+    window, chunk = sight
     rows = paged_rows(positions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_rows, "_ENOUGH_PROGRAMS", enough)
-        by_rows = rows.on_device.row_tiles(row_tile, key_tile, window)
-        by_keys = rows.on_device.key_tiles(key_tile, row_tile, window)
+        by_rows = rows.on_device.row_tiles(row_tile, key_tile, *sight)
+        by_keys = rows.on_device.key_tiles(key_tile, row_tile, *sight)
     for work, is_split in ((by_rows, True), (by_keys, False)):
         times = [torch.zeros(len(own), own[-1] + 1, dtype=torch.int64) for own in positions]
         for segment, first, last, start, stop, slot, full in work.items.tolist():
@@ -63,7 +64,7 @@ def test_every_pair_is_in_one_piece_of_work(positions, row_tile, key_tile, windo
             assert 0 <= first < last <= len(positions[segment])
             own = positions[segment][full - rows.first_row(segment) : last]
             assert full >= first + rows.first_row(segment)
-            assert all(position >= stop - 1 for position in own) and not (own and window)
+            assert all(position >= stop - 1 for position in own) and not (own and any(sight))
             assert 0 <= start < stop <= positions[segment][-1] + 1
             assert slot < max(1, work.slots)
             times[segment][first:last, start:stop] += 1
@@ -72,8 +73,12 @@ def test_every_pair_is_in_one_piece_of_work(positions, row_tile, key_tile, windo
             else:
                 assert stop - start <= key_tile and start % key_tile == 0
         for count, own in zip(times, positions, strict=True):
-            distances = torch.tensor(own)[:, None] - torch.arange(own[-1] + 1)
-            seen = (distances >= 0) & ((distances < window) if window else distances >= 0)
+            queries, keys = torch.tensor(own)[:, None], torch.arange(own[-1] + 1)
+            seen = queries >= keys
+            if window:
+                seen &= queries - keys < window
+            if chunk:
+                seen &= queries // chunk == keys // chunk
             assert (count[seen] == 1).all() and (count <= 1).all()
 
 
@@ -83,7 +88,7 @@ def test_parts_of_a_key_tile_are_found_again(positions, enough) -> None:
     rows = paged_rows(positions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_rows, "_ENOUGH_PROGRAMS", enough)
-        work = rows.on_device.key_tiles(16, 8, 0)
+        work = rows.on_device.key_tiles(16, 8, 0, 0)
     written = {
         slot: (s, start, stop) for s, _, _, start, stop, slot, _ in work.items.tolist() if slot >= 0
     }
@@ -100,7 +105,7 @@ def test_parts_of_a_key_tile_are_found_again(positions, enough) -> None:
 @given(targets(), st.sampled_from([1, 4096]))
 def test_work_of_a_segment_does_not_depend_on_the_others(positions, enough) -> None:
     def cut(rows: PagedRows, index: int) -> list[list[int]]:
-        work = rows.on_device.key_tiles(16, 8, 0)
+        work = rows.on_device.key_tiles(16, 8, 0, 0)
         return [
             [first - rows.first_row(index), last - rows.first_row(index), start, stop]
             for segment, first, last, start, stop, *_ in work.items.tolist()

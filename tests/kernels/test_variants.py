@@ -95,6 +95,7 @@ class Model:
     latents: int = 0
     adapters: bool = False
     window: int | None = None
+    chunk: int | None = None
     soft_cap: float = 0.0
     alibi: bool = False
     sinks: bool = False
@@ -134,6 +135,7 @@ class Model:
             form=AttentionForm(
                 0.1,
                 sliding_window=self.window,
+                chunk_size=self.chunk,
                 soft_cap=self.soft_cap,
                 alibi_slopes=per_head if self.alibi else None,
                 sinks=per_head if self.sinks else None,
@@ -173,6 +175,7 @@ MODELS = {
     "e5m2": Model(cached=E5M2, query_dtype=E4M3, block_size=64),
     "window": Model(window=100),
     "window of one": Model(window=1, shared=1),
+    "chunks": Model(chunk=8192),
     "window, cap, sinks": Model(window=4096, soft_cap=30.0, sinks=True),
     "cap and alibi": Model(soft_cap=30.0, alibi=True, shared=5),
     "many heads without groups": Model(groups=64, shared=1, hidden=4096),

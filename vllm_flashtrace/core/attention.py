@@ -29,12 +29,14 @@ class AttentionForm:
     """How a layer makes attention weights: everything it does to a logit before the softmax.
 
     With ``z = scale * q_ih . k_j``, the logit is ``soft_cap * tanh(z / soft_cap)`` if there is a
-    cap and ``z`` otherwise, plus ``alibi_slopes[h] * (j - i)``. Keys further back than the window
-    are not seen. A sink is one more logit in the denominator that belongs to no token.
+    cap and ``z`` otherwise, plus ``alibi_slopes[h] * (j - i)``. Keys further back than the window,
+    or in front of the query's chunk, are not seen. A sink is one more logit in the denominator that
+    belongs to no token.
 
     Attributes:
         scale: Positive factor on the dot products.
         sliding_window: Query ``i`` sees keys ``i - sliding_window < j <= i``; None sees all.
+        chunk_size: Query ``i`` sees keys ``i // chunk_size * chunk_size <= j <= i``; None sees all.
         soft_cap: Largest absolute logit; 0 for no cap.
         alibi_slopes: float32 ``[H]``, or None.
         sinks: float32 ``[H]``, or None.
@@ -45,6 +47,7 @@ class AttentionForm:
 
     scale: float
     sliding_window: int | None = None
+    chunk_size: int | None = None
     soft_cap: float = 0.0
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
@@ -54,6 +57,10 @@ class AttentionForm:
             raise ValueError(f"scale must be positive, got {self.scale}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
+        if self.sliding_window is not None and self.chunk_size is not None:
+            raise ValueError("a layer has a sliding window or chunks, not both")
         if not 0 <= self.soft_cap < math.inf:
             raise ValueError(f"soft_cap must not be negative, got {self.soft_cap}")
 
@@ -62,6 +69,7 @@ class AttentionForm:
         """Whether the layer is a causal softmax of scaled dot products and nothing else."""
         return (
             self.sliding_window is None
+            and self.chunk_size is None
             and self.soft_cap == 0
             and self.alibi_slopes is None
             and self.sinks is None
@@ -69,6 +77,8 @@ class AttentionForm:
 
     def first_visible(self, position: int) -> int:
         """The first key that a query sees."""
+        if self.chunk_size is not None:
+            return position // self.chunk_size * self.chunk_size
         return 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1)
 
 
@@ -276,12 +286,15 @@ class RowBlock:
         if form.soft_cap:
             logits.div_(form.soft_cap).tanh_().mul_(form.soft_cap)
         columns = torch.arange(first, self.columns, device=logits.device)
-        distances = self.positions.to(logits.device)[:, None] - columns  # [B, n]
+        positions = self.positions.to(logits.device)[:, None]
+        distances = positions - columns  # [B, n]
         if form.alibi_slopes is not None:
             logits -= form.alibi_slopes[:, None, None] * distances
         hidden = distances < 0
         if form.sliding_window is not None:
             hidden |= distances >= form.sliding_window
+        if form.chunk_size is not None:
+            hidden |= distances > positions % form.chunk_size
         logits.masked_fill_(hidden, float("-inf"))
         largest = logits.amax(dim=-1, keepdim=True)
         if form.sinks is not None:

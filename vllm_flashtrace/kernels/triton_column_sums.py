@@ -107,7 +107,8 @@ class SecondPass(NamedTuple):
         rows, tile = batch.rows, _TILES[batch.operands.tile_key]
         longest = max(len(segment.rows) for segment in rows.segments)
         row_tile = max(_FEWEST_ROWS, min(tile.rows, triton.next_power_of_2(longest)))
-        work = rows.on_device.key_tiles(tile.keys, row_tile, batch.alike.window)
+        alike = batch.alike
+        work = rows.on_device.key_tiles(tile.keys, row_tile, alike.window, alike.chunk)
         return cls(row_tile, tile, work)
 
     def floats(self, heads: int) -> int:
@@ -190,6 +191,7 @@ def _column_sums_kernel(
     EIGHT_BIT: tl.constexpr,
     EIGHT_BIT_QUERY: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     OPERANDS: tl.constexpr,
@@ -207,7 +209,7 @@ def _column_sums_kernel(
     entry = segments + segment * SEGMENT
     # Rows from here on see all keys of the tile and need no mask.
     full_row = last_row
-    if WINDOW == 0 and not HAS_ALIBI:
+    if WINDOW == 0 and CHUNK == 0 and not HAS_ALIBI:
         unseen = tl.load(item + 6) - first_row
         full_row = tl.minimum(first_row + tl.cdiv(unseen, ROWS) * ROWS, last_row)
 
@@ -256,9 +258,17 @@ def _column_sums_kernel(
                 dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 if masked:
                     own_positions = tl.load(positions + own_rows, mask=valid, other=-1)
-                    distances = own_positions[None, :] - tokens[:, None]
                     logits = masked_logits(
-                        dots, distances, slope, scale, soft_cap, WINDOW, HAS_CAP, HAS_ALIBI
+                        dots,
+                        own_positions[None, :],
+                        tokens[:, None],
+                        slope,
+                        scale,
+                        soft_cap,
+                        WINDOW,
+                        CHUNK,
+                        HAS_CAP,
+                        HAS_ALIBI,
                     )
                 else:
                     logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)

@@ -83,7 +83,8 @@ class FirstPass(NamedTuple):
         longest = max(len(segment.rows) for segment in rows.segments)
         queries = triton.next_power_of_2(min(longest * shared, tile.queries))
         queries = max(queries, triton.next_power_of_2(shared), _FEWEST_QUERIES)
-        work = rows.on_device.row_tiles(queries // shared, tile.keys, batch.alike.window)
+        alike = batch.alike
+        work = rows.on_device.row_tiles(queries // shared, tile.keys, alike.window, alike.chunk)
         return cls(queries, tile, work)
 
     def floats(self, rows: int, heads: int) -> int:
@@ -205,6 +206,7 @@ def _lse_kernel(
     EIGHT_BIT: tl.constexpr,
     EIGHT_BIT_QUERY: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -250,7 +252,7 @@ def _lse_kernel(
     table = tl.load(segments + segment * SEGMENT + 7).to(tl.pointer_type(tl.int32))
     # Whole tiles of keys that all rows see need no mask.
     masked_key = first_key
-    if WINDOW == 0 and not HAS_ALIBI:
+    if WINDOW == 0 and CHUNK == 0 and not HAS_ALIBI:
         seen = tl.minimum(tl.load(positions + first_row) + 1, last_key) - first_key
         masked_key = first_key + tl.maximum(seen, 0) // KEYS * KEYS
     for masked in tl.static_range(2):
@@ -275,9 +277,17 @@ def _lse_kernel(
             ).to(OPERANDS)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if masked:
-                distances = own_positions[:, None] - tokens[None, :]
                 logits = masked_logits(
-                    dots, distances, slope, scale, soft_cap, WINDOW, HAS_CAP, HAS_ALIBI
+                    dots,
+                    own_positions[:, None],
+                    tokens[None, :],
+                    slope,
+                    scale,
+                    soft_cap,
+                    WINDOW,
+                    CHUNK,
+                    HAS_CAP,
+                    HAS_ALIBI,
                 )
             else:
                 logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)

@@ -172,6 +172,7 @@ class _Alike(NamedTuple):
     strides: tuple[int, ...]
     aligned: bool
     window: int
+    chunk: int
     has_cap: bool
     has_alibi: bool
     has_sinks: bool
@@ -186,6 +187,7 @@ def _alike(keys: LayerKeys) -> tuple[Any, ...]:
         cache.stride(),
         cache.data_ptr() % _ALIGNMENT == 0,
         form.sliding_window or 0,
+        form.chunk_size or 0,
         form.soft_cap > 0,
         form.alibi_slopes is not None,
         form.sinks is not None,
@@ -295,6 +297,7 @@ class LayerBatch:
             "CACHED": stored_type(alike.dtype),
             "ALIGNED": alike.aligned,
             "WINDOW": alike.window,
+            "CHUNK": alike.chunk,
             "HAS_CAP": alike.has_cap,
             "HAS_ALIBI": alike.has_alibi,
             "EIGHT_BIT": eight_bit_format(alike.dtype),
@@ -443,18 +446,21 @@ def shaped_logits(dots, scale, soft_cap, HAS_CAP: tl.constexpr):
 @triton.jit
 def masked_logits(
     dots,
-    distances,
+    positions,
+    tokens,
     slopes,
     scale,
     soft_cap,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
     """As `shaped_logits`, and ``-inf`` where a query does not see a key.
 
-    `distances` says how many tokens a key lies behind its query.
+    `positions` of queries and keys' `tokens` lie along the axes of `dots`.
     """
+    distances = positions - tokens
     logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)
     if HAS_ALIBI:
         logits = logits if HAS_CAP else logits * scale
@@ -462,4 +468,6 @@ def masked_logits(
     visible = distances >= 0
     if WINDOW > 0:
         visible &= distances < WINDOW
+    if CHUNK > 0:
+        visible &= distances <= positions % CHUNK
     return tl.where(visible, logits, float("-inf"))

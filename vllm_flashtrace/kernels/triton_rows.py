@@ -105,13 +105,16 @@ class DeviceRows:
         )
         return cls(source, places, positions, weights, log_weights, segments, host)
 
-    def row_tiles(self, rows_per_tile: int, keys_per_tile: int, window: int) -> Work:
-        """Work that goes over the keys of a tile of rows; slots are splits of the keys."""
-        return self._cut(self._host.row_tiles, rows_per_tile, keys_per_tile, window)
+    def row_tiles(self, rows_per_tile: int, keys_per_tile: int, window: int, chunk: int) -> Work:
+        """Work that goes over the keys of a tile of rows; slots are splits of the keys.
 
-    def key_tiles(self, keys_per_tile: int, rows_per_tile: int, window: int) -> Work:
+        Window and chunk are those of `AttentionForm`, or 0.
+        """
+        return self._cut(self._host.row_tiles, rows_per_tile, keys_per_tile, window, chunk)
+
+    def key_tiles(self, keys_per_tile: int, rows_per_tile: int, window: int, chunk: int) -> Work:
         """Work that goes over the rows of a tile of keys; slot -1 adds to the sums itself."""
-        return self._cut(self._host.key_tiles, keys_per_tile, rows_per_tile, window)
+        return self._cut(self._host.key_tiles, keys_per_tile, rows_per_tile, window, chunk)
 
     def _cut(self, cut: Callable[..., tuple[_Ints, _Ints, int]], *sizes: int) -> Work:
         key = (cut.__name__, sizes)
@@ -146,7 +149,7 @@ class _HostRows:
         self._ascending = self.positions + self._segment * _FAR
 
     def row_tiles(
-        self, rows_per_tile: int, keys_per_tile: int, window: int
+        self, rows_per_tile: int, keys_per_tile: int, window: int, chunk: int
     ) -> tuple[_Ints, _Ints, int]:
         """See `DeviceRows.row_tiles`."""
         tiles = cdiv(self.count, rows_per_tile)
@@ -158,7 +161,9 @@ class _HostRows:
         start = np.zeros_like(stop)
         if window:
             start = np.maximum(self.positions[row + first] - window + 1, 0)
-            start = start // keys_per_tile * keys_per_tile
+        if chunk:
+            start = self.positions[row + first] // chunk * chunk
+        start = start // keys_per_tile * keys_per_tile
         longest = np.maximum.reduceat(stop - start, tiles.cumsum() - tiles)
         splits = self._splits(tiles, cdiv(longest, keys_per_tile))
         size = (cdiv(cdiv(longest, splits), keys_per_tile) * keys_per_tile)[segment]
@@ -172,7 +177,7 @@ class _HostRows:
         return np.stack(columns, 1), np.empty((0, REDUCTION.value), np.int64), int(splits.max())
 
     def key_tiles(
-        self, keys_per_tile: int, rows_per_tile: int, window: int
+        self, keys_per_tile: int, rows_per_tile: int, window: int, chunk: int
     ) -> tuple[_Ints, _Ints, int]:
         """See `DeviceRows.key_tiles`."""
         tiles = cdiv(self.columns, keys_per_tile)
@@ -183,6 +188,8 @@ class _HostRows:
         full = self._seeing(segment, stop - 1)
         if window:
             last = self._seeing(segment, stop - 1 + window)
+        if chunk:
+            last = self._seeing(segment, ((stop - 1) // chunk + 1) * chunk)
         splits = self._splits(tiles, cdiv(self.count, rows_per_tile))
         size = (cdiv(cdiv(self.count, splits), rows_per_tile) * rows_per_tile)[segment]
         number = np.maximum(cdiv(last - first, size), 0)
@@ -194,7 +201,7 @@ class _HostRows:
         begin = first[tile] + split * size[tile]
         end = np.minimum(begin + size[tile], last[tile])
         slot = np.where(several[tile], first_slot[tile] + split, -1)
-        full = end if window else np.clip(full[tile], begin, end)
+        full = end if window or chunk else np.clip(full[tile], begin, end)
         columns = [segment[tile], begin, end, start[tile], stop[tile], slot, full]
         return np.stack(columns, 1), reductions, int(parts.sum())
 

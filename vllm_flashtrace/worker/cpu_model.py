@@ -142,6 +142,7 @@ def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
     return AttentionForm(
         scale=float(impl.scale),
         sliding_window=layer.attention.sliding_window,
+        chunk_size=layer.chunk_size,
         soft_cap=float(impl.logits_soft_cap or 0),
         alibi_slopes=impl.alibi_slopes,
         sinks=impl.sinks.float() if impl.sinks is not None else None,

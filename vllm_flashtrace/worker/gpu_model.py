@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.attention.chunked_local_attention import (
+    create_chunked_local_attention_backend,
+)
 from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
@@ -371,6 +374,7 @@ def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm
     return AttentionForm(
         scale=float(impl.scale) * scales.key * query_scale,
         sliding_window=left + 1 if left >= 0 else None,
+        chunk_size=layer.chunk_size,
         soft_cap=float(impl.logits_soft_cap or 0.0),
         alibi_slopes=on_device(impl.alibi_slopes),
         sinks=on_device(impl.sinks),
@@ -416,15 +420,15 @@ def check_gpu_layer(layer: TracedLayer, flashinfer_quantizes: bool) -> None:
     attention: Any = layer.attention
     impl: Any = attention.impl
     backend = attention.attn_backend
-    # A backend derived from a recording one (chunked local attention, say) may build other block
-    # tables; only the classes that were registered are known.
+    # A backend derived from a recording one may build other block tables; only the classes that
+    # were registered are known, and what vLLM derives of them for chunks.
     if not isinstance(attention.impl, RecordingAttention) or backend.get_impl_cls() is not type(
         impl
     ):
         raise UnsupportedModelError(
             f"traces are not supported on the {backend.get_name()} backend ({layer.name})"
         )
-    if "get_impl_cls" not in vars(backend):
+    if "get_impl_cls" not in vars(_without_chunks(layer)):
         raise UnsupportedModelError(
             f"traces are not supported on the {backend.__name__} backend ({layer.name})"
         )
@@ -437,7 +441,7 @@ def check_gpu_layer(layer: TracedLayer, flashinfer_quantizes: bool) -> None:
         "ALiBi on the FLASHINFER backend": flashinfer and impl.alibi_slopes is not None,
         "ALiBi and attention sinks": impl.alibi_slopes is not None and impl.sinks is not None,
         "soft-capped logits on the FLASHINFER backend": flashinfer and bool(impl.logits_soft_cap),
-        "chunked local attention": getattr(impl, "chunk_lookback", -1) > -1,
+        "chunks that see earlier ones": getattr(impl, "chunk_lookback", -1) > -1,
         "attention to later image tokens": bool(attention.use_mm_prefix),
         f"a sliding window of {impl.sliding_window}": right > 0 or (left < 0) != (right < 0),
         "an fp8 KV cache for which FlashInfer quantizes the queries": (
@@ -451,6 +455,16 @@ def check_gpu_layer(layer: TracedLayer, flashinfer_quantizes: bool) -> None:
     for feature, present in refusals.items():
         if present:
             raise UnsupportedModelError(f"traces are not supported with {feature} ({layer.name})")
+
+
+def _without_chunks(layer: TracedLayer) -> Any:
+    """The backend that a layer's chunks are computed on; the layer's own if it has none."""
+    backend = layer.attention.attn_backend
+    if layer.chunk_size is None:
+        return backend
+    stock = backend.__base__
+    derived = create_chunked_local_attention_backend(stock, layer.chunk_size)
+    return stock if derived is backend else backend
 
 
 def flashinfer_quantizes_queries(config: VllmConfig) -> bool:

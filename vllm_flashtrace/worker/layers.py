@@ -20,11 +20,12 @@ from torch import nn
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.lora.layers import RowParallelLinearWithLoRA
-from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     MLAAttentionSpec,
@@ -72,6 +73,10 @@ _NORMS = (RMSNorm, GemmaRMSNorm)
 # What vLLM makes of the norms of models in Transformers' code; they gather what ranks have cut,
 # which the stream is not.
 _GATHERING_NORMS = ("TPAwareRMSNorm", "TPAwareGemmaRMSNorm")
+
+_ATTENTION = (Attention, ChunkedLocalAttention, MLAAttention)
+# Those whose caches free the blocks that no later token sees.
+_FREEING_SPECS = (ChunkedLocalAttentionSpec, SlidingWindowSpec)
 
 # The backends of latent attention whose caches are read, see `latents` and `gpu_latents`.
 CPU_LATENT_BACKEND = "CPU_MLA"
@@ -190,6 +195,12 @@ class TracedLayer:
             return HeadSizes(queries, queries, attention.qk_head_dim, values)
         return HeadSizes(queries, attention.num_kv_heads, attention.head_size, values)
 
+    @property
+    def chunk_size(self) -> int | None:
+        """Tokens of a chunk, where a token sees those of its own chunk alone."""
+        chunked = isinstance(self.attention, ChunkedLocalAttention)
+        return int(self.attention.attention_chunk_size) if chunked else None
+
 
 def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
     """The decoder layers of a model that are on this worker, in order.
@@ -221,6 +232,7 @@ def find_layers(model: nn.Module, config: VllmConfig) -> list[TracedLayer]:
         raise UnsupportedModelError("attention layers of different sizes are not supported")
     _check_block_norms(layers)
     _check_gates(layers, config)
+    _check_chunks(layers, config)
     return layers
 
 
@@ -527,6 +539,21 @@ def _check_gates(layers: list[TracedLayer], config: VllmConfig) -> None:
             raise UnsupportedModelError(f"traces are not supported with {feature}")
 
 
+def _check_chunks(layers: list[TracedLayer], config: VllmConfig) -> None:
+    """Refuses models that vLLM computes without their chunks, as it does in Transformers' code."""
+    text = config.model_config.hf_text_config
+    kinds = getattr(text, "layer_types", None) or ()
+    if not getattr(text, "attention_chunk_size", None):
+        return
+    for layer in layers:
+        has_chunks = "chunked_attention" in kinds[layer.index : layer.index + 1]
+        if has_chunks and layer.chunk_size is None:
+            raise UnsupportedModelError(
+                "traces are not supported with chunked local attention that is computed as "
+                f"attention to every token ({layer.name})"
+            )
+
+
 def _multiplier(layer_name: str, decoder: nn.Module) -> float:
     multiplier = float(getattr(decoder, "residual_multiplier", 1.0))
     if not 0 < multiplier < math.inf:
@@ -553,7 +580,7 @@ def _check_attention(
 ) -> Quantization | None:
     """How the output projection is quantised; refuses what is not traced."""
     refusals = {
-        f"{type(attention).__name__} layers": type(attention) not in (Attention, MLAAttention),
+        f"{type(attention).__name__} layers": type(attention) not in _ATTENTION,
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
         "an unknown output projection": not isinstance(out_proj, RowParallelLinear),
     }
@@ -620,8 +647,8 @@ class CacheGroups:
 def cache_groups(config: KVCacheConfig, layers: Sequence[TracedLayer]) -> CacheGroups:
     """Finds the groups of the KV cache that hold the layers.
 
-    A group of layers with a sliding window forgets tokens behind it; those that a trace needs are
-    kept for it, see `patches.kept_blocks`.
+    A group of layers with a sliding window, or with chunks, forgets tokens behind it; those that a
+    trace needs are kept for it, see `patches.kept_blocks`.
 
     Raises:
         UnsupportedModelError: A cache may forget what a trace needs, or does not hold a layer.
@@ -635,9 +662,9 @@ def cache_groups(config: KVCacheConfig, layers: Sequence[TracedLayer]) -> CacheG
         if layer.name not in number_of:
             raise UnsupportedModelError(f"the KV cache does not hold {layer.name}")
         spec = number_of[layer.name][1]
-        if getattr(spec, "attention_chunk_size", None) or getattr(spec, "non_causal", False):
+        if getattr(spec, "non_causal", False):
             raise UnsupportedModelError("traces are supported with causal attention only")
-        if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec):
+        if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, *_FREEING_SPECS):
             raise UnsupportedModelError(
                 f"traces are not supported with a {type(spec).__name__}: its cache does not keep "
                 "every token"
@@ -648,7 +675,7 @@ def cache_groups(config: KVCacheConfig, layers: Sequence[TracedLayer]) -> CacheG
 
 
 def keeps_blocks(config: KVCacheConfig, tokens: int) -> bool:
-    """Whether the KV cache has room for all blocks of a request, those behind windows included.
+    """Whether the KV cache has room for all blocks of a request, also those that others free.
 
     The scheduler and its workers ask this of the same configuration: the one keeps the blocks of a
     trace, the others trace it, or neither does.
@@ -658,7 +685,7 @@ def keeps_blocks(config: KVCacheConfig, tokens: int) -> bool:
         tokens: Tokens of the request; places for drafts take up to one more block.
     """
     groups = config.kv_cache_groups
-    if not any(type(group.kv_cache_spec) is SlidingWindowSpec for group in groups):
+    if not any(type(group.kv_cache_spec) in _FREEING_SPECS for group in groups):
         return True
     blocks = sum(-(-tokens // group.kv_cache_spec.block_size) + 1 for group in groups)
     return blocks < config.num_blocks  # Block 0 stays empty.

@@ -291,13 +291,16 @@ class Proof:
                 type(layer.block_norm.module).__name__ for layer in layers if layer.block_norm
             ),
             "query_key_norms": any(
-                hasattr(layer.block, name) for layer in layers for name in ("q_norm", "k_norm")
+                getattr(layer.block, name, None) is not None
+                for layer in layers
+                for name in ("q_norm", "k_norm", "qk_norm")
             ),
             "latent_attention": any(isinstance(layer.attention, MLAAttention) for layer in layers),
             "output_bias": any(layer.out_proj.bias is not None for layer in layers),
             "residual_multipliers": _distinct(layer.multiplier for layer in layers),
             "output_gates": self._model.gate_width > 0,
             "windows": _distinct(form.sliding_window for form in forms),
+            "chunks": _distinct(form.chunk_size for form in forms),
             "soft_caps": _distinct(form.soft_cap for form in forms if form.soft_cap),
             "sinks": any(form.sinks is not None for form in forms),
             "alibi": any(form.alibi_slopes is not None for form in forms),
