@@ -296,13 +296,13 @@ def make_quantized_model(
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    make_tiny_model(family, folder)
+    make_tiny_model(family, folder, experts=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             stem = name.removesuffix(".weight")
-            if stem.endswith("_proj") and not stem.endswith(scheme.skipped):
+            if _is_quantised(stem, scheme):
                 written, dequantized = scheme.write(parameter.float())
                 parameter.copy_(dequantized)
                 tensors.update({f"{stem}.{suffix}": t for suffix, t in written.items()})
@@ -319,11 +319,15 @@ def make_quantized_model(
     (folder / "config.json").write_text(json.dumps(config))
     if (activations := scheme.activations) is not None:
         for name, module in model.named_modules():
-            if name.endswith("_proj") and not name.endswith(scheme.skipped):
+            if _is_quantised(name, scheme):
                 module.register_forward_pre_hook(
                     lambda _, inputs: (rounded(inputs[0], activations),)
                 )
     return folder, model
+
+
+def _is_quantised(name: str, scheme: Scheme) -> bool:
+    return "_proj" in name.rpartition(".")[2] and not name.endswith(scheme.skipped)
 
 
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

@@ -232,7 +232,6 @@ REFUSALS: dict[str, tuple[str, str, Any]] = {
     "a sliding window of latent attention": ("mla_attn", "sliding_window", 64),
     "non-causal attention": ("mla_attn", "non_causal_multi_token_decode", True),
     "an output gate of latent attention": ("", "g_proj", torch.nn.Identity()),
-    "quantized weights in latent attention": ("kv_b_proj", "quant_method", object()),
     "an up-projection of latents that is packed or has a bias": (
         "kv_b_proj",
         "bias",
@@ -250,7 +249,7 @@ def test_refusals(engine: Engine, feature: str, monkeypatch: pytest.MonkeyPatch)
     tables = (vars(module), module._parameters, module._modules)
     [table] = [own for own in tables if name in own]
     monkeypatch.setitem(table, name, value)
-    assert _refusal(engine) == (
+    assert found_refusal(engine) == (
         f"traces are not supported with {feature} (model.layers.{LAYER}.self_attn.attn); the "
         "option 'partial_coverage' traces the other 3 alone"
     )
@@ -259,10 +258,12 @@ def test_refusals(engine: Engine, feature: str, monkeypatch: pytest.MonkeyPatch)
 def test_adapters_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     config = engine.on_worker(lambda worker: worker.vllm_config)
     monkeypatch.setitem(vars(config), "lora_config", object())
-    assert "LoRA adapters of a model with multi-head latent attention" in _refusal(engine)
+    assert "LoRA adapters of a model with multi-head latent attention" in found_refusal(engine)
 
 
-def _refusal(engine: Engine) -> str:
+def found_refusal(engine: Engine) -> str:
+    """Why the engine's model cannot be read."""
+
     def find(worker: Any) -> str:
         with pytest.raises(UnsupportedModelError) as caught:
             find_layers(worker.model_runner.get_model(), worker.vllm_config)

@@ -88,7 +88,8 @@ class ProductOfBlocks(Fp8BlockScaledMMLinearKernel):
 
 
 @contextmanager
-def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]:
+def kernels_that_run_here(dtype: torch.dtype) -> Iterator[None]:
+    """Torch in the place of the kernels that vLLM has for other CPUs, or for 16 bits, only."""
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
@@ -118,8 +119,14 @@ def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]
         else:  # It asks for AMX, but does without.
             always = classmethod(lambda *_: (True, None))
             patch.setattr(linear.CPUFp8BlockScaledMMKernel, "is_supported", always)
-        name = str(dtype).removeprefix("torch.")
-        place = {"in_process": True, "max_model_len": 1024, "dtype": name}
+        yield
+
+
+@contextmanager
+def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]:
+    name = str(dtype).removeprefix("torch.")
+    place = {"in_process": True, "max_model_len": 1024, "dtype": name}
+    with kernels_that_run_here(dtype):
         engine = Engine(folder, "quantised weights", **place, **options)
         try:
             yield engine

@@ -22,7 +22,7 @@ from vllm.distributed import get_pp_group
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -161,6 +161,7 @@ class TracedLayer:
             carry it beside what is to be added to it: a norm, or the layer itself; else None.
         multiplier: Factor on what the block adds to the stream.
         quantization: How ``W_O`` is quantised, or None.
+        up_quantization: How what makes keys and values of latents is quantised, or None.
         block_norm: The norm of what the block adds, or None.
         gate: What multiplies attention's output in front of ``W_O``, or None.
     """
@@ -177,6 +178,7 @@ class TracedLayer:
     in_front: nn.Module | None = None
     multiplier: float = 1.0
     quantization: Quantization | None = None
+    up_quantization: Quantization | None = None
     block_norm: BlockNorm | None = None
     gate: OutputGate | None = None
 
@@ -250,7 +252,7 @@ def _read_layer(
     decoder = modules[".".join(parts[: numbers[-1] + 1])]
     projection = _projection_name(block)
     out_proj, adapters = base_projection(getattr(block, projection, None))
-    quantization = _check_attention(context_name, attention, block, out_proj)
+    quantization, up_quantization = _check_attention(context_name, attention, block, out_proj)
     in_front, behind = _around(context_name, decoder, block, out_proj)
     return TracedLayer(
         index=int(parts[numbers[-1]]),
@@ -265,6 +267,7 @@ def _read_layer(
         in_front=in_front,
         multiplier=_multiplier(context_name, decoder),
         quantization=quantization,
+        up_quantization=up_quantization,
         block_norm=_block_norm(context_name, decoder, behind),
         gate=OutputGate.read(context_name, block, attention, projection),
     )
@@ -550,8 +553,8 @@ def _check_latents(name: str, attention: MLAAttention, config: VllmConfig) -> No
 
 def _check_attention(
     name: str, attention: Attention | MLAAttention, block: nn.Module, out_proj: nn.Module | None
-) -> Quantization | None:
-    """How the output projection is quantised; refuses what is not traced."""
+) -> tuple[Quantization | None, Quantization | None]:
+    """How output projection and `kv_b_proj` are quantised; refuses what is not traced."""
     refusals = {
         f"{type(attention).__name__} layers": type(attention) not in (Attention, MLAAttention),
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
@@ -568,10 +571,6 @@ def _check_attention(
             "sparse attention": attention.use_sparse or attention.indexer is not None,
             "a sliding window of latent attention": attention.sliding_window is not None,
             "non-causal attention": attention.non_causal_multi_token_decode,
-            "quantized weights in latent attention": any(
-                not isinstance(projection.quant_method, UnquantizedLinearMethod)
-                for projection in (attention.kv_b_proj, out_proj)
-            ),
             "an up-projection of latents that is packed or has a bias": (
                 packed_kernel(attention.kv_b_proj) is not None
                 or attention.kv_b_proj.bias is not None
@@ -586,10 +585,16 @@ def _check_attention(
             "values of another size than keys": attention.head_size_v != attention.head_size,
         }
     _refuse(name, refusals)
+    up: Quantization | None = None
     try:
-        return quantization_of(out_proj)
+        quantization = quantization_of(out_proj)
+        if isinstance(attention, MLAAttention):
+            up = quantization_of(attention.kv_b_proj, "an up-projection of latents")
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error.message} ({name})") from None
+    by_batch = "an up-projection of latents that rounds them by one scale for all of a step"
+    _refuse(name, {by_batch: up is not None and up.by_batch})
+    return quantization, up
 
 
 def _refuse(name: str, refusals: dict[str, bool]) -> None:

@@ -62,14 +62,22 @@ class Quantization:
     Attributes:
         name: The scheme's name.
         rounds_inputs: Whether its kernel rounds activations to eight bits.
+        by_batch: Whether the scale of that rounding is one for all rows of a step.
     """
 
     name: str
     rounds_inputs: bool
+    by_batch: bool = False
 
 
-def quantization_of(projection: nn.Module) -> Quantization | None:
+def quantization_of(
+    projection: nn.Module, what: str = "an output projection"
+) -> Quantization | None:
     """How a linear layer is quantised; None if it is not.
+
+    Args:
+        projection: The layer.
+        what: What a message calls it.
 
     Raises:
         UnsupportedModelError: Its scheme is not one whose matrix can be had; the message names it.
@@ -85,13 +93,14 @@ def quantization_of(projection: nn.Module) -> Quantization | None:
         if kind in _WEIGHT_ONLY and not _rounds_to_eight_bits(layer, scheme):
             return Quantization(_WEIGHT_ONLY[kind], rounds_inputs=False)
         if kind in _EIGHT_BITS:
-            kernel = type(getattr(scheme, "fp8_linear", None)).__name__
+            kernel = getattr(scheme, "fp8_linear", None)
             blocks = getattr(layer, "weight_block_size", None) is not None
             name = _EIGHT_BITS[kind]
             name += " in blocks" if blocks and "in blocks" not in name else ""
-            return Quantization(name, kernel not in _WEIGHT_ONLY_KERNELS)
+            rounds = type(kernel).__name__ not in _WEIGHT_ONLY_KERNELS
+            return Quantization(name, rounds, rounds and _has_one_scale(kernel))
     raise UnsupportedModelError(
-        f"traces are not supported with an output projection quantized by {kind}"
+        f"traces are not supported with {what} quantized by {kind}"
         + (" with quantized activations" if kind in _WEIGHT_ONLY else "")
     )
 
@@ -173,6 +182,12 @@ def _rounds_to_eight_bits(layer: Any, scheme: Any) -> bool:
     return bool(getattr(layer, "use_w4a8", False)) or (
         act_type is not None and act_type.itemsize == 1
     )
+
+
+def _has_one_scale(kernel: Any) -> bool:
+    """Whether a kernel takes the scale of its inputs from all of them together."""
+    key = getattr(getattr(kernel, "config", None), "activation_quant_key", None)
+    return key is not None and not key.scale.static and key.scale.group_shape.is_per_tensor()
 
 
 def _unit(layer: Any, quantization: Quantization, like: Tensor) -> tuple[Tensor, Tensor]:

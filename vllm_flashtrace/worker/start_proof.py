@@ -304,6 +304,9 @@ class Proof:
             "quantization": _distinct(
                 None if layer.quantization is None else layer.quantization.name for layer in layers
             ),
+            "up_projection_quantization": _distinct(
+                layer.up_quantization.name for layer in layers if layer.up_quantization is not None
+            ),
             "kv_cache": _distinct(layer.attention.kv_cache_dtype for layer in layers),
         }
 
