@@ -36,7 +36,7 @@ from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker import gpu_latents, gpu_model, latents, runner
+from vllm_flashtrace.worker import gpu_latents, gpu_model, latents, runner, traced_model
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 
 BLOCK_SIZES = {"CUTLASS_MLA": 128, "FLASHINFER_MLA": 32, "FLASHMLA": 128}
@@ -258,6 +258,22 @@ def test_latents_that_are_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         v2_engine(folder, monkeypatch, "TRITON_MLA", block_size=16) as engine,
     ):
         assert "an up-projection of latents that rounds them (FP8 in blocks)" in refusal(engine)
+
+
+def test_adapters_have_matrices_of_their_own(
+    loaded: V2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, weights = GPUTracedModel(loaded.model, loaded.config, CPU), []
+    monkeypatch.setattr(
+        gpu_latents.LatentRoom,
+        "replace_by_proximities",
+        lambda _, layer, index, weight, traces: weights.append(weight),
+    )
+    model.layers = [dataclasses.replace(layer, adapters=layer.block) for layer in model.layers]
+    monkeypatch.setattr(traced_model, "added_weight", lambda *_: torch.full((128, 192), 0.5))
+    model.replace_by_proximities([], [], 3)
+    for one, layer in zip(weights, model.layers, strict=True):
+        torch.testing.assert_close(one, layer.out_proj.weight + 0.5)
 
 
 def refusal(loaded: V2Engine) -> str:

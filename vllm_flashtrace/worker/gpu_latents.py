@@ -36,7 +36,12 @@ from vllm_flashtrace.kernels import (
     touching_sums,
 )
 from vllm_flashtrace.worker.gpu_cache import KeyValueViews
-from vllm_flashtrace.worker.latents import projected, up_is_quantized, up_projections
+from vllm_flashtrace.worker.latents import (
+    projected,
+    up_is_quantized,
+    up_projection,
+    up_projections,
+)
 from vllm_flashtrace.worker.layers import GPU_LATENT_BACKENDS, HeadSizes, TracedLayer
 
 ROOM_BYTES = 256 << 20
@@ -296,7 +301,7 @@ def check_gpu_latents(layer: TracedLayer, dtype: torch.dtype) -> None:
     }
     up = layer.up_quantization
     if up is None:
-        weight = attention.kv_b_proj.weight
+        weight = up_projection(attention).weight
         name = f"an up-projection of latents of {weight.dtype} {tuple(weight.shape)}"
         refusals[name] = weight.dtype != dtype or weight.shape != (rows, attention.kv_lora_rank)
     else:

@@ -15,6 +15,7 @@ matrices of dequantised weights for these.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,9 +75,15 @@ def latent_values(
     return values.transpose(0, 1)
 
 
+def up_projection(attention: MLAAttention) -> Any:
+    """The layer that makes keys and values of latents, without adapters: vLLM applies none here."""
+    layer = attention.kv_b_proj
+    return getattr(layer, "base_layer", layer)
+
+
 def up_is_quantized(attention: MLAAttention) -> bool:
-    """Whether the layer that makes keys and values of latents is quantised."""
-    return not isinstance(attention.kv_b_proj.quant_method, UnquantizedLinearMethod)
+    """Whether `up_projection` is quantised."""
+    return not isinstance(up_projection(attention).quant_method, UnquantizedLinearMethod)
 
 
 def projected(attention: MLAAttention, latents: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -90,7 +97,7 @@ def projected(attention: MLAAttention, latents: Tensor) -> Iterator[tuple[slice,
         Some of the tokens, their keys without the rotated part ``[H, n, P]``, and their values
         ``[H, n, V]``.
     """
-    layer = attention.kv_b_proj
+    layer = up_projection(attention)
     sizes = [attention.qk_nope_head_dim, attention.v_head_dim]
     for first in range(0, len(latents), _PROJECTED):
         some = latents[first : first + _PROJECTED].contiguous()
@@ -103,7 +110,7 @@ def projected(attention: MLAAttention, latents: Tensor) -> Iterator[tuple[slice,
 
 def up_projections(attention: MLAAttention) -> tuple[Tensor, Tensor]:
     """``W_UK`` ``[H, P, L]`` and ``W_UV`` ``[H, V, L]`` of this rank's heads as they are now."""
-    weight: Tensor = attention.kv_b_proj.weight.detach()
+    weight: Tensor = up_projection(attention).weight.detach()
     by_head = weight.unflatten(0, (attention.num_heads, -1))
     keys, values = by_head.split([attention.qk_nope_head_dim, attention.v_head_dim], dim=1)
     return keys, values

@@ -36,6 +36,7 @@ from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
+from vllm_flashtrace.worker.latents import up_projection
 from vllm_flashtrace.worker.output_gates import OutputGate
 from vllm_flashtrace.worker.quantized import Quantization, quantization_of
 
@@ -74,7 +75,7 @@ _NORMS = (RMSNorm, GemmaRMSNorm)
 _GATHERING_NORMS = ("TPAwareRMSNorm", "TPAwareGemmaRMSNorm")
 
 # The backends of latent attention whose caches are read, see `latents` and `gpu_latents`.
-CPU_LATENT_BACKEND = "CPU_MLA"
+CPU_BACKEND, CPU_LATENT_BACKEND = "CPU_ATTN", "CPU_MLA"
 GPU_LATENT_BACKENDS = (
     "CUTLASS_MLA",
     "FLASHINFER_MLA",
@@ -241,7 +242,7 @@ def _read_layer(
     if not isinstance(attention, (Attention, MLAAttention)):
         return None
     if isinstance(attention, MLAAttention):
-        _check_latents(context_name, attention, config)
+        _check_latents(context_name, attention)
     parts = names.get(id(attention), "").split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     if not numbers or len(parts) - numbers[-1] < 3:
@@ -539,16 +540,11 @@ def _multiplier(layer_name: str, decoder: nn.Module) -> float:
     return multiplier
 
 
-def _check_latents(name: str, attention: MLAAttention, config: VllmConfig) -> None:
+def _check_latents(name: str, attention: MLAAttention) -> None:
     """Refuses latent attention that is not read as its layer computes it."""
     backend = attention.attn_backend.get_name()
-    refusals = {
-        f"multi-head latent attention (MLA) on the {backend} backend": backend
-        not in (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS),
-        "LoRA adapters of a model with multi-head latent attention (MLA)": config.lora_config
-        is not None,
-    }
-    _refuse(name, refusals)
+    known = backend in (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS)
+    _refuse(name, {f"multi-head latent attention (MLA) on the {backend} backend": not known})
 
 
 def _check_attention(
@@ -565,15 +561,19 @@ def _check_attention(
     width, heads = out_proj.input_size_per_partition, attention.num_heads
     other_width = "an output projection of another width than its heads"
     if isinstance(attention, MLAAttention):
+        impl: Any = attention.impl
         refusals = {
             other_width: width != heads * attention.v_head_dim,
             "an output gate of latent attention": getattr(block, "g_proj", None) is not None,
             "sparse attention": attention.use_sparse or attention.indexer is not None,
             "a sliding window of latent attention": attention.sliding_window is not None,
             "non-causal attention": attention.non_causal_multi_token_decode,
+            "LoRA adapters of an up-projection of latents": (
+                impl.kv_b_proj is not up_projection(attention)
+            ),
             "an up-projection of latents that is packed or has a bias": (
-                packed_kernel(attention.kv_b_proj) is not None
-                or attention.kv_b_proj.bias is not None
+                packed_kernel(up_projection(attention)) is not None
+                or up_projection(attention).bias is not None
             ),
         }
     else:
@@ -589,7 +589,7 @@ def _check_attention(
     try:
         quantization = quantization_of(out_proj)
         if isinstance(attention, MLAAttention):
-            up = quantization_of(attention.kv_b_proj, "an up-projection of latents")
+            up = quantization_of(up_projection(attention), "an up-projection of latents")
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error.message} ({name})") from None
     by_batch = "an up-projection of latents that rounds them by one scale for all of a step"
