@@ -28,6 +28,7 @@ _WEIGHT_ONLY = {
     "AutoAWQLinearMethod": "AWQ",
     "AutoGPTQLinearMethod": "GPTQ",
     "CompressedTensorsWNA16": "compressed-tensors WNA16",
+    "CompressedTensorsW8A16Fp8": "compressed-tensors FP8 W8A16",
 }
 _EIGHT_BITS = {
     "Fp8LinearMethod": "FP8",
@@ -36,12 +37,24 @@ _EIGHT_BITS = {
     "Fp8PerBlockOnlineLinearMethod": "FP8 in blocks, made while loading",
     "CompressedTensorsW8A8Int8": "compressed-tensors int8 W8A8",
     "CompressedTensorsW8A8Fp8": "compressed-tensors FP8 W8A8",
+    "CompressedTensorsW4A8Int": "compressed-tensors int W4A8",
+}
+_PACKS_ITS_BIAS = "CompressedTensorsW4A8Int"
+# Those whose kernel decides whether activations are rounded, and to how many bits.
+_BY_KERNEL = {
+    "CompressedTensorsW4A4Fp4": "compressed-tensors NVFP4",
+    "CompressedTensorsW4A4Mxfp4": "compressed-tensors MXFP4",
+    "CompressedTensorsW8A8Mxfp8": "compressed-tensors MXFP8",
 }
 # Kernels that leave activations as they are, though the checkpoint says how to quantise them.
 _WEIGHT_ONLY_KERNELS = (
     "CPUFp8BlockScaledMMKernel",
     "CPUFp8PerTensorScaledMMLinearKernel",
+    "EmulationMxfp8LinearKernel",
     "MarlinFP8ScaledMMLinearKernel",
+    "MarlinMxFp4LinearKernel",
+    "MarlinMxfp8LinearKernel",
+    "MarlinNvFp4LinearKernel",
     "XPUW8A16FP8LinearKernel",
 )
 
@@ -92,16 +105,24 @@ def quantization_of(
     if type(scheme).__module__.startswith("vllm."):
         if kind in _WEIGHT_ONLY and not _rounds_to_eight_bits(layer, scheme):
             return Quantization(_WEIGHT_ONLY[kind], rounds_inputs=False)
-        if kind in _EIGHT_BITS:
+        if kind == _PACKS_ITS_BIAS and layer.bias is not None:
+            kind += " with a bias, which its kernel adds unasked"
+        elif kind in _EIGHT_BITS:
             kernel = getattr(scheme, "fp8_linear", None)
             blocks = getattr(layer, "weight_block_size", None) is not None
             name = _EIGHT_BITS[kind]
             name += " in blocks" if blocks and "in blocks" not in name else ""
             rounds = type(kernel).__name__ not in _WEIGHT_ONLY_KERNELS
             return Quantization(name, rounds, rounds and _has_one_scale(kernel))
+        kernel = type(getattr(scheme, "kernel", None)).__name__
+        if kind in _BY_KERNEL and kernel in _WEIGHT_ONLY_KERNELS:
+            return Quantization(_BY_KERNEL[kind], rounds_inputs=False)
+        if kind in _BY_KERNEL:
+            kind = f"{kind} ({kernel})"
+    rounds = kind in _WEIGHT_ONLY or kind.startswith(tuple(_BY_KERNEL))
     raise UnsupportedModelError(
         f"traces are not supported with {what} quantized by {kind}"
-        + (" with quantized activations" if kind in _WEIGHT_ONLY else "")
+        + (" with quantized activations" if rounds else "")
     )
 
 
