@@ -23,6 +23,9 @@ GROUP = 32
 
 _PACK = 8  # Numbers of four bits in an int32.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_MXFP4_SHARED = 32  # Inputs that share an exponent.
+_NVFP4_SHARED, _NVFP4_GLOBAL = 16, 1024.0
 _FP8, _FP8_MAX, _INT8_MAX = torch.float8_e4m3fn, 448.0, 127
 
 Activations = Literal[
@@ -133,6 +136,37 @@ def _fp8_blocks(
     return {"weight": numbers, name: scales}, numbers.float() * every
 
 
+def _nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Groups of 16 inputs share a scale of eight bits, all of them one of 32."""
+    numbers = weight.unflatten(1, (-1, _NVFP4_SHARED))
+    scales = (numbers.abs().amax(-1) / 6 * _NVFP4_GLOBAL).to(_FP8)
+    codes, nearest = _nearest_fp4(numbers / (scales.float() / _NVFP4_GLOBAL)[..., None])
+    tensors = {
+        "weight_packed": _packed_fp4(codes.flatten(1)),
+        "weight_scale": scales,
+        "weight_global_scale": torch.tensor([_NVFP4_GLOBAL]),
+    }
+    return tensors, (nearest * (scales.float() / _NVFP4_GLOBAL)[..., None]).flatten(1)
+
+
+def _mxfp4_weight(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    packed, exponents, dequantized = _mxfp4(weight)
+    return {"weight_packed": packed.flatten(-2), "weight_scale": exponents}, dequantized
+
+
+def _mxfp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    exponents = (groups.abs().amax(-1) / _FP8_MAX).log2().ceil()
+    numbers = (groups / exponents.exp2()[..., None]).to(_FP8)
+    tensors = {"weight": numbers.flatten(1), "weight_scale": (exponents + 127).to(torch.uint8)}
+    return tensors, (numbers.float() * exponents.exp2()[..., None]).flatten(1)
+
+
+def _four_bits_in_eight(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    numbers, scales, dequantized = _symmetric_groups(weight)
+    return {"weight": numbers.to(torch.int8), "weight_scale": scales}, dequantized
+
+
 def _with_input_scale(
     write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], scale: float
 ) -> Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]:
@@ -177,6 +211,8 @@ _INT8_STATIC, _FP8_STATIC = 8 / 127, 8 / 448
 _WIDE = 128
 
 _SKIPPED = ("model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.o_proj")
+
+_MXFP8 = _numbers(8, "float", "group", group_size=GROUP, scale_dtype="torch.uint8")
 
 SCHEMES: dict[str, Scheme] = {
     "AWQ": Scheme(
@@ -257,6 +293,34 @@ SCHEMES: dict[str, Scheme] = {
         partial(_fp8_blocks, name="weight_scale"),
         "fp8 in groups",
     ),
+    "compressed-tensors FP8 W8A16": Scheme(
+        _compressed("float-quantized", _numbers(8, "float", "channel")), _fp8_channels
+    ),
+    "compressed-tensors int W4A8": Scheme(
+        _compressed(
+            "int-quantized",
+            _numbers(4, "int", "group", group_size=GROUP),
+            {**_numbers(8, "int", "token", dynamic=True), "symmetric": False},
+        ),
+        _four_bits_in_eight,
+        "int8 asymmetric",
+    ),
+    "compressed-tensors MXFP8, activations in 16 bits": Scheme(
+        _compressed("mxfp8-quantized", _MXFP8, {**_MXFP8, "dynamic": True}), _mxfp8
+    ),
+    "compressed-tensors MXFP4, activations in 16 bits": Scheme(
+        _compressed(
+            "mxfp4-pack-quantized",
+            _numbers(4, "float", "group", group_size=GROUP, scale_dtype="torch.uint8"),
+        ),
+        _mxfp4_weight,
+    ),
+    "compressed-tensors NVFP4 W4A16": Scheme(
+        _compressed(
+            "nvfp4-pack-quantized", _numbers(4, "float", "tensor_group", group_size=_NVFP4_SHARED)
+        ),
+        _nvfp4,
+    ),
 }
 
 
@@ -278,6 +342,14 @@ def rounded(numbers: Tensor, activations: Activations) -> Tensor:
     return eight.to(numbers.dtype) * scale
 
 
+def truncated(numbers: Tensor, kind: torch.dtype) -> Tensor:
+    """Numbers as vLLM's CPU backend turns them into eight bits: rounded towards zero."""
+    largest = torch.finfo(kind).max
+    nearest = numbers.float().clamp(-largest, largest).to(kind)
+    beyond = nearest.float().abs() > numbers.float().abs()
+    return (nearest.view(torch.uint8) - beyond.to(torch.uint8)).view(kind)
+
+
 def make_quantized_model(
     scheme: Scheme, folder: Path, dtype: torch.dtype, family: Family = "llama"
 ) -> tuple[Path, Any]:
@@ -296,13 +368,13 @@ def make_quantized_model(
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    make_tiny_model(family, folder)
+    make_tiny_model(family, folder, experts=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             stem = name.removesuffix(".weight")
-            if stem.endswith("_proj") and not stem.endswith(scheme.skipped):
+            if _is_quantised(stem, scheme):
                 written, dequantized = scheme.write(parameter.float())
                 parameter.copy_(dequantized)
                 tensors.update({f"{stem}.{suffix}": t for suffix, t in written.items()})
@@ -319,15 +391,15 @@ def make_quantized_model(
     (folder / "config.json").write_text(json.dumps(config))
     if (activations := scheme.activations) is not None:
         for name, module in model.named_modules():
-            if name.endswith("_proj") and not name.endswith(scheme.skipped):
+            if _is_quantised(name, scheme):
                 module.register_forward_pre_hook(
                     lambda _, inputs: (rounded(inputs[0], activations),)
                 )
     return folder, model
 
 
-_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_MXFP4_SHARED = 32  # Inputs that share an exponent.
+def _is_quantised(name: str, scheme: Scheme) -> bool:
+    return "_proj" in name.rpartition(".")[2] and not name.endswith(scheme.skipped)
 
 
 def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,12 +411,20 @@ def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     shared = weight.unflatten(-1, (-1, _MXFP4_SHARED))
     exponents = (shared.abs().amax(-1) / 6).log2().ceil()
-    scaled = shared / exponents.exp2()[..., None]
-    indices = (scaled.abs()[..., None] - _FP4).abs().argmin(-1)
-    dequantized = _FP4[indices] * scaled.sign() * exponents.exp2()[..., None]
-    codes = (indices + 8 * (scaled < 0)).to(torch.uint8)
-    blocks = codes[..., ::2] | codes[..., 1::2] << 4
-    return blocks, (exponents + 127).to(torch.uint8), dequantized.flatten(-2)
+    codes, nearest = _nearest_fp4(shared / exponents.exp2()[..., None])
+    dequantized = nearest * exponents.exp2()[..., None]
+    return _packed_fp4(codes), (exponents + 127).to(torch.uint8), dequantized.flatten(-2)
+
+
+def _nearest_fp4(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the nearest numbers of four bits, and these numbers."""
+    indices = (numbers.abs()[..., None] - _FP4).abs().argmin(-1)
+    return (indices + 8 * (numbers < 0)).to(torch.uint8), _FP4[indices] * numbers.sign()
+
+
+def _packed_fp4(codes: Tensor) -> Tensor:
+    """Two codes to a byte, the first in its low bits."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def make_gpt_oss_with_mxfp4_experts(folder: Path) -> tuple[Path, Any]:

@@ -73,14 +73,16 @@ _CORPUS = [
 ]
 
 
-def make_tiny_model(family: Family, folder: Path, *, seed: int = 0, num_kv_heads: int = 2) -> Path:
+def make_tiny_model(
+    family: Family, folder: Path, *, seed: int = 0, num_kv_heads: int = 2, experts: bool = True
+) -> Path:
     """Writes a random 4-layer float32 model with its tokenizer into folder and returns folder.
 
     Hidden size 128, 4 query and, by default, 2 key/value heads of size 32, vocabulary 512, 2048
     positions. The weights are scaled so that attention is far from uniform; norms and biases are
-    random too.
+    random too. A DeepSeek without ``experts`` has sizes that blocks of quantised weights divide.
     """
-    return _write(_model(family, num_kv_heads), Path(folder), seed)
+    return _write(_model(family, num_kv_heads, experts), Path(folder), seed)
 
 
 def make_other_model(name: str, folder: Path, **config: Any) -> Path:
@@ -145,7 +147,7 @@ def _sizes(num_kv_heads: int) -> dict[str, Any]:
     }
 
 
-def _model(family: Family, num_kv_heads: int) -> Any:
+def _model(family: Family, num_kv_heads: int, with_experts: bool = True) -> Any:
     import transformers as hf
 
     common = _sizes(num_kv_heads)
@@ -212,7 +214,7 @@ def _model(family: Family, num_kv_heads: int) -> Any:
         kinds = {"sliding_window": 32, "layer_types": windows["layer_types"]}
         return hf.Exaone4ForCausalLM(hf.Exaone4Config(**common, **kinds))
     if family in ("deepseek_v2", "deepseek_v3"):
-        return _deepseek(family)
+        return _deepseek(family, with_experts)
     if family == "afmoe":
         kinds = {"sliding_window": 64, "layer_types": windows["layer_types"]}
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -271,7 +273,7 @@ def _model(family: Family, num_kv_heads: int) -> Any:
     raise ValueError(f"unknown family {family!r}; one of {', '.join(get_args(Family))}")
 
 
-def _deepseek(family: Family) -> Any:
+def _deepseek(family: Family, experts: bool) -> Any:
     """Latent attention, whose latents have the only size for which vLLM has a CPU kernel.
 
     The first two layers are dense. V2's queries come straight from the stream and V3's through a
@@ -301,11 +303,15 @@ def _deepseek(family: Family) -> Any:
         "topk_group": 1,
         "rope_parameters": rope,
     }
+    low_rank = 96
+    if not experts:
+        low_rank = 128
+        made |= {"first_k_dense_replace": 4, "v_head_dim": 64}
     if family == "deepseek_v2":
         config = hf.DeepseekV2Config(**made, q_lora_rank=None, n_group=1)
         return hf.DeepseekV2ForCausalLM(config)
     routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # Read by vLLM alone.
-    config = hf.DeepseekV3Config(**made, **routing, q_lora_rank=96, n_group=2)
+    config = hf.DeepseekV3Config(**made, **routing, q_lora_rank=low_rank, n_group=2)
     return hf.DeepseekV3ForCausalLM(config)
 
 

@@ -87,8 +87,43 @@ class ProductOfBlocks(Fp8BlockScaledMMLinearKernel):
         return torch.nn.functional.linear(inputs, B.float() * scales)
 
 
+def dequantised(layer: Any) -> torch.Tensor:
+    """``[out, in]`` of a layer that Marlin's kernels, which are CUDA's, multiply by."""
+    weight, scale = layer.weight.data, layer.weight_scale.data
+    if weight.dtype == torch.float8_e4m3fn:  # [in, out], a scale for each channel
+        return weight.t().float() * scale.view(-1, 1)
+    codes = torch.stack([weight & 15, weight >> 4], -1).flatten(1).long()
+    numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    numbers = torch.cat([numbers, -numbers])[codes]
+    if scale.dtype == torch.uint8:  # exponents
+        factors = (scale.float() - 127).exp2()
+    else:
+        factors = scale.float() * layer.weight_global_scale
+    return numbers * factors.repeat_interleave(numbers.shape[1] // scale.shape[1], 1)
+
+
+def put_torch_for_marlin(patch: pytest.MonkeyPatch) -> None:
+    """Its classes, which leave activations as they are, with torch for the product."""
+    always = classmethod(lambda *_: (True, None))
+
+    def apply_weights(_: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, dequantised(layer).to(x.dtype), bias)
+
+    possible = {
+        linear.MarlinFP8ScaledMMLinearKernel: linear._POSSIBLE_WFP8A16_KERNELS,
+        linear.MarlinMxFp4LinearKernel: linear._POSSIBLE_MXFP4_KERNELS,
+        linear.MarlinNvFp4LinearKernel: linear._POSSIBLE_NVFP4_KERNELS,
+    }
+    for kernel, kernels in possible.items():
+        patch.setattr(kernel, "is_supported", always)
+        patch.setattr(kernel, "process_weights_after_loading", lambda *_: None)
+        patch.setattr(kernel, "apply_weights", apply_weights)
+        patch.setitem(kernels, PlatformEnum.CPU, [kernel])
+
+
 @contextmanager
-def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]:
+def kernels_that_run_here(dtype: torch.dtype) -> Iterator[None]:
+    """Torch in the place of the kernels that vLLM has for other CPUs, or for 16 bits, only."""
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
@@ -118,8 +153,18 @@ def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]
         else:  # It asks for AMX, but does without.
             always = classmethod(lambda *_: (True, None))
             patch.setattr(linear.CPUFp8BlockScaledMMKernel, "is_supported", always)
-        name = str(dtype).removeprefix("torch.")
-        place = {"in_process": True, "max_model_len": 1024, "dtype": name}
+        put_torch_for_marlin(patch)
+        # vLLM's own in torch, that it has for any device but this.
+        emulation = [linear.EmulationMxfp8LinearKernel]
+        patch.setitem(linear._POSSIBLE_MXFP8_KERNELS, PlatformEnum.CPU, emulation)
+        yield
+
+
+@contextmanager
+def served(folder: Path, dtype: torch.dtype, **options: Any) -> Iterator[Engine]:
+    name = str(dtype).removeprefix("torch.")
+    place = {"in_process": True, "max_model_len": 1024, "dtype": name}
+    with kernels_that_run_here(dtype):
         engine = Engine(folder, "quantised weights", **place, **options)
         try:
             yield engine
@@ -148,6 +193,11 @@ def needs(kernel: str) -> None:
         ("FP8 in blocks", torch.float32, 3e-2),
         ("FP8 in blocks, activations in 16 bits", torch.bfloat16, 5e-2),
         ("compressed-tensors FP8 W8A8 in blocks", torch.float32, 3e-2),
+        ("compressed-tensors FP8 W8A16", torch.float32, 1e-3),
+        ("compressed-tensors int W4A8", torch.float32, 3e-2),
+        ("compressed-tensors MXFP8, activations in 16 bits", torch.float32, 1e-3),
+        ("compressed-tensors MXFP4, activations in 16 bits", torch.float32, 1e-3),
+        ("compressed-tensors NVFP4 W4A16", torch.float32, 1e-3),
     ],
 )
 def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> None:

@@ -245,6 +245,7 @@ def test_the_report(engine: Engine) -> None:
         "sinks": False,
         "alibi": False,
         "quantization": [None],
+        "up_projection_quantization": [],
         "kv_cache": ["auto"],
     }
 

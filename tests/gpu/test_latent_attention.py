@@ -15,6 +15,7 @@ from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.engine.harness import relative_l1
+from tests.engine.test_quantized import kernels_that_run_here
 from tests.gpu.latent_backends import LATENT_BACKENDS
 from tests.gpu.standin import CPU
 from tests.gpu.test_start_proof import proof
@@ -28,13 +29,14 @@ from tests.gpu.v2_engine import (
     v2_engine,
 )
 from tests.oracle import as_float64
+from tests.quantized_models import SCHEMES, make_quantized_model
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import AttentionForm
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker import gpu_latents, gpu_model, runner
+from vllm_flashtrace.worker import gpu_latents, gpu_model, latents, runner, traced_model
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 
 BLOCK_SIZES = {"CUTLASS_MLA": 128, "FLASHINFER_MLA": 32, "FLASHMLA": 128}
@@ -220,6 +222,58 @@ def test_the_proof_sees(loaded: V2Engine, fault: str, monkeypatch: pytest.Monkey
     refusal = proof(engine)["refusal"]
     assert refusal is not None and "the proof at the start failed in layer 0" in refusal
     print(f"{fault}: {refusal}")
+
+
+@pytest.mark.parametrize("backend", ["TRITON_MLA", "FLASH_ATTN_MLA"])
+def test_quantised_weights(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up- and output projection; on the second backend chunks decode, with other matrices."""
+    scheme = SCHEMES["compressed-tensors W4A16"]
+    folder, model = make_quantized_model(scheme, tmp_path, torch.float32, "deepseek_v3")
+    reference = as_float64(model)
+    first, second = traced(150, (90, 150)), traced(70, (20, 24), (60, 70), seed=3)
+    monkeypatch.setattr(latents, "_PROJECTED", 32)
+    with (
+        kernels_that_run_here(torch.float32),
+        v2_engine(folder, monkeypatch, backend, block_size=16) as engine,
+    ):
+        report = proof(engine)
+        assert report["refusal"] is None and report["largest_error"] < 1e-5, report
+        assert report["found"]["up_projection_quantization"] == ["compressed-tensors WNA16"]
+        new = {"first": first.new, "second": second.new, "other": untraced(60, 1)}
+        engine.step({"other": 20, "second": 40, "first": 100}, new=new)
+        engine.step({"other": 1, "second": 30, "first": 49})
+        engine.step({"other": 1, "first": 1})
+        for trace in (first, second):
+            scores = assert_exact(engine, trace, reference).scores
+            print(f"{backend}: {relative_l1(scores, trace.oracle(reference)):.1e}")
+
+
+def test_latents_that_are_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that decode would have others than those that prefill."""
+    folder, _ = make_quantized_model(
+        SCHEMES["FP8 in blocks"], tmp_path, torch.float32, "deepseek_v3"
+    )
+    with (
+        kernels_that_run_here(torch.float32),
+        v2_engine(folder, monkeypatch, "TRITON_MLA", block_size=16) as engine,
+    ):
+        assert "an up-projection of latents that rounds them (FP8 in blocks)" in refusal(engine)
+
+
+def test_adapters_have_matrices_of_their_own(
+    loaded: V2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, weights = GPUTracedModel(loaded.model, loaded.config, CPU), []
+    monkeypatch.setattr(
+        gpu_latents.LatentRoom,
+        "replace_by_proximities",
+        lambda _, layer, index, weight, traces: weights.append(weight),
+    )
+    model.layers = [dataclasses.replace(layer, adapters=layer.block) for layer in model.layers]
+    monkeypatch.setattr(traced_model, "added_weight", lambda *_: torch.full((128, 192), 0.5))
+    model.replace_by_proximities([], [], 3)
+    for one, layer in zip(weights, model.layers, strict=True):
+        torch.testing.assert_close(one, layer.out_proj.weight + 0.5)
 
 
 def refusal(loaded: V2Engine) -> str:

@@ -101,6 +101,7 @@ def test_an_fp8_cache(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ("device", "dtype", "cache", "limit"),
     [
         ("cpu", torch.float32, "auto", 1e-4),
+        ("cpu", torch.float32, "fp8", 1e-4),  # Its kernel computes in floats.
         ("cuda", torch.float32, "auto", 1e-2),  # TF32.
         ("cuda", torch.bfloat16, "auto", 3e-2),
         ("cuda", torch.float32, "fp8_e5m2", 0.1),
@@ -109,7 +110,9 @@ def test_an_fp8_cache(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_limit_goes_by_the_coarsest_numbers(
     device: str, dtype: torch.dtype, cache: str, limit: float
 ) -> None:
-    layer = SimpleNamespace(attention=SimpleNamespace(kv_cache_dtype=cache))
+    name = "CPU_ATTN" if device == "cpu" else "FLASHINFER"
+    backend = SimpleNamespace(get_name=lambda: name)
+    layer = SimpleNamespace(attention=SimpleNamespace(kv_cache_dtype=cache, attn_backend=backend))
     model: Any = SimpleNamespace(device=torch.device(device), layers=[layer])
     config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
     assert default_limit(model, config) == limit

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from tests.kernels.attention import CPU, definition, relative_error
 from tests.kernels.attention import Case as AttentionCase
@@ -47,6 +48,7 @@ class Layer:
         self.kv_cache = cache.to(dtype)[:, 1]  # Blocks of several layers follow one another.
         weight = torch.randn(HEADS, PLAIN + VALUE, LATENT, generator=generator)
         self.kv_b_proj = nn.Linear(LATENT, self.num_heads * (PLAIN + VALUE), bias=False)
+        self.kv_b_proj.quant_method = UnquantizedLinearMethod()
         own = weight[first:last].flatten(0, 1).to(dtype)
         self.kv_b_proj.weight = nn.Parameter(own, requires_grad=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_flashtrace.worker.cpu_cache import Scratch
 from vllm_flashtrace.worker.latents import latent_keys, latent_values
@@ -25,6 +26,7 @@ class Layer:
         torch.manual_seed(0)
         self.kv_cache = torch.randn(9, BLOCK_SIZE, LATENT + ROTATED).to(dtype)
         self.kv_b_proj = nn.Linear(LATENT, HEADS * (PLAIN + VALUE), bias=False, dtype=dtype)
+        self.kv_b_proj.quant_method = UnquantizedLinearMethod()
 
     def token(self, place: int) -> torch.Tensor:
         return self.kv_cache[BLOCKS[place // BLOCK_SIZE], place % BLOCK_SIZE]

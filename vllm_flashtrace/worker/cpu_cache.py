@@ -19,8 +19,8 @@ from vllm import _custom_ops as ops
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
 
-# Every cache dtype that is read (float32, float16, bfloat16) holds these integers exactly.
-_DIGIT = 128
+# Integers below are held exactly by float32, float16 and bfloat16, and by both eight-bit floats.
+_DIGIT, _DIGIT_OF_EIGHT_BITS = 128, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,21 @@ class BlockOrders:
 
 
 @functools.cache
-def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> BlockOrders:
+def learn_block_order(
+    isa: str,
+    dtype: torch.dtype,
+    block_size: int,
+    head_size: int,
+    cached: tuple[str, torch.dtype] | None = None,
+) -> BlockOrders:
     """Learns the element order of a cache block.
+
+    Args:
+        isa: The instruction set that the kernels are chosen by.
+        dtype: Type of keys and values.
+        block_size: Tokens of a block.
+        head_size: Numbers of a key or value.
+        cached: For a cache of eight-bit floats, vLLM's name of its type, and the type.
 
     Raises:
         UnsupportedModelError: The read-back is not a permutation made of tiles.
@@ -80,11 +93,12 @@ def learn_block_order(isa: str, dtype: torch.dtype, block_size: int, head_size: 
     size = block_size * head_size
     index = torch.arange(size)
     code = torch.zeros(2, size, dtype=torch.int64)
-    place = 1
+    place, base = 1, _DIGIT if cached is None else _DIGIT_OF_EIGHT_BITS
     while place < size:
-        digit = (index // place) % _DIGIT
-        code += place * _write_and_read_raw(digit, isa, dtype, block_size, head_size)
-        place *= _DIGIT
+        digit = (index // place) % base
+        written = digit.view(block_size, 1, head_size).to(dtype)
+        code += place * _write_and_read_raw(written, isa, cached)
+        place *= base
     orders = []
     for half in code:
         offsets = torch.full((size,), -1, dtype=torch.int64)
@@ -130,7 +144,8 @@ def read_keys(
     """Gathers the keys of a request's first ``length`` tokens from its blocks.
 
     Args:
-        kv_cache: A layer's cache, ``[num_blocks, G, block_size, 2 * head_size]``.
+        kv_cache: A layer's cache, ``[num_blocks, G, block_size, 2 * head_size]``, of floats of any
+            width.
         block_ids: At least ``ceil(length / block_size)`` ids.
         length: Number of tokens.
         orders: Element orders of a block.
@@ -234,12 +249,18 @@ def _digits(offsets: list[int]) -> list[_Digit] | None:
 
 
 def _write_and_read_raw(
-    digit: torch.Tensor, isa: str, dtype: torch.dtype, block_size: int, head_size: int
+    codes: torch.Tensor, isa: str, cached: tuple[str, torch.dtype] | None
 ) -> torch.Tensor:
-    """Writes one block of codes through vLLM and returns both halves raw, int64 ``[2, size]``."""
-    block = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+    """Writes one block ``[block_size, 1, head_size]`` through vLLM.
+
+    Returns:
+        Both halves raw, int64 ``[2, block_size * head_size]``.
+    """
+    block_size, _, head_size = codes.shape
+    name, stored = ("auto", codes.dtype) if cached is None else cached
+    kept = codes.dtype if cached is None else torch.uint8
+    block = torch.zeros(1, 1, 2 * block_size, head_size, dtype=kept)
     key_cache, value_cache = block.chunk(2, dim=2)
-    codes = digit.view(block_size, 1, head_size).to(dtype).contiguous()
     ops.cpu_attn_reshape_and_cache(
         codes,
         codes,
@@ -249,6 +270,7 @@ def _write_and_read_raw(
         isa,
         k_scale=1.0,
         v_scale=1.0,
-        kv_cache_dtype="auto",
+        kv_cache_dtype=name,
     )
-    return block.view(2, block_size * head_size).float().round().to(torch.int64)
+    halves = block.view(stored).view(2, block_size * head_size)
+    return halves.float().round().to(torch.int64)

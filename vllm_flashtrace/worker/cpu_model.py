@@ -31,8 +31,9 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_keys,
     read_values,
 )
+from vllm_flashtrace.worker.gpu_cache import CacheScales, cache_scales, quantized_dtype
 from vllm_flashtrace.worker.latents import latent_keys, latent_values
-from vllm_flashtrace.worker.layers import CPU_LATENT_BACKEND, TracedLayer
+from vllm_flashtrace.worker.layers import CPU_BACKEND, CPU_LATENT_BACKEND, TracedLayer
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
@@ -52,7 +53,7 @@ class CPUTracedModel(TracedModel):
         """See `TracedModel`."""
         super().__init__(model, config, torch.device("cpu"))
         for layer in self.layers:
-            _check_layer(layer)
+            _check_layer(layer, self._dtype)
         self._scratch = Scratch()
 
     def add_column_sums(
@@ -93,9 +94,10 @@ class CPUTracedModel(TracedModel):
         blocks = block_tables[self.cache_groups.places[layer]].tolist()
         if isinstance(attention, MLAAttention):
             return latent_values(attention, blocks, tokens, self._scratch)
-        orders = _order(attention)
-        values = read_values(attention.kv_cache, blocks, tokens, orders, self._scratch)
-        return values[..., :size]
+        cache, orders = self._cache(attention)
+        values = read_values(cache, blocks, tokens, orders, self._scratch)[..., :size]
+        scale = _scales(attention).value
+        return values if scale == 1 else values.mul_(scale)
 
     def _read_keys(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
         """A request's keys, float32 ``[G, d, tokens]``, until something else is read."""
@@ -103,8 +105,17 @@ class CPUTracedModel(TracedModel):
         blocks = block_tables[self.cache_groups.places[layer]].tolist()
         if isinstance(attention, MLAAttention):
             return latent_keys(attention, blocks, tokens, self._scratch)
-        orders = _order(attention)
-        return read_keys(attention.kv_cache, blocks, tokens, orders, self._scratch)
+        cache, orders = self._cache(attention)
+        return read_keys(cache, blocks, tokens, orders, self._scratch)
+
+    def _cache(self, attention: Any) -> tuple[Tensor, BlockOrders]:
+        """A layer's cache as the numbers that are stored, and their order in a block."""
+        cache, eight_bits = attention.kv_cache, quantized_dtype(attention)
+        sizes = self._dtype, cache.shape[2], cache.shape[3] // 2
+        if eight_bits is None:
+            return cache, learn_block_order(attention.isa, *sizes)
+        cached = attention.kv_cache_dtype, eight_bits
+        return cache.view(eight_bits), learn_block_order(attention.isa, *sizes, cached)
 
     def replace_by_proximities(
         self,
@@ -135,12 +146,12 @@ class CPUTracedModel(TracedModel):
 
 
 def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
-    """How a layer of the CPU backend forms its attention weights."""
+    """How a layer of the CPU backend forms its attention weights of what is stored as keys."""
     impl: Any = layer.attention.impl
     if isinstance(layer.attention, MLAAttention):
         return AttentionForm(scale=float(impl.scale))
     return AttentionForm(
-        scale=float(impl.scale),
+        scale=float(impl.scale) * _scales(layer.attention).key,
         sliding_window=layer.attention.sliding_window,
         chunk_size=layer.chunk_size,
         soft_cap=float(impl.logits_soft_cap or 0),
@@ -149,18 +160,22 @@ def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
     )
 
 
-def _check_layer(layer: TracedLayer) -> None:
+def _check_layer(layer: TracedLayer, dtype: torch.dtype) -> None:
     attention = layer.attention
     backend = attention.attn_backend.get_name()
-    if backend not in ("CPU_ATTN", CPU_LATENT_BACKEND):
+    if backend not in (CPU_BACKEND, CPU_LATENT_BACKEND):
         raise UnsupportedModelError(f"traces are not supported on the {backend} backend")
-    dtype = attention.kv_cache.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+    stored = attention.kv_cache.dtype
+    eight_bits = None if backend == CPU_LATENT_BACKEND else quantized_dtype(attention)
+    if stored != (dtype if eight_bits is None else torch.uint8):
         raise UnsupportedModelError(
             f"traces are not supported with KV cache dtype {attention.kv_cache_dtype} on the CPU"
         )
+    if eight_bits is not None:
+        cache_scales(attention)
 
 
-def _order(attention: Any) -> BlockOrders:
-    cache = attention.kv_cache
-    return learn_block_order(attention.isa, cache.dtype, cache.shape[2], cache.shape[3] // 2)
+def _scales(attention: Any) -> CacheScales:
+    """What stored numbers are multiplied by: the kernels heed scales only where they store fp8."""
+    eight_bits = quantized_dtype(attention) is not None
+    return cache_scales(attention) if eight_bits else CacheScales()

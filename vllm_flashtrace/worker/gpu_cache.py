@@ -77,8 +77,8 @@ def key_value_views(attention: Any, dtype: torch.dtype | None) -> KeyValueViews:
 def quantized_dtype(attention: Any) -> torch.dtype | None:
     """What the bytes of a quantised cache are; None if the cache is not quantised.
 
-    FlashAttention and Triton attention store and read the platform's fp8 format; FlashInfer goes
-    by the name of the cache dtype.
+    FlashAttention and Triton attention store and read the platform's fp8 format; FlashInfer and the
+    CPU backend go by the name of the cache dtype.
 
     Raises:
         UnsupportedModelError: The cache is quantised in a way that is not read here.
@@ -90,7 +90,7 @@ def quantized_dtype(attention: Any) -> torch.dtype | None:
     if mode == KVQuantMode.FP8_PER_TENSOR:
         if name in _E4M3:
             return current_platform.fp8_dtype()
-        if name in _E5M2 and attention.attn_backend.get_name() == "FLASHINFER":
+        if name in _E5M2 and attention.attn_backend.get_name() in ("CPU_ATTN", "FLASHINFER"):
             return torch.float8_e5m2
     raise UnsupportedModelError(
         f"traces are not supported with KV cache dtype {name} on the "

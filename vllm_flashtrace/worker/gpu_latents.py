@@ -5,6 +5,9 @@ of a long context would take more memory than there is, so they are made in a ro
 keys of some heads, since a row's weights need all its keys, and values of all heads for some
 tokens. In the room they look to the kernels like a paged cache whose block table counts up.
 
+A quantised layer is applied to the latents, for all heads of some tokens, of which those that are
+asked for are copied to the room.
+
 Nothing here waits for the device.
 """
 
@@ -33,7 +36,12 @@ from vllm_flashtrace.kernels import (
     touching_sums,
 )
 from vllm_flashtrace.worker.gpu_cache import KeyValueViews
-from vllm_flashtrace.worker.latents import up_projections
+from vllm_flashtrace.worker.latents import (
+    projected,
+    up_is_quantized,
+    up_projection,
+    up_projections,
+)
 from vllm_flashtrace.worker.layers import GPU_LATENT_BACKENDS, HeadSizes, TracedLayer
 
 ROOM_BYTES = 256 << 20
@@ -175,14 +183,17 @@ class LatentRoom:
         Returns:
             ``[blocks, heads, BLOCK, P + R]``; what lies behind the last token is not defined.
         """
-        up = up_projections(attention)[0][heads]
         size = attention.qk_nope_head_dim
-        room = self._room(len(up), tokens, attention.qk_head_dim)
+        room = self._room(heads.stop - heads.start, tokens, attention.qk_head_dim)
         for first in range(0, tokens, _GATHERED):
             last = min(first + _GATHERED, tokens)
             latents, rotated = _cached(attention, block_table, first, last)
             own = room[:, first:last]
-            _project(latents, up, own[..., :size])
+            if up_is_quantized(attention):
+                for some, keys, _ in projected(attention, latents):
+                    own[:, some, :size] = keys[heads]
+            else:
+                _project(latents, up_projections(attention)[0][heads], own[..., :size])
             own[..., size:] = rotated
         return _as_blocks(room)
 
@@ -192,12 +203,11 @@ class LatentRoom:
         Returns:
             ``[blocks, H, BLOCK, V]``, the token ``first`` in front.
         """
-        up = up_projections(attention)[1]
-        room = self._room(len(up), last - first, attention.v_head_dim)
+        room = self._room(attention.num_heads, last - first, attention.v_head_dim)
         for start in range(first, last, _GATHERED):
             stop = min(start + _GATHERED, last)
             latents, _ = _cached(attention, block_table, start, stop)
-            _project(latents, up, room[:, start - first : stop - first])
+            _values(attention, latents, room[:, start - first : stop - first])
         return _as_blocks(room)
 
     def views(self) -> KeyValueViews:
@@ -259,10 +269,9 @@ def latent_form(layer: TracedLayer) -> AttentionForm:
 
 def read_latent_values(attention: MLAAttention, block_table: Tensor, tokens: int) -> Tensor:
     """The values of a request's first tokens, float32 ``[tokens, H, V]``, in their own memory."""
-    up = up_projections(attention)[1]
     latents, _ = _cached(attention, block_table, 0, tokens)
-    values = latents.new_empty(len(up), tokens, attention.v_head_dim)
-    _project(latents, up, values)
+    values = latents.new_empty(attention.num_heads, tokens, attention.v_head_dim)
+    _values(attention, latents, values)
     return values.transpose(0, 1).float()
 
 
@@ -279,7 +288,6 @@ def check_gpu_latents(layer: TracedLayer, dtype: torch.dtype) -> None:
     attention: Any = layer.attention
     cache, backend = attention.kv_cache, attention.attn_backend.get_name()
     width = attention.kv_lora_rank + attention.qk_rope_head_dim
-    weight = attention.kv_b_proj.weight
     rows = layer.heads.queries * (attention.qk_nope_head_dim + attention.v_head_dim)
     refusals = {
         f"multi-head latent attention (MLA) on the {backend} backend": backend
@@ -290,10 +298,16 @@ def check_gpu_latents(layer: TracedLayer, dtype: torch.dtype) -> None:
         f"queries of {layer.heads.keys} numbers a head in latent attention": layer.heads.keys
         % _ALIGNMENT
         != 0,
-        f"an up-projection of latents of {weight.dtype} {tuple(weight.shape)}": (
-            weight.dtype != dtype or weight.shape != (rows, attention.kv_lora_rank)
-        ),
     }
+    up = layer.up_quantization
+    if up is None:
+        weight = up_projection(attention).weight
+        name = f"an up-projection of latents of {weight.dtype} {tuple(weight.shape)}"
+        refusals[name] = weight.dtype != dtype or weight.shape != (rows, attention.kv_lora_rank)
+    else:
+        # Rows that decode, as short chunks may, have latents that are not rounded.
+        name = f"an up-projection of latents that rounds them ({up.name}) on a GPU"
+        refusals[name] = up.rounds_inputs
     for feature, present in refusals.items():
         if present:
             raise UnsupportedModelError(f"traces are not supported with {feature} ({layer.name})")
@@ -306,6 +320,15 @@ def _padded(tokens: int) -> int:
 def _as_blocks(room: Tensor) -> Tensor:
     """``[heads, tokens, size]`` as ``[blocks, heads, BLOCK, size]``."""
     return room.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+
+
+def _values(attention: MLAAttention, latents: Tensor, out: Tensor) -> None:
+    """Writes values of all heads, ``[H, tokens, V]``."""
+    if up_is_quantized(attention):
+        for some, _, values in projected(attention, latents):
+            out[:, some] = values
+    else:
+        _project(latents, up_projections(attention)[1], out)
 
 
 def _project(latents: Tensor, up: Tensor, out: Tensor) -> None:

@@ -22,7 +22,7 @@ from vllm.distributed import get_pp_group
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -37,6 +37,7 @@ from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.engines import check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
+from vllm_flashtrace.worker.latents import up_projection
 from vllm_flashtrace.worker.output_gates import OutputGate
 from vllm_flashtrace.worker.quantized import Quantization, quantization_of
 
@@ -79,7 +80,7 @@ _ATTENTION = (Attention, ChunkedLocalAttention, MLAAttention)
 _FREEING_SPECS = (ChunkedLocalAttentionSpec, SlidingWindowSpec)
 
 # The backends of latent attention whose caches are read, see `latents` and `gpu_latents`.
-CPU_LATENT_BACKEND = "CPU_MLA"
+CPU_BACKEND, CPU_LATENT_BACKEND = "CPU_ATTN", "CPU_MLA"
 GPU_LATENT_BACKENDS = (
     "CUTLASS_MLA",
     "FLASHINFER_MLA",
@@ -166,6 +167,7 @@ class TracedLayer:
             carry it beside what is to be added to it: a norm, or the layer itself; else None.
         multiplier: Factor on what the block adds to the stream.
         quantization: How ``W_O`` is quantised, or None.
+        up_quantization: How what makes keys and values of latents is quantised, or None.
         block_norm: The norm of what the block adds, or None.
         gate: What multiplies attention's output in front of ``W_O``, or None.
     """
@@ -182,6 +184,7 @@ class TracedLayer:
     in_front: nn.Module | None = None
     multiplier: float = 1.0
     quantization: Quantization | None = None
+    up_quantization: Quantization | None = None
     block_norm: BlockNorm | None = None
     gate: OutputGate | None = None
 
@@ -251,7 +254,7 @@ def _read_layer(
     if not isinstance(attention, (Attention, MLAAttention)):
         return None
     if isinstance(attention, MLAAttention):
-        _check_latents(context_name, attention, config)
+        _check_latents(context_name, attention)
     parts = names.get(id(attention), "").split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     if not numbers or len(parts) - numbers[-1] < 3:
@@ -262,7 +265,7 @@ def _read_layer(
     decoder = modules[".".join(parts[: numbers[-1] + 1])]
     projection = _projection_name(block)
     out_proj, adapters = base_projection(getattr(block, projection, None))
-    quantization = _check_attention(context_name, attention, block, out_proj)
+    quantization, up_quantization = _check_attention(context_name, attention, block, out_proj)
     in_front, behind = _around(context_name, decoder, block, out_proj)
     return TracedLayer(
         index=int(parts[numbers[-1]]),
@@ -277,6 +280,7 @@ def _read_layer(
         in_front=in_front,
         multiplier=_multiplier(context_name, decoder),
         quantization=quantization,
+        up_quantization=up_quantization,
         block_norm=_block_norm(context_name, decoder, behind),
         gate=OutputGate.read(context_name, block, attention, projection),
     )
@@ -563,22 +567,17 @@ def _multiplier(layer_name: str, decoder: nn.Module) -> float:
     return multiplier
 
 
-def _check_latents(name: str, attention: MLAAttention, config: VllmConfig) -> None:
+def _check_latents(name: str, attention: MLAAttention) -> None:
     """Refuses latent attention that is not read as its layer computes it."""
     backend = attention.attn_backend.get_name()
-    refusals = {
-        f"multi-head latent attention (MLA) on the {backend} backend": backend
-        not in (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS),
-        "LoRA adapters of a model with multi-head latent attention (MLA)": config.lora_config
-        is not None,
-    }
-    _refuse(name, refusals)
+    known = backend in (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS)
+    _refuse(name, {f"multi-head latent attention (MLA) on the {backend} backend": not known})
 
 
 def _check_attention(
     name: str, attention: Attention | MLAAttention, block: nn.Module, out_proj: nn.Module | None
-) -> Quantization | None:
-    """How the output projection is quantised; refuses what is not traced."""
+) -> tuple[Quantization | None, Quantization | None]:
+    """How output projection and `kv_b_proj` are quantised; refuses what is not traced."""
     refusals = {
         f"{type(attention).__name__} layers": type(attention) not in _ATTENTION,
         "dual chunk attention": getattr(block, "dual_chunk_attention_config", None) is not None,
@@ -589,19 +588,19 @@ def _check_attention(
     width, heads = out_proj.input_size_per_partition, attention.num_heads
     other_width = "an output projection of another width than its heads"
     if isinstance(attention, MLAAttention):
+        impl: Any = attention.impl
         refusals = {
             other_width: width != heads * attention.v_head_dim,
             "an output gate of latent attention": getattr(block, "g_proj", None) is not None,
             "sparse attention": attention.use_sparse or attention.indexer is not None,
             "a sliding window of latent attention": attention.sliding_window is not None,
             "non-causal attention": attention.non_causal_multi_token_decode,
-            "quantized weights in latent attention": any(
-                not isinstance(projection.quant_method, UnquantizedLinearMethod)
-                for projection in (attention.kv_b_proj, out_proj)
+            "LoRA adapters of an up-projection of latents": (
+                impl.kv_b_proj is not up_projection(attention)
             ),
             "an up-projection of latents that is packed or has a bias": (
-                packed_kernel(attention.kv_b_proj) is not None
-                or attention.kv_b_proj.bias is not None
+                packed_kernel(up_projection(attention)) is not None
+                or up_projection(attention).bias is not None
             ),
         }
     else:
@@ -613,10 +612,16 @@ def _check_attention(
             "values of another size than keys": attention.head_size_v != attention.head_size,
         }
     _refuse(name, refusals)
+    up: Quantization | None = None
     try:
-        return quantization_of(out_proj)
+        quantization = quantization_of(out_proj)
+        if isinstance(attention, MLAAttention):
+            up = quantization_of(up_projection(attention), "an up-projection of latents")
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error.message} ({name})") from None
+    by_batch = "an up-projection of latents that rounds them by one scale for all of a step"
+    _refuse(name, {by_batch: up is not None and up.by_batch})
+    return quantization, up
 
 
 def _refuse(name: str, refusals: dict[str, bool]) -> None:

@@ -28,6 +28,7 @@ _WEIGHT_ONLY = {
     "AutoAWQLinearMethod": "AWQ",
     "AutoGPTQLinearMethod": "GPTQ",
     "CompressedTensorsWNA16": "compressed-tensors WNA16",
+    "CompressedTensorsW8A16Fp8": "compressed-tensors FP8 W8A16",
 }
 _EIGHT_BITS = {
     "Fp8LinearMethod": "FP8",
@@ -36,12 +37,24 @@ _EIGHT_BITS = {
     "Fp8PerBlockOnlineLinearMethod": "FP8 in blocks, made while loading",
     "CompressedTensorsW8A8Int8": "compressed-tensors int8 W8A8",
     "CompressedTensorsW8A8Fp8": "compressed-tensors FP8 W8A8",
+    "CompressedTensorsW4A8Int": "compressed-tensors int W4A8",
+}
+_PACKS_ITS_BIAS = "CompressedTensorsW4A8Int"
+# Those whose kernel decides whether activations are rounded, and to how many bits.
+_BY_KERNEL = {
+    "CompressedTensorsW4A4Fp4": "compressed-tensors NVFP4",
+    "CompressedTensorsW4A4Mxfp4": "compressed-tensors MXFP4",
+    "CompressedTensorsW8A8Mxfp8": "compressed-tensors MXFP8",
 }
 # Kernels that leave activations as they are, though the checkpoint says how to quantise them.
 _WEIGHT_ONLY_KERNELS = (
     "CPUFp8BlockScaledMMKernel",
     "CPUFp8PerTensorScaledMMLinearKernel",
+    "EmulationMxfp8LinearKernel",
     "MarlinFP8ScaledMMLinearKernel",
+    "MarlinMxFp4LinearKernel",
+    "MarlinMxfp8LinearKernel",
+    "MarlinNvFp4LinearKernel",
     "XPUW8A16FP8LinearKernel",
 )
 
@@ -62,14 +75,22 @@ class Quantization:
     Attributes:
         name: The scheme's name.
         rounds_inputs: Whether its kernel rounds activations to eight bits.
+        by_batch: Whether the scale of that rounding is one for all rows of a step.
     """
 
     name: str
     rounds_inputs: bool
+    by_batch: bool = False
 
 
-def quantization_of(projection: nn.Module) -> Quantization | None:
+def quantization_of(
+    projection: nn.Module, what: str = "an output projection"
+) -> Quantization | None:
     """How a linear layer is quantised; None if it is not.
+
+    Args:
+        projection: The layer.
+        what: What a message calls it.
 
     Raises:
         UnsupportedModelError: Its scheme is not one whose matrix can be had; the message names it.
@@ -84,15 +105,24 @@ def quantization_of(projection: nn.Module) -> Quantization | None:
     if type(scheme).__module__.startswith("vllm."):
         if kind in _WEIGHT_ONLY and not _rounds_to_eight_bits(layer, scheme):
             return Quantization(_WEIGHT_ONLY[kind], rounds_inputs=False)
-        if kind in _EIGHT_BITS:
-            kernel = type(getattr(scheme, "fp8_linear", None)).__name__
+        if kind == _PACKS_ITS_BIAS and layer.bias is not None:
+            kind += " with a bias, which its kernel adds unasked"
+        elif kind in _EIGHT_BITS:
+            kernel = getattr(scheme, "fp8_linear", None)
             blocks = getattr(layer, "weight_block_size", None) is not None
             name = _EIGHT_BITS[kind]
             name += " in blocks" if blocks and "in blocks" not in name else ""
-            return Quantization(name, kernel not in _WEIGHT_ONLY_KERNELS)
+            rounds = type(kernel).__name__ not in _WEIGHT_ONLY_KERNELS
+            return Quantization(name, rounds, rounds and _has_one_scale(kernel))
+        kernel = type(getattr(scheme, "kernel", None)).__name__
+        if kind in _BY_KERNEL and kernel in _WEIGHT_ONLY_KERNELS:
+            return Quantization(_BY_KERNEL[kind], rounds_inputs=False)
+        if kind in _BY_KERNEL:
+            kind = f"{kind} ({kernel})"
+    rounds = kind in _WEIGHT_ONLY or kind.startswith(tuple(_BY_KERNEL))
     raise UnsupportedModelError(
-        f"traces are not supported with an output projection quantized by {kind}"
-        + (" with quantized activations" if kind in _WEIGHT_ONLY else "")
+        f"traces are not supported with {what} quantized by {kind}"
+        + (" with quantized activations" if rounds else "")
     )
 
 
@@ -173,6 +203,12 @@ def _rounds_to_eight_bits(layer: Any, scheme: Any) -> bool:
     return bool(getattr(layer, "use_w4a8", False)) or (
         act_type is not None and act_type.itemsize == 1
     )
+
+
+def _has_one_scale(kernel: Any) -> bool:
+    """Whether a kernel takes the scale of its inputs from all of them together."""
+    key = getattr(getattr(kernel, "config", None), "activation_quant_key", None)
+    return key is not None and not key.scale.static and key.scale.group_shape.is_per_tensor()
 
 
 def _unit(layer: Any, quantization: Quantization, like: Tensor) -> tuple[Tensor, Tensor]:

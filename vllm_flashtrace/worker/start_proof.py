@@ -41,7 +41,7 @@ from vllm_flashtrace.core.identity import attention_error, contribution, identit
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker.layers import MLP, TracedLayer, cache_groups
+from vllm_flashtrace.worker.layers import CPU_BACKEND, MLP, TracedLayer, cache_groups
 from vllm_flashtrace.worker.quantized import applied_bias, product_error
 from vllm_flashtrace.worker.runner import (
     PROOF_ATTRIBUTE,
@@ -138,7 +138,11 @@ def default_limit(model: TracedModel, config: Any) -> float:
     to fp8. In float32 on a GPU, vLLM's Triton kernels round what they multiply to TF32, whose
     fractions are those of float16.
     """
-    if any(layer.attention.kv_cache_dtype.startswith("fp8") for layer in model.layers):
+    if any(
+        layer.attention.kv_cache_dtype.startswith("fp8")
+        and layer.attention.attn_backend.get_name() != CPU_BACKEND  # It computes in floats.
+        for layer in model.layers
+    ):
         return _FP8_CACHE_LIMIT
     if config.model_config.dtype == torch.float32 and model.device.type == "cuda":
         return _TF32_LIMIT
@@ -306,6 +310,9 @@ class Proof:
             "alibi": any(form.alibi_slopes is not None for form in forms),
             "quantization": _distinct(
                 None if layer.quantization is None else layer.quantization.name for layer in layers
+            ),
+            "up_projection_quantization": _distinct(
+                layer.up_quantization.name for layer in layers if layer.up_quantization is not None
             ),
             "kv_cache": _distinct(layer.attention.kv_cache_dtype for layer in layers),
         }
