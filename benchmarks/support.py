@@ -48,8 +48,60 @@ class Layout:
 
 _SEEN = {"measure": "error of", "error": "relative error"}
 _SCORES = {"scores": "relative L1 of the scores"}
+_ONE_LAYER = "left out or wrong in one layer"
 LAYOUTS: Mapping[str, Layout] = {
-    "breaks_gpt_oss": Layout("left out or wrong in one layer", {**_SEEN, **_SCORES}),
+    "families": Layout(
+        "family",
+        {
+            "attention": "attention",
+            "block": "block",
+            "float32": "float32",
+            "bfloat16": "bfloat16",
+            "compiled": "compiled",
+            "ranks": "two ranks",
+            "transformers": "Transformers' code",
+            "gpu": "GPU",
+        },
+        sort=True,
+    ),
+    "ways": Layout("way to run", {"against": "against", **_SCORES}),
+    "gpu_backends": Layout(
+        "backend",
+        {
+            "llama": "Llama",
+            "gpt_oss": "gpt-oss",
+            "glm4": "GLM-4",
+            "olmo2": "OLMo 2",
+            "deepseek": "DeepSeek V3",
+        },
+    ),
+    "breaks": Layout("left out or wrong", _SEEN),
+    "breaks_normed": Layout(
+        "left out or wrong",
+        {"gemma2": "Gemma 2", "olmo2": "OLMo 2"},
+    ),
+    "breaks_gpt_oss": Layout(_ONE_LAYER, {**_SEEN, **_SCORES}),
+    "breaks_latents": Layout(_ONE_LAYER, {"error": "relative error", **_SCORES}),
+    "breaks_gates": Layout(
+        _ONE_LAYER,
+        {
+            "afmoe": "AfMoE",
+            "afmoe_scores": "its scores",
+            "laguna": "Laguna",
+            "laguna_scores": "its scores",
+        },
+    ),
+    "breaks_int8": Layout("wrong in one layer", _SEEN),
+    "quantized": Layout(
+        "scheme",
+        {
+            "type": "type",
+            "matrix": "error of the matrix",
+            "proof": "largest error of the proof",
+            "scores": "relative L1",
+        },
+    ),
+    "images": Layout("", {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL (deepstack)"}),
 }
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, relative_l1
-from tests.engine.test_start_proof import proven
+from tests.engine.harness import Engine, TraceJob, relative_l1, structure
+from tests.engine.test_start_proof import proven, start_reports
 from tests.gemma3 import encode, gguf_parts, write_folder
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -53,7 +54,9 @@ def engine(model: tuple[Path, list[str], list[int]]) -> Iterator[Engine]:
     engine.close()
 
 
-def test_parity(engine: Engine, model: tuple[Path, list[str], list[int]]) -> None:
+def test_parity(
+    engine: Engine, model: tuple[Path, list[str], list[int]], measured: Measured
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder, pieces, prompt = model
@@ -65,7 +68,8 @@ def test_parity(engine: Engine, model: tuple[Path, list[str], list[int]]) -> Non
     )
     expected = oracle_scores(reference, token_ids, weights.positions, weights.weights)
     error = relative_l1(ours, expected)
-    print(f"Gemma 3 270M, {len(token_ids)} tokens: relative L1 {error:.2e}")
+    found = structure(start_reports(engine)[0])
+    measured("families", "Gemma 3 270M, real weights", float32=error, **found)
     print("completion:", "".join(pieces[i] for i in token_ids[len(prompt) :]))
     print("most credited:", [(pieces[token_ids[i]], i) for i in ours.topk(20).indices.tolist()])
     repeated = min(proven(engine)["seconds"] for _ in range(2))
