@@ -64,7 +64,7 @@ LAYOUTS: Mapping[str, Layout] = {
         },
         sort=True,
     ),
-    "ways": Layout("way to run", {"against": "against", **_SCORES}),
+    "ways": Layout("way to run", {"against": "against", **_SCORES}, sort=True),
     "gpu_backends": Layout(
         "backend",
         {
@@ -74,6 +74,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "olmo2": "OLMo 2",
             "deepseek": "DeepSeek V3",
         },
+        sort=True,
     ),
     "breaks": Layout("left out or wrong", _SEEN),
     "breaks_normed": Layout(
@@ -95,11 +96,11 @@ LAYOUTS: Mapping[str, Layout] = {
     "quantized": Layout(
         "scheme",
         {
-            "type": "type",
             "matrix": "error of the matrix",
             "proof": "largest error of the proof",
             "scores": "relative L1",
         },
+        sort=True,
     ),
     "images": Layout("", {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL (deepstack)"}),
 }

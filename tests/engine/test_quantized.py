@@ -182,11 +182,10 @@ def note(
     error: float | None,
 ) -> None:
     """The row of a scheme, whose name has the type where that is not float32."""
-    kind = str(dtype).removeprefix("torch.")
     numbers = {"matrix": matrix, "proof": proof["largest_error"], "scores": error}
     known = {key: value for key, value in numbers.items() if value is not None}
-    row = name if dtype == torch.float32 else f"{name}, {kind}"
-    measured("quantized", row, type=kind, **known)
+    kind = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    measured("quantized", f"{name}{kind}", **known)
 
 
 def eight_bits(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
