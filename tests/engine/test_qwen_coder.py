@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks.qwen_coder import gguf_parts, write_folder
-from tests.engine.harness import Engine, TraceJob, relative_l1, structure
-from tests.engine.test_start_proof import start_reports
+from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.measured import Measured
 from tests.oracle import oracle_scores
 from vllm_flashtrace.core.weights import TargetWeights
@@ -65,7 +64,6 @@ def test_parity(folder: Path, measured: Measured) -> None:
         kv_cache_memory_bytes=512 << 20,
     )
     try:
-        found = structure(start_reports(engine)[0])
         token_ids = prompt + engine.generate(prompt, 12)
         weights = TargetWeights.from_spans([(len(prompt), len(token_ids))])
         ours = engine.trace(TraceJob(token_ids, weights)).scores
@@ -78,7 +76,7 @@ def test_parity(folder: Path, measured: Measured) -> None:
     expected = oracle_scores(reference, token_ids, weights.positions, weights.weights)
     error = relative_l1(ours, expected)
     print(f"{len(token_ids)} tokens")
-    measured("families", "Qwen2.5-Coder-1.5B, real weights", float32=error, **found)
+    measured("families", "Qwen2.5-Coder-1.5B, real weights", float32=error)
     print("completion:", tokenizer.decode(token_ids[len(prompt) :]))
     best = ours[: len(prompt)].topk(20).indices.tolist()
     print("most credited:", [(tokenizer.decode([token_ids[i]]), i) for i in best])
