@@ -15,14 +15,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import support, tables
 from benchmarks.faithfulness import own_summary
 from benchmarks.faithfulness import report as faithfulness
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results"
 _DOCS = _HERE.parent / "docs"
-PAGES = tuple(_DOCS / f"{name}.md" for name in ("performance", "faithfulness", "agents", "rag"))
+PAGES = tuple(
+    _DOCS / f"{name}.md" for name in ("performance", "faithfulness", "agents", "rag", "support")
+)
 
 TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "trace_latency": ("trace_latency*.json", tables.trace_latency),
@@ -48,6 +50,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "own_answers_pooling": ("own_answers.json", own_summary.by_pooling),
     "gpu_kernels": ("gpu_kernels.json", tables.gpu_kernels),
     "gpu_engine": ("gpu_engine*.json", tables.gpu_engine),
+    **support.MAKERS,
 }
 """Of each table, which committed files hold its results, and what makes it of their JSON."""
 

@@ -27,6 +27,7 @@ class Column:
     title: str
     key: str
     text: Callable[[Any], str]
+    rule: str = "---:"
 
 
 def count(value: float) -> str:
@@ -74,9 +75,9 @@ def plain(rows: Sequence[Row]) -> str:
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A table with right-aligned columns; a missing value is an empty cell."""
+    """A table, its columns aligned as their rules say; a missing value is an empty cell."""
     shown = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
-    lines = [_line(c.title for c in shown), _line("---:" for _ in shown)]
+    lines = [_line(c.title for c in shown), _line(c.rule for c in shown)]
     for row in rows:
         values = [(c, row.get(c.key)) for c in shown]
         lines.append(_line("" if v is None else c.text(v) for c, v in values))

@@ -45,6 +45,8 @@ settings.load_profile("flashtrace")
 
 heap.import_without_collecting()
 
+pytest_plugins = ["tests.measured"]
+
 
 def pytest_collection_finish() -> None:
     """Leaves the modules of all tests out of garbage collection."""

@@ -39,6 +39,33 @@ Family = Literal[
     "granite_hybrid",
     "qwen3_next",
 ]
+FAMILY_NAMES: dict[Family, str] = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3-MoE",
+    "mistral": "Mistral",
+    "phi3": "Phi-3",
+    "mixtral": "Mixtral",
+    "gemma": "Gemma",
+    "granite": "Granite",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 (text)",
+    "glm4": "GLM-4",
+    "gpt_oss": "gpt-oss",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "exaone4": "EXAONE 4",
+    "llama4": "Llama 4",
+    "deepseek_v2": "DeepSeek V2",
+    "deepseek_v3": "DeepSeek V3",
+    "afmoe": "AfMoE",
+    "laguna": "Laguna, a gate for each head",
+    "laguna_elements": "Laguna, a gate for each coordinate",
+    "granite_hybrid": "Granite 4, half of its layers",
+    "qwen3_next": "Qwen3-Next, half of its layers",
+}
+"""By which the support page calls them."""
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Other architectures, which are traced because they are proven at the start.
 # Some layers have no attention: they are traced only where that is asked for.

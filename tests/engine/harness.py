@@ -275,6 +275,33 @@ def leaves_transformers_classes_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Base, "_decorate_for_torch_compile", lambda _: None)
 
 
+def structure(proof: dict[str, Any]) -> dict[str, str]:
+    """What a worker has found in a model, in words for the table of families.
+
+    Args:
+        proof: The worker's report of its proof at the start.
+    """
+    found = proof["found"]
+    windows = any(found["windows"])
+    attention = [
+        *(["latents"] if found["latent_attention"] else []),
+        *(["full"] if None in found["windows"] and not found["latent_attention"] else []),
+        *(["windows"] if windows else []),
+        *(["chunks"] if any(found["chunks"]) else []),
+        *(["sinks"] if found["sinks"] else []),
+        *(["soft caps"] if found["soft_caps"] else []),
+        *(["ALiBi"] if found["alibi"] else []),
+        *(["q and k normed"] if found["query_key_norms"] else []),
+    ]
+    block = [
+        *(["gate"] if found["output_gates"] else []),
+        *(["bias"] if found["output_bias"] else []),
+        *(["normed"] if found["block_norms"] else []),
+        *(["multiplier"] if set(found["residual_multipliers"]) != {1.0} else []),
+    ]
+    return {"attention": ", ".join(attention), "block": ", ".join(block) or "plain"}
+
+
 def relative_l1(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """L1 distance of two score vectors after each is normalised to sum 1."""
     ours, reference = ours.double(), reference.double()

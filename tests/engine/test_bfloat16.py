@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.engine.harness import SMOLLM2_KV_BYTES, Engine, TraceJob, relative_l1, top_overlap
+from tests.measured import Measured
 from vllm_flashtrace.core.weights import TargetWeights
 
 
 def test_bfloat16_against_float32(
-    smollm2: Engine, smollm2_folder: Path, trace_tokens: list[int]
+    smollm2: Engine, smollm2_folder: Path, trace_tokens: list[int], measured: Measured
 ) -> None:
     job = TraceJob(trace_tokens[:160], TargetWeights.from_spans([(130, 160)]))
     reference = smollm2.trace(job).scores
@@ -27,7 +28,8 @@ def test_bfloat16_against_float32(
     finally:
         engine.close()
     error, overlap = relative_l1(scores, reference), top_overlap(scores, reference)
-    print(f"bfloat16 against float32: relative L1 {error:.2e}, top-10 overlap {overlap}/10")
+    print(f"top-10 overlap {overlap}/10")
+    measured("ways", "SmolLM2-135M in bfloat16", against="float32", scores=error)
     print(f"whole trace against cached prefix: {relative_l1(cold, scores):.2e}")
     print(f"pruned against exact: {relative_l1(pruned, scores):.2e}")
     assert error <= 5e-2

@@ -16,7 +16,16 @@ from tests.engine.harness import (
     relative_l1,
     run_hops,
 )
-from tests.engine.test_start_proof import LAYER, LIMIT, decoder, hooked, proven, start_reports
+from tests.engine.test_start_proof import (
+    LAYER,
+    LIMIT,
+    called_by_name,
+    decoder,
+    hooked,
+    proven,
+    start_reports,
+)
+from tests.measured import Measured
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import layers
@@ -99,27 +108,37 @@ def gated(output: Any) -> Any:
 
 
 BREAKS: dict[str, Change] = {
-    "gamma left out": reads_gain(torch.ones_like),
-    "gamma of another convention": reads_gain(lambda gain: gain - 1),
-    "1/rms left out": reads_size(torch.ones_like),
-    "1/rms 1 % too large": reads_size(lambda scales: scales * 1.01),
-    "a multiplier behind the norm": hooked("post_attention_layernorm", lambda x: x * 0.22),
-    "a gate in front of the norm": hooked("self_attn.o_proj", gated),
+    "`gamma`": reads_gain(torch.ones_like),
+    "`gamma` as `w` where it is `1 + w`, or the other way round": reads_gain(lambda gain: gain - 1),
+    "`1/rms`": reads_size(torch.ones_like),
+    "`1/rms` 1 % too large": reads_size(lambda scales: scales * 1.01),
+    "multiplier (0.22) behind the norm": hooked("post_attention_layernorm", lambda x: x * 0.22),
+    "gate in front of the norm": hooked("self_attn.o_proj", gated),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_is_left_out_is_seen(
-    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
     good = proven(engine)
     assert good["refusal"] is None and good["largest_error"] < LIMIT / 10, good
     BREAKS[name](monkeypatch, decoder(engine))
     report = proven(engine)
-    print(f"| {name} | identity | {report['largest_error']:.2g} |")
+    gemma = start_reports(engine)[0]["found"]["block_norms"] == ["GemmaRMSNorm"]
+    measured("breaks_normed", name, **{"gemma2" if gemma else "olmo2": report["largest_error"]})
     assert report["largest_error"] > 5 * LIMIT
     assert f"failed in layer {LAYER} (" in report["refusal"]
     assert "contributions do not add up" in report["refusal"]
+
+
+def test_norms_that_are_called_by_name(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Transformers' code the proof looks at the MLP's input."""
+    job = TraceJob(TOKENS, TargetWeights.from_spans([(270, 300)]))
+    expected, layer = engine.trace(job).scores, decoder(engine)
+    called_by_name(monkeypatch, layer.post_attention_layernorm, layer.mlp)
+    assert proven(engine)["refusal"] is None
+    assert relative_l1(engine.trace(job).scores, expected) <= 1e-5
 
 
 def test_the_report(engine: Engine) -> None:

@@ -14,7 +14,9 @@ from benchmarks.same_bits import ENGINE_OPTIONS, answers
 from tests import engine_starts
 from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
 from tests.forked import run_forked
-from tests.tiny_models import make_tiny_model
+from tests.measured import Measured
+from tests.oracle import oracle_scores
+from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
 # Each layer has one tap more.
@@ -37,7 +39,9 @@ def compiled(folder: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def test_compiled_equals_eager(compiled: Engine, folder: Path) -> None:
+def test_compiled_equals_eager(compiled: Engine, folder: Path, measured: Measured) -> None:
+    from transformers import AutoModelForCausalLM
+
     # The first pass leaves KV of the compiled forward in the prefix cache.
     assert len(compiled.generate(TOKENS[:560], 4)) == 4
     job = TraceJob(TOKENS, TargetWeights.from_spans([(560, 600)]))
@@ -50,7 +54,12 @@ def test_compiled_equals_eager(compiled: Engine, folder: Path) -> None:
         eager_hops = run_hops(eager, TOKENS, 420, (560, 600), (420, 560), 1)
     finally:
         eager.close()
-    print(f"compiled against eager, relative L1: {error:.2e}")
+    name = FAMILY_NAMES[folder.name]  # type: ignore[index]
+    measured("ways", f"{name}, compiled", against="eager", scores=error)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = oracle_scores(model, TOKENS, job.weights.positions, job.weights.weights)
+    if folder.name not in GATED:  # Of those it is measured with their gates.
+        measured("families", name, compiled=relative_l1(theirs.scores, expected))
     assert error <= 1e-4
     assert relative_l1(hops.scores[:420], eager_hops.scores[:420]) <= 1e-4
 

@@ -11,6 +11,7 @@ import torch
 from benchmarks.gemma3 import gguf_parts, write_folder
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_start_proof import proven
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -51,7 +52,7 @@ def engine(folder: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def test_parity(engine: Engine, folder: Path) -> None:
+def test_parity(engine: Engine, folder: Path, measured: Measured) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = engine.llm.get_tokenizer()
@@ -65,7 +66,8 @@ def test_parity(engine: Engine, folder: Path) -> None:
     )
     expected = oracle_scores(reference, token_ids, weights.positions, weights.weights)
     error = relative_l1(ours, expected)
-    print(f"Gemma 3 270M, {len(token_ids)} tokens: relative L1 {error:.2e}")
+    measured("families", "Gemma 3 270M, real weights", float32=error)
+    print(f"{len(token_ids)} tokens")
     print("completion:", tokenizer.decode(token_ids[len(prompt) :]))
     top = ours.topk(20).indices.tolist()
     print("most credited:", [(tokenizer.decode([token_ids[i]]), i) for i in top])

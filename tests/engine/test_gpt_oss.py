@@ -18,6 +18,7 @@ from tests.engine.test_start_proof import (
     reads_form,
     start_reports,
 )
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
@@ -57,13 +58,14 @@ def engine(folder: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def test_chunks_beside_other_requests(engine: Engine, reference: Any) -> None:
+def test_chunks_beside_other_requests(engine: Engine, reference: Any, measured: Measured) -> None:
     job = TraceJob(TOKENS, TARGET, attention=True)
     decoding = [TOKENS[place : place + 100] for place in (0, 150, 300)]
     [report] = engine.trace_many([job], decoding, new_tokens=40)
     expected = oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
     error = relative_l1(report.scores, expected)
-    print(f"relative L1 {error:.1e}")
+    proof = start_reports(engine)[0]["largest_error"]
+    measured("breaks_gpt_oss", "nothing", error=proof, scores=error)
     assert error <= 1e-5
     assert attention_error(report, reference, job) <= 1e-3
 
@@ -109,7 +111,11 @@ BREAKS: dict[str, tuple[Change, str, float]] = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_is_left_out_is_seen(
-    engine: Engine, reference: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    reference: Any,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
     good = proven(engine)
     assert good["refusal"] is None and good["largest_error"] < LIMIT / 10, good
@@ -119,7 +125,8 @@ def test_what_is_left_out_is_seen(
     scores = engine.trace(TraceJob(TOKENS, TARGET)).scores
     error = relative_l1(scores, oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights))
     report = proven(engine)
-    print(f"| {name} | {measure} | {report['largest_error']:.2g} | {error:.1e} |")
+    found = report["largest_error"]
+    measured("breaks_gpt_oss", name, measure=measure, error=found, scores=error)
     assert report["largest_error"] > 5 * LIMIT
     assert f"failed in layer {LAYER} (" in report["refusal"]
     assert start_proof._MEASURES[measure] in report["refusal"]

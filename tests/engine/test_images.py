@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.measured import Measured
 from tests.tiny_vision import PIXELS, VISION_FAMILIES, make_tiny_vision_model, picture_scores
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
@@ -54,6 +55,7 @@ class Seen:
         import transformers
 
         make_tiny_vision_model(family, folder)
+        self.family = family
         self.engine = Engine(
             folder,
             f"a model that sees images: {family}",
@@ -107,7 +109,7 @@ def last(tokens: list[int], count: int) -> TargetWeights:
     return TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(length - count, length)})
 
 
-def test_scores_are_the_oracles(seen: Seen) -> None:
+def test_scores_are_the_oracles(seen: Seen, measured: Measured) -> None:
     tokens, images = seen.answer(MESSAGES)
     [first, second] = images.in_prompt
     assert (first.rows, first.columns, len(first.tokens)) == (4, 6, 24)
@@ -116,22 +118,25 @@ def test_scores_are_the_oracles(seen: Seen) -> None:
     expected = seen.expected(tokens, target, MESSAGES)
     report = seen.engine.trace(TraceJob(tokens, target, images=images))
     error = relative_l1(report.scores, expected)
-    print(f"relative L1 {error:.1e}, {report.cached_tokens} tokens cached")
+    measured("images", "two images, prefix cached", **{seen.family: error})
     assert error <= BOUND / 100
     assert report.cached_tokens > second.tokens[-1]
 
 
-def test_batches(seen: Seen) -> None:
+def test_batches(seen: Seen, measured: Measured) -> None:
     """Several traces with images in chunks of 64 tokens, beside requests with and without any."""
     asked = [MESSAGES, chat("The key is in the box of ", IMAGES[1], " and not here.")]
     answers = [seen.answer(messages) for messages in asked]
     jobs = [TraceJob(tokens, last(tokens, 30), images=images) for tokens, images in answers]
     seen.engine.llm.reset_prefix_cache()
     reports = seen.engine.trace_many(jobs, [answers[0][0][70:], answers[1][0][40:]], 20)
-    for (tokens, _), messages, job, report in zip(answers, asked, jobs, reports, strict=True):
-        error = relative_l1(report.scores, seen.expected(tokens, job.weights, messages))
-        print(f"relative L1 {error:.1e}")
-        assert error <= BOUND / 100
+    errors = [
+        relative_l1(report.scores, seen.expected(tokens, job.weights, messages))
+        for (tokens, _), messages, job, report in zip(answers, asked, jobs, reports, strict=True)
+    ]
+    row = "all computed again, in chunks of 64 tokens, beside other requests"
+    measured("images", row, **{seen.family: max(errors)})
+    assert max(errors) <= BOUND / 100
 
 
 def test_hops_from_one_prefill(seen: Seen) -> None:
@@ -178,17 +183,19 @@ def test_earlier_turns_with_images_behind_them(seen: Seen, hops: int) -> None:
     assert [image["message"] for image in answer.images] == [1, 2]
 
 
-def test_another_image_is_another_trace(seen: Seen) -> None:
+def test_another_image_is_another_trace(seen: Seen, measured: Measured) -> None:
     """What a mistake would cost: no pixels, or those of another image of the same size."""
     messages = chat("Which box holds the key? ", IMAGES[0])
     tokens, images = seen.answer(messages)
     _, others = seen.answer(chat("Which box holds the key? ", image(4, 6, 2)))
     target = last(tokens, 20)
     expected = seen.expected(tokens, target, messages)
-    for name, given in {"none": None, "another": others, "its own": images}.items():
+    cases = {"without the pixels": None, "with those of another image": others, "": images}
+    for name, given in cases.items():
         report = seen.engine.trace(TraceJob(tokens, target, images=given))
         error = relative_l1(report.scores, expected)
-        print(f"| {name} | {error:.1e} |")
+        if name:
+            measured("images", f"what it would be {name}", **{seen.family: error})
         assert (error <= BOUND / 100) is (given is images)
         assert given is images or error > 10 * BOUND
 

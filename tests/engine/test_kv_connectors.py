@@ -29,6 +29,7 @@ from tests.kv_connectors import (
     memory_connector,
     memory_offloading,
 )
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model, make_windowed_llama
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
@@ -125,7 +126,9 @@ def untraced(engine: Engine) -> list[Any]:
     return [computed, answers(engine), MemoryOffloadingWorker.loaded, MemoryOffloadingWorker.stored]
 
 
-def test_offloading(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     engine_starts.note("offloading, without the plugin: its bytes are the reference")
     out = tmp_path / "stock.json"
     code = "import sys; from tests.engine.test_kv_connectors import stock; stock(*sys.argv[1:])"
@@ -171,7 +174,7 @@ def test_offloading(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         growing = [TOKENS[start : start + 40] for start in range(500, 505)]
         growing = [prompt + TOKENS[: 5 * place] for place, prompt in enumerate(growing)]
         assert checked.trace(text, 100, beside=growing) == 96 and checked.restarts
-        print(f"relative L1 {max(checked.errors):.1e}")
+        measured("ways", "KV offloading", against="oracle", scores=max(checked.errors))
         assert max(checked.errors) <= 1e-4
 
         forget(engine)
@@ -222,7 +225,12 @@ def chunks(folder: Path) -> tuple[Path, Path]:
     ids=["mixed", "windows", "latents", "chunks"],
 )
 def test_offloading_of_other_caches(
-    make: Any, chunk: int, overrides: dict[str, Any], tmp_path: Path
+    make: Any,
+    chunk: int,
+    overrides: dict[str, Any],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    measured: Measured,
 ) -> None:
     """Caches that forget and such that keep latents, also in chunks of several blocks."""
     folder, reference = make(tmp_path)
@@ -240,13 +248,16 @@ def test_offloading_of_other_caches(
         ):
             forget(engine)
             cached.append(checked.trace(text, first, rows))
-        print(f"relative L1 {max(checked.errors):.1e}, {cached} tokens loaded")
+        names = {"mixed": "windows in some layers", "windows": "windows in all layers"}
+        kind = request.node.callspec.id
+        row = f"KV offloading, {names.get(kind, kind)}"
+        measured("ways", row, against="oracle", scores=max(checked.errors))
         assert max(checked.errors) <= 1e-4 and min(cached) >= 255
     finally:
         engine.close()
 
 
-def test_offloading_of_images(tmp_path: Path) -> None:
+def test_offloading_of_images(tmp_path: Path, measured: Measured) -> None:
     seen = Seen(tmp_path, "qwen2_5_vl", kv_transfer_config=memory_offloading())
     try:
         tokens, images = seen.answer(MESSAGES)
@@ -256,7 +267,7 @@ def test_offloading_of_images(tmp_path: Path) -> None:
         assert report.cached_tokens == (len(tokens) - 20) // BLOCK * BLOCK > 0
         assert MemoryOffloadingWorker.loaded == [report.cached_tokens // BLOCK]
         error = relative_l1(report.scores, seen.expected(tokens, target, MESSAGES))
-        print(f"images: relative L1 {error:.1e}, {report.cached_tokens} tokens loaded")
+        measured("images", "KV offloading", **{seen.family: error})
         assert error <= 1e-4
     finally:
         seen.engine.close()
@@ -265,7 +276,7 @@ def test_offloading_of_images(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_offloading_by_two_workers(
-    kind: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
     core_each(monkeypatch, 2)
     overrides = {kind: 2, "in_process": False}
@@ -278,7 +289,8 @@ def test_offloading_by_two_workers(
         for first, cached in ((301, 288), (100, 96)):
             forget(engine)
             assert checked.trace(text, first) == cached
-        print(f"{kind} 2: relative L1 {max(checked.errors):.1e}")
+        workers = {"t": "two tensor-parallel ranks", "p": "two pipeline stages"}[kind[0]]
+        measured("ways", f"KV offloading, {workers}", against="oracle", scores=max(checked.errors))
         assert max(checked.errors) <= 1e-4
     finally:
         engine.close()
@@ -293,7 +305,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("known")
-def test_an_unforgiving_connector(tiny_folder: Path) -> None:
+def test_an_unforgiving_connector(tiny_folder: Path, measured: Measured) -> None:
     """It loads all that it has offered or nothing, in three steps, and loads fail."""
     engine = start(tiny_folder, "an unforgiving connector", memory_connector())
     try:
@@ -327,7 +339,8 @@ def test_an_unforgiving_connector(tiny_folder: Path) -> None:
         # What another request loads in the step is in the prefix cache, and there.
         assert checked.trace(text, 325, beside=[text]) == 320
         assert Behaviour.loaded[-1] == 320
-        print(f"relative L1 {max(checked.errors):.1e}")
+        row = "a KV connector in memory, whose loads fail"
+        measured("ways", row, against="oracle", scores=max(checked.errors))
         assert max(checked.errors) <= 1e-4
         # What the patch is there for.
         Behaviour.loads_async = True

@@ -22,8 +22,9 @@ from tests.engine.test_start_proof import (
 )
 from tests.engine.test_transformers_code import WAYS
 from tests.engine.worker_faults import core_each
+from tests.measured import Measured
 from tests.oracle import oracle_scores
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import cpu_model, latents, start_proof
@@ -35,7 +36,6 @@ TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
 
 # Where a CPU has AMX, vLLM would choose another.
 BACKEND = {"attention_backend": "CPU_MLA"}
-OTHER_WAYS = {**WAYS, "bfloat16": {"dtype": "bfloat16", "max_model_len": 1024}}
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,17 @@ def engine(folder: Path) -> Iterator[Engine]:
 # First, since it starts engines in other processes.
 @pytest.mark.long
 @pytest.mark.timeout(480)
-@pytest.mark.parametrize("way", OTHER_WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_other_ways_to_run(
-    way: str, folder: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    way: str,
+    folder: Path,
+    expected: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
-    if way == "two ranks":
+    if way == "ranks":
         core_each(monkeypatch, 2)
-    engine = Engine(folder, f"latent attention, {way}", **BACKEND, **OTHER_WAYS[way])
+    engine = Engine(folder, f"latent attention, {way}", **BACKEND, **WAYS[way])
     try:
         for report in start_reports(engine):
             assert report["refusal"] is None, report
@@ -88,12 +92,16 @@ def test_other_ways_to_run(
         error = relative_l1(engine.trace(TraceJob(TOKENS, TARGET)).scores, expected)
     finally:
         engine.close()
-    print(f"{way}: relative L1 {error:.1e}")
-    assert error <= (3e-2 if way == "bfloat16" else 1e-5)
+    measured("families", FAMILY_NAMES["deepseek_v3"], **{way: error})
+    assert error <= 1e-5
 
 
 def test_beside_requests_that_decode(
-    engine: Engine, reference: Any, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    reference: Any,
+    expected: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
     """vLLM computes rows that decode before those that prefill, in the order of requests or not."""
     places: list[int] = []
@@ -114,7 +122,8 @@ def test_beside_requests_that_decode(
     report = engine.collect(nonce)
     assert places == [2]
     error = relative_l1(report.scores, expected)
-    print(f"relative L1 {error:.1e}")
+    proof = start_reports(engine)[0]["largest_error"]
+    measured("breaks_latents", "nothing", error=proof, scores=error)
     assert error <= 1e-5
     assert attention_error(report, reference, job) <= 1e-3
 
@@ -189,7 +198,11 @@ BREAKS: dict[str, tuple[Change, float]] = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_is_left_out_is_seen(
-    engine: Engine, expected: torch.Tensor, name: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    expected: torch.Tensor,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
     good = proven(engine)
     assert good["refusal"] is None and good["largest_error"] < LIMIT / 10, good
@@ -199,7 +212,7 @@ def test_what_is_left_out_is_seen(
     scores = engine.trace(TraceJob(TOKENS, TARGET)).scores
     error = relative_l1(scores, expected)
     report = proven(engine)
-    print(f"| {name} | {report['largest_error']:.2g} | {error:.1e} |")
+    measured("breaks_latents", name, error=report["largest_error"], scores=error)
     assert report["largest_error"] > 5 * LIMIT
     assert f"failed in layer {LAYER} (" in report["refusal"]
     assert start_proof._MEASURES["attention"] in report["refusal"]

@@ -11,6 +11,7 @@ import torch
 
 from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
 from tests.engine.test_start_proof import LAYER, LIMIT, proven, reads_form, start_reports
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
@@ -121,22 +122,26 @@ def without_temperature(patch: pytest.MonkeyPatch, layers: Any) -> None:
 
 # Layer 2 has chunks and norms.
 BREAKS: dict[str, tuple[Change, int, float]] = {
-    "chunks (32)": (reads_form(chunk_size=None), LAYER, 1e-2),
+    "chunks": (reads_form(chunk_size=None), LAYER, 1e-2),
     "chunks one token short": (reads_form(chunk_size=31), LAYER, 1e-2),
     "chunks twice as long": (reads_form(chunk_size=64), LAYER, 1e-2),
-    "a window in the place of chunks": (
+    "a window of 32 in the place of chunks": (
         reads_form(chunk_size=None, sliding_window=32),
         LAYER,
         1e-2,
     ),
     "norm of the queries": (before_norm, LAYER, 1e-3),
-    "growth of the queries": (without_temperature, GLOBAL_LAYER, 1e-3),
+    "growth of the queries with their position": (without_temperature, GLOBAL_LAYER, 1e-3),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_is_left_out_is_seen(
-    engine: Engine, expected: torch.Tensor, name: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    expected: torch.Tensor,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
     good = proven(engine)
     assert good["refusal"] is None and good["largest_error"] < LIMIT / 10, good
@@ -146,7 +151,7 @@ def test_what_is_left_out_is_seen(
     # What the scores would be without a proof.
     error = relative_l1(engine.trace(TraceJob(TOKENS, TARGET)).scores, expected)
     report = proven(engine)
-    print(f"| {name} | {report['largest_error']:.2g} | {error:.1e} |")
+    measured("breaks_chunks", name, error=report["largest_error"], scores=error)
     assert report["largest_error"] > 5 * LIMIT
     assert f"failed in layer {layer} (" in report["refusal"]
     assert start_proof._MEASURES["attention"] in report["refusal"]

@@ -13,8 +13,9 @@ from benchmarks.same_bits import ENGINE_OPTIONS
 from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
 from tests.engine.test_start_proof import LAYER, LIMIT, decoder, proven, start_reports
 from tests.engine.worker_faults import core_each
+from tests.measured import Measured
 from tests.oracle import capture_hf, oracle_scores
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import layers
@@ -125,17 +126,22 @@ def without_function(gate: OutputGate, hidden_states: torch.Tensor) -> torch.Ten
 
 
 BREAKS: dict[str, Values] = {
-    "a gate left out": reads(torch.ones_like),
-    "the gate of another head": reads(lambda gates: gates.roll(1, 0)),
-    "a gate 1 % too large": reads(lambda gates: gates * 1.01),
-    "a gate without its function": without_function,
-    "the gate of another input": lambda gate, hidden_states: STOCK(gate, hidden_states.flip(-1)),
+    "gate": reads(torch.ones_like),
+    "gate of another head": reads(lambda gates: gates.roll(1, 0)),
+    "gate 1 % too large": reads(lambda gates: gates * 1.01),
+    "its sigmoid or softplus": without_function,
+    "gate of another input": lambda gate, hidden_states: STOCK(gate, hidden_states.flip(-1)),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_is_left_out_is_seen(
-    engine: Engine, reference: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    folder: Path,
+    reference: Any,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
     good = proven(engine)
     assert good["refusal"] is None and good["largest_error"] < LIMIT / 10, good
@@ -149,7 +155,8 @@ def test_what_is_left_out_is_seen(
     scores = engine.trace(TraceJob(TOKENS, TARGET)).scores
     error = relative_l1(scores, oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights))
     report = proven(engine)
-    print(f"| {name} | identity | {report['largest_error']:.2g} | {error:.1e} |")
+    family, found = folder.name, report["largest_error"]
+    measured("breaks_gates", name, **{family: found, f"{family}_scores": error})
     assert report["largest_error"] > 5 * LIMIT
     assert f"failed in layer {LAYER} (" in report["refusal"]
     assert "contributions do not add up" in report["refusal"]
@@ -192,7 +199,7 @@ def test_gates_that_are_not_known(engine: Engine, monkeypatch: pytest.MonkeyPatc
 
 WAYS: dict[str, dict[str, Any]] = {
     "compiled": ENGINE_OPTIONS,
-    "two ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
+    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
 }
 
 
@@ -200,9 +207,15 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.long
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("way", WAYS)
-def test_ways(way: str, folder: Path, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways(
+    way: str,
+    folder: Path,
+    reference: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
+) -> None:
     expected = oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
-    if way == "two ranks":
+    if way == "ranks":
         core_each(monkeypatch, 2)
     engine = Engine(folder, f"output gates, {way}", **WAYS[way])
     try:
@@ -212,5 +225,5 @@ def test_ways(way: str, folder: Path, reference: Any, monkeypatch: pytest.Monkey
     finally:
         engine.close()
     error = relative_l1(trace.scores, expected)
-    print(f"{folder.name}, {way}: relative L1 {error:.1e}")
+    measured("families", FAMILY_NAMES[folder.name], **{way: error})  # type: ignore[index]
     assert error <= 1e-5

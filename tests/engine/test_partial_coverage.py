@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from benchmarks.same_bits import ENGINE_OPTIONS
-from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops
+from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops, structure
 from tests.engine.test_start_proof import proven, start_reports
 from tests.engine.worker_faults import core_each
+from tests.measured import Measured
 from tests.oracle import as_float64, oracle_changes, oracle_layer_scores
-from tests.tiny_models import HYBRIDS, make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, HYBRIDS, make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.records import Coverage
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
@@ -69,14 +70,17 @@ def engine(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
     engine.close()
 
 
-def test_scores_of_the_traced_layers(engine: Engine, reference: Any, dtype: torch.dtype) -> None:
+def test_scores_of_the_traced_layers(
+    engine: Engine, folder: Path, reference: Any, dtype: torch.dtype, measured: Measured
+) -> None:
     """The oracle's sum over the layers that have attention."""
     job = TraceJob(TOKENS, TARGET, layers=True, attention=True)
     report, *_ = engine.trace_many([job], [TOKENS[:50]], new_tokens=8)
     expected = oracle_layer_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
     assert len(expected) == 2
     error = relative_l1(report.scores, expected.sum(0))
-    print(f"relative L1 {error:.1e}")
+    cells = {str(dtype).removeprefix("torch."): error, **structure(start_reports(engine)[0])}
+    measured("families", FAMILY_NAMES[folder.name], **cells)  # type: ignore[index]
     assert error <= LIMITS[dtype]
     assert report.coverage == Coverage((1, 3), 4)
     assert report.layer_scores is not None and report.attention is not None
@@ -183,7 +187,7 @@ def test_attention_of_another_kind(engine: Engine, monkeypatch: pytest.MonkeyPat
 
 WAYS: dict[str, dict[str, Any]] = {
     "compiled": {**ENGINE_OPTIONS, "enable_prefix_caching": False},
-    "two ranks": {
+    "ranks": {
         "tensor_parallel_size": 2,
         "max_model_len": 1024,
         "enable_prefix_caching": False,
@@ -197,9 +201,14 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("way", WAYS)
 def test_ways(
-    way: str, folder: Path, reference: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    way: str,
+    folder: Path,
+    reference: Any,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
-    if way == "two ranks":
+    if way == "ranks":
         core_each(monkeypatch, 2)
     engine = Engine(
         folder,
@@ -212,7 +221,7 @@ def test_ways(
         engine.close()
     expected = oracle_layer_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
     error = relative_l1(report.scores, expected.sum(0))
-    print(f"{folder.name}, {way}: relative L1 {error:.1e}")
+    measured("families", FAMILY_NAMES[folder.name], **{way: error})  # type: ignore[index]
     changes = oracle_changes(reference, TOKENS, TARGET.positions, TARGET.weights)
     assert report.changes is not None
     assert report.changes[0].tolist() == pytest.approx(changes, rel=LIMITS[dtype])

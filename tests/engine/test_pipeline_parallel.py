@@ -18,6 +18,7 @@ from tests.engine.worker_faults import (
     check_nothing_left,
     core_each,
 )
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.records import ScoredText, TraceReport
@@ -61,10 +62,12 @@ def make_buffers(worker: Any) -> None:
         )
 
 
-def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
+def compare(several: list[TraceReport], one: list[TraceReport]) -> float:
+    """Returns the largest relative L1 distance."""
+    errors = []
     for ours, expected in zip(several, one, strict=True):
         error = relative_l1(ours.scores, expected.scores)
-        print(f"two stages against one: relative L1 {error:.1e}")
+        errors.append(error)
         assert error <= LIMIT
         assert torch.allclose(ours.scores.sum(), expected.scores.sum(), rtol=1e-5)
         assert (ours.attention is None) == (expected.attention is None)
@@ -77,6 +80,7 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
         assert ours.layer_scores.shape == expected.layer_scores.shape
         for mine, theirs in zip(ours.layer_scores, expected.layer_scores, strict=True):
             assert relative_l1(mine, theirs) <= LIMIT
+    return max(errors)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +97,16 @@ def two_stages(folder: Path) -> Iterator[Engine]:
 
 
 def test_layers_of_two_stages(
-    two_stages: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+    two_stages: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
     several = two_stages.trace_many(JOBS)
     check_nothing_left(two_stages)
     engine = start(folder, 1, monkeypatch)
     try:
-        compare(several, engine.trace_many(JOBS))
+        error = compare(several, engine.trace_many(JOBS))
     finally:
         engine.close()
+    measured("ways", "two pipeline stages, Qwen3", against="one process", scores=error)
 
 
 def test_tokens_scored_by_two_stages(two_stages: Engine, folder: Path) -> None:
@@ -111,7 +116,9 @@ def test_tokens_scored_by_two_stages(two_stages: Engine, folder: Path) -> None:
 
 
 @pytest.mark.long
-def test_compiled_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """Compiled, which is how vLLM itself runs pipeline stages on CPUs, and of another family.
 
     vLLM makes a Qwen3-MoE's last norm on every stage, though only the last one runs it.
@@ -127,12 +134,14 @@ def test_compiled_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     )
+    errors = []
     for job, report in zip(JOBS, reports, strict=True):
         weights = job.weights
         expected = oracle_scores(model, job.token_ids, weights.positions, weights.weights)
-        error = relative_l1(report.scores, expected)
-        print(f"two compiled stages against the oracle: relative L1 {error:.1e}")
-        assert error <= ORACLE_LIMIT
+        errors.append(relative_l1(report.scores, expected))
+        assert errors[-1] <= ORACLE_LIMIT
+    row = "two pipeline stages, compiled, Qwen3-MoE"
+    measured("ways", row, against="oracle", scores=max(errors))
 
 
 def test_traces_beside_decoding_requests(two_stages: Engine) -> None:

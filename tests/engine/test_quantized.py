@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from vllm.platforms import PlatformEnum
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_lora import RANK, adapter_of
 from tests.engine.test_start_proof import prove_again
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from tests.quantized_models import (
     SCHEMES,
@@ -28,7 +30,7 @@ from tests.quantized_models import (
 )
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.worker import quantized, traced_model
+from vllm_flashtrace.worker import quantized, start_proof, traced_model
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.runner import PROOF_ATTRIBUTE
 
@@ -200,7 +202,9 @@ def needs(kernel: str) -> None:
         ("compressed-tensors NVFP4 W4A16", torch.float32, 1e-3),
     ],
 )
-def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> None:
+def test_scheme(
+    name: str, dtype: torch.dtype, limit: float, tmp_path: Path, measured: Measured
+) -> None:
     if name == "FP8 in blocks, activations in 16 bits":
         needs("fp8_scaled_mm_cpu")
     scheme = SCHEMES[name]
@@ -212,14 +216,26 @@ def test_scheme(name: str, dtype: torch.dtype, limit: float, tmp_path: Path) -> 
         dense = [layer.self_attn.o_proj.weight.detach() for layer in model.model.layers]
         matrix = max(engine.on_worker(matrix_error, *layer) for layer in enumerate(dense))
     error = relative_l1(scores, expected)
-    print(
-        f"| {name} | {str(dtype).removeprefix('torch.')} | {matrix:.1e} | "
-        f"{proof['largest_error']:.1e} | {error:.1e} |"
-    )
+    note(measured, name, dtype, matrix, proof, error)
     kinds = {type(kind) for kind in proof["found"]["quantization"]}
     assert kinds == ({str, type(None)} if scheme.skipped else {str})
     assert matrix <= 1e-6 if dtype == torch.float32 else matrix <= 2**-8
     assert error <= limit
+
+
+def note(
+    measured: Measured,
+    name: str,
+    dtype: torch.dtype,
+    matrix: float | None,
+    proof: dict[str, Any],
+    error: float | None,
+) -> None:
+    """The row of a scheme, whose name has the type where that is not float32."""
+    numbers = {"matrix": matrix, "proof": proof["largest_error"], "scores": error}
+    known = {key: value for key, value in numbers.items() if value is not None}
+    kind = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    measured("quantized", f"{name}{kind}", **known)
 
 
 def eight_bits(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -243,7 +259,7 @@ WHILE_LOADING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         pytest.param("fp8_per_block", marks=pytest.mark.long),
     ],
 )
-def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
+def test_quantised_while_loading(name: str, tmp_path: Path, measured: Measured) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_tiny_model("llama", tmp_path)
@@ -254,7 +270,8 @@ def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
         made = [WHILE_LOADING[name](weight) for weight in weights]
         matrix = max(engine.on_worker(matrix_error, *layer) for layer in enumerate(made))
         scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
-    print(f"| {name} | float32 | {matrix:.1e} | {proof['largest_error']:.1e} | |")
+    row = f"`--quantization {name}`"
+    note(measured, row, torch.float32, matrix, proof, None)
     assert proof["refusal"] is None and "made while loading" in proof["found"]["quantization"][0]
     assert matrix <= 1e-6
     if name != "fp8_per_channel":
@@ -265,7 +282,7 @@ def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
                 module.weight.copy_(WHILE_LOADING[name](module.weight))
                 module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], "fp8"),))
     error = relative_l1(scores, oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights))
-    print(f"{name}: relative L1 {error:.1e}")
+    note(measured, row, torch.float32, None, proof, error)
     assert error <= 3e-2
 
 
@@ -273,7 +290,7 @@ def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["GPTQ", "compressed-tensors int8 W8A8 in some layers, static activations"]
 )
-def test_output_bias_and_multiplier(name: str, tmp_path: Path) -> None:
+def test_output_bias_and_multiplier(name: str, tmp_path: Path, measured: Measured) -> None:
     """A Granite, whose output projection has a bias, and whose residual multiplier is not 1."""
     folder, model = make_quantized_model(SCHEMES[name], tmp_path, torch.float32, "granite")
     expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
@@ -281,14 +298,15 @@ def test_output_bias_and_multiplier(name: str, tmp_path: Path) -> None:
         error = relative_l1(engine.trace(TraceJob(TOKENS, WEIGHTS)).scores, expected)
         proof = engine.on_worker(prove_again)
         bias = engine.on_worker(read_bias)
-    print(f"| {name}, with a bias | {proof['largest_error']:.1e} | {error:.1e} |")
+    row = f"{name}; a bias and a multiplier"
+    note(measured, row, torch.float32, None, proof, error)
     torch.testing.assert_close(bias, model.model.layers[0].self_attn.o_proj.bias.detach())
     assert proof["refusal"] is None and proof["found"]["output_bias"]
     assert proof["found"]["residual_multipliers"] == [0.22]
     assert error <= LIMIT
 
 
-def test_adapter(tmp_path: Path) -> None:
+def test_adapter(tmp_path: Path, measured: Measured) -> None:
     """Beside a request without one: all layers' matrices are made in the same memory."""
     folder, model = make_quantized_model(SCHEMES["GPTQ"], tmp_path / "base", torch.float32)
     plain = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
@@ -300,7 +318,8 @@ def test_adapter(tmp_path: Path) -> None:
         jobs = [TraceJob(TOKENS, WEIGHTS, lora_request=adapter.request), TraceJob(TOKENS, WEIGHTS)]
         first, second = engine.trace_many(jobs)
     errors = relative_l1(first.scores, adapted), relative_l1(second.scores, plain)
-    print(f"GPTQ with an adapter {errors[0]:.1e}, beside it without {errors[1]:.1e}")
+    measured("ways", "GPTQ weights with a LoRA adapter", against="oracle", scores=errors[0])
+    measured("ways", "GPTQ weights beside a LoRA adapter", against="oracle", scores=errors[1])
     assert max(errors) <= LIMIT
 
 
@@ -312,7 +331,9 @@ def read_bias(worker: Any) -> torch.Tensor:
     return quantized.applied_bias(layer.out_proj, layer.quantization)
 
 
-def test_quantised_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """A model of which nothing but its experts is quantised is traced as any."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsMxfp4
 
@@ -326,7 +347,7 @@ def test_quantised_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         proof = engine.on_worker(prove_again)
         experts = engine.on_worker(kind_of_experts)
     error = relative_l1(scores, expected)
-    print(f"| MXFP4 experts | bfloat16 | | {proof['largest_error']:.1e} | {error:.1e} |")
+    note(measured, "gpt-oss with experts in MXFP4", torch.bfloat16, None, proof, error)
     assert experts == "GptOssMxfp4MoEMethod"
     assert proof["refusal"] is None and proof["found"]["quantization"] == [None]
     assert proof["found"]["sinks"]
@@ -362,16 +383,18 @@ def scaled(weight: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
 
 
 BREAKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "the scale of one channel, 5 %": lambda w: scaled(w, slice(7, 8), slice(None)),
-    "the scale of one group of one channel, 5 %": lambda w: scaled(w, slice(7, 8), slice(32, 64)),
+    "a channel 5 % too large": lambda w: scaled(w, slice(7, 8), slice(None)),
+    "a group of a channel 5 % too large": lambda w: scaled(w, slice(7, 8), slice(32, 64)),
     "swapped groups": lambda w: torch.cat([w[:, 32:64], w[:, :32], w[:, 64:]], 1),
     "a zero point off by one": lambda w: w + torch.eye(128)[:, 7:8] * w.abs().max() / 127,
-    "a transposed weight": lambda w: w.t(),
+    "the matrix transposed": lambda w: w.t(),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_wrong_matrix_is_seen(int8: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_matrix_is_seen(
+    int8: Engine, name: str, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     stock = CPUTracedModel.output_projection
 
     def wrong(self: CPUTracedModel, layer: int, adapter: int | None = None) -> Any:
@@ -380,8 +403,11 @@ def test_a_wrong_matrix_is_seen(int8: Engine, name: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(CPUTracedModel, "output_projection", wrong)
     report = int8.on_worker(prove_again)
-    print(f"| {name} | {report['refusal']}")
-    assert "in layer 2" in report["refusal"]
+    refusal = report["refusal"]
+    found = re.search(r"relative error ([^,]+), limit", refusal)
+    [measure] = [name for name, words in start_proof._MEASURES.items() if words in refusal]
+    assert found is not None and "in layer 2" in refusal
+    measured("breaks_int8", name, measure=measure, error=float(found[1]))
     monkeypatch.undo()
     assert int8.on_worker(prove_again)["refusal"] is None
 

@@ -15,6 +15,7 @@ from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_latent_attention import BACKEND, found_refusal
 from tests.engine.test_quantized import TOKENS, WEIGHTS, matrix_error, needs, served
 from tests.engine.test_start_proof import LAYER, decoder, proven
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from tests.quantized_models import SCHEMES, make_quantized_model
 from vllm_flashtrace.worker import latents, start_proof
@@ -48,7 +49,7 @@ MORE |= {"GPTQ", "AWQ"}
     "name",
     [pytest.param(name, marks=[pytest.mark.long] if name in MORE else []) for name in CASES],
 )
-def test_scheme(name: str, tmp_path: Path) -> None:
+def test_scheme(name: str, tmp_path: Path, measured: Measured) -> None:
     kind, limit = CASES[name]
     dtype = getattr(torch, kind)
     if kind == "bfloat16":
@@ -56,11 +57,11 @@ def test_scheme(name: str, tmp_path: Path) -> None:
     folder, model = make_quantized_model(SCHEMES[name], tmp_path, dtype, "deepseek_v3")
     expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
     with served(folder, dtype, **BACKEND) as engine:
-        proof = compare(engine, name, kind, model, expected, limit)
+        proof = compare(engine, name, kind, model, expected, limit, measured)
     assert proof["found"]["up_projection_quantization"] == proof["found"]["quantization"]
 
 
-def test_int8_of_all_but_the_up_projection(tmp_path: Path) -> None:
+def test_int8_of_all_but_the_up_projection(tmp_path: Path, measured: Measured) -> None:
     """Of which vLLM's CPU build cannot make the matrices that decode, having packed the weight."""
     name, skipped = "compressed-tensors int8 W8A8", "kv_b_proj"
     scheme = SCHEMES[name]
@@ -69,20 +70,28 @@ def test_int8_of_all_but_the_up_projection(tmp_path: Path) -> None:
     folder, model = make_quantized_model(scheme, tmp_path, torch.float32, "deepseek_v3")
     expected = oracle_scores(model, TOKENS, WEIGHTS.positions, WEIGHTS.weights)
     with served(folder, torch.float32, **BACKEND) as engine:
-        proof = compare(engine, name, "float32", model, expected, 3e-2)
+        row = f"{name}, `kv_b_proj` not quantised"
+        proof = compare(engine, row, "float32", model, expected, 3e-2, measured)
     assert proof["found"]["up_projection_quantization"] == []
 
 
 def compare(
-    engine: Engine, name: str, kind: str, model: Any, expected: Tensor, limit: float
+    engine: Engine,
+    name: str,
+    kind: str,
+    model: Any,
+    expected: Tensor,
+    limit: float,
+    measured: Measured,
 ) -> dict[str, Any]:
-    """Prints a row of the table in docs/support.md."""
     proof = proven(engine)
     dense = [layer.self_attn.o_proj.weight.detach() for layer in model.model.layers]
     matrix = max(engine.on_worker(matrix_error, *layer) for layer in enumerate(dense))
     error = relative_l1(engine.trace(TraceJob(TOKENS, WEIGHTS)).scores, expected)
     attention = engine.on_worker(attention_errors)
-    print(f"| {name} | {kind} | {attention:.1e} | {proof['largest_error']:.1e} | {error:.1e} |")
+    row = name if kind == "float32" else f"{name}, {kind}"
+    numbers = {"attention": attention, "proof": proof["largest_error"], "scores": error}
+    measured("quantized_latents", row, **numbers)
     assert proof["refusal"] is None and proof["found"]["latent_attention"]
     assert matrix <= (1e-6 if kind == "float32" else 2**-8)
     assert attention <= (1e-5 if kind == "float32" else 1e-2)
@@ -109,8 +118,10 @@ def expected(blocks: tuple[Path, Any]) -> Tensor:
     return oracle_scores(blocks[1], TOKENS, WEIGHTS.positions, WEIGHTS.weights)
 
 
-def test_blocks(engine: Engine, blocks: tuple[Path, Any], expected: Tensor) -> None:
-    proof = compare(engine, BLOCKS, "float32", blocks[1], expected, 3e-2)
+def test_blocks(
+    engine: Engine, blocks: tuple[Path, Any], expected: Tensor, measured: Measured
+) -> None:
+    proof = compare(engine, BLOCKS, "float32", blocks[1], expected, 3e-2, measured)
     assert proof["found"]["up_projection_quantization"] == [BLOCKS]
 
 
@@ -148,8 +159,8 @@ def transposed(weight: Tensor) -> Tensor:
 
 # What is read of `kv_b_proj`, eight bits ``[out, in]`` and the scales of blocks of 32 by 32.
 BREAKS: dict[str, Callable[[Tensor, Tensor], Weights]] = {
-    "scale of one block of `W_UK`, 5 %": lambda w, s: (w, with_scale(s, slice(0, 1), slice(3, 4))),
-    "scale of one block of `W_UV`, 5 %": lambda w, s: (w, with_scale(s, slice(2, 3), slice(3, 4))),
+    "one scale of `W_UK` 5 % too large": lambda w, s: (w, with_scale(s, slice(0, 1), slice(3, 4))),
+    "one scale of `W_UV` 5 % too large": lambda w, s: (w, with_scale(s, slice(2, 3), slice(3, 4))),
     "scales of two blocks swapped": lambda w, s: (w, swapped(s, 1)),
     "two blocks swapped": lambda w, s: (swapped(w, 32), swapped(s, 1)),
     "matrix of each head transposed": lambda w, s: (transposed(w), s),
@@ -157,7 +168,9 @@ BREAKS: dict[str, Callable[[Tensor, Tensor], Weights]] = {
 }
 
 
-def assert_seen(engine: Engine, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_seen(
+    engine: Engine, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """The proof refuses, in one layer, what ``wrong`` makes of `latents.projected`."""
     attention = decoder(engine).self_attn.mla_attn.mla_attn
     stock = latents.projected
@@ -172,14 +185,16 @@ def assert_seen(engine: Engine, name: str, wrong: Any, monkeypatch: pytest.Monke
     scores = engine.trace(TraceJob(TOKENS, WEIGHTS)).scores
     report = proven(engine)
     error = float(engine.on_worker(attention_errors))
-    print(f"| {name} | {error:.2g} | {relative_l1(scores, right):.1e} |")
+    measured("breaks_quantized_latents", name, error=error, scores=relative_l1(scores, right))
     assert f"failed in layer {LAYER} (" in report["refusal"]
     assert start_proof._MEASURES["attention"] in report["refusal"]
     assert error > 5e-4
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_wrong_matrix_is_seen(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_matrix_is_seen(
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     stock = latents.projected
 
     def wrong(attention: Any, given: Tensor) -> Any:
@@ -193,17 +208,19 @@ def test_a_wrong_matrix_is_seen(engine: Engine, name: str, monkeypatch: pytest.M
         finally:
             layer.weight.data, layer.weight_scale_inv.data = weight, scale
 
-    assert_seen(engine, name, wrong, monkeypatch)
+    assert_seen(engine, name, wrong, monkeypatch, measured)
 
 
-def test_matrices_that_decode_are_seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrices_that_decode_are_seen(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """vLLM keeps them dequantised; latents are not rounded for these."""
 
     def wrong(attention: Any, given: Tensor) -> Any:
         keys = given @ attention.W_UK_T.transpose(1, 2)
         yield slice(0, len(given)), keys, given @ attention.W_UV
 
-    assert_seen(engine, "latents that are not rounded", wrong, monkeypatch)
+    assert_seen(engine, "latents that are not rounded", wrong, monkeypatch, measured)
 
 
 def test_a_scale_of_all_rows_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

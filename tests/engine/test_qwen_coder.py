@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.qwen_coder import gguf_parts, write_folder
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from vllm_flashtrace.core.weights import TargetWeights
 
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("qwen") / "qwen2.5-coder-1.5b")
 
 
-def test_parity(folder: Path) -> None:
+def test_parity(folder: Path, measured: Measured) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -74,7 +75,8 @@ def test_parity(folder: Path) -> None:
     )
     expected = oracle_scores(reference, token_ids, weights.positions, weights.weights)
     error = relative_l1(ours, expected)
-    print(f"Qwen2.5-Coder-1.5B, {len(token_ids)} tokens: relative L1 {error:.2e}")
+    print(f"{len(token_ids)} tokens")
+    measured("families", "Qwen2.5-Coder-1.5B, real weights", float32=error)
     print("completion:", tokenizer.decode(token_ids[len(prompt) :]))
     best = ours[: len(prompt)].topk(20).indices.tolist()
     print("most credited:", [(tokenizer.decode([token_ids[i]]), i) for i in best])

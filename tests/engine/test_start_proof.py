@@ -13,12 +13,14 @@ import msgspec
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob
+from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.measured import Measured
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.worker import cpu_model, runner, start_proof
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
+from vllm_flashtrace.worker.taps import argument_names
 
 LAYER = 2
 LIMIT = 1e-4
@@ -140,6 +142,19 @@ def hooked(module: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Chang
     return add
 
 
+def called_by_name(patch: pytest.MonkeyPatch, *modules: Any) -> None:
+    """Modules of these classes get all they are given by name, and the first of it last."""
+    for kind in {type(module): module for module in modules}.values():
+        names, stock = argument_names(kind), type(kind).__call__
+
+        def call(self: Any, *args: Any, n: Any = names, f: Any = stock, **kwargs: Any) -> Any:
+            named = dict(reversed(list(zip(n, args, strict=False))))
+            assert named or kwargs
+            return f(self, **named, **kwargs)
+
+        patch.setattr(type(kind), "__call__", call, raising=False)
+
+
 def has_bias(patch: pytest.MonkeyPatch, layer: Any) -> None:
     bias = torch.randn(128, generator=torch.Generator().manual_seed(3))
     patch.setitem(layer.self_attn.o_proj._parameters, "bias", torch.nn.Parameter(bias, False))
@@ -150,39 +165,39 @@ SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 GAIN = torch.linspace(0.5, 1.5, 128)
 
 BREAKS: dict[str, tuple[Change, Change, str]] = {
-    "a soft cap left out": (has(logits_soft_cap=2.0), reads_form(soft_cap=0.0), "attention"),
-    "a window left out": (has(sliding_window=16), reads_form(sliding_window=None), "attention"),
-    "a window one token short": (
+    "soft cap (2.0)": (has(logits_soft_cap=2.0), reads_form(soft_cap=0.0), "attention"),
+    "window (16)": (has(sliding_window=16), reads_form(sliding_window=None), "attention"),
+    "window one token short": (
         has(sliding_window=16),
         reads_form(sliding_window=15),
         "attention",
     ),
-    "sinks left out": (has(sinks=SINKS), reads_form(sinks=None), "attention"),
-    "ALiBi left out": (has(alibi_slopes=SLOPES), reads_form(alibi_slopes=None), "attention"),
-    "a scale 1 % too large": (nothing, reads_form(scale=1.01), "attention"),
+    "sinks": (has(sinks=SINKS), reads_form(sinks=None), "attention"),
+    "ALiBi": (has(alibi_slopes=SLOPES), reads_form(alibi_slopes=None), "attention"),
+    "scale 1 % too large": (nothing, reads_form(scale=1.01), "attention"),
     "swapped heads of keys": (nothing, swaps_keys, "attention"),
     "swapped heads of values": (nothing, swaps_values, "attention"),
-    "M transposed": (nothing, reads_weight(lambda weight: weight.T), "identity"),
-    "M 0.1 % too large": (nothing, reads_weight(lambda weight: weight * 1.001), "identity"),
-    "a multiplier left out": (nothing, hooked("self_attn", lambda x: x * 0.22), "identity"),
-    "a bias left out": (has_bias, hooked("self_attn", lambda x: x + 0.1), "identity"),
-    "a gate left out": (
+    "`M` transposed": (nothing, reads_weight(lambda weight: weight.T), "identity"),
+    "`M` 0.1 % too large": (nothing, reads_weight(lambda weight: weight * 1.001), "identity"),
+    "residual multiplier (0.22)": (nothing, hooked("self_attn", lambda x: x * 0.22), "identity"),
+    "output bias": (has_bias, hooked("self_attn", lambda x: x + 0.1), "identity"),
+    "gate": (
         nothing,
         hooked("self_attn.attn", lambda x: x * torch.sigmoid(x)),
         "identity",
     ),
-    "a norm left out": (
+    "norm behind attention": (
         nothing,
         hooked("self_attn", lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt()),
         "identity",
     ),
-    "gamma left out": (nothing, hooked("self_attn", lambda x: x * GAIN), "identity"),
+    "its `gamma`": (nothing, hooked("self_attn", lambda x: x * GAIN), "identity"),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_is_left_out_is_seen(
-    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
     feature, broken, measure = BREAKS[name]
     layer = decoder(engine)
@@ -192,7 +207,7 @@ def test_what_is_left_out_is_seen(
         assert good["refusal"] is None and good["largest_error"] < LIMIT / 10, good
     broken(monkeypatch, layer)
     report = proven(engine)
-    print(f"| {name} | {measure} | {report['largest_error']:.2g} |")
+    measured("breaks", name, measure=measure, error=report["largest_error"])
     assert report["largest_error"] > 5 * LIMIT
     words = start_proof._MEASURES[measure]
     assert report["refusal"].startswith(
@@ -200,6 +215,17 @@ def test_what_is_left_out_is_seen(
         f"(model.layers.{LAYER}.self_attn.attn): {words}: relative error "
     )
     assert report["refusal"].endswith("limit 0.0001")
+
+
+def test_norms_that_are_called_by_name(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is read again, and the taps that were placed see the stream all the same."""
+    with as_at_start(engine):
+        assert proven(engine)["refusal"] is None
+        expected = engine.trace(JOB).scores
+    called_by_name(monkeypatch, decoder(engine).post_attention_layernorm)
+    with as_at_start(engine):
+        assert proven(engine)["refusal"] is None
+        assert relative_l1(engine.trace(JOB).scores, expected) <= 1e-5
 
 
 def test_nothing_of_the_probe_stays(engine: Engine) -> None:

@@ -20,7 +20,9 @@ from tests.engine.worker_faults import (
     check_nothing_left,
     core_each,
 )
-from tests.tiny_models import Family, make_tiny_model
+from tests.measured import Measured
+from tests.oracle import oracle_scores
+from tests.tiny_models import FAMILY_NAMES, Family, make_tiny_model
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops
@@ -70,6 +72,16 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
     assert torch.allclose(heads.float(), expected.float(), rtol=2e-3, atol=1e-7)
 
 
+def oracle_error(folder: Path, report: TraceReport) -> float:
+    """Of the first trace."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = JOBS[0].weights
+    expected = oracle_scores(model, TOKENS, weights.positions, weights.weights)
+    return relative_l1(report.scores, expected)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("qwen3", tmp_path_factory.mktemp("tp") / "qwen3")
@@ -84,9 +96,11 @@ def two_ranks(folder: Path) -> Iterator[Engine]:
 
 
 def test_heads_shared_by_two_ranks(
-    two_ranks: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+    two_ranks: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
-    compare(two_ranks.trace_many(JOBS), one_rank(folder, monkeypatch))
+    several = two_ranks.trace_many(JOBS)
+    measured("families", FAMILY_NAMES["qwen3"], ranks=oracle_error(folder, several[0]))
+    compare(several, one_rank(folder, monkeypatch))
     check_nothing_left(two_ranks)
 
 
@@ -106,7 +120,7 @@ def test_further_hops_need_the_scores_of_all_ranks(two_ranks: Engine) -> None:
 
 @pytest.mark.parametrize("family", ["glm4"])
 def test_a_key_value_head_on_both_ranks(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
     """With more ranks than key/value heads each rank holds a copy; the heads count once.
 
@@ -118,6 +132,7 @@ def test_a_key_value_head_on_both_ranks(
         several = engine.trace_many(JOBS)
     finally:
         engine.close()
+    measured("families", FAMILY_NAMES[family], ranks=oracle_error(folder, several[0]))
     compare(several, one_rank(folder, monkeypatch))
 
 

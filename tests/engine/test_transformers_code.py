@@ -12,15 +12,16 @@ from benchmarks.same_bits import ENGINE_OPTIONS
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_start_proof import start_reports
 from tests.engine.worker_faults import core_each
+from tests.measured import Measured
 from tests.oracle import oracle_scores
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
 TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
 TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(300, 400)})
 WAYS: dict[str, dict[str, Any]] = {
     "compiled": ENGINE_OPTIONS,
-    "two ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
+    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
 }
 
 
@@ -28,13 +29,15 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.long
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("way", WAYS)
-def test_scores(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_tiny_model("olmo2", tmp_path / "olmo2")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = oracle_scores(model, TOKENS, TARGET.positions, TARGET.weights)
-    if way == "two ranks":
+    if way == "ranks":
         core_each(monkeypatch, 2)
     engine = Engine(folder, f"Transformers' code, {way}", **WAYS[way])
     try:
@@ -44,5 +47,5 @@ def test_scores(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         engine.close()
     error = relative_l1(trace.scores, expected)
-    print(f"{way}: relative L1 {error:.1e}")
+    measured("families", FAMILY_NAMES["olmo2"], **{way: error})
     assert error <= 1e-5

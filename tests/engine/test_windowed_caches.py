@@ -10,6 +10,7 @@ import torch
 
 from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1
 from tests.engine.test_start_proof import start_reports
+from tests.measured import Measured
 from tests.oracle import oracle_scores
 from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model, make_windowed_llama
 from vllm_flashtrace.base.errors import TraceError
@@ -25,7 +26,9 @@ LONG = TOKENS * 2
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_traces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """In steps of 16, with and without a prefix-cache hit, beside requests that take blocks."""
     from transformers import AutoModelForCausalLM
 
@@ -71,6 +74,13 @@ def test_traces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             "hops": errors(700, 650, FurtherHops(torch.arange(300, 420), 2)),
         }
         print(f"{kind}: relative L1 {found}")
+        where = {
+            "mixed": "windows in some",
+            "windows": "windows in all",
+            "chunks": "chunks in some",
+        }
+        row = f"{where[kind]} layers, cache groups that forget"
+        measured("ways", row, against="oracle", scores=max(found.values()))
         assert max(found.values()) <= 1e-4
         last = TargetWeights.from_spans([(1350, 1400)])
         with pytest.raises(TraceError, match="too small to keep all blocks of 1400 tokens"):
@@ -79,6 +89,8 @@ def test_traces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert not kept_blocks._traces
         with monkeypatch.context() as patch:  # What it is there for.
             patch.setattr(kept_blocks, "_note", lambda *_: None)
-            assert errors(700, 250) > 1e-2
+            error = errors(700, 250)
+            measured("ways", f"{row}, blocks not kept", against="oracle", scores=error)
+            assert error > 1e-2
     finally:
         engine.close()

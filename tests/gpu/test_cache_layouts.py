@@ -10,7 +10,17 @@ import pytest
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.gpu.standin import BACKENDS
-from tests.gpu.v2_engine import V2Engine, apply_patches, assert_exact, traced, untraced, v2_engine
+from tests.gpu.v2_engine import (
+    V2Engine,
+    apply_patches,
+    assert_exact,
+    exact_error,
+    traced,
+    untraced,
+    v2_engine,
+)
+from tests.measured import Measured
+from tests.tiny_models import FAMILY_NAMES
 
 LAYOUTS = pytest.mark.parametrize("layout", list(KVCacheLayout), ids=lambda layout: layout.name)
 
@@ -52,13 +62,18 @@ def test_every_backend(
     layout: KVCacheLayout,
     float64_llama: Any,
     monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Two chunks, with another request before and between them."""
     engine, trace = in_layout(loaded, layout, monkeypatch), traced(90, (50, 75), (80, 84))
     engine.step({"other": 5}, new={"other": untraced(60, 1)})
     engine.step({"trace": 61, "other": 7}, new={"trace": trace.new})
     engine.step({"other": 11, "trace": 29})
-    assert_exact(engine, trace, float64_llama)
+    error = exact_error(engine, trace, float64_llama)
+    if layout is KVCacheLayout.LBNHC:  # That of vLLM.
+        measured("gpu_backends", request.node.callspec.params["loaded"], llama=error)
+        measured("families", FAMILY_NAMES["llama"], gpu="adapter")
 
 
 def test_layouts_differ_in_memory(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:

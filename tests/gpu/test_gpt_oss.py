@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from tests.engine.harness import relative_l1
-from tests.gpu.v2_engine import V2Engine, apply_patches, assert_exact, traced, v2_engine
+from tests.gpu.v2_engine import V2Engine, apply_patches, exact_error, traced, v2_engine
+from tests.measured import Measured
 from tests.oracle import as_float64
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.worker import gpu_model, runner
 
 
 @pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"])
-def test_traces(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """Two traces in chunks; without sinks there would be others."""
     from transformers import AutoModelForCausalLM
 
@@ -34,9 +37,9 @@ def test_traces(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         engine = V2Engine(loaded.model, loaded.config, loaded.layout)
         engine.step({"first": 100, "second": 40}, new={"first": first.new, "second": second.new})
         engine.step({"first": 50, "second": 30})
-        for trace in (first, second):
-            report = assert_exact(engine, trace, reference)
-            print(f"{backend}: {relative_l1(report.scores, trace.oracle(reference)):.1e}")
+        errors = [exact_error(engine, trace, reference) for trace in (first, second)]
+        measured("gpu_backends", backend, gpt_oss=max(errors))
+        measured("families", FAMILY_NAMES["gpt_oss"], gpu="adapter")
         monkeypatch.setattr(
             gpu_model, "gpu_attention_form", lambda *args: replace(stock(*args), sinks=None)
         )

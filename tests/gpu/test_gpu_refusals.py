@@ -21,6 +21,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from tests.gpu.standin import CPU, backend_class, flashinfer_names
 from tests.gpu.v2_engine import V2Engine, apply_patches, traced, v2_engine
+from tests.measured import Measured
+from tests.tiny_models import FAMILY_NAMES
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
 from vllm_flashtrace.worker.output_gates import OutputGate
@@ -128,12 +130,18 @@ def test_multi_head_latent_attention(loaded: V2Engine, monkeypatch: pytest.Monke
     assert "latent attention (MLA) on the TOKENSPEED_MLA backend (model.layers.9" in refusal(loaded)
 
 
-def test_output_gates(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_gates(
+    loaded: V2Engine, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     def read(_: str, block: Any, attention: Any, projection: str) -> OutputGate:
         return OutputGate(block, attention, projection, 1)
 
     monkeypatch.setattr(OutputGate, "read", read)
+    # Before taps are placed, the device is known by the configuration alone.
+    monkeypatch.setitem(vars(loaded.config.device_config), "device_type", "cuda")
     assert refusal(loaded) == "traces are not supported with an output gate on a GPU"
+    for family in ("afmoe", "laguna", "laguna_elements"):
+        measured("families", FAMILY_NAMES[family], gpu="refused")
 
 
 def test_models_without_taps(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,13 +24,15 @@ from tests.gpu.v2_engine import (
     V2Engine,
     apply_patches,
     assert_exact,
+    exact_error,
     traced,
     untraced,
     v2_engine,
 )
+from tests.measured import Measured
 from tests.oracle import as_float64
 from tests.quantized_models import SCHEMES, make_quantized_model
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
@@ -72,7 +74,7 @@ def loaded(deepseek: tuple[Path, Any]) -> Iterator[V2Engine]:
 
 @pytest.mark.parametrize("backend", sorted(LATENT_BACKENDS))
 def test_every_backend(
-    backend: str, deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    backend: str, deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, measured: Measured
 ) -> None:
     """Two traces in chunks, beside a request that decodes; so do chunks on some backends."""
     folder, reference = deepseek
@@ -87,12 +89,14 @@ def test_every_backend(
         engine.step({"other": 1, "second": 40, "first": 100}, new=new)
         engine.step({"other": 1, "second": 30, "first": 49})
         engine.step({"other": 1, "first": 1})
-        for trace in (first, second):
-            scores = assert_exact(engine, trace, reference).scores
-            print(f"{backend}: {relative_l1(scores, trace.oracle(reference)):.1e}")
+        errors = [exact_error(engine, trace, reference) for trace in (first, second)]
+    measured("gpu_backends", backend, deepseek=max(errors))
+    measured("families", FAMILY_NAMES["deepseek_v3"], gpu="adapter")
 
 
-def test_bfloat16(deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16(
+    deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """One row is computed as decodes are, which round other products than prefills."""
     trace = traced(150, (90, 150))
     with v2_engine(
@@ -104,7 +108,7 @@ def test_bfloat16(deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -
         engine.step({"trace": 49})
         engine.step({"trace": 1})
         error = relative_l1(engine.report(trace).scores, trace.oracle(deepseek[1]))
-    print(f"proof {report['largest_error']:.1e}, scores {error:.1e}")
+    measured("gpu_backends", "TRITON_MLA, bfloat16", deepseek=error)
     assert error < 0.03
 
 
@@ -132,8 +136,7 @@ def test_every_layout_in_parts(
     engine.step({"short": 20, "long": 600}, new={"long": long.new})
     engine.step({"long": 100})
     for trace in (short, long):
-        scores = assert_exact(engine, trace, deepseek[1]).scores
-        print(f"{layout.name}: {relative_l1(scores, trace.oracle(deepseek[1])):.1e}")
+        assert_exact(engine, trace, deepseek[1])
     assert set(made) == {(280, 3), (280, 1), (300, 3), (300, 1), (700, 1)}
 
 

@@ -12,13 +12,16 @@ from tests.engine.harness import relative_l1
 from tests.gpu.standin import BACKENDS
 from tests.gpu.test_start_proof import proof
 from tests.gpu.v2_engine import V2Engine, apply_patches, assert_exact, traced, v2_engine
+from tests.measured import Measured
 from tests.oracle import as_float64
-from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, LLAMA4_ENGINE, make_tiny_model
 from vllm_flashtrace.worker import gpu_model
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_traces(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """Two traces in steps of several chunks; without chunks there would be others."""
     from transformers import AutoModelForCausalLM
 
@@ -34,9 +37,10 @@ def test_traces(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert proof(engine)["refusal"] is None
         engine.step({"first": 100, "second": 40}, new={"first": first.new, "second": second.new})
         engine.step({"first": 50, "second": 30})
-        for trace in (first, second):
-            report = assert_exact(engine, trace, reference)
-            print(f"{backend}: {relative_l1(report.scores, trace.oracle(reference)):.1e}")
+        reports = [(assert_exact(engine, trace, reference), trace) for trace in (first, second)]
+        errors = [relative_l1(report.scores, t.oracle(reference)) for report, t in reports]
+        measured("gpu_backends", backend, llama4=max(errors))
+        measured("families", FAMILY_NAMES["llama4"], gpu="adapter")
         monkeypatch.setattr(
             gpu_model, "gpu_attention_form", lambda *args: replace(stock(*args), chunk_size=None)
         )

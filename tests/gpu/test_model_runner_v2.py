@@ -19,13 +19,15 @@ from tests.gpu.v2_engine import (
     V2Engine,
     apply_patches,
     assert_exact,
+    exact_error,
     token_ids,
     traced,
     untraced,
     v2_engine,
 )
+from tests.measured import Measured
 from tests.oracle import as_float64
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.base.records import ScoredText
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
@@ -150,7 +152,11 @@ def normed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @pytest.mark.parametrize("kept", [1024, 0], ids=["kept", "layer by layer"])
 @pytest.mark.parametrize("spans", [((20, 61),), ((20, 40), (45, 61))], ids=["near", "apart"])
 def test_normed_blocks(
-    normed: tuple[Path, Any], kept: int, spans: Any, monkeypatch: pytest.MonkeyPatch
+    normed: tuple[Path, Any],
+    kept: int,
+    spans: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
 ) -> None:
     """Two traces in chunks, one with further hops, whose rows are kept or not."""
     folder, float64 = normed
@@ -166,7 +172,9 @@ def test_normed_blocks(
         engine.step({"other": 62, "trace": 50}, new={"other": other.new, "trace": trace.new})
         engine.step({"other": 38, "trace": 25})
         engine.step({"trace": 25})
-        assert_exact(engine, other, float64)
+        error = exact_error(engine, other, float64)
+        measured("gpu_backends", "FLASH_ATTN", glm4=error)
+        measured("families", FAMILY_NAMES["glm4"], gpu="adapter")
         report = assert_exact(engine, trace, float64)
     weights, _ = further.after(report.scores, 1.0)
     assert weights is not None

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.harness import leaves_transformers_classes_alone, relative_l1
-from tests.gpu.v2_engine import V2Engine, apply_patches, assert_exact, traced, v2_engine
+from tests.engine.harness import leaves_transformers_classes_alone
+from tests.gpu.v2_engine import V2Engine, apply_patches, exact_error, traced, v2_engine
+from tests.measured import Measured
 from tests.oracle import as_float64
-from tests.tiny_models import Family, make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, Family, make_tiny_model
 from vllm_flashtrace.worker import runner
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
-def test_traces(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
     """Two traces in chunks."""
     from transformers import AutoModelForCausalLM
 
@@ -29,6 +32,6 @@ def test_traces(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         engine = V2Engine(loaded.model, loaded.config, loaded.layout)
         engine.step({"first": 100, "second": 40}, new={"first": first.new, "second": second.new})
         engine.step({"first": 50, "second": 30})
-        for trace in (first, second):
-            report = assert_exact(engine, trace, reference)
-            print(f"{family}: {relative_l1(report.scores, trace.oracle(reference)):.1e}")
+        errors = [exact_error(engine, trace, reference) for trace in (first, second)]
+        measured("gpu_backends", "FLASH_ATTN, Transformers' code", **{family: max(errors)})
+        measured("families", FAMILY_NAMES[family], gpu="adapter")

@@ -254,3 +254,10 @@ def assert_exact(engine: V2Engine, trace: Traced, model: Any) -> TraceReport:
     report = engine.report(trace)
     assert relative_l1(report.scores, trace.oracle(model)) < LIMIT
     return report
+
+
+def exact_error(engine: V2Engine, trace: Traced, model: Any) -> float:
+    """Relative L1 distance of the trace's scores to the oracle's, which is below the limit."""
+    error = relative_l1(engine.report(trace).scores, trace.oracle(model))
+    assert error < LIMIT
+    return error

@@ -88,8 +88,6 @@ class GPUTracedModel(TracedModel):
         self._readings: dict[int, _Reading] = {}
         self._scratch: Tensor | None = None
         self._kept_rows = 0
-        if self.gate_width:
-            raise UnsupportedModelError("traces are not supported with an output gate on a GPU")
         self._room = self._latent_room()
         self._longest = config.model_config.max_model_len
         for index, layer in enumerate(self.layers):

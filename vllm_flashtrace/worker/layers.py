@@ -457,8 +457,8 @@ def _carries_stream(decoder: Any, block: Any, behind: nn.Module, out_proj: Any) 
     """
     seen: list[int] = []
 
-    def end(_: Any, args: tuple[Any, ...]) -> None:
-        seen.append(sum(argument is not None for argument in args))
+    def end(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(sum(argument is not None for argument in (*args, *kwargs.values())))
         raise _NormSeenError
 
     row = torch.zeros(1, out_proj.output_size, dtype=out_proj.params_dtype)
@@ -467,7 +467,7 @@ def _carries_stream(decoder: Any, block: Any, behind: nn.Module, out_proj: Any) 
     given = {"positions": torch.zeros_like(row[:, 0], dtype=torch.int64)}
     given |= {"hidden_states": row, "residual": row.clone()}
     stock = vars(block).get("forward")
-    hook = behind.register_forward_pre_hook(end, prepend=True)
+    hook = behind.register_forward_pre_hook(end, prepend=True, with_kwargs=True)
     block.forward = lambda *_, **__: row.clone()
     try:
         with torch.inference_mode():

@@ -51,6 +51,7 @@ from vllm_flashtrace.worker.runner import (
     runner_model,
 )
 from vllm_flashtrace.worker.step import StepRecorder, Trace
+from vllm_flashtrace.worker.taps import argument, argument_names
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 PROBE_TOKENS = 64
@@ -550,14 +551,15 @@ def _added_by(layer: TracedLayer, output: Tensor, residual: Tensor) -> Tensor:
     seen: list[Tensor] = []
     carried = layer.in_front is None
 
-    def end(_: Any, args: tuple[Any, ...]) -> None:
-        stream = args[0].double() + args[1].double() if carried else args[0].double()
+    def end(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = sum(argument(names, i, args, kwargs).double() for i in range(1 + carried))
         seen.append(stream.reshape(residual.shape) - residual.double())
         raise _BlockAddedError
 
     block, stock = layer.block, vars(layer.block).get("forward")
     arguments: dict[str, Any] = dict.fromkeys(_required(layer.decoder.forward))
-    hook = layer.behind.register_forward_pre_hook(end, prepend=True)
+    names = argument_names(layer.behind)
+    hook = layer.behind.register_forward_pre_hook(end, prepend=True, with_kwargs=True)
     try:
         if _POSITIONS in arguments:
             block.forward = lambda *_, **__: output.clone()

@@ -49,6 +49,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
@@ -169,24 +170,23 @@ def place_taps(model: nn.Module, config: VllmConfig) -> None:
         if layer.gate is not None:
             layer.block.register_forward_pre_hook(_tap_block_input, with_kwargs=True)
         if layer.in_front is not None:
-            tap = partial(_tap_stream, _place_of_stream(layer))
-            layer.in_front.register_forward_pre_hook(tap, with_kwargs=True)
+            _place(partial(_tap_stream, _place_of_stream(layer)), layer.in_front)
         if layer.block_norm is not None:
-            layer.block_norm.module.register_forward_pre_hook(_tap_block)
+            _place(_tap_block, layer.block_norm.module)
             if layer.in_front is None:
-                layer.behind.register_forward_pre_hook(_tap_residual)
+                _place(_tap_residual, layer.behind)
         elif layer.in_front is not None:
-            layer.behind.register_forward_pre_hook(partial(_tap_stream, 0), with_kwargs=True)
+            _place(partial(_tap_stream, 0), layer.behind)
         else:
-            layer.behind.register_forward_pre_hook(_tap_residual if fused else _tap_update)
+            _place(_tap_residual if fused else _tap_update, layer.behind)
     for other in other_layers(model, config, layers):
         if other.in_front is None:
-            other.behind.register_forward_pre_hook(_tap_other_update)
+            _place(_tap_other_update, other.behind)
         else:
             for norm in (other.in_front, other.behind):
-                norm.register_forward_pre_hook(_tap_other_residual)
+                _place(_tap_other_residual, norm)
     for norm in following:
-        norm.register_forward_pre_hook(_tap_residual)
+        _place(_tap_residual, norm)
     if fused and not last:
         layers[-1].decoder.register_forward_hook(_tap_output)
     setattr(model, _MARK, len(layers))
@@ -222,42 +222,75 @@ def _norm(layer: TracedLayer, holder: Any, names: Sequence[str]) -> nn.Module:
     raise UnsupportedModelError(f"no {' or '.join(names)} was found behind {layer.name}")
 
 
-def _tap_update(_: nn.Module, args: tuple[Any, ...]) -> None:
+Names = tuple[str, ...]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def argument_names(module: nn.Module) -> Names:
+    """What a module calls its arguments, in their order.
+
+    The code of an operator of vLLM says it: its ``forward`` passes on whatever it is given.
+    """
+    forward = module.forward_native if isinstance(module, CustomOp) else module.forward
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def argument(names: Names, place: int, args: Args, kwargs: Kwargs) -> Any:
+    """What a call gives for the argument at a place, also if by its name; None without it."""
+    if len(args) > place:
+        return args[place]
+    return kwargs.get(names[place]) if len(names) > place else None
+
+
+def _place(tap: Any, module: nn.Module) -> None:
+    """Has ``tap(names, module, args, kwargs)`` called in front of the module."""
+    tap = partial(tap, argument_names(module))
+    module.register_forward_pre_hook(tap, with_kwargs=True)
+
+
+def _tap_update(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Norms are called as ``norm(update, residual)`` wherever there is a stream to add to."""
-    if len(args) > 1 and args[1] is not None:
-        torch.ops.flashtrace.observe_update(args[0], args[1])
+    residual = argument(names, 1, args, kwargs)
+    if residual is not None:
+        torch.ops.flashtrace.observe_update(argument(names, 0, args, kwargs), residual)
 
 
-def _tap_other_update(_: nn.Module, args: tuple[Any, ...]) -> None:
-    if len(args) > 1 and args[1] is not None:
-        torch.ops.flashtrace.observe_other_update(args[0], args[1])
+def _tap_other_update(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    residual = argument(names, 1, args, kwargs)
+    if residual is not None:
+        torch.ops.flashtrace.observe_other_update(argument(names, 0, args, kwargs), residual)
 
 
-def _tap_other_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
-    if args:
-        torch.ops.flashtrace.observe_other_residual(args[0])
+def _tap_other_residual(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    stream = argument(names, 0, args, kwargs)
+    if stream is not None:
+        torch.ops.flashtrace.observe_other_residual(stream)
 
 
-def _tap_residual(_: nn.Module, args: tuple[Any, ...]) -> None:
-    if len(args) > 1 and args[1] is not None:
-        torch.ops.flashtrace.observe_residual(args[1])
+def _tap_residual(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    residual = argument(names, 1, args, kwargs)
+    if residual is not None:
+        torch.ops.flashtrace.observe_residual(residual)
 
 
-def _tap_block(_: nn.Module, args: tuple[Any, ...]) -> None:
+def _tap_block(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Norms of blocks are called as ``norm(output)``."""
-    if args:
-        torch.ops.flashtrace.observe_block(args[0])
+    output = argument(names, 0, args, kwargs)
+    if output is not None:
+        torch.ops.flashtrace.observe_block(output)
 
 
-def _tap_block_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _tap_block_input(_: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Blocks with gates are called as ``block(positions, hidden_states)``."""
     hidden_states = args[1] if len(args) > 1 else kwargs[_STREAM]
     torch.ops.flashtrace.observe_block_input(hidden_states)
 
 
-def _tap_stream(place: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _tap_stream(place: int, names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Where layers do not carry the stream, it is what they and their norms are called with."""
-    stream = args[place] if len(args) > place else kwargs.get(_STREAM)
+    stream = argument(names, place, args, kwargs)
     if stream is not None:
         torch.ops.flashtrace.observe_residual(stream)
 
@@ -266,10 +299,10 @@ def _place_of_stream(layer: TracedLayer) -> int:
     """Which argument of `TracedLayer.in_front` the stream is."""
     if layer.in_front is not layer.decoder:
         return 0  # Norms take nothing else.
-    parameters = list(inspect.signature(layer.decoder.forward).parameters)
-    if _STREAM not in parameters:
+    names = argument_names(layer.decoder)
+    if _STREAM not in names:
         raise UnsupportedModelError(f"the layer of {layer.name} takes no {_STREAM}")
-    return parameters.index(_STREAM)
+    return names.index(_STREAM)
 
 
 def _tap_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.engine.harness import relative_l1
+from tests.measured import Measured
 from tests.server.live_server import OURS, Server, serve
 from tests.server.test_image_requests import data_url, messages
 from tests.tiny_vision import make_tiny_vision_model, picture_scores
@@ -71,7 +72,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
 
 
 @pytest.mark.timeout(480)
-def test_scores_are_the_oracles(ask: Asked) -> None:
+def test_scores_are_the_oracles(ask: Asked, measured: Measured) -> None:
     plain = ask(*URLS)  # Now vLLM knows the images, and has sent them to its engine.
     tokens = [*plain["prompt_token_ids"], *plain["choices"][0]["token_ids"]]
     scores = expected(ask.folder, tokens)
@@ -82,7 +83,7 @@ def test_scores_are_the_oracles(ask: Asked) -> None:
         assert found["status"] == "completed", found
         ours = torch.tensor([score["score"] for score in found["scores"]])
         error = relative_l1(ours, scores[: len(ours)])
-        print(f"relative L1 {error:.1e}")
+        measured("images", "through a server, the images sent before", qwen3_vl=error)
         assert error <= 1e-5
         assert [image["rows"] for image in found["images"]] == [4, 5]
     assert ask(*URLS)["choices"][0]["token_ids"] == tokens[-8:]
