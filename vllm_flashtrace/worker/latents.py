@@ -7,12 +7,13 @@ every head has keys and values of its own, and so are the sums of a trace. Its d
 query and output with the same two matrices, which changes nothing but the order of the products.
 
 The matrices are read of the layer when they are needed, and the products rounded to the model's
-type, as in the layer.
+type, as in the layer. Keys of all heads of a long context would take more memory than there is, so
+they are made for some heads at a time, and values for some tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,43 +21,52 @@ from vllm.model_executor.layers.attention import MLAAttention
 
 from vllm_flashtrace.worker.cpu_cache import Scratch
 
+# Tokens whose latents are gathered at a time.
+_GATHERED = 4096
+
 
 def latent_keys(
-    attention: MLAAttention, block_ids: Sequence[int], length: int, scratch: Scratch
+    attention: MLAAttention, block_ids: Sequence[int], length: int, scratch: Scratch, heads: slice
 ) -> Tensor:
-    """The keys of a request's first ``length`` tokens.
+    """The keys of some heads of a request's first ``length`` tokens.
 
     Args:
         attention: The layer.
         block_ids: At least ``ceil(length / block_size)`` ids of blocks of its cache.
         length: Number of tokens.
         scratch: Where the result lies.
+        heads: Which heads.
 
     Returns:
-        float32 ``[H, P + R, length]``: for every head the part without positions, then the shared
-        rotated one.
+        float32 ``[heads, P + R, length]``: for every head the part without positions, then the
+        shared rotated one.
     """
-    latents, rotated = _cached(attention, block_ids, length)
+    up = up_projections(attention)[0][heads]
     size = attention.qk_nope_head_dim
-    keys = scratch.take(attention.num_heads, attention.qk_head_dim, length)
-    for own, up in zip(keys, up_projections(attention)[0], strict=True):
-        own[:size] = up @ latents.t()
-    keys[:, size:] = rotated.t()
+    keys = scratch.take(len(up), attention.qk_head_dim, length)
+    for first, last in _pieces(0, length):
+        latents, rotated = _cached(attention, block_ids, first, last)
+        piece = keys[:, :, first:last]
+        for own, matrix in zip(piece, up, strict=True):
+            own[:size] = matrix @ latents.t()
+        piece[:, size:] = rotated.t()
     return keys
 
 
 def latent_values(
-    attention: MLAAttention, block_ids: Sequence[int], length: int, scratch: Scratch
+    attention: MLAAttention, block_ids: Sequence[int], first: int, last: int, scratch: Scratch
 ) -> Tensor:
-    """The values of a request's first ``length`` tokens; arguments as `latent_keys`.
+    """The values of a request's tokens from ``first`` up to ``last``; arguments as `latent_keys`.
 
     Returns:
-        float32 ``[length, H, V]`` that lies in memory as ``[H, length, V]``.
+        float32 ``[tokens, H, V]`` that lies in memory as ``[H, tokens, V]``.
     """
-    latents, _ = _cached(attention, block_ids, length)
-    values = scratch.take(attention.num_heads, length, attention.v_head_dim)
-    for own, up in zip(values, up_projections(attention)[1], strict=True):
-        own.copy_(latents @ up.t())
+    up = up_projections(attention)[1]
+    values = scratch.take(attention.num_heads, last - first, attention.v_head_dim)
+    for start, stop in _pieces(first, last):
+        latents, _ = _cached(attention, block_ids, start, stop)
+        for own, matrix in zip(values[:, start - first : stop - first], up, strict=True):
+            own.copy_(latents @ matrix.t())
     return values.transpose(0, 1)
 
 
@@ -68,12 +78,19 @@ def up_projections(attention: MLAAttention) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, _GATHERED):
+        yield start, min(start + _GATHERED, last)
+
+
 def _cached(
-    attention: MLAAttention, block_ids: Sequence[int], length: int
+    attention: MLAAttention, block_ids: Sequence[int], first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """Latents ``[length, L]`` and rotated keys ``[length, R]``, a copy of what is cached."""
+    """Latents ``[tokens, L]`` and rotated keys ``[tokens, R]``, a copy of what is cached."""
     cache = attention.kv_cache  # [blocks, block_size, L + R]
-    ids = torch.as_tensor(block_ids[: -(-length // cache.shape[1])])
-    tokens = cache[ids].flatten(0, 1)[:length]
+    size = cache.shape[1]
+    start = first // size
+    ids = torch.as_tensor(block_ids[start : -(-last // size)])
+    tokens = cache[ids].flatten(0, 1)[first - start * size : last - start * size]
     latents, rotated = tokens.split([attention.kv_lora_rank, attention.qk_rope_head_dim], dim=1)
     return latents, rotated
