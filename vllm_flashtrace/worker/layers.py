@@ -355,9 +355,6 @@ def check_config(config: VllmConfig) -> None:
     """
     parallel = config.parallel_config
     refusals = {
-        # Ranks of such a model run in step with each other, and so would a rank's traces.
-        "data parallelism of a mixture-of-experts model": parallel.data_parallel_size > 1
-        and config.model_config.is_moe,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
@@ -559,6 +556,12 @@ def _check_attention(
     }
     _refuse(name, refusals)
     assert isinstance(out_proj, RowParallelLinear)
+    if out_proj.tp_size > 1 and not out_proj.reduce_results:
+        # Experts then compute a part of the rows each, and the stream between layers has these.
+        raise UnsupportedModelError(
+            "traces are not supported where tensor-parallel ranks divide the residual stream "
+            f"(sequence-parallel experts) ({name})"
+        )
     width, heads = out_proj.input_size_per_partition, attention.num_heads
     other_width = "an output projection of another width than its heads"
     if isinstance(attention, MLAAttention):
