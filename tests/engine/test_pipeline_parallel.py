@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_images import MESSAGES, Seen, last
 from tests.engine.test_scores import reference
+from tests.engine.test_start_proof import start_reports
 from tests.engine.worker_faults import (
     FAULTS,
     check_failing_rank,
@@ -133,6 +135,31 @@ def test_compiled_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         error = relative_l1(report.scores, expected)
         print(f"two compiled stages against the oracle: relative L1 {error:.1e}")
         assert error <= ORACLE_LIMIT
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
+def test_images(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first stage sees them; with deepstack it adds to the stream of its first layers."""
+    core_each(monkeypatch, 2)
+    seen = Seen(tmp_path / family, family, in_process=False, pipeline_parallel_size=2)
+    try:
+        seen.engine.llm.collective_rpc(make_buffers)
+        for report in start_reports(seen.engine):
+            assert report["refusal"] is None and report["largest_error"] < LIMIT
+        tokens, images = seen.answer(MESSAGES)
+        target = last(tokens, 20)
+        expected = seen.expected(tokens, target, MESSAGES)
+        cached = []
+        for _ in range(2):  # Of the prefix cache, then computed again, in chunks.
+            report = seen.engine.trace(TraceJob(tokens, target, images=images))
+            error = relative_l1(report.scores, expected)
+            print(f"{family}, two stages: relative L1 {error:.1e}")
+            assert error <= LIMIT
+            cached.append(report.cached_tokens)
+            assert seen.engine.llm.reset_prefix_cache()
+        assert cached[0] > images.in_prompt[-1].tokens[-1] and cached[1] == 0
+    finally:
+        seen.engine.close()
 
 
 def test_traces_beside_decoding_requests(two_stages: Engine) -> None:

@@ -23,6 +23,7 @@ from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -676,13 +677,23 @@ def stage_layers(model: nn.Module, config: VllmConfig) -> range:
     if config.parallel_config.pipeline_parallel_size == 1:
         return range(config.model_config.get_total_num_hidden_layers())
     inner: Any = getattr(model, "model", None)
-    try:
+    if hasattr(inner, "start_layer"):
         return range(inner.start_layer, inner.end_layer)
-    except AttributeError:
-        raise UnsupportedModelError(
-            "traces are not supported with pipeline parallelism of a model that does not tell its "
-            "stage's layers"
-        ) from None
+    # Around a language model inside, and in Transformers' code, the places of other stages' tell.
+    total = config.model_config.get_total_num_hidden_layers()
+    stacks = [
+        [place for place, layer in enumerate(stack) if not isinstance(layer, PPMissingLayer)]
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList)
+        and len(stack) == total
+        and any(isinstance(layer, PPMissingLayer) for layer in stack)
+    ]
+    if len(stacks) == 1 and stacks[0] and stacks[0][-1] - stacks[0][0] == len(stacks[0]) - 1:
+        return range(stacks[0][0], stacks[0][-1] + 1)
+    raise UnsupportedModelError(
+        "traces are not supported with pipeline parallelism of a model that does not tell its "
+        "stage's layers"
+    )
 
 
 def is_last_stage(config: VllmConfig) -> bool:
