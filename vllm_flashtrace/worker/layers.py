@@ -51,6 +51,12 @@ KNOWN_ARCHITECTURES = (
 TRACED_CONNECTORS = frozenset({"OffloadingConnector"})
 """KV connectors of vLLM, or modules and names of others, that tests trace through."""
 
+HANDING_OVER = "NixlConnector"
+"""The KV connector of vLLM through which one engine decodes what another has prefilled.
+
+It moves the blocks of requests that ask for it, and a trace does not.
+"""
+
 # Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
 # attention block. Where there is one more, that norms the block's output before it is added: the
 # same name means one or the other. Where block and MLP take the stream as it is, as in OLMo 2, the
@@ -374,16 +380,18 @@ def check_config(config: VllmConfig) -> None:
     check_data_parallel(parallel)
 
 
-def _check_connector(transfer: KVTransferConfig) -> None:
+def _check_connector(transfer: KVTransferConfig, *, alone: bool = True) -> None:
     """Refuses connectors through which no test has traced, and what hands requests over."""
     module, name = transfer.kv_connector_module_path, transfer.kv_connector
+    if alone and name == HANDING_OVER and not module:
+        return
     if transfer.kv_role != "kv_both":
         raise UnsupportedModelError(
             f"traces are not supported with disaggregated prefill (kv_role {transfer.kv_role})"
         )
     if name == "MultiConnector" and not module:
         for child in transfer.kv_connector_extra_config.get("connectors", ()):
-            _check_connector(KVTransferConfig(**child))
+            _check_connector(KVTransferConfig(**child), alone=False)
     elif (f"{module}.{name}" if module else name) not in TRACED_CONNECTORS:
         raise UnsupportedModelError(f"traces are not supported with KV transfer by {name}")
 
