@@ -59,12 +59,11 @@ class Seen:
         self.engine = Engine(
             folder,
             f"a model that sees images: {family}",
-            in_process=True,
             max_model_len=1024,
             block_size=32,
             max_num_batched_tokens=64,
             limit_mm_per_prompt={"image": 4, "video": 0},
-            **arguments,
+            **{"in_process": True, **arguments},
         )
         self.reference = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32

@@ -383,7 +383,8 @@ def test_several_connectors(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     ("transfer", "reason"),
     [
         ({"kv_connector": "LMCacheConnectorV1"}, "KV transfer by LMCacheConnectorV1"),
-        ({"kv_connector": "NixlConnector"}, "KV transfer by NixlConnector"),
+        ({"kv_connector": "ExampleConnector"}, "KV transfer by ExampleConnector"),
+        ({"kv_connector": "NixlConnector", "kv_connector_module_path": "other"}, "NixlConnector"),
         (memory_connector(), "KV transfer by MemoryConnector"),
         ({**memory_offloading(), "kv_connector_module_path": "other"}, "OffloadingConnector"),
         (
@@ -413,3 +414,8 @@ def test_refused(transfer: dict[str, Any], reason: str) -> None:
     config = KVTransferConfig(**{"kv_role": "kv_both", **transfer})
     with pytest.raises(UnsupportedModelError, match=reason):
         layers._check_connector(config)
+
+
+@pytest.mark.parametrize("role", ["kv_both", "kv_producer", "kv_consumer"])
+def test_what_hands_requests_over_passes(role: Any) -> None:
+    layers._check_connector(KVTransferConfig(kv_connector="NixlConnector", kv_role=role))

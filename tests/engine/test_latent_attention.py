@@ -28,8 +28,10 @@ from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import cpu_model, latents, start_proof
+from vllm_flashtrace.worker.cpu_cache import Scratch
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.layers import find_layers
+from vllm_flashtrace.worker.runner import capture_of
 
 TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
 TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
@@ -134,6 +136,39 @@ def test_hops_from_one_prefill(engine: Engine) -> None:
     assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
     for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
         assert relative_l1(ours, alone) <= 1e-5
+
+
+def test_in_little_memory(
+    engine: Engine, reference: Any, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys head by head, or of three heads at a time, and values of some tokens."""
+    taken: list[int] = []
+    stock = Scratch.take
+
+    def take(self: Scratch, *shape: int) -> torch.Tensor:
+        taken.append(4 * math.prod(shape))
+        return stock(self, *shape)
+
+    monkeypatch.setattr(Scratch, "take", take)
+    whole = engine.trace(TraceJob(TOKENS, TARGET))
+    heads = engine.on_worker(lambda worker: capture_of(worker.model_runner)._model.layers[0].heads)
+    one, most = 4 * heads.keys * len(TOKENS), max(taken)
+    assert most == heads.queries * one
+    arguments = (engine, TOKENS, 100, (380, 397), (110, 379), 2)
+    hops = run_hops(*arguments, at_once=True)
+    for limit in (one // 2, 3 * one):
+        taken.clear()
+        monkeypatch.setattr(cpu_model, "LATENT_SCRATCH_BYTES", limit)
+        job = TraceJob(TOKENS, TARGET, attention=True)
+        report = engine.trace(job)
+        assert max(taken) == max(one, limit) and len(taken) > 2 * len(set(taken))
+        error = relative_l1(report.scores, expected)
+        print(f"in {limit} of {most} bytes: relative L1 {error:.1e}")
+        assert error <= 1e-5 and relative_l1(report.scores, whole.scores) <= 1e-6
+        assert attention_error(report, reference, job) <= 1e-3
+        again = run_hops(*arguments, at_once=True)
+        for ours, others in zip(again.per_hop_scores, hops.per_hop_scores, strict=True):
+            assert relative_l1(ours, others) <= 1e-6
 
 
 Change = Callable[[pytest.MonkeyPatch, Any], None]

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.test_images import MESSAGES, Seen, last
 from tests.engine.test_scores import reference
+from tests.engine.test_start_proof import start_reports
 from tests.engine.worker_faults import (
     FAULTS,
     check_failing_rank,
@@ -142,6 +144,36 @@ def test_compiled_stages(
         assert errors[-1] <= ORACLE_LIMIT
     row = "two pipeline stages, compiled, Qwen3-MoE"
     measured("ways", row, against="oracle", scores=max(errors))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
+def test_images(
+    family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
+    """Only the first stage sees them; with deepstack it adds to the stream of its first layers."""
+    names = {"qwen3_vl": "Qwen3-VL", "qwen2_5_vl": "Qwen2.5-VL"}
+    core_each(monkeypatch, 2)
+    seen = Seen(tmp_path / family, family, in_process=False, pipeline_parallel_size=2)
+    try:
+        seen.engine.llm.collective_rpc(make_buffers)
+        for report in start_reports(seen.engine):
+            assert report["refusal"] is None and report["largest_error"] < LIMIT
+        tokens, images = seen.answer(MESSAGES)
+        target = last(tokens, 20)
+        expected = seen.expected(tokens, target, MESSAGES)
+        cached, errors = [], []
+        for _ in range(2):  # Of the prefix cache, then computed again, in chunks.
+            report = seen.engine.trace(TraceJob(tokens, target, images=images))
+            error = relative_l1(report.scores, expected)
+            assert error <= LIMIT
+            errors.append(error)
+            cached.append(report.cached_tokens)
+            assert seen.engine.llm.reset_prefix_cache()
+        assert cached[0] > images.in_prompt[-1].tokens[-1] and cached[1] == 0
+        row = f"two pipeline stages, {names[family]} with two images"
+        measured("ways", row, against="oracle", scores=max(errors))
+    finally:
+        seen.engine.close()
 
 
 def test_traces_beside_decoding_requests(two_stages: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,10 +38,7 @@ def test_an_engine_that_is_refused(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "engine_args", "reason"),
-    [
-        ("qwen3_moe", {"data_parallel_size": 2}, "mixture-of-experts"),
-        ("llama", {"runner": "pooling"}, "pooling"),
-    ],
+    [("llama", {"runner": "pooling"}, "pooling")],
 )
 def test_engine_configurations(tmp_path: Path, family: str, engine_args: dict, reason: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
@@ -54,13 +52,20 @@ def test_engine_configurations(tmp_path: Path, family: str, engine_args: dict, r
 
 
 @pytest.mark.parametrize(
-    "engine_args", [{}, {"data_parallel_size": 2}, {"pipeline_parallel_size": 2}]
+    ("family", "engine_args"),
+    [
+        ("llama", {}),
+        ("llama", {"data_parallel_size": 2}),
+        ("llama", {"pipeline_parallel_size": 2}),
+        ("qwen3_moe", {"data_parallel_size": 2, "enable_expert_parallel": True}),
+        ("qwen3_moe", {"data_parallel_size": 2, "data_parallel_rank": 1}),
+    ],
 )
-def test_plain_configuration_passes(tmp_path: Path, engine_args: dict) -> None:
+def test_plain_configuration_passes(tmp_path: Path, family: Any, engine_args: dict) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_flashtrace.worker.layers import check_config
 
-    folder = make_tiny_model("llama", tmp_path / "model")
+    folder = make_tiny_model(family, tmp_path / "model")
     args = EngineArgs(model=str(folder), max_model_len=512, **engine_args)
     check_config(args.create_engine_config())

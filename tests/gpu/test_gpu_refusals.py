@@ -66,16 +66,6 @@ def test_the_unchanged_model_is_traced(loaded: V2Engine) -> None:
 
 
 CONFIGS: dict[str, tuple[str, str, Any]] = {
-    "data parallelism with a hybrid load balancer": (
-        "parallel_config",
-        "data_parallel_hybrid_lb",
-        True,
-    ),
-    "data parallelism behind an external load balancer": (
-        "parallel_config",
-        "data_parallel_external_lb",
-        True,
-    ),
     "elastic expert parallelism": ("parallel_config", "enable_elastic_ep", True),
     "decode context parallelism": ("parallel_config", "decode_context_parallel_size", 2),
     "prefill context parallelism": ("parallel_config", "prefill_context_parallel_size", 2),
@@ -90,10 +80,10 @@ CONFIGS: dict[str, tuple[str, str, Any]] = {
         "speculative_config",
         SimpleNamespace(enable_adaptive_verification=True),
     ),
-    "KV transfer by NixlConnector": (
+    "KV transfer by ExampleConnector": (
         "",
         "kv_transfer_config",
-        KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both"),
+        KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both"),
     ),
 }
 
@@ -119,6 +109,16 @@ def test_image_tokens_in_a_prefix_and_prefetched_weights(
     patched = loaded.config.offload_config.prefetch.__dict__
     monkeypatch.setitem(patched, "offload_group_size", 4)
     assert "weights offloaded to the host" in refusal(loaded)
+
+
+def test_a_divided_stream(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's DeepSeek has it with expert and tensor parallelism beside data parallelism."""
+    block = loaded.model.get_submodule("model.layers.2.self_attn")
+    monkeypatch.setattr(block.o_proj, "reduce_results", False)
+    assert traced_model(loaded)  # One rank has all of it.
+    monkeypatch.setattr(block.o_proj, "tp_size", 2)
+    found = refusal(loaded)
+    assert "divide the residual stream" in found and "model.layers.2.self_attn.attn" in found
 
 
 def test_multi_head_latent_attention(loaded: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,26 @@
 """Ranks run every step in the same way, also when a trace has failed on one of them.
 
 A rank that replays a CUDA graph pads its batch; one that does not has collectives of another size,
-and the engine hangs. The ranks here are runners of their own that see the same scheduler's output.
+and the engine hangs. The ranks here are runners of their own that see the same scheduler's output,
+or, with data parallelism, each its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker import dp_utils
+from vllm.v1.worker.gpu import dp_utils as dp_utils_v2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.faults import break_function, mend_function
@@ -30,7 +37,7 @@ from tests.gpu.v2_engine import (
     v2_engine,
 )
 from vllm_flashtrace.base.errors import TraceError
-from vllm_flashtrace.patches import model_runner_v1
+from vllm_flashtrace.patches import model_runner_v1, model_runner_v2
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.worker import runner as worker_runner
 from vllm_flashtrace.worker.finish import TotalsExchange
@@ -163,6 +170,111 @@ def dispatch(runner: Any, scheduler_output: Any, fault: str) -> bool:
     if mode == CUDAGraphMode.NONE:
         assert described.num_tokens == counts.sum()
     return bool(mode == CUDAGraphMode.NONE)
+
+
+class Exchange:
+    """``torch.distributed`` for data-parallel ranks that are threads: the sum of all tensors."""
+
+    def __init__(self, ranks: int) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._barrier = threading.Barrier(ranks, timeout=60)
+
+    def all_reduce(self, tensor: torch.Tensor, group: Any) -> None:
+        self._tensors.append(tensor.clone())
+        self._barrier.wait()
+        tensor.copy_(torch.stack(self._tensors).sum(0))
+        if self._barrier.wait() == 0:
+            self._tensors.clear()
+        self._barrier.wait()
+
+
+PEERS = [(1, 1), (9, 2), (40, 3)]
+"""Tokens and requests of what the other rank computes meanwhile; the first is a dummy batch."""
+
+
+@pytest.fixture
+def ranks_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What data-parallel ranks exchange about a step, in this process."""
+    exchange, group = Exchange(2), SimpleNamespace(device=CPU, device_group=None, cpu_group=None)
+    for module in (dp_utils, dp_utils_v2):
+        monkeypatch.setattr(module, "dist", exchange)
+        monkeypatch.setattr(module, "get_dp_group", lambda: group)
+
+
+def in_step(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
+    with ThreadPoolExecutor(2) as pool:
+        mine, theirs = pool.submit(first), pool.submit(second)
+        return mine.result(), theirs.result()
+
+
+@pytest.mark.usefixtures("ranks_exchange")
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("traces", [False, True])
+def test_v1_of_data_parallel_ranks(
+    traces: bool, peer: tuple[int, int], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step with target rows leaves graphs before ranks agree, so no rank pads or replays."""
+    with v2_engine(tiny_llama, monkeypatch) as loaded:
+        for name in ("execute_model", "_determine_batch_execution_and_padding", "_model_forward"):
+            monkeypatch.setattr(GPUModelRunner, name, getattr(GPUModelRunner, name))
+        model_runner_v1.apply()
+        tracing, other = (v1_rank(loaded, rank, monkeypatch) for rank in range(2))
+        capture = SimpleNamespace(records_step=traces)
+        setattr(tracing, worker_runner._ATTRIBUTE, capture)
+        mine, theirs = in_step(
+            lambda: v1_choice(tracing, 13, 2, force_eager=False), lambda: v1_choice(other, *peer)
+        )
+    assert mine[0] == theirs[0]  # The mode.
+    assert torch.equal(mine[3], theirs[3])  # How many tokens each rank computes.
+    assert [mine[1].num_tokens, theirs[1].num_tokens] == mine[3].tolist()
+    if traces:
+        assert mine[0] == CUDAGraphMode.NONE and mine[1].num_tokens == 13
+    elif peer[0] < 16:
+        assert mine[0] == CUDAGraphMode.PIECEWISE and len(set(mine[3].tolist())) == 1
+
+
+def v1_rank(loaded: V2Engine, rank: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    runner = v1_runner(loaded, CUDAGraphMode.PIECEWISE, monkeypatch)
+    parallel = copy.copy(loaded.config.parallel_config)
+    parallel.__dict__.update(data_parallel_size=2, data_parallel_rank=rank)
+    runner.vllm_config = copy.copy(loaded.config)
+    runner.vllm_config.__dict__["parallel_config"] = runner.parallel_config = parallel
+    return runner
+
+
+def v1_choice(runner: Any, tokens: int, requests: int, **more: Any) -> Any:
+    counts = np.full(requests, tokens // requests, dtype=np.int32)
+    counts[0] += tokens - counts.sum()
+    return runner._determine_batch_execution_and_padding(
+        tokens, requests, counts, int(counts.max()), **more
+    )
+
+
+@pytest.mark.usefixtures("ranks_exchange")
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("traces", [False, True])
+def test_v2_of_data_parallel_ranks(
+    traces: bool, peer: tuple[int, int], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with v2_engine(tiny_llama, monkeypatch) as loaded:
+        manager = loaded.use_graphs(CUDAGraphMode.PIECEWISE, SIZES, monkeypatch)
+        stock = dp_utils_v2.dispatch_cg_and_sync_dp
+        step = SimpleNamespace(capture=SimpleNamespace(records_step=traces))
+        monkeypatch.setattr(model_runner_v2, "_running", step)
+        patched = model_runner_v2.dispatch_wrapper(stock)
+
+        def choice(dispatch: Any, rank: int, tokens: int, requests: int) -> Any:
+            return dispatch(manager, requests, tokens, None, 2, rank, need_eager=False)
+
+        mine, theirs = in_step(lambda: choice(patched, 0, 13, 2), lambda: choice(stock, 1, *peer))
+    assert mine[0].cg_mode == theirs[0].cg_mode
+    assert torch.equal(mine[1].num_tokens_across_dp, theirs[1].num_tokens_across_dp)
+    found = [mine[0].num_tokens, theirs[0].num_tokens]
+    assert found == mine[1].num_tokens_across_dp.tolist()
+    if traces:
+        assert mine[0].cg_mode == CUDAGraphMode.NONE and found == [13, peer[0]]
+    else:
+        assert mine[0].cg_mode == CUDAGraphMode.PIECEWISE and len(set(found)) == 1
 
 
 def test_targets_are_told_from_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,8 +165,6 @@ async def test_an_engine_client_that_hides_its_engines_is_refused(plugins, model
 @pytest.mark.parametrize(
     ("change", "layout"),
     [
-        ({"data_parallel_external_lb": True}, "behind an external load balancer"),
-        ({"data_parallel_hybrid_lb": True}, "with a hybrid load balancer"),
         ({"enable_elastic_ep": True}, "elastic expert parallelism"),
         ({"data_parallel_backend": "ray"}, "through Ray"),
         ({"data_parallel_size_local": 1}, "over several machines"),
@@ -177,11 +175,12 @@ async def test_layouts_that_are_refused_by_name(change: dict[str, Any], layout: 
         "data_parallel_size": 2,
         "data_parallel_size_local": 2,
         "data_parallel_backend": "mp",
-        "data_parallel_external_lb": False,
-        "data_parallel_hybrid_lb": False,
+        "local_engines_only": False,
         "enable_elastic_ep": False,
     }
     check_data_parallel(SimpleNamespace(**plain))
+    of_one_server = {"local_engines_only": True, "data_parallel_size_local": 1}
+    check_data_parallel(SimpleNamespace(**plain | of_one_server))
     with pytest.raises(UnsupportedModelError, match=layout):
         check_data_parallel(SimpleNamespace(**{**plain, **change}))
 

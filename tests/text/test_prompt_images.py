@@ -182,14 +182,17 @@ def test_what_is_no_image() -> None:
             PromptImages.of(given)
 
 
-@pytest.mark.parametrize("feature", ["later image tokens", "pruned", "elsewhere"])
+@pytest.mark.parametrize("feature", ["later image tokens", "pruned", "elsewhere", "another engine"])
 def test_configurations(feature: str) -> None:
     pruned = SimpleNamespace(is_multimodal_pruning_enabled=lambda: feature == "pruned")
     model = SimpleNamespace(
         is_mm_prefix_lm=feature == "later image tokens", multimodal_config=pruned
     )
+    transfer = SimpleNamespace(kv_connector="NixlConnector")
     config = SimpleNamespace(
-        model_config=model, ec_transfer_config=object() if feature == "elsewhere" else None
+        model_config=model,
+        ec_transfer_config=object() if feature == "elsewhere" else None,
+        kv_transfer_config=transfer if feature == "another engine" else None,
     )
     with pytest.raises(TraceError, match=feature):
         check_images(config)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from vllm_flashtrace.worker import latents
 from vllm_flashtrace.worker.cpu_cache import Scratch
 from vllm_flashtrace.worker.latents import latent_keys, latent_values
 
@@ -34,7 +35,9 @@ class Layer:
 
 @pytest.mark.parametrize("length", [1, 4, 14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_the_layer_projects_them(length: int, dtype: torch.dtype) -> None:
+def test_as_the_layer_projects_them(
+    length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer: Any = Layer(dtype)
     cached = layer.kv_cache.clone()
     tokens = torch.stack([layer.token(place) for place in range(length)])
@@ -42,11 +45,15 @@ def test_as_the_layer_projects_them(length: int, dtype: torch.dtype) -> None:
     keys = torch.cat([projected[..., :PLAIN], tokens[:, None, LATENT:].expand(-1, HEADS, -1)], -1)
     near = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
     scratch = Scratch()
-    found = latent_keys(layer, BLOCKS, length, scratch)
+    found = latent_keys(layer, BLOCKS, length, scratch, slice(None))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.permute(2, 0, 1), keys.float(), **near)
     found.zero_()  # As column sums may do.
-    values = latent_values(layer, BLOCKS, length, scratch)
-    assert values.transpose(0, 1).is_contiguous()
-    torch.testing.assert_close(values, projected[..., PLAIN:].float(), **near)
+    monkeypatch.setattr(latents, "_GATHERED", 3)
+    some = latent_keys(layer, BLOCKS, length, scratch, slice(1, 3))
+    torch.testing.assert_close(some.permute(2, 0, 1), keys[:, 1:].float(), **near)
+    for first, last in ((0, length), (length // 2, length)):
+        values = latent_values(layer, BLOCKS, first, last, scratch)
+        assert values.transpose(0, 1).is_contiguous()
+        torch.testing.assert_close(values, projected[first:last, :, PLAIN:].float(), **near)
     assert torch.equal(layer.kv_cache, cached)

@@ -6,7 +6,9 @@ and only that engine's workers have its result.
 
 An engine's rank is its index among the client's engines, which is what ``data_parallel_rank`` of
 ``EngineClient.generate`` means. It is the same in every API server and for as long as the server
-runs; `check_data_parallel` refuses layouts where it is not.
+runs; `check_data_parallel` refuses layouts where it is not. Behind an external or hybrid load
+balancer a server's client has the engines of that server alone, so a trace is where its completion
+was, and has no rank where that is one engine.
 
 Written against vLLM 0.32.0: ``AsyncLLM.engine_core`` is a ``DPLBAsyncMPClient`` then, which picks
 an engine for each request in ``get_core_engine_for_request``, in the task that asked for it.
@@ -58,11 +60,11 @@ def check_data_parallel(parallel: Any) -> None:
     size = parallel.data_parallel_size
     several = size > 1
     refusals = {
-        "data parallelism behind an external load balancer": parallel.data_parallel_external_lb,
-        "data parallelism with a hybrid load balancer": parallel.data_parallel_hybrid_lb,
         "elastic expert parallelism": parallel.enable_elastic_ep,
         "data parallelism through Ray": several and parallel.data_parallel_backend != "mp",
-        "data parallelism over several machines": several
+        # Engines that another server starts do not know the secret that seals a trace.
+        "data parallelism over several machines behind one API server": several
+        and not parallel.local_engines_only
         and parallel.data_parallel_size_local not in (None, size),
     }
     for layout, present in refusals.items():
@@ -101,7 +103,10 @@ class Engines:
             check_data_parallel(parallel)
         except FlashTraceError as error:
             return error.message
-        if parallel.data_parallel_size > 1 and not self.several:
+        own = parallel.data_parallel_size
+        if parallel.local_engines_only:
+            own = parallel.data_parallel_size_local
+        if own > 1 and not self.several:
             return "traces are not supported with data parallelism through this engine client"
         return None
 

@@ -161,6 +161,8 @@ def check_images(config: Any) -> None:
         "pruned image or video tokens": model.multimodal_config is not None
         and model.multimodal_config.is_multimodal_pruning_enabled(),
         "encoders that run elsewhere": config.ec_transfer_config is not None,
+        "prefill in another engine": config.kv_transfer_config is not None
+        and config.kv_transfer_config.kv_connector == "NixlConnector",
     }
     for feature, present in refusals.items():
         if present:

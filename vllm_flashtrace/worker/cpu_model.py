@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,14 +38,20 @@ from vllm_flashtrace.worker.layers import CPU_BACKEND, CPU_LATENT_BACKEND, Trace
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
+LATENT_SCRATCH_BYTES = 256 << 20
+"""Most memory for keys or values that are made of latents, but where one head's keys take more."""
+
 # What is gathered looks to the kernels like a cache of one large block.
 _ONE_BLOCK = torch.zeros(1, dtype=torch.int32)
+
+_FLOAT_BYTES = 4
 
 
 class CPUTracedModel(TracedModel):
     """Gathers keys and values, whose order in a block is private, into memory of its own.
 
-    One request and layer at a time: the next read overwrites what the last one gathered.
+    One request and layer at a time: the next read overwrites what the last one gathered. Of latents
+    at most `LATENT_SCRATCH_BYTES` of keys or values are made at a time.
     """
 
     batched = False
@@ -61,10 +68,16 @@ class CPUTracedModel(TracedModel):
     ) -> None:
         """See `TracedModel`."""
         [segment] = group.segments
-        keys = self._read_keys(layer, segment.batch_row.block_tables, rows.columns(0))
-        form = self.attention_form(layer)
-        inputs = AttentionInputs(query, keys.transpose(1, 2)[None], rows, form, scales)
-        paged_column_sums(inputs, layer, overwrite_keys=True)
+        form, tables = self.attention_form(layer), segment.batch_row.block_tables
+        parts = self._head_parts(layer, rows.columns(0))
+        for number, heads in enumerate(parts):
+            # What fails now has not touched the sums only if nothing has before.
+            with touching_sums() if number else nullcontext():
+                own = rows if len(parts) == 1 else _of_heads(rows, heads)
+                keys = self._read_keys(layer, tables, rows.columns(0), heads)
+                blocks = keys.transpose(1, 2)[None]
+                inputs = AttentionInputs(query[:, heads], blocks, own, form, scales)
+                paged_column_sums(inputs, layer, overwrite_keys=True)
 
     def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
         """See `TracedModel`; the targets share the attention weights of their rows."""
@@ -74,13 +87,19 @@ class CPUTracedModel(TracedModel):
         weights = torch.zeros(len(targets), len(rows))
         for own, target in zip(weights, targets, strict=True):
             own[torch.searchsorted(rows, target.rows)] = target.weights
-        heads = self.shape.num_heads, self.shape.num_kv_heads
-        blocks = TargetRowBlocks(weights, kept.positions[rows], *heads, rows=rows)
+        columns = int(kept.positions[rows].max()) + 1
+        made: dict[int, TargetRowBlocks] = {}  # By the number of heads.
         for layer in range(len(self.layers)):
-            keys = self._read_keys(layer, batch_row.block_tables, blocks.columns)
             scales = kept.factors_of(layer, rows)
-            out = [target.sums.column_sums[layer] for target in targets]
-            blocks.add(kept.queries[layer], keys, self.attention_form(layer), out, scales)
+            for heads in self._head_parts(layer, columns):
+                queries = kept.queries[layer][:, heads]
+                count = queries.shape[1]
+                if count not in made:
+                    sizes = count, min(count, self.shape.num_kv_heads)
+                    made[count] = TargetRowBlocks(weights, kept.positions[rows], *sizes, rows=rows)
+                keys = self._read_keys(layer, batch_row.block_tables, columns, heads)
+                out = [target.sums.column_sums[layer][heads] for target in targets]
+                made[count].add(queries, keys, self.attention_form(layer), out, scales)
         for group in groups:
             self.add_kept_rows(kept, group)
 
@@ -90,21 +109,36 @@ class CPUTracedModel(TracedModel):
 
     def read_values(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
         """See `TracedModel`."""
+        return self._read_values(layer, block_tables, 0, tokens)
+
+    def _read_values(
+        self, layer: int, block_tables: Sequence[Tensor], first: int, last: int
+    ) -> Tensor:
+        """Those from ``first`` up to ``last``; without latents ``first`` must be 0."""
         attention, size = self.layers[layer].attention, self.layers[layer].heads.values
         blocks = block_tables[self.cache_groups.places[layer]].tolist()
         if isinstance(attention, MLAAttention):
-            return latent_values(attention, blocks, tokens, self._scratch)
+            return latent_values(attention, blocks, first, last, self._scratch)
         cache, orders = self._cache(attention)
-        values = read_values(cache, blocks, tokens, orders, self._scratch)[..., :size]
+        values = read_values(cache, blocks, last, orders, self._scratch)[..., :size]
         scale = _scales(attention).value
         return values if scale == 1 else values.mul_(scale)
 
-    def _read_keys(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
-        """A request's keys, float32 ``[G, d, tokens]``, until something else is read."""
+    def _read_keys(
+        self, layer: int, block_tables: Sequence[Tensor], tokens: int, heads: slice
+    ) -> Tensor:
+        """A request's keys, float32 ``[G, d, tokens]``, until something else is read.
+
+        Args:
+            layer: Layer index.
+            block_tables: See `step.BatchRow`.
+            tokens: How many, from the first on.
+            heads: One of `_head_parts`.
+        """
         attention = self.layers[layer].attention
         blocks = block_tables[self.cache_groups.places[layer]].tolist()
         if isinstance(attention, MLAAttention):
-            return latent_keys(attention, blocks, tokens, self._scratch)
+            return latent_keys(attention, blocks, tokens, self._scratch, heads)
         cache, orders = self._cache(attention)
         return read_keys(cache, blocks, tokens, orders, self._scratch)
 
@@ -117,22 +151,51 @@ class CPUTracedModel(TracedModel):
         cached = attention.kv_cache_dtype, eight_bits
         return cache.view(eight_bits), learn_block_order(attention.isa, *sizes, cached)
 
+    def _head_parts(self, layer: int, tokens: int) -> list[slice]:
+        """Heads whose keys of so many tokens are made at a time."""
+        sizes = self.layers[layer].heads
+        if not isinstance(self.layers[layer].attention, MLAAttention):
+            return [slice(None)]
+        most = max(1, LATENT_SCRATCH_BYTES // (_FLOAT_BYTES * sizes.keys * tokens))
+        return [slice(first, first + most) for first in range(0, sizes.queries, most)]
+
+    def _token_parts(self, layer: int, tokens: int) -> list[tuple[int, int]]:
+        """First and last of the tokens whose values are made at a time."""
+        sizes = self.layers[layer].heads
+        if not isinstance(self.layers[layer].attention, MLAAttention):
+            return [(0, tokens)]
+        most = max(1, LATENT_SCRATCH_BYTES // (_FLOAT_BYTES * sizes.queries * sizes.values))
+        return [(first, min(first + most, tokens)) for first in range(0, tokens, most)]
+
     def replace_by_proximities(
         self,
         traces: Sequence[ProximityTrace],
         block_tables: Sequence[Sequence[Tensor]],
         adapter: int | None,
     ) -> None:
-        """See `TracedModel`."""
+        """See `TracedModel`.
+
+        Where values are made for some tokens at a time, `exact_fraction` holds for these.
+        """
         [trace], [tables] = traces, block_tables
-        own = dataclasses.replace(trace, block_table=_ONE_BLOCK)
         with touching_sums():
             for index, layer in enumerate(self.layers):
-                values = self.read_values(index, tables, trace.tokens)
                 weight, norms = self.output_projection(index, adapter)
-                gathered = values.transpose(0, 1)[None]
-                one = ProximityLayer(index, gathered, weight, layer.multiplier, norms)
-                replace_by_proximities([one], [own])
+                parts = self._token_parts(index, trace.tokens)
+                totals = trace.totals.new_zeros(len(parts), len(trace.totals))
+                for (first, last), own_totals in zip(parts, totals, strict=True):
+                    values = self._read_values(index, tables, first, last).transpose(0, 1)[None]
+                    own = dataclasses.replace(
+                        trace,
+                        sums=trace.sums._replace(
+                            column_sums=trace.sums.column_sums[..., first:last]
+                        ),
+                        block_table=_ONE_BLOCK,
+                        totals=own_totals,
+                    )
+                    one = ProximityLayer(index, values, weight, layer.multiplier, norms)
+                    replace_by_proximities([one], [own])
+                trace.totals[index] = totals[:, index].sum()
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
         """Target rows over the one block that the reads above make."""
@@ -158,6 +221,15 @@ def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
         alibi_slopes=impl.alibi_slopes,
         sinks=impl.sinks.float() if impl.sinks is not None else None,
     )
+
+
+def _of_heads(rows: PagedRows, heads: slice) -> PagedRows:
+    """The rows of one segment with the accumulators of some heads, each of which has own keys."""
+    [segment] = rows.segments
+    sums = segment.sums._replace(column_sums=segment.sums.column_sums[:, heads])
+    count = sums.column_sums.shape[1]
+    own = dataclasses.replace(segment, sums=sums)
+    return PagedRows.build([own], count, count, rows.device)
 
 
 def _check_layer(layer: TracedLayer, dtype: torch.dtype) -> None:

@@ -10,6 +10,9 @@ The matrices are read of the layer when they are needed, and the products rounde
 type, as in the layer. Where the layer is quantised, it is applied to the latents itself, as it is
 when it prefills: its kernel may round them too. Its decode steps do not, since vLLM makes the two
 matrices of dequantised weights for these.
+
+Keys of all heads of a long context would take more memory than there is, so they are made for some
+heads at a time, and values for some tokens.
 """
 
 from __future__ import annotations
@@ -26,52 +29,63 @@ from vllm_flashtrace.worker.cpu_cache import Scratch
 
 _PROJECTED = 512
 """Tokens that a quantised layer is applied to at a time."""
+# Tokens whose latents are gathered at a time.
+_GATHERED = 4096
 
 
 def latent_keys(
-    attention: MLAAttention, block_ids: Sequence[int], length: int, scratch: Scratch
+    attention: MLAAttention, block_ids: Sequence[int], length: int, scratch: Scratch, heads: slice
 ) -> Tensor:
-    """The keys of a request's first ``length`` tokens.
+    """The keys of some heads of a request's first ``length`` tokens.
 
     Args:
         attention: The layer.
         block_ids: At least ``ceil(length / block_size)`` ids of blocks of its cache.
         length: Number of tokens.
         scratch: Where the result lies.
+        heads: Which heads.
 
     Returns:
-        float32 ``[H, P + R, length]``: for every head the part without positions, then the shared
-        rotated one.
+        float32 ``[heads, P + R, length]``: for every head the part without positions, then the
+        shared rotated one.
     """
-    latents, rotated = _cached(attention, block_ids, length)
     size = attention.qk_nope_head_dim
-    keys = scratch.take(attention.num_heads, attention.qk_head_dim, length)
-    if up_is_quantized(attention):
-        for tokens, own_keys, _ in projected(attention, latents):
-            keys[:, :size, tokens] = own_keys.transpose(1, 2)
-    else:
-        for own, up in zip(keys, up_projections(attention)[0], strict=True):
-            own[:size] = up @ latents.t()
-    keys[:, size:] = rotated.t()
+    quantized = up_is_quantized(attention)
+    count = len(range(attention.num_heads)[heads])
+    keys = scratch.take(count, attention.qk_head_dim, length)
+    for first, last in _pieces(0, length):
+        latents, rotated = _cached(attention, block_ids, first, last)
+        piece = keys[:, :, first:last]
+        if quantized:
+            for tokens, own_keys, _ in projected(attention, latents):
+                piece[:, :size, tokens] = own_keys[heads].transpose(1, 2)
+        else:
+            up = up_projections(attention)[0][heads]
+            for own, matrix in zip(piece, up, strict=True):
+                own[:size] = matrix @ latents.t()
+        piece[:, size:] = rotated.t()
     return keys
 
 
 def latent_values(
-    attention: MLAAttention, block_ids: Sequence[int], length: int, scratch: Scratch
+    attention: MLAAttention, block_ids: Sequence[int], first: int, last: int, scratch: Scratch
 ) -> Tensor:
-    """The values of a request's first ``length`` tokens; arguments as `latent_keys`.
+    """The values of a request's tokens from ``first`` up to ``last``; arguments as `latent_keys`.
 
     Returns:
-        float32 ``[length, H, V]`` that lies in memory as ``[H, length, V]``.
+        float32 ``[tokens, H, V]`` that lies in memory as ``[H, tokens, V]``.
     """
-    latents, _ = _cached(attention, block_ids, length)
-    values = scratch.take(attention.num_heads, length, attention.v_head_dim)
-    if up_is_quantized(attention):
-        for tokens, _, own_values in projected(attention, latents):
-            values[:, tokens] = own_values
-    else:
-        for own, up in zip(values, up_projections(attention)[1], strict=True):
-            own.copy_(latents @ up.t())
+    quantized = up_is_quantized(attention)
+    values = scratch.take(attention.num_heads, last - first, attention.v_head_dim)
+    for start, stop in _pieces(first, last):
+        latents, _ = _cached(attention, block_ids, start, stop)
+        piece = values[:, start - first : stop - first]
+        if quantized:
+            for tokens, _, own_values in projected(attention, latents):
+                piece[:, tokens] = own_values
+        else:
+            for own, matrix in zip(piece, up_projections(attention)[1], strict=True):
+                own.copy_(latents @ matrix.t())
     return values.transpose(0, 1)
 
 
@@ -116,12 +130,19 @@ def up_projections(attention: MLAAttention) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, _GATHERED):
+        yield start, min(start + _GATHERED, last)
+
+
 def _cached(
-    attention: MLAAttention, block_ids: Sequence[int], length: int
+    attention: MLAAttention, block_ids: Sequence[int], first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """Latents ``[length, L]`` and rotated keys ``[length, R]``, a copy of what is cached."""
+    """Latents ``[tokens, L]`` and rotated keys ``[tokens, R]``, a copy of what is cached."""
     cache = attention.kv_cache  # [blocks, block_size, L + R]
-    ids = torch.as_tensor(block_ids[: -(-length // cache.shape[1])])
-    tokens = cache[ids].flatten(0, 1)[:length]
+    size = cache.shape[1]
+    start = first // size
+    ids = torch.as_tensor(block_ids[start : -(-last // size)])
+    tokens = cache[ids].flatten(0, 1)[first - start * size : last - start * size]
     latents, rotated = tokens.split([attention.kv_lora_rank, attention.qk_rope_head_dim], dim=1)
     return latents, rotated

@@ -23,6 +23,7 @@ from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -51,6 +52,12 @@ KNOWN_ARCHITECTURES = (
 
 TRACED_CONNECTORS = frozenset({"OffloadingConnector"})
 """KV connectors of vLLM, or modules and names of others, that tests trace through."""
+
+HANDING_OVER = "NixlConnector"
+"""The KV connector of vLLM through which one engine decodes what another has prefilled.
+
+It moves the blocks of requests that ask for it, and a trace does not.
+"""
 
 # Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
 # attention block. Where there is one more, that norms the block's output before it is added: the
@@ -371,9 +378,6 @@ def check_config(config: VllmConfig) -> None:
     """
     parallel = config.parallel_config
     refusals = {
-        # Ranks of such a model run in step with each other, and so would a rank's traces.
-        "data parallelism of a mixture-of-experts model": parallel.data_parallel_size > 1
-        and config.model_config.is_moe,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
@@ -392,16 +396,18 @@ def check_config(config: VllmConfig) -> None:
     check_data_parallel(parallel)
 
 
-def _check_connector(transfer: KVTransferConfig) -> None:
+def _check_connector(transfer: KVTransferConfig, *, alone: bool = True) -> None:
     """Refuses connectors through which no test has traced, and what hands requests over."""
     module, name = transfer.kv_connector_module_path, transfer.kv_connector
+    if alone and name == HANDING_OVER and not module:
+        return
     if transfer.kv_role != "kv_both":
         raise UnsupportedModelError(
             f"traces are not supported with disaggregated prefill (kv_role {transfer.kv_role})"
         )
     if name == "MultiConnector" and not module:
         for child in transfer.kv_connector_extra_config.get("connectors", ()):
-            _check_connector(KVTransferConfig(**child))
+            _check_connector(KVTransferConfig(**child), alone=False)
     elif (f"{module}.{name}" if module else name) not in TRACED_CONNECTORS:
         raise UnsupportedModelError(f"traces are not supported with KV transfer by {name}")
 
@@ -585,6 +591,12 @@ def _check_attention(
     }
     _refuse(name, refusals)
     assert isinstance(out_proj, RowParallelLinear)
+    if out_proj.tp_size > 1 and not out_proj.reduce_results:
+        # Experts then compute a part of the rows each, and the stream between layers has these.
+        raise UnsupportedModelError(
+            "traces are not supported where tensor-parallel ranks divide the residual stream "
+            f"(sequence-parallel experts) ({name})"
+        )
     width, heads = out_proj.input_size_per_partition, attention.num_heads
     other_width = "an output projection of another width than its heads"
     if isinstance(attention, MLAAttention):
@@ -705,13 +717,23 @@ def stage_layers(model: nn.Module, config: VllmConfig) -> range:
     if config.parallel_config.pipeline_parallel_size == 1:
         return range(config.model_config.get_total_num_hidden_layers())
     inner: Any = getattr(model, "model", None)
-    try:
+    if hasattr(inner, "start_layer"):
         return range(inner.start_layer, inner.end_layer)
-    except AttributeError:
-        raise UnsupportedModelError(
-            "traces are not supported with pipeline parallelism of a model that does not tell its "
-            "stage's layers"
-        ) from None
+    # Around a language model inside, and in Transformers' code, the places of other stages' tell.
+    total = config.model_config.get_total_num_hidden_layers()
+    stacks = [
+        [place for place, layer in enumerate(stack) if not isinstance(layer, PPMissingLayer)]
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList)
+        and len(stack) == total
+        and any(isinstance(layer, PPMissingLayer) for layer in stack)
+    ]
+    if len(stacks) == 1 and stacks[0] and stacks[0][-1] - stacks[0][0] == len(stacks[0]) - 1:
+        return range(stacks[0][0], stacks[0][-1] + 1)
+    raise UnsupportedModelError(
+        "traces are not supported with pipeline parallelism of a model that does not tell its "
+        "stage's layers"
+    )
 
 
 def is_last_stage(config: VllmConfig) -> bool:
