@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.same_bits import ENGINE_OPTIONS
 from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
 from tests.engine.test_start_proof import LAYER, LIMIT, proven, reads_form, start_reports
+from tests.engine.worker_faults import core_each
 from tests.measured import Measured
 from tests.oracle import oracle_scores
-from tests.tiny_models import LLAMA4_ENGINE, make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, LLAMA4_ENGINE, make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import start_proof
@@ -43,6 +45,35 @@ def reference(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def expected(reference: Any) -> torch.Tensor:
     return oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
+
+
+# First, since they start engines in other processes.
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": ENGINE_OPTIONS,
+    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
+}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_run(
+    way: str,
+    folder: Path,
+    expected: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Measured,
+) -> None:
+    if way == "ranks":
+        core_each(monkeypatch, 2)
+    engine = Engine(folder, f"chunks, {way}", block_size=32, **WAYS[way], **LLAMA4_ENGINE)
+    try:
+        assert {report["refusal"] for report in start_reports(engine)} == {None}
+        error = relative_l1(engine.trace(TraceJob(TOKENS, TARGET)).scores, expected)
+    finally:
+        engine.close()
+    measured("families", FAMILY_NAMES["llama4"], **{way: error})
+    assert error <= 1e-5
 
 
 @pytest.fixture(scope="module")

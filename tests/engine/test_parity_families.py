@@ -101,6 +101,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 OTHER_NAMES = {
     "Ernie4_5": "ERNIE 4.5",
     "Glm": "GLM",
+    "Glm4Moe": "GLM-4.5",
     "HunYuanDenseV1": "HunYuan",
     "Jais2": "Jais 2",
     "Ministral3": "Ministral 3",
