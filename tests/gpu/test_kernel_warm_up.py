@@ -18,6 +18,7 @@ from tests.gpu.standin import BACKENDS, CPU
 from tests.gpu.test_fp8_cache import layers, quantize_queries
 from tests.gpu.v2_engine import V2Engine, apply_patches, traced, untraced, v2_engine
 from tests.kernels.compiler import Variants, variants_only
+from tests.quantized_models import SCHEMES, make_quantized_model
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.kernels import paged_attention, paged_proximity, sum_shares
@@ -177,6 +178,19 @@ def test_latent_attention(tmp_path: Path, worker: Any, monkeypatch: pytest.Monke
     assert len({name for name, _ in found.launched}) == 12
     assert not found.missing()
     assert report["compiled"] == len(found.warmed) and report["failures"] == []
+
+
+def test_quantized_projections(
+    tmp_path: Path, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those in which kernels read what was made of a layer, its weight is packed or gone."""
+    scheme = SCHEMES["compressed-tensors int8 W8A8 in some layers, static activations"]
+    folder, _ = make_quantized_model(scheme, tmp_path, torch.float32)
+    with v2_engine(folder, monkeypatch, "TRITON_ATTN") as engine:
+        monkeypatch.setattr(runner, "check_architecture", lambda _: None)
+        found, report = warmed_and_run(engine, worker(engine), monkeypatch)
+    assert not found.missing()
+    assert report["compiled"] == len(found.warmed) > 0 and report["failures"] == []
 
 
 @pytest.mark.parametrize("quantized", [False, True])

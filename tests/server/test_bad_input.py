@@ -154,6 +154,17 @@ async def test_beam_search_with_a_trace_is_refused(app, route):
     check_refused(app, response, "use_beam_search")
 
 
+@pytest.mark.parametrize("route", ["chat", "complete"])
+async def test_a_prompt_that_another_engine_goes_on_with_is_not_traced(app, route):
+    """A proxy may send the same field to both; a malformed one is refused by either."""
+    params = {"do_remote_decode": True, "do_remote_prefill": False}
+    ask = getattr(app, route)
+    check_refused(app, await ask(kv_transfer_params=params, flashtrace={"hops": -1}), "flashtrace.hops")
+    response = await ask(kv_transfer_params=params, flashtrace=True)
+    assert response.status_code == 200
+    assert "flashtrace" not in response.json()["choices"][0]
+
+
 @pytest.mark.parametrize("key", ["flashtrace", "flashtrace_trace"])
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("route", ["chat", "complete"])

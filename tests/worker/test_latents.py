@@ -33,12 +33,27 @@ class Layer:
         return self.kv_cache[BLOCKS[place // BLOCK_SIZE], place % BLOCK_SIZE]
 
 
+class Quantized:
+    """A method whose layer is applied as it is, and has no weight to be read."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight.detach()
+
+    def apply(self, _: Any, latents: torch.Tensor) -> torch.Tensor:
+        assert latents.is_contiguous() and len(latents) <= 2
+        return latents @ self._weight.t()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("length", [1, 4, 14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_the_layer_projects_them(
-    length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    length: int, dtype: torch.dtype, quantized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer: Any = Layer(dtype)
+    if quantized:
+        layer.kv_b_proj.quant_method = Quantized(layer.kv_b_proj.weight)
+        monkeypatch.setattr(latents, "_PROJECTED", 2)
     cached = layer.kv_cache.clone()
     tokens = torch.stack([layer.token(place) for place in range(length)])
     projected = layer.kv_b_proj(tokens[:, :LATENT]).detach().view(length, HEADS, -1)

@@ -250,13 +250,16 @@ class TraceService:
             value: The field as sent; None where the request has none.
 
         Returns:
-            None when no attribution is asked for.
+            None when no attribution is asked for, and where another engine will decode: that one
+            explains the answer, of which this one only prefills the prompt.
 
         Raises:
             InvalidRequestError: Naming the field and its value.
         """
         refuse_reserved_xargs(request)
         parsed = self.parse_field(value)
+        if (getattr(request, "kv_transfer_params", None) or {}).get("do_remote_decode"):
+            return None
         if parsed is not None and getattr(request, "use_beam_search", False):
             raise InvalidRequestError(
                 "use_beam_search",

@@ -24,6 +24,12 @@ from typing import Any
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError, UnsupportedModelError
 
+HANDING_OVER = frozenset({"NixlConnector", "NixlPullConnector"})
+"""KV connectors of vLLM through which one engine decodes what another has prefilled.
+
+They move the blocks of requests that ask for it, and a trace does not.
+"""
+
 _noted: ContextVar[list[int] | None] = ContextVar("flashtrace_noted_ranks", default=None)
 
 

@@ -20,6 +20,7 @@ from vllm.inputs.engine import mm_input
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.records import PromptImage
+from vllm_flashtrace.trace.engines import HANDING_OVER
 
 KNOWN_ITEMS = "flashtrace_known_items"
 """Key of an engine input for its images' pixels, where vLLM leaves them out (see `as_sent`)."""
@@ -162,7 +163,7 @@ def check_images(config: Any) -> None:
         and model.multimodal_config.is_multimodal_pruning_enabled(),
         "encoders that run elsewhere": config.ec_transfer_config is not None,
         "prefill in another engine": config.kv_transfer_config is not None
-        and config.kv_transfer_config.kv_connector == "NixlConnector",
+        and config.kv_transfer_config.kv_connector in HANDING_OVER,
     }
     for feature, present in refusals.items():
         if present:

@@ -114,13 +114,13 @@ class CPUTracedModel(TracedModel):
     def _read_values(
         self, layer: int, block_tables: Sequence[Tensor], first: int, last: int
     ) -> Tensor:
-        """Those from ``first`` up to ``last``; without latents ``first`` must be 0."""
+        """Those from ``first`` up to ``last``."""
         attention, size = self.layers[layer].attention, self.layers[layer].heads.values
         blocks = block_tables[self.cache_groups.places[layer]].tolist()
         if isinstance(attention, MLAAttention):
             return latent_values(attention, blocks, first, last, self._scratch)
         cache, orders = self._cache(attention)
-        values = read_values(cache, blocks, last, orders, self._scratch)[..., :size]
+        values = read_values(cache, blocks, last, orders, self._scratch)[first:, :, :size]
         scale = _scales(attention).value
         return values if scale == 1 else values.mul_(scale)
 

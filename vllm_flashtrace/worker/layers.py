@@ -36,7 +36,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.engines import check_data_parallel
+from vllm_flashtrace.trace.engines import HANDING_OVER, check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
 from vllm_flashtrace.worker.latents import up_projection
 from vllm_flashtrace.worker.output_gates import OutputGate
@@ -52,12 +52,6 @@ KNOWN_ARCHITECTURES = (
 
 TRACED_CONNECTORS = frozenset({"OffloadingConnector"})
 """KV connectors of vLLM, or modules and names of others, that tests trace through."""
-
-HANDING_OVER = "NixlConnector"
-"""The KV connector of vLLM through which one engine decodes what another has prefilled.
-
-It moves the blocks of requests that ask for it, and a trace does not.
-"""
 
 # Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
 # attention block. Where there is one more, that norms the block's output before it is added: the
@@ -399,7 +393,7 @@ def check_config(config: VllmConfig) -> None:
 def _check_connector(transfer: KVTransferConfig, *, alone: bool = True) -> None:
     """Refuses connectors through which no test has traced, and what hands requests over."""
     module, name = transfer.kv_connector_module_path, transfer.kv_connector
-    if alone and name == HANDING_OVER and not module:
+    if alone and name in HANDING_OVER and not module:
         return
     if transfer.kv_role != "kv_both":
         raise UnsupportedModelError(
@@ -553,7 +547,8 @@ def _check_chunks(layers: list[TracedLayer], config: VllmConfig) -> None:
     """Refuses models that vLLM computes without their chunks, as it does in Transformers' code."""
     text = config.model_config.hf_text_config
     kinds = getattr(text, "layer_types", None) or ()
-    if not getattr(text, "attention_chunk_size", None):
+    size = getattr(text, "attention_chunk_size", None)
+    if not size or config.model_config.max_model_len <= size:
         return
     for layer in layers:
         has_chunks = "chunked_attention" in kinds[layer.index : layer.index + 1]

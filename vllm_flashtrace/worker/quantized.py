@@ -113,6 +113,8 @@ def quantization_of(
             name = _EIGHT_BITS[kind]
             name += " in blocks" if blocks and "in blocks" not in name else ""
             rounds = type(kernel).__name__ not in _WEIGHT_ONLY_KERNELS
+            # Marlin's may be told to round them (`VLLM_MARLIN_INPUT_DTYPE`).
+            rounds = rounds or getattr(kernel, "marlin_input_dtype", None) is not None
             return Quantization(name, rounds, rounds and _has_one_scale(kernel))
         kernel = type(getattr(scheme, "kernel", None)).__name__
         if kind in _BY_KERNEL and kernel in _WEIGHT_ONLY_KERNELS:

@@ -67,7 +67,7 @@ from vllm_flashtrace.worker.observer import current
 _MARK = "_flashtrace_taps"
 _CACHE_KEY = "flashtrace_taps"
 _STREAM = "hidden_states"
-_VERSION = 5  # To be raised whenever compiled code changes.
+_VERSION = 6  # To be raised whenever compiled code changes.
 
 _library = torch.library.Library("flashtrace", "FRAGMENT")
 # The tensors are declared as mutated, though they are not, so that no compiler pass drops or moves
@@ -232,7 +232,8 @@ def argument_names(module: nn.Module) -> Names:
 
     The code of an operator of vLLM says it: its ``forward`` passes on whatever it is given.
     """
-    forward = module.forward_native if isinstance(module, CustomOp) else module.forward
+    passes_on = isinstance(module, CustomOp) and type(module).forward is CustomOp.forward
+    forward = module.forward_native if passes_on else module.forward
     parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
@@ -252,15 +253,15 @@ def _place(tap: Any, module: nn.Module) -> None:
 
 def _tap_update(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Norms are called as ``norm(update, residual)`` wherever there is a stream to add to."""
-    residual = argument(names, 1, args, kwargs)
-    if residual is not None:
-        torch.ops.flashtrace.observe_update(argument(names, 0, args, kwargs), residual)
+    update, residual = (argument(names, place, args, kwargs) for place in (0, 1))
+    if update is not None and residual is not None:
+        torch.ops.flashtrace.observe_update(update, residual)
 
 
 def _tap_other_update(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    residual = argument(names, 1, args, kwargs)
-    if residual is not None:
-        torch.ops.flashtrace.observe_other_update(argument(names, 0, args, kwargs), residual)
+    update, residual = (argument(names, place, args, kwargs) for place in (0, 1))
+    if update is not None and residual is not None:
+        torch.ops.flashtrace.observe_other_update(update, residual)
 
 
 def _tap_other_residual(names: Names, _: nn.Module, args: Args, kwargs: Kwargs) -> None:

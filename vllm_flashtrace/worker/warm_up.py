@@ -87,7 +87,7 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
                 keys=keys,
                 values=values,
                 stream=torch.empty(1, model.shape.hidden_size, dtype=dtype, device=model.device),
-                weights=_projections(layer),
+                weights=_projections(layer, dtype),
                 form=model.attention_form(index),
                 scaled=layer.block_norm is not None,
             )
@@ -97,13 +97,15 @@ def compile_kernels(model: GPUTracedModel, dtype: torch.dtype) -> tuple[int, lis
     return len(compilation.kernels), compilation.failures
 
 
-def _projections(layer: TracedLayer) -> list[torch.Tensor]:
-    """``W_O`` as the kernels may get it.
-
-    With an adapter, or the gain of a norm behind the block, it is another matrix, in float32.
-    """
-    weight = layer.out_proj.weight.detach()
-    other = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+def _projections(layer: TracedLayer, dtype: torch.dtype) -> list[torch.Tensor]:
+    """``W_O`` as the kernels may get it, see `TracedModel.output_projection`."""
+    projection = layer.out_proj
+    shape = projection.output_size_per_partition, projection.input_size_per_partition
+    if layer.quantization is None:
+        weight = projection.weight.detach()
+    else:
+        weight = torch.empty(shape, dtype=dtype, device="meta")
+    other = torch.empty(shape, dtype=torch.float32, device="meta")
     if layer.block_norm is not None:
         return [other]
     return [weight] if layer.adapters is None else [weight, other]
