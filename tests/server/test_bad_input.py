@@ -159,7 +159,8 @@ async def test_a_prompt_that_another_engine_goes_on_with_is_not_traced(app, rout
     """A proxy may send the same field to both; a malformed one is refused by either."""
     params = {"do_remote_decode": True, "do_remote_prefill": False}
     ask = getattr(app, route)
-    check_refused(app, await ask(kv_transfer_params=params, flashtrace={"hops": -1}), "flashtrace.hops")
+    response = await ask(kv_transfer_params=params, flashtrace={"hops": -1})
+    check_refused(app, response, "flashtrace.hops")
     response = await ask(kv_transfer_params=params, flashtrace=True)
     assert response.status_code == 200
     assert "flashtrace" not in response.json()["choices"][0]
