@@ -233,7 +233,7 @@ def argument_names(module: nn.Module) -> Names:
     The code of an operator of vLLM says it: its ``forward`` passes on whatever it is given.
     """
     passes_on = isinstance(module, CustomOp) and type(module).forward is CustomOp.forward
-    forward = module.forward_native if passes_on else module.forward
+    forward: Any = module.forward_native if passes_on else module.forward
     parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
