@@ -35,6 +35,7 @@ pytestmark = pytest.mark.timeout(600)
 
 LIMIT = 1e-5
 EXPERTS = "--enable-expert-parallel"
+RANKS = "--tensor-parallel-size=2"
 
 
 @contextmanager
@@ -46,9 +47,10 @@ def served(folder: Path, layouts: list[list[str]], *options: str) -> Iterator[li
         *("--kv-cache-memory-bytes=64M", "--enable-prompt-tokens-details"),
     )
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "FLASHTRACE_STORE": ""}
+    logs = [folder.parent / f"server{place}.log" for place in range(len(layouts))]
     starting = [
-        serve(OURS, str(folder), folder.parent / f"server{place}.log", *layout, *options, **env)
-        for place, layout in enumerate(layouts)
+        serve(OURS, str(folder), log, *layout, *options, worker_process=RANKS in layout, **env)
+        for log, layout in zip(logs, layouts, strict=True)
     ]
     with ExitStack() as stack, ThreadPoolExecutor(len(starting)) as pool:
         yield list(pool.map(stack.enter_context, starting))
@@ -119,9 +121,7 @@ long = pytest.mark.long
     [
         pytest.param([EXPERTS], 1, id="experts"),
         pytest.param([], 1, id="experts in parts", marks=long),
-        pytest.param(
-            [EXPERTS, "--tensor-parallel-size=2"], 2, id="experts by sequence", marks=long
-        ),
+        pytest.param([EXPERTS, RANKS], 2, id="experts by sequence", marks=long),
     ],
 )
 def test_engines_in_step(tmp_path: Path, options: list[str], workers: int) -> None:
@@ -161,7 +161,7 @@ def test_behind_a_load_balancer(tmp_path: Path, family: Family) -> None:
 def test_a_divided_stream_is_refused(tmp_path: Path) -> None:
     """vLLM's DeepSeek leaves each tensor-parallel rank a part of the rows behind attention."""
     folder = make_tiny_model("deepseek_v3", tmp_path / "model")
-    layout = ["--data-parallel-size=2", "--api-server-count=1", "--tensor-parallel-size=2"]
+    layout = ["--data-parallel-size=2", "--api-server-count=1", RANKS]
     with served(folder, [[*layout, EXPERTS, "--attention-backend=CPU_MLA"]]) as [server]:
         assert "divide the residual stream" in status(server)["engine"]["refusal"]
         assert decode(server, 0) == 40
