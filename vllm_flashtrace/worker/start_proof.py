@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
@@ -296,7 +296,7 @@ class Proof:
                 type(layer.block_norm.module).__name__ for layer in layers if layer.block_norm
             ),
             "query_key_norms": any(
-                getattr(layer.block, name, None) is not None
+                isinstance(getattr(layer.block, name, None), nn.Module)
                 for layer in layers
                 for name in ("q_norm", "k_norm", "qk_norm")
             ),
