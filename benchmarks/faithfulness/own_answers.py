@@ -51,6 +51,7 @@ from benchmarks.faithfulness.own_methods import (
     attention_by_sentence,
 )
 from benchmarks.faithfulness.own_summary import (
+    DEFAULTS,
     DROPS,
     SHOWN,
     draw,
@@ -85,7 +86,7 @@ OURS = [
     "flashtrace-auto-skip",
     "flashtrace-k0-predicting",
     "flashtrace-auto-predicting",
-    "flashtrace-auto-predicting-skip",
+    DEFAULTS,
     "flashtrace-auto-predicting-surprise",
     "flashtrace-auto-surprise-skip",
 ]
@@ -94,7 +95,7 @@ THROUGH = ["flashtrace-auto-through", "flashtrace-auto-predicting-through"]
 WORDS = ["overlap", "question-overlap", "bm25", "random", "recency"]
 if importlib.util.find_spec("wordllama") is not None:
     WORDS.append("embedding")
-WIDE = ["flashtrace-k1", "flashtrace-auto-predicting-skip", *WORDS]
+WIDE = ["flashtrace-k1", DEFAULTS, *WORDS]
 """The paper's formula, our defaults, and what no model is asked for; on the most examples."""
 COST = {"loo-sentence": "left_out", "contextcite": "ablated", "contextcite-128": "offline"}
 """Methods that ask the model many times, and the option that says for how many examples."""
@@ -110,7 +111,7 @@ HF = [
 ]
 DROPPED = [
     "flashtrace-k1",
-    "flashtrace-auto-predicting-skip",
+    DEFAULTS,
     "loo-sentence",
     "contextcite",
     "bm25",
