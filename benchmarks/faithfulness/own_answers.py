@@ -71,6 +71,8 @@ _ATTEMPTS = 3
 """Questions asked for each right answer that is wanted, at most."""
 LONGEST_ANSWER = 96
 REFERENCE_ABLATIONS = 64
+TRAINING_ABLATIONS = 8
+"""Of each answer that weights of heads are learned from: many answers teach more than many each."""
 KEEP_PROBABILITY = 0.5
 
 CHEAP = (OwnFamily, WordFamily, SimpleFamily)
@@ -120,8 +122,8 @@ DROPPED = [
 """Methods whose best sentences are taken out."""
 
 PRESETS: dict[str, dict[str, int]] = {
-    "full": {"wide": 48, "examples": 24, "left_out": 12, "ablated": 6, "offline": 6},
-    "quick": {"wide": 6, "examples": 6, "left_out": 2, "ablated": 1, "offline": 2},
+    "full": {"wide": 48, "examples": 24, "trained": 40, "left_out": 12, "ablated": 6, "offline": 6},
+    "quick": {"wide": 6, "examples": 6, "trained": 0, "left_out": 2, "ablated": 1, "offline": 2},
 }
 
 
@@ -211,9 +213,10 @@ def answer_questions(
     for task in options.tasks:
         number = 0
         right = 0
+        batch = min(_BATCH, 2 * options.wide)
         while right < options.wide and number < _ATTEMPTS * options.wide:
-            numbers = range(number, number + _BATCH)
-            number += _BATCH
+            numbers = range(number, number + batch)
+            number += batch
             missing = [n for n in numbers if work.get("answer", f"{task}/{n}") is None]
             if missing:
                 questions = [
@@ -290,10 +293,14 @@ def of_first(count: int, cases: Sequence[Case]) -> list[Case]:
 
 
 def record_attention(
-    cases: Sequence[Case], resources: Any, work: WorkFile, console: Console
+    cases: Sequence[Case],
+    resources: Any,
+    work: WorkFile,
+    console: Console,
+    rows: Sequence[str] = ("own", "predicting"),
 ) -> None:
     """Rows ``attention``: of each layer and head the sum on each sentence, and the seconds."""
-    for which in ("own", "predicting"):
+    for which in rows:
         pending = [c for c in cases if work.get("attention", c.key, which) is None]
         for case in track(pending, f"attention, {which}", console=console) if pending else ():
             sums, seconds = attention_by_sentence(
@@ -303,20 +310,22 @@ def record_attention(
             work.add({**row, "sums": [[float(f"{x:.4g}") for x in each] for each in sums]})
 
 
-def ablate(cases: Sequence[Case], resources: Any, work: WorkFile, console: Console) -> None:
-    """Rows ``ablations``: which sentences were kept, and the response's log-probability (nats)."""
-    pending = [case for case in cases if work.get("ablations", case.key) is None]
+def ablate(
+    cases: Sequence[Case], resources: Any, work: WorkFile, console: Console, *, kind: str, count: int
+) -> None:
+    """Rows ``kind``: which sentences were kept, and the response's log-probability (nats)."""
+    pending = [case for case in cases if work.get(kind, case.key) is None]
     if not pending:
         return
     family = CutFamily(resources)
-    for case in track(pending, "LDS", console=console):
+    for case in track(pending, kind, console=console):
         sources = len(case.prepared.sentences)
         key = zlib.crc32(case.prepared.example.id.encode())
         draw = np.random.default_rng([resources.seed + 1, key])
-        kept = draw.random((REFERENCE_ABLATIONS, sources)) < KEEP_PROBABILITY
+        kept = draw.random((count, sources)) < KEEP_PROBABILITY
         found = family.without(case.prepared, [np.flatnonzero(~row) for row in kept])
         masks = ["".join(map(str, row.astype(int))) for row in kept]
-        work.add({"kind": "ablations", "example": case.key, "kept": masks, "logprobs": found})
+        work.add({"kind": kind, "example": case.key, "kept": masks, "logprobs": found})
 
 
 def drop(cases: Sequence[Case], resources: Any, work: WorkFile, console: Console) -> None:
@@ -361,11 +370,14 @@ def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[s
         attribute(some, lambda case: OURS, *rest, CHEAP)
         attribute(of_first(options.ablated, cases), lambda case: THROUGH, *rest, CHEAP)
         record_attention(some, resources, work, console)
+        taught = of_first(options.trained, cases)
+        record_attention(taught, resources, work, console, ["predicting"])
+        ablate(taught, *rest, kind="training", count=TRAINING_ABLATIONS)
         for name, limit in COST.items():
             first = of_first(getattr(options, limit), cases)
             attribute(first, lambda case, name=name: [name], *rest, COSTLY)
         ablated = of_first(options.ablated, cases)
-        ablate(ablated, *rest)
+        ablate(ablated, *rest, kind="ablations", count=REFERENCE_ABLATIONS)
         drop(ablated, *rest)
         resources.close("engine")
         if options.offline:
@@ -387,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS))
     add("--wide", type=int, help="right answers of each task, for the cheapest methods")
     add("--examples", type=int, help="of them for all cheap methods")
+    add("--trained", type=int, help="of them to learn weights of heads from")
     add("--left-out", type=int, help="of them for leave-one-out")
     add("--ablated", type=int, help="of them for ContextCite, LDS and drops")
     add("--offline", type=int, help="of them for methods in Hugging Face transformers; 0 for none")
