@@ -21,6 +21,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``port_owner``          | all      | a stopping server waits for its connections     |
 | ``prefix_cache``        | all      | how far a trace request may hit the cache       |
 | ``scheduler_share``     | all      | how much of a step trace prefills may take      |
+| ``trace_graphs``        | CUDA     | a second set of CUDA graphs, for trace steps    |
 | ``trace_results``       | all      | results of traces go to the API server          |
 | ``worker_rpc``          | all      | methods added to the worker base class          |
 | ``worker_start``        | all      | kernels are compiled, the model is proven       |
@@ -109,7 +110,7 @@ def _platform_modules() -> list[ModuleType]:
 
     modules = [attention_backends, mla_attention, worker_start]
     if current_platform.is_cuda():
-        from vllm_flashtrace.patches import model_runner_v2
+        from vllm_flashtrace.patches import model_runner_v2, trace_graphs
 
-        modules.append(model_runner_v2)
+        modules += [model_runner_v2, trace_graphs]
     return modules
