@@ -4,7 +4,7 @@ What it changes: four methods of ``GPUModelRunner``, which the CPU runner inheri
 ``execute_model`` first shows the scheduler's output to the capture.
 ``_determine_batch_execution_and_padding`` keeps a step with target rows of a trace out of CUDA
 graphs, or out of all but piecewise ones where a second set of these was captured, see
-``trace_graphs``. ``_model_forward`` runs such a step with an observer. Before ``sample_tokens``
+``graph_capture``. ``_model_forward`` runs such a step with an observer. Before ``sample_tokens``
 tokens are scored from the hidden states in ``execute_model_state``, and to its output the results
 that the step finished are added; see ``trace_results``. Each always calls the stock method; the
 only arguments that change are ``force_eager`` or ``force_uniform_decode``.

@@ -4,7 +4,7 @@ What it changes: four functions of ``vllm.v1.worker.gpu.model_runner``.
 ``GPUModelRunner.execute_model`` first shows the scheduler's output to the capture; dummy runs are
 not touched. Until it returns, ``dispatch_cg_and_sync_dp`` keeps the step out of CUDA graphs if it
 computes target rows of a trace, or out of all but piecewise ones where a second set of these was
-captured, see ``trace_graphs``; and ``GPUModelRunner.prepare_attn``, which knows the batch and its
+captured, see ``graph_capture``; and ``GPUModelRunner.prepare_attn``, which knows the batch and its
 block tables, sets the observer. Before ``GPUModelRunner.sample_tokens`` tokens are scored from the
 hidden states in ``execute_model_state``, and to its output the results that the step finished are
 added; see ``trace_results``. Each always calls the stock

@@ -39,8 +39,7 @@ from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.patches import model_runner_v1, model_runner_v2
-from vllm_flashtrace.patches import trace_graphs as patch_module
+from vllm_flashtrace.patches import graph_capture, model_runner_v1, model_runner_v2
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import trace_graphs
 from vllm_flashtrace.worker.runner import _ATTRIBUTE
@@ -107,8 +106,8 @@ def engines(
             (CUDAGraphWrapper, "__call__"),
         ):
             patch.setattr(kind, name, getattr(kind, name))
-        patch_module.check()
-        patch_module.apply()
+        graph_capture.check()
+        graph_capture.apply()
         loaded.step({"first": 8}, new={"first": untraced(8, 1)})  # Compiles.
         model = AutoModelForCausalLM.from_pretrained(folder)
         yield Engines(loaded, pool, as_float64(model))
@@ -230,7 +229,7 @@ def test_stale_buffers_would_be_noticed(engines: Engines, monkeypatch: pytest.Mo
         with trace_graphs._own_key(context):
             return stock(wrapper, *args, **kwargs)
 
-    monkeypatch.setattr(patch_module, "run_piece", too_early)
+    monkeypatch.setattr(graph_capture, "run_piece", too_early)
     run(engine, of)
     for name in ("a", "b"):
         with pytest.raises(AssertionError):
@@ -426,7 +425,7 @@ def test_the_v1_runner_captures_and_dispatches(
     counts = np.full(3, 1, dtype=np.int32)  # Decodes.
     found = runner._determine_batch_execution_and_padding(3, 3, counts, 1)
     assert (found[0], found[1].num_tokens) == (CUDAGraphMode.NONE, 3)  # Nothing is captured yet.
-    assert patch_module.capture_model_wrapper(capture_model)(runner) == 7
+    assert graph_capture.capture_model_wrapper(capture_model)(runner) == 7
     pieces = len(engines.pool.operations(BatchDescriptor(8)))
     for size in (1, 2, 4, 8, 16):
         assert len(engines.pool.operations(TraceBatchDescriptor(size))) == pieces
