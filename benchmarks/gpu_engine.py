@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of every measurement")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--trace-graphs", action="store_true", help="with that option on")
     parser.add_argument("--limit-seconds", type=float, default=1200.0)
     options = parser.parse_args(arguments)
     import torch
@@ -229,6 +230,8 @@ def _engine_arguments(options: argparse.Namespace, sizes: Sizes, on_gpu: bool) -
     }
     if options.attention_backend:
         arguments["attention_backend"] = options.attention_backend
+    if options.trace_graphs:
+        arguments["additional_config"] = {"flashtrace": {"trace_graphs": True}}
     if on_gpu:
         # Two engines share the GPU. A token of Qwen3-8B takes 144 KiB of cache.
         arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.45}

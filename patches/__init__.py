@@ -11,6 +11,7 @@ without attribution. A wrapper calls the stock function whatever happens in its 
 | ``data_parallel``       | all      | notes which engine a request is sent to         |
 | ``engine_options``      | all      | bad plugin options stop the start               |
 | ``external_cache``      | all      | how far a trace request may load from elsewhere |
+| ``graph_capture``       | CUDA     | a second set of CUDA graphs, for trace steps    |
 | ``image_cache``         | all      | traces leave the engine's image cache alone     |
 | ``kept_blocks``         | all      | a trace keeps blocks that layers have freed     |
 | ``mla_attention``       | all      | latent attention shows queries and output       |
@@ -109,7 +110,7 @@ def _platform_modules() -> list[ModuleType]:
 
     modules = [attention_backends, mla_attention, worker_start]
     if current_platform.is_cuda():
-        from vllm_flashtrace.patches import model_runner_v2
+        from vllm_flashtrace.patches import graph_capture, model_runner_v2
 
-        modules.append(model_runner_v2)
+        modules += [model_runner_v2, graph_capture]
     return modules

@@ -3,10 +3,11 @@
 What it changes: four methods of ``GPUModelRunner``, which the CPU runner inherits.
 ``execute_model`` first shows the scheduler's output to the capture.
 ``_determine_batch_execution_and_padding`` keeps a step with target rows of a trace out of CUDA
-graphs. ``_model_forward`` runs such a step with an observer. Before ``sample_tokens`` tokens are
-scored from the hidden states in ``execute_model_state``, and to its output the results that the
-step finished are added; see ``trace_results``. Each always calls the stock method; the only
-argument that changes is ``force_eager``.
+graphs, or out of all but piecewise ones where a second set of these was captured, see
+``graph_capture``. ``_model_forward`` runs such a step with an observer. Before ``sample_tokens``
+tokens are scored from the hidden states in ``execute_model_state``, and to its output the results
+that the step finished are added; see ``trace_results``. Each always calls the stock method; the
+only arguments that change are ``force_eager`` or ``force_uniform_decode``.
 
 Why here: vLLM has no public hook around a step. It documents ``_model_forward`` as the method to
 override for inspecting the forward pass; it runs with the forward context set and the requests' KV
@@ -35,6 +36,7 @@ from vllm_flashtrace.patches._check import (
 from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import batch_rows_v1, existing_capture, observe_step
+from vllm_flashtrace.worker.trace_graphs import replays_pieces
 
 
 def check() -> None:
@@ -60,9 +62,8 @@ def check() -> None:
     require_parameters(
         dispatch, "GPUModelRunner._determine_batch_execution_and_padding", "self", "num_tokens"
     )
-    require_keyword(
-        dispatch, "GPUModelRunner._determine_batch_execution_and_padding", "force_eager"
-    )
+    for keyword in ("force_eager", "force_uniform_decode"):
+        require_keyword(dispatch, "GPUModelRunner._determine_batch_execution_and_padding", keyword)
     # Blocks are counted in one of two ways, see `worker.runner.kernel_block_table`.
     if getattr(BlockTable, "map_to_kernel_blocks", None) is None:
         require_fields(AttentionGroup, "kernel_block_size", "kernel_block_stride", "kv_cache_spec")
@@ -91,7 +92,10 @@ def apply() -> None:
     ) -> Any:
         capture = existing_capture(self)
         if capture is not None and capture.records_step:
-            kwargs["force_eager"] = True
+            if replays_pieces(self):
+                kwargs["force_uniform_decode"] = False  # Full graphs are of uniform batches.
+            else:
+                kwargs["force_eager"] = True
         return stock_dispatch(self, *args, **kwargs)
 
     @functools.wraps(stock_forward)

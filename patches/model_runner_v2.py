@@ -3,11 +3,12 @@
 What it changes: four functions of ``vllm.v1.worker.gpu.model_runner``.
 ``GPUModelRunner.execute_model`` first shows the scheduler's output to the capture; dummy runs are
 not touched. Until it returns, ``dispatch_cg_and_sync_dp`` keeps the step out of CUDA graphs if it
-computes target rows of a trace, and ``GPUModelRunner.prepare_attn``, which knows the batch and its
+computes target rows of a trace, or out of all but piecewise ones where a second set of these was
+captured, see ``graph_capture``; and ``GPUModelRunner.prepare_attn``, which knows the batch and its
 block tables, sets the observer. Before ``GPUModelRunner.sample_tokens`` tokens are scored from the
 hidden states in ``execute_model_state``, and to its output the results that the step finished are
 added; see ``trace_results``. Each always calls the stock
-function; the only argument that changes is ``need_eager``.
+function; the only arguments that change are ``need_eager`` or those that tell a batch of decodes.
 
 Why here: vLLM has no public hook around a step. A step outside CUDA graphs still runs compiled code
 (``skip_compiled`` is left alone), because attention and taps are custom operators inside it.
@@ -38,6 +39,7 @@ from vllm_flashtrace.worker.runner import (
     batch_rows_v2,
     observe_step,
 )
+from vllm_flashtrace.worker.trace_graphs import replays_pieces
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "execute_model": ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),
@@ -45,6 +47,7 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "sample_tokens": ("self", "grammar_output"),
 }
 _DISPATCH = "dispatch_cg_and_sync_dp"
+_DISPATCHED = ("cudagraph_manager", "num_reqs", "num_tokens", "uniform_token_count")
 
 
 class _Step:
@@ -76,7 +79,10 @@ def check() -> None:
         require_parameters(method, f"GPUModelRunner.{name} (V2)", *parameters)
     state = getattr(model_runner, "ExecuteModelState", None)
     require_tuple_fields(state, "ExecuteModelState (V2)", "hidden_states")
-    require_keyword(getattr(model_runner, _DISPATCH, None), _DISPATCH, "need_eager")
+    dispatch = getattr(model_runner, _DISPATCH, None)
+    require_parameters(dispatch, _DISPATCH, *_DISPATCHED)
+    for keyword in ("max_query_len", "need_eager", "uniform_decode"):
+        require_keyword(dispatch, _DISPATCH, keyword)
 
 
 def apply() -> None:
@@ -131,12 +137,24 @@ def prepare_wrapper(stock: Any) -> Any:
 
 
 def dispatch_wrapper(stock: Any) -> Any:
-    """``dispatch_cg_and_sync_dp`` that forces steps with target rows out of CUDA graphs."""
+    """``dispatch_cg_and_sync_dp`` that forces steps with target rows out of stock CUDA graphs."""
 
     @functools.wraps(stock)
-    def dispatch_cg_and_sync_dp(*args: Any, **kwargs: Any) -> Any:
+    def dispatch_cg_and_sync_dp(
+        cudagraph_manager: Any,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if _running is not None and _running.capture.records_step:
-            kwargs["need_eager"] = True
-        return stock(*args, **kwargs)
+            if replays_pieces(cudagraph_manager):
+                # Full graphs are of batches of decodes. Ranks agree on a mode for which all are.
+                uniform_token_count = None
+                kwargs.update(max_query_len=None, uniform_decode=False)
+            else:
+                kwargs["need_eager"] = True
+        return stock(cudagraph_manager, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
 
     return dispatch_cg_and_sync_dp

@@ -86,6 +86,7 @@ SERVER_OPTIONS = {
     "max_verify",
     "max_verify_requests",
     "max_result_mib",
+    "trace_graphs",
     "trace_token_share",
     "trace_timeout_seconds",
     "result_ttl_seconds",

@@ -110,6 +110,12 @@ class FlashTraceConfig(BaseModel):
         description="Share of a step's token budget that trace prefills may take together while "
         "other requests are in the scheduler.",
     )
+    trace_graphs: bool = Field(
+        default=False,
+        description="On a GPU: whether piecewise CUDA graphs are captured a second time at the "
+        "start, for steps that record traces; without them such steps run as compiled code. Not "
+        "yet run on a GPU.",
+    )
     trace_timeout_seconds: float = Field(
         default=300.0,
         gt=0.0,

@@ -16,7 +16,10 @@ _current: ForwardObserver | None = None
 
 
 class ForwardObserver(Protocol):
-    """Sees every layer of a forward pass; must never raise."""
+    """Sees every layer of a forward pass; must never raise.
+
+    What it is shown is valid during the call: others may write there when it is over.
+    """
 
     def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
         """Called after an attention kernel.
