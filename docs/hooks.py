@@ -114,7 +114,8 @@ def request_limits() -> str:
     """The most that one request may ask for."""
     from vllm_flashtrace.api.request import RequestLimits
 
-    rows = [[f"`{f.name}`", f"{f.default:,}"] for f in dataclasses.fields(RequestLimits)]
+    limits = [f for f in dataclasses.fields(RequestLimits) if not isinstance(f.default, bool)]
+    rows = [[f"`{f.name}`", f"{f.default:,}"] for f in limits]
     return _table(["limit", "value"], rows)
 
 

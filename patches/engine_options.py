@@ -1,8 +1,9 @@
 """Refuses bad plugin options before anything starts.
 
 What it changes: ``EngineArgs.create_engine_config`` first reads the ``flashtrace`` section of
-``additional_config`` and raises ValueError if it is bad. vLLM calls it before it starts an engine
-in every layout: several API servers, data parallel, headless, offline.
+``additional_config`` and raises ValueError if it is bad, or if its file of weights of heads is not
+one of the model's. vLLM calls it before it starts an engine in every layout: several API servers,
+data parallel, headless, offline.
 
 Why here: vLLM passes ``additional_config`` on unread, and a plugin sees it only when the engine is
 up. A misspelt key would cost a model load.
@@ -18,7 +19,8 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from vllm_flashtrace.patches._check import PatchError, require_parameters
-from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.config import SECTION, FlashTraceConfig
+from vllm_flashtrace.trace.heads_file import HeadsFileError, served_heads
 
 
 def check() -> None:
@@ -37,7 +39,12 @@ def apply() -> None:
 
     @functools.wraps(stock)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        FlashTraceConfig.from_additional_config(self.additional_config)
-        return stock(self, *args, **kwargs)
+        options = FlashTraceConfig.from_additional_config(self.additional_config)
+        config = stock(self, *args, **kwargs)
+        try:
+            served_heads(options.heads, config)
+        except HeadsFileError as error:
+            raise ValueError(f"additional_config.{SECTION}.heads: {error}") from error
+        return config
 
     EngineArgs.create_engine_config = create_engine_config

@@ -53,6 +53,20 @@ COMMANDS = {
         "--max-tokens",
     },
     "deploy": {"--replicas", "--min-replicas", "--max-replicas"},
+    "fit-heads": {
+        "--model",
+        "--data",
+        "--out",
+        "--ablations",
+        "--ridge",
+        "--limit",
+        "--dtype",
+        "--seed",
+        "--work",
+        "--json",
+        "--max-tokens",
+        "--max-model-len",
+    },
 }
 FIELD_KEYS = {
     "target",
@@ -64,6 +78,7 @@ FIELD_KEYS = {
     "reasoning",
     "recurse_over",
     "rows",
+    "heads",
     "weighting",
     "skip_tokens",
     "top_k",
@@ -93,6 +108,7 @@ SERVER_OPTIONS = {
     "max_stored_attributions",
     "max_stored_mib",
     "stored_ttl_seconds",
+    "heads",
     "page",
 }
 ROUTES = {

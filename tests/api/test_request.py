@@ -56,6 +56,7 @@ def test_defaults(value):
         "reasoning": "auto",
         "recurse_over": "reasoning",
         "rows": "predicting",
+        "heads": False,
         "weighting": "equal",
         "skip_tokens": "punctuation",
         "top_k": 20,
@@ -234,6 +235,9 @@ REFUSED = [
     ("rows", "all", "rows", '"all"'),
     ("weighting", "log", "weighting", '"log"'),
     ("rows", None, "rows", "null"),
+    ("heads", "yes", "heads", '"yes"'),
+    ("heads", None, "heads", "null"),
+    ("heads", True, "heads", "true"),
     ("skip_tokens", "vowels", "skip_tokens", '"vowels"'),
     ("skip_tokens", None, "skip_tokens", "null"),
     ("skip_tokens", [""], "skip_tokens[0]", '""'),
@@ -408,6 +412,16 @@ _json = st.recursive(
 _keys = st.sampled_from(
     [*FlashTraceRequest.model_fields, "text", "regex", "tokens", "weights", "tool_call", "argument"]
 )
+
+
+def test_weights_of_heads_need_the_servers_file():
+    assert "option heads" in refusal({"heads": True}).message
+    limits = RequestLimits(heads=True)
+    assert parse({"heads": True}, limits).heads
+    assert not parse(True, limits).heads
+    for name in ("citations", "guard"):
+        error = refusal({"heads": True, name: True}, limits)
+        assert (error.param, f"with {name}" in error.message) == ("flashtrace.heads", True)
 
 
 @pytest.mark.parametrize(

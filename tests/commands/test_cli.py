@@ -84,7 +84,7 @@ def test_help_needs_neither_torch_nor_vllm() -> None:
     code = """
 import sys
 from vllm_flashtrace.commands.cli import main
-for command in [], ["trace"], ["demo"], ["batch"], ["deploy"], ["serve"]:
+for command in [], ["trace"], ["demo"], ["batch"], ["deploy"], ["fit-heads"], ["serve"]:
     try:
         main([*command, "--help"])
     except SystemExit as stopped:
@@ -92,9 +92,9 @@ for command in [], ["trace"], ["demo"], ["batch"], ["deploy"], ["serve"]:
 print("loaded", sorted({"torch", "vllm", "transformers", "ray"} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.splitlines().count("exit 0") == 6
+    assert result.stdout.splitlines().count("exit 0") == 7
     assert result.stdout.splitlines()[-1] == "loaded []"
-    assert result.stdout.lower().count("usage: vllm-flashtrace") == 6
+    assert result.stdout.lower().count("usage: vllm-flashtrace") == 7
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

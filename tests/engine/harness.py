@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from tests.oracle import oracle_attention
 from vllm_flashtrace.base.records import ScoredText, ScoreReport, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, HopResult, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
+from vllm_flashtrace.trace.heads_file import HeadsFile, ModelFacts
 from vllm_flashtrace.trace.wire import EXTRA_ARGS_KEY, TraceSpec, seal
 
 SMALL = {
@@ -37,13 +39,14 @@ SMOLLM2_KV_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class TraceJob:
-    """One trace request: tokens, targets, exactness, LoRA adapter, further hops, images."""
+    """One trace request: tokens, targets, exactness, LoRA adapter, further hops, images, heads."""
 
     token_ids: Sequence[int]
     weights: TargetWeights
     exact_fraction: float = 1.0
     layers: bool = False
     attention: bool = False
+    heads: bool = False
     lora_request: Any = None
     further: FurtherHops | None = None
     others: Sequence[TracedTarget] = ()
@@ -237,6 +240,7 @@ class Engine:
             exact_fraction=job.exact_fraction,
             layers=job.layers,
             attention=job.attention,
+            heads=job.heads,
         )
 
     @staticmethod
@@ -273,6 +277,30 @@ def leaves_transformers_classes_alone(patch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.models.transformers.base import Base
 
     patch.setattr(Base, "_decorate_for_torch_compile", lambda _: None)
+
+
+def random_heads(folder: Path) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Weights for the heads of a tiny model, a third of them 0, and the option that names them."""
+    config = json.loads((folder / "config.json").read_text())
+    facts = ModelFacts(
+        config["architectures"][0],
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["hidden_size"],
+    )
+    generator = torch.Generator().manual_seed(7)
+    weights = (torch.rand(facts.layers, facts.heads, generator=generator) * 1.5 - 0.5).clamp_(min=0)
+    path = folder.with_name(f"{folder.name}-heads.safetensors")  # vLLM loads all in the folder.
+    HeadsFile(weights, facts, examples=1, ablations=1).write(path)
+    return weights, {"additional_config": {"flashtrace": {"heads": str(path)}}}
+
+
+def oracle_head_scores(
+    model: Any, token_ids: Sequence[int], target: TargetWeights, weights: torch.Tensor
+) -> torch.Tensor:
+    """Each layer's scores by weights of heads, float64 ``[L, N]``, from dense attention."""
+    sums = oracle_attention(model, token_ids, target.positions, target.weights)
+    return torch.einsum("lh,lhn->ln", weights.double(), sums)
 
 
 def structure(proof: dict[str, Any]) -> dict[str, str]:
@@ -340,6 +368,7 @@ def run_hops(
     exact_fraction: float = 1.0,
     *,
     at_once: bool = False,
+    heads: bool = False,
 ) -> HopResult:
     """The recursion output -> reasoning -> input through the engine.
 
@@ -352,7 +381,9 @@ def run_hops(
     )
     while (weights := recursion.next_weights()) is not None:
         further = recursion.further_hops() if at_once else None
-        report = engine.trace(TraceJob(token_ids, weights, exact_fraction, further=further))
+        report = engine.trace(
+            TraceJob(token_ids, weights, exact_fraction, further=further, heads=heads)
+        )
         for scores in (report.scores, *report.later_scores):
             recursion.add(scores)
     return recursion.result()

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from benchmarks.same_bits import ENGINE_OPTIONS
-from tests.engine.harness import Engine, TraceJob, relative_l1, run_hops, structure
+from tests.engine.harness import (
+    Engine,
+    TraceJob,
+    oracle_head_scores,
+    random_heads,
+    relative_l1,
+    run_hops,
+    structure,
+)
 from tests.engine.test_start_proof import proven, start_reports
 from tests.engine.worker_faults import core_each
 from tests.measured import Measured
@@ -54,6 +62,7 @@ def reference(folder: Path, dtype: torch.dtype) -> Any:
 @pytest.fixture(scope="module")
 def engine(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
     """Prefills in chunks, beside others."""
+    heads = random_heads(folder)[1]["additional_config"]["flashtrace"]
     engine = Engine(
         folder,
         f"layers without attention, {folder.name}",
@@ -64,7 +73,7 @@ def engine(folder: Path, dtype: torch.dtype) -> Iterator[Engine]:
         max_num_seqs=8,
         # vLLM's state-space layers cannot keep states for a prefix cache on a CPU.
         enable_prefix_caching=False,
-        additional_config=PARTIAL,
+        additional_config={"flashtrace": {**PARTIAL["flashtrace"], **heads}},
     )
     yield engine
     engine.close()
@@ -108,6 +117,18 @@ def test_how_much_of_the_change_is_theirs(
         expected = oracle_changes(reference, TOKENS, target.positions, target.weights)
         assert measured.tolist() == pytest.approx(expected, rel=LIMITS[dtype])
         assert 0.1 < expected[0] / expected[1] < 0.9
+
+
+def test_weights_of_heads(engine: Engine, folder: Path, reference: Any, dtype: torch.dtype) -> None:
+    """Those of layers without attention count for nothing, and no stream is measured."""
+    report = engine.trace(TraceJob(TOKENS, TARGET, layers=True, heads=True))
+    weights = random_heads(folder)[0][[1, 3]]
+    expected = oracle_head_scores(reference, TOKENS, TARGET, weights)
+    assert relative_l1(report.scores, expected.sum(0)) <= LIMITS[dtype]
+    assert report.coverage == Coverage((1, 3), 4) and report.changes is None
+    assert report.layer_scores is not None and len(report.layer_scores) == 4
+    further = FurtherHops(torch.arange(110, 250), 1, 0.0)
+    assert engine.trace(TraceJob(TOKENS, TARGET, further=further, heads=True)).changes is None
 
 
 def test_hops_from_one_prefill(engine: Engine, dtype: torch.dtype) -> None:

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from benchmarks.rank_faults import Load, Outcome, lost, run_load, run_with_faults
-from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.harness import (
+    Engine,
+    TraceJob,
+    oracle_head_scores,
+    random_heads,
+    relative_l1,
+)
 from tests.engine.test_scores import reference
 from tests.engine.worker_faults import (
     FAULTS,
@@ -33,6 +39,7 @@ TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1
 JOBS = [
     TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
     TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True, attention=True),
+    TraceJob(TOKENS, TargetWeights.from_spans([(200, 300)]), layers=True, heads=True),
 ]
 
 
@@ -44,6 +51,7 @@ def start(folder: Path, ranks: int, patch: pytest.MonkeyPatch) -> Engine:
         in_process=ranks == 1,
         max_model_len=1024,
         tensor_parallel_size=ranks,
+        **random_heads(folder)[1],
     )
 
 
@@ -62,11 +70,12 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> None:
         assert error <= LIMIT
         assert ours.recomputed_tokens == expected.recomputed_tokens
         assert ours.cached_tokens == expected.cached_tokens
-    with_layers, expected = several[1].layer_scores, one[1].layer_scores
-    assert with_layers is not None and expected is not None
-    assert with_layers.shape == expected.shape
-    for mine, theirs in zip(with_layers, expected, strict=True):
-        assert relative_l1(mine, theirs) <= LIMIT
+    for ours, expected in zip(several[1:], one[1:], strict=True):
+        mine, theirs = ours.layer_scores, expected.layer_scores
+        assert mine is not None and theirs is not None
+        assert mine.shape == theirs.shape
+        for mine_of_layer, theirs_of_layer in zip(mine, theirs, strict=True):
+            assert relative_l1(mine_of_layer, theirs_of_layer) <= LIMIT
     heads, expected = several[1].attention, one[1].attention
     assert heads is not None and expected is not None
     assert torch.allclose(heads.float(), expected.float(), rtol=2e-3, atol=1e-7)
@@ -102,6 +111,21 @@ def test_heads_shared_by_two_ranks(
     measured("families", FAMILY_NAMES["qwen3"], ranks=oracle_error(folder, several[0]))
     compare(several, one_rank(folder, monkeypatch))
     check_nothing_left(two_ranks)
+
+
+def test_weights_of_heads_are_shared_out(two_ranks: Engine, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    job = JOBS[2]
+    report = two_ranks.trace(job)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = oracle_head_scores(model, TOKENS, job.weights, random_heads(folder)[0])
+    error = relative_l1(report.scores, expected.sum(0))
+    print(f"relative L1 {error:.1e}")
+    assert error <= LIMIT
+    assert report.layer_scores is not None
+    # No layer is put in units of its own.
+    assert relative_l1(report.layer_scores.flatten(), expected.flatten()) <= LIMIT
 
 
 def test_tokens_scored_by_two_ranks(two_ranks: Engine, folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.v1.worker.gpu import model_runner
 
-from tests.engine.harness import relative_l1
+from tests.engine.harness import oracle_head_scores, relative_l1
 from tests.engine.test_scores import log_probs
 from tests.gpu.test_start_proof import proof
 from tests.gpu.v2_engine import (
@@ -89,6 +89,44 @@ def test_further_hops(engine: V2Engine, float64_llama: Any, spans: Any) -> None:
         assert relative_l1(later, exact) < LIMIT
         scores = later
     assert engine.capture.recorder.accumulator_bytes == 0
+
+
+def test_weights_of_heads(engine: V2Engine, float64_llama: Any) -> None:
+    """One hop beside another trace, and all hops from one prefill."""
+    engine.step({"first": 20}, new={"first": traced(20, (10, 20)).new})  # Makes the capture.
+    model = engine.capture.recorder._model
+    assert model is not None
+    sizes = model.shape.num_layers, model.shape.num_heads
+    weights = torch.rand(sizes, generator=torch.Generator().manual_seed(3))
+    model.take_head_weights(weights)
+
+    def expected(token_ids: list[int], target: TargetWeights) -> torch.Tensor:
+        return oracle_head_scores(float64_llama, token_ids, target, weights).sum(0)
+
+    beside, one, hops = traced(100, (58, 100)), traced(90, (50, 90), seed=1), traced(80, (70, 80))
+    further = FurtherHops(TargetWeights.from_spans([(20, 40), (45, 61)]).positions, hops=1)
+    targets = {"one": TracedTarget(one.weights), "hops": TracedTarget(hops.weights, further)}
+    asked = {
+        name: dataclasses.replace(
+            trace,
+            spec=TraceSpec.create(
+                [targets[name]], len(trace.token_ids), exact_fraction=1.0, heads=True
+            ),
+        )
+        for name, trace in (("one", one), ("hops", hops))
+    }
+    new = {name: trace.new for name, trace in {"beside": beside, **asked}.items()}
+    engine.step({"beside": 70, "one": 60, "hops": 50}, new=new)
+    engine.step({"beside": 30, "one": 30, "hops": 30})
+    assert_exact(engine, beside, float64_llama)
+    report = engine.report(asked["one"])
+    assert relative_l1(report.scores, expected(one.token_ids, one.weights)) < LIMIT
+    report = engine.report(asked["hops"])
+    assert relative_l1(report.scores, expected(hops.token_ids, hops.weights)) < LIMIT
+    following, _ = further.after(report.scores, 1.0)
+    [later] = report.later_scores
+    assert following is not None
+    assert relative_l1(later, expected(hops.token_ids, following)) < LIMIT
 
 
 @pytest.mark.parametrize("together", [True, False])

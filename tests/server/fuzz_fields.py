@@ -162,6 +162,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "scope": st.sampled_from(["prompt", "content"]),
         "weighting": st.sampled_from(["equal", "surprise"]),
         "rows": st.sampled_from(["target", "predicting"]),
+        "heads": st.sampled_from([False, False, False, True]),  # The server has no file.
         "include": st.lists(
             st.sampled_from(
                 ["hops", "generated", "segments", "sentences", "layers", "attention", "tokens"]

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from tests.forked import run_forked
 from tests.server.live_server import OURS, STOCK
 from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.heads_file import HeadsFile, ModelFacts
 
 LINE = (
     "additional_config.flashtrace.hop_limit: Extra inputs are not permitted (got 3); allowed: "
@@ -69,3 +71,24 @@ def test_a_bad_value_is_named(plugins, model_path, value, words):
     with pytest.raises(ValueError, match="additional_config") as error:
         EngineArgs(model=model_path, additional_config=value).create_engine_config()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        (None, "cannot be read"),
+        (ModelFacts("LlamaForCausalLM", 30, 8, 576), "heads 8, not 9"),
+        (ModelFacts("Qwen3ForCausalLM", 30, 9, 576), "architecture Qwen3ForCausalLM, not Llama"),
+    ],
+)
+def test_a_file_of_heads_of_another_model_stops_the_start(
+    plugins, model_path, tmp_path, facts, reason
+):
+    path = tmp_path / "heads.safetensors"
+    if facts is not None:
+        weights = torch.ones(facts.layers, facts.heads)
+        HeadsFile(weights, facts, examples=1, ablations=8).write(path)
+    arguments = EngineArgs(model=model_path, additional_config={"flashtrace": {"heads": str(path)}})
+    with pytest.raises(ValueError, match=r"^additional_config\.flashtrace\.heads: ") as error:
+        arguments.create_engine_config()
+    assert reason in str(error.value) and str(path) in str(error.value)

@@ -61,7 +61,7 @@ def test_the_price_of_rows_is_what_they_take(rows: int) -> None:
     target = TargetWeights.from_spans([(95, 97)])
     keeping = TraceSpec.create([TracedTarget(target, further)], 97, exact_fraction=1.0)
     model: Any = types.SimpleNamespace(
-        **vars(MODEL), keep_rows=lambda p: KeptRows(p, SHAPE, 8, torch.float32, "cpu")
+        **vars(MODEL), keep_rows=lambda p, _: KeptRows(p, SHAPE, 8, torch.float32, "cpu")
     )
     trace = Trace(keeping, model)
     assert keeping.kept_rows == rows + 2
@@ -77,7 +77,7 @@ def test_the_price_of_gates_and_of_layers_that_are_not_traced(width: int) -> Non
     )
     model: Any = types.SimpleNamespace(
         **{**vars(MODEL), "shape": shape, "scaled": True},
-        keep_rows=lambda p: KeptRows(p, *sizes, "cpu", gate_width=width),
+        keep_rows=lambda p, _: KeptRows(p, *sizes, "cpu", gate_width=width),
     )
     assert budget.cost(100, attention=True) == Trace(spec(100, attention=True), model).nbytes
     target = TracedTarget(
@@ -85,6 +85,32 @@ def test_the_price_of_gates_and_of_layers_that_are_not_traced(width: int) -> Non
     )
     keeping = Trace(TraceSpec.create([target], 97, exact_fraction=1.0), model)
     assert budget.cost(97, 12) == keeping.nbytes
+
+
+@pytest.mark.parametrize("width", [0, 1, 8])
+def test_weights_of_heads_take_no_more_than_proximities(width: int) -> None:
+    """No sums with factors, no stream of kept rows: it is the price of any other trace, or less."""
+    shape = dataclasses.replace(SHAPE, sums_per_head=max(1, width))
+    sizes = shape, 8, torch.float32
+    row_bytes = KeptRows.row_bytes(*sizes, gate_width=width)
+    budget = AccumulatorBudget.of_model(60_000, shape, row_bytes, scaled=width > 0)
+    model: Any = types.SimpleNamespace(
+        **{**vars(MODEL), "shape": shape, "scaled": width > 0},
+        keep_rows=lambda p, alone: KeptRows(p, *sizes, "cpu", stream=not alone),
+        head_weights=torch.ones(shape.num_layers, shape.num_heads),
+    )
+    weights = TargetWeights.from_spans([(95, 97)])
+    further = TracedTarget(weights, FurtherHops(torch.arange(20, 30), 2))
+    for target, attention in ((TracedTarget(weights), True), (further, False)):
+        asked = TraceSpec.create([target], 97, exact_fraction=1.0, attention=attention, heads=True)
+        trace = Trace(asked, model)
+        cost = budget.cost(97, asked.kept_rows, attention=attention)
+        assert trace.nbytes <= cost
+        assert trace.unscaled is None
+        assert trace.sums.column_sums.shape == (shape.num_layers, shape.num_heads, 97)
+    model.head_weights = None
+    with pytest.raises(TraceError, match="no weights of heads"):
+        Trace(asked, model)
 
 
 def test_a_trace_keeps_rows_where_others_have_room_beside_it() -> None:
@@ -252,7 +278,7 @@ def job(length: int, hops: int = 0) -> TraceJob:
     plan: Any = types.SimpleNamespace(
         token_ids=list(range(length)),
         recursion=recursion,
-        request=types.SimpleNamespace(include=(), weighting="equal"),
+        request=types.SimpleNamespace(include=(), weighting="equal", heads=False),
     )
     return TraceJob(completion=None, trace_id="ft-1", plans=[plan])  # type: ignore[arg-type]
 

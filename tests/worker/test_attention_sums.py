@@ -52,6 +52,7 @@ class Model:
         self.cache = torch.randn(LAYERS, 8, GROUPS, BLOCK, DIM, generator=generator)
         self.fingerprint: Any = self
         self.fails = False
+        self.head_weights = torch.rand(LAYERS, HEADS, generator=generator)
 
     def take(self) -> Tensor:
         return torch.tensor(7)
@@ -100,9 +101,12 @@ class Model:
 
 
 class Run:
-    """Two traces of 40 tokens, prefilled side by side in two steps; one asks for its attention."""
+    """Two traces of 40 tokens, prefilled side by side in two steps; one asks for its attention.
 
-    def __init__(self, model: Model) -> None:
+    Scores of those in `heads` are by weights of heads.
+    """
+
+    def __init__(self, model: Model, heads: Sequence[int] = ()) -> None:
         self.model: Any = model
         generator = torch.Generator().manual_seed(6)
         # Of a step's tokens the first half is of the first trace.
@@ -113,7 +117,9 @@ class Run:
             TargetWeights.from_spans([(12, 38)]),
         ]
         specs = [
-            TraceSpec.create(target, 40, exact_fraction=1.0, attention=number == 0)
+            TraceSpec.create(
+                target, 40, exact_fraction=1.0, attention=number == 0, heads=number in heads
+            )
             for number, target in enumerate(self.targets)
         ]
         self.traces = {str(number): Trace(spec, self.model) for number, spec in enumerate(specs)}
@@ -181,6 +187,32 @@ def test_sums_are_of_attention_itself(normed: bool, kept: bool, triton: bool) ->
     wanted = run.expected(0, False)[..., : asked.context]
     assert torch.allclose(asked.attention.double(), wanted, rtol=1e-3, atol=1e-6)
     assert torch.allclose(wanted.sum(-1), torch.ones(LAYERS, HEADS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("heads", [(0,), (1,), (0, 1)])
+def test_scores_by_weights_of_heads_beside_others(heads: tuple[int, ...], normed: bool) -> None:
+    """Their sums never have factors; those of traces beside them do, where there are any."""
+    run = Run(Model(normed, kept=True), heads)
+    run.step(0, 21)
+    step = run.step(21, 40)
+    assert len(step.groups) == (1 if len(heads) == 2 else 2)
+    for number, trace in enumerate(run.traces.values()):
+        wanted = run.expected(number, normed and number not in heads)[..., : trace.context]
+        own = trace.sums.column_sums.double()
+        assert torch.allclose(own, wanted, rtol=1e-4, atol=1e-6)
+        assert trace.unscaled is None or number not in heads
+    measured = finish.measure(step.segments, run.model, run.failed.__setitem__)
+    assert not run.failed
+    for number in heads:
+        found, trace = measured[f"{number}"], run.traces[f"{number}"]
+        sums = run.expected(number, False)[..., : trace.context]
+        wanted = torch.einsum("lh,lhn->ln", run.model.head_weights.double(), sums)
+        assert torch.allclose(found.tokens.double(), wanted, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found.totals, wanted.sum(1), rtol=1e-4)
+        assert not found.residual.any() and found.changes is None
+        if trace.attention is not None:
+            assert torch.allclose(trace.attention.double(), sums, rtol=1e-3, atol=1e-6)
 
 
 def test_a_fault_in_them_fails_the_trace_that_asked() -> None:

@@ -42,7 +42,11 @@ from vllm_flashtrace.base.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The most one request may ask for; lengths are in characters."""
+    """The most one request may ask for; lengths are in characters.
+
+    Attributes:
+        heads: Whether the server has weights of attention heads.
+    """
 
     max_hops: int = 8
     max_top_k: int = 100_000
@@ -57,6 +61,7 @@ class RequestLimits:
     max_sources: int = 256
     max_id_length: int = 256
     max_tool_call_index: int = 65_535
+    heads: bool = False
 
 
 GUARD_RATIO = 3.0
@@ -412,6 +417,12 @@ class FlashTraceRequest(StrictModel):
         "in the paper: what the model read once a token was there) or 'predicting' (for each token "
         "the one before it: what the model read when it chose the token).",
     )
+    heads: bool = Field(
+        default=False,
+        description="Whether a token's score is the attention on it, the heads weighted as the "
+        "server's file of learned weights says, in place of its proximity. Needs a server with the "
+        "option heads.",
+    )
     weighting: Literal["equal", "surprise"] = Field(
         default="equal",
         description="How much each token of the target counts: 'equal', or 'surprise' (by the "
@@ -556,6 +567,10 @@ class FlashTraceRequest(StrictModel):
             raise RefusedError("needs sources", "citations", True)
         if self.targets is not None and "target" in self.model_fields_set:
             raise RefusedError("cannot be combined with targets", "target", self.target)
+        for name in ("citations", "guard"):
+            # What they take for evidence was measured on proximities.
+            if self.heads and getattr(self, name) is not None:
+                raise RefusedError(f"cannot be combined with {name}", "heads", True)
         if self.weighting != "equal":
             several = self.targets if isinstance(self.targets, tuple) else (self.target,)
             if any(isinstance(target, WeightsTarget) for target in several):
@@ -595,6 +610,16 @@ class FlashTraceRequest(StrictModel):
     def _check_top_k(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
             check_integer(value, 1, limits_of(info).max_top_k, alternative=" or null")
+        return value
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _check_heads(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, bool):
+            raise RefusedError("must be true or false")
+        if value and not limits_of(info).heads:
+            phrase = "needs a server with the option heads, a file that fit-heads has written"
+            raise RefusedError(phrase)
         return value
 
     @field_validator("verify", mode="before")

@@ -597,6 +597,11 @@ class AttributionObject(TargetResult, _Head):
     guard: Guard | None = Field(
         default=None, description="The guard's judgement; only if the request has a guard."
     )
+    heads: Literal[True] | None = Field(
+        default=None,
+        description="true where scores are attention under the server's weights of heads, and not "
+        "proximities; only if the request has heads.",
+    )
     prompt_tokens: _Index | None = Field(
         default=None, description="Number of tokens of the rendered prompt."
     )

@@ -297,6 +297,65 @@ def deploy(
         return command.run_deploy(options)
 
 
+@app.command("fit-heads")
+def fit_heads(
+    model: Annotated[str, typer.Option(help="Model name or folder.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A .jsonl file: messages or a prompt in each line, a response unless the model is "
+            "to write it, and a task by which lines are held out."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write, for the server's option heads.")],
+    ablations: Annotated[int, typer.Option(min=2, help="Ablations of each line.")] = 8,
+    ridge: Annotated[
+        float, typer.Option(help="Penalty, in units of the mean square of a head's feature.")
+    ] = 3.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Lines to use, the first ones.")] = None,
+    dtype: Annotated[str, typer.Option(help="The model's type, as vllm serve takes it.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws the ablations and what is held out.")] = 0,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keep what is measured in this file; the command goes on from it."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report as JSON.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 256,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Longest prompt with response, in tokens.")
+    ] = None,
+    enforce_eager: Annotated[bool, typer.Option(help="Start without compiling the model.")] = True,
+) -> None:
+    """Learn which attention heads tell sources, for the request field's heads."""
+    from vllm_flashtrace.commands import fit_heads as command
+    from vllm_flashtrace.commands.trace_command import check_model, check_writable
+
+    with _mistakes_in_one_line():
+        check_model(model)
+        if not ridge > 0:
+            raise ValueError(f"--ridge must be above 0, got {ridge}")
+        if Path(model).is_dir() and out.resolve().parent == Path(model).resolve():
+            raise ValueError(f"--out {out}: vLLM would load it as weights of the model")
+        lines = command.read_lines(data, limit)
+        check_writable(path for path in (out, work, json_file) if path is not None)
+        options = command.FitOptions(
+            model=model,
+            out=out,
+            ablations=ablations,
+            ridge=ridge,
+            seed=seed,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+            work=work,
+            json_file=json_file,
+        )
+        command.run_fit(lines, options)
+
+
 @app.command()
 def demo(
     model_path: Annotated[

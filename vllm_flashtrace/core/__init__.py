@@ -14,12 +14,14 @@ attention weights of a layer, ``x_prev`` the residual stream entering its attent
 A token's score is ``e_j`` summed over layers. ``c``, ``r`` and ``x`` are additive over target
 positions, so they may be accumulated over chunks and segments; ``prox`` is applied once, at the
 end. Later hops take the scores on the reasoning as the next target (section 3.3, `hops`).
-`identity` measures whether a layer is what all this takes it for.
+`identity` measures whether a layer is what all this takes it for. `head_weights` has weights of
+heads, learned from ablations, that can take the place of `proximity`.
 """
 
 from __future__ import annotations
 
 from vllm_flashtrace.core.attention import AttentionForm, TargetRowBlocks
+from vllm_flashtrace.core.head_weights import fit_head_weights, head_scores
 from vllm_flashtrace.core.hops import HopMass, HopRecursion, HopResult
 from vllm_flashtrace.core.identity import attention_error, contribution, identity_error
 from vllm_flashtrace.core.proximity import (
@@ -42,6 +44,8 @@ __all__ = [
     "TargetWeights",
     "attention_error",
     "contribution",
+    "fit_head_weights",
+    "head_scores",
     "identity_error",
     "l1_proximity",
     "token_proximity",

@@ -148,6 +148,8 @@ def build_result(
             data["guard"] = {"flagged": flagged, "arguments": judged}
         data["targets"] = results
         data["prompt_tokens"] = first.prompt_length
+    if first.request.heads:
+        data["heads"] = True
     if "attention" in first.request.include:
         data["attention"] = _attention(first, usage.attention, as_tensors)
     if "tokens" in first.request.include:

@@ -167,6 +167,13 @@ class FlashTraceConfig(BaseModel):
         "Every result then says which these are, as `coverage`; without the option such a model is "
         "not traced.",
     )
+    heads: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Path of a file of weights of attention heads that `vllm-flashtrace fit-heads` "
+        "has written for the served model, on every machine with workers; requests may then have "
+        "`heads`. The server does not start with one that is malformed or of another model.",
+    )
     page: bool = Field(default=False, description="Whether `/flashtrace` serves the HTML page.")
 
     @classmethod
@@ -205,4 +212,5 @@ class FlashTraceConfig(BaseModel):
             max_hops=self.max_hops,
             max_verify=self.max_verify,
             max_verify_requests=self.max_verify_requests,
+            heads=self.heads is not None,
         )

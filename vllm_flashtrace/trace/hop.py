@@ -156,6 +156,7 @@ def _trace_call(
         exact_fraction=config.exact_fraction,
         layers="layers" in first.request.include,
         attention="attention" in first.request.include and not first.recursion.begun,
+        heads=first.request.heads,
     )
     prompt, params = engine_input(token_ids, spec, context)
     return TraceCall(tuple(plans), spec, prompt, params)

@@ -98,6 +98,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
         exact_fraction: Share of the proximity bound's mass that is evaluated exactly.
         layers: Whether per-layer scores are wanted; of one target without further hops.
         attention: Whether the column sums of its attention are wanted; likewise.
+        heads: Whether scores are those of the worker's weights of heads, not of proximity.
     """
 
     nonce: str
@@ -106,6 +107,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
     exact_fraction: float
     layers: bool
     attention: bool = False
+    heads: bool = False
 
     @classmethod
     def create(
@@ -116,6 +118,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
         exact_fraction: float,
         layers: bool = False,
         attention: bool = False,
+        heads: bool = False,
     ) -> TraceSpec:
         """Builds a spec with a fresh nonce."""
         if isinstance(targets, TargetWeights):
@@ -127,6 +130,7 @@ class TraceSpec(msgspec.Struct, frozen=True, array_like=True, tag="trace"):
             exact_fraction=exact_fraction,
             layers=layers,
             attention=attention,
+            heads=heads,
         )
 
     @property

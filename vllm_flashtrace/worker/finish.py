@@ -24,11 +24,18 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.base.logs import log_unexpected
+from vllm_flashtrace.core import head_scores
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.kernels import Accumulators, ProximityTrace, SumsTouchedError, sum_shares
+from vllm_flashtrace.kernels import (
+    Accumulators,
+    ProximityTrace,
+    SumsTouchedError,
+    sum_shares,
+    touching_sums,
+)
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import ModelPart, WireReport, tensor_bytes
-from vllm_flashtrace.worker.step import RowGroup, Segment, Trace
+from vllm_flashtrace.worker.step import HeadsGroup, RowGroup, Segment, Trace
 
 if TYPE_CHECKING:
     from vllm_flashtrace.worker.traced_model import TracedModel
@@ -83,7 +90,8 @@ def measure(
     """
     groups: dict[Any, list[Segment]] = defaultdict(list)
     for segment in segments:
-        groups[segment.trace.adapter if model.batched else segment.batch_row.req_id].append(segment)
+        alone = segment.trace.spec.heads or not model.batched
+        groups[segment.batch_row.req_id if alone else segment.trace.adapter].append(segment)
     measured: dict[str, Measured] = {}
     waiting = list(groups.values())
     for group in waiting:
@@ -101,6 +109,8 @@ def measure(
 
 
 def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[str, Measured]:
+    if segments[0].trace.spec.heads:
+        return {s.batch_row.req_id: _measure_heads(s, model.head_weights) for s in segments}
     traces = [segment.trace for segment in segments]
     recorded = traces[0].clock.mark()
     _complete_sums(segments, model)
@@ -129,6 +139,20 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
         )
         for segment, one, change in zip(segments, inputs, changes, strict=True)
     }
+
+
+def _measure_heads(segment: Segment, weights: Tensor | None) -> Measured:
+    """As `Measured` with ``sum_h theta_h c_h[j]`` in the place of proximities, and no residual."""
+    if weights is None:
+        raise ValueError("there are no weights of heads")
+    trace, sums = segment.trace, segment.row_segment.sums.column_sums
+    recorded = trace.clock.mark()
+    if trace.attention is not None:
+        trace.attention.copy_(sums)
+    with touching_sums():
+        tokens = head_scores(weights, sums, out=sums[:, 0])
+    totals = tokens.sum(1, dtype=torch.float64)
+    return Measured(trace, tokens, totals, torch.zeros_like(totals), recorded)
 
 
 def _of_layers(sums: Accumulators, layers: int) -> Accumulators:
@@ -211,7 +235,9 @@ def score(
     """Makes the scores ``e_j`` of each token, summed over the layers of this stage.
 
     ``e_j = sum_h prox(f_jh) / (sum_jh prox(f_jh) + prox(r))`` (section 3.2), where the denominator
-    runs over the heads of all ranks and the numerator over those of this one.
+    runs over the heads of all ranks and the numerator over those of this one. With weights of heads
+    ``e_j = sum_h theta_h c_h[j]``, which has no denominator: whoever takes the scores divides them
+    by their sum, when ranks and stages are added up.
 
     Args:
         measured: The trace after its proximity pass; `tokens` is overwritten.
@@ -272,7 +298,8 @@ def run_hops(
     copied = _copy(parts, trace, buffers)
     ended = trace.clock.mark()
     counts = tuple(map(len, hops))
-    facts = TraceFacts.of(trace, model.part, changes=model.shape.other_layers > 0)
+    changes = model.shape.other_layers > 0 and not trace.spec.heads
+    facts = TraceFacts.of(trace, model.part, changes=changes)
     return FinishedTrace(facts, copied, recorded, ended, counts)
 
 
@@ -288,12 +315,13 @@ def _weigh(
     if kept is None:
         raise ValueError("the trace has kept no rows")
     groups = []
+    recorded = HeadsGroup if trace.spec.heads else RowGroup
     for weights, own in zip(targets, sums, strict=False):
         for accumulator in own:
             accumulator.zero_()
         rows = kept.weighed(weights, segment.batch_row.block_tables[0], own)
         hop = Segment(trace, segment.batch_row, rows)
-        groups.append(RowGroup([hop], model.plan_rows([rows]), model.clock))
+        groups.append(recorded([hop], model.plan_rows([rows]), model.clock))
     groups[0].run(lambda _: model.weigh_together(kept, groups), timed=True)
     lacking = trace.stream_lacks_residual
     found = []
@@ -314,7 +342,9 @@ def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, ...]:
     denominators = own if totals is None else totals[: len(own)] + measured.residual
     # Behind the last target, where nothing flows from, scores are 0.
     scores = torch.empty(trace.spec.length, device=tokens.device)
-    sum_shares(tokens, denominators, scores, keep=trace.spec.layers)
+    # Weights of heads compare layers with each other; a layer's total is no unit of theirs.
+    units = torch.ones_like(denominators) if trace.spec.heads else denominators
+    sum_shares(tokens, units, scores, keep=trace.spec.layers)
     changes = () if measured.changes is None else (measured.changes,)
     return scores, own, denominators, *changes
 

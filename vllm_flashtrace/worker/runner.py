@@ -24,6 +24,7 @@ from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.base.process import lineage
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
+from vllm_flashtrace.trace.heads_file import served_heads
 from vllm_flashtrace.trace.wire import ScoreSpec, sealed_spec, target_range, verified_spec
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.finish import TotalsExchange, host_bytes
@@ -136,6 +137,7 @@ class RunnerCapture:
             self._model = runner_model(runner)
             self._model.cache_groups = cache_groups(runner.kv_cache_config, self._model.layers)
             self._model.slot_of = functools.partial(adapter_slot, runner)
+            self._model.take_head_weights(served_heads(self._config.heads, runner.vllm_config))
             _check_proof(runner)
         except Exception as error:
             self._model = None

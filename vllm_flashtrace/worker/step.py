@@ -78,7 +78,7 @@ class StepRecorder:
             if segment := self._begin(traces[row.req_id], row):
                 segments.append(segment)
         summed = [segment for segment in segments if segment.trace.rows is None]
-        for members in [summed] if model.batched else [[segment] for segment in summed]:
+        for members in _together(summed) if model.batched else [[s] for s in summed]:
             self._plan(members)
         if len(self.groups) == 1:
             self.groups[0].keep(model.keep_queries(self.groups[0].rows))
@@ -365,7 +365,8 @@ class Trace:
         started: Mark before the first chunk, or None.
         recording: Time spent on recording; on a GPU, on column sums.
         clock: Sets and reads those marks.
-        sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``, see `Accumulators`.
+        sums: float32 ``[L, H, context]``, ``[L, D]`` and ``[L, D]``, see `Accumulators`; where
+            ``spec.heads``, the column sums of attention itself, whatever factors its rows have.
         attention: float16 ``[L, H, context]``, if asked for: gets the column sums of attention
             itself when the trace is complete.
         unscaled: Where these are added up, if the weights of `sums` have a factor for each row and
@@ -382,6 +383,8 @@ class Trace:
         model: TracedModel,
         adapter: int | None = None,
     ) -> None:
+        if spec.heads and model.head_weights is None:
+            raise TraceError("recording_failed", "this worker has no weights of heads")
         self.spec = spec
         self.adapter = adapter
         self.targets = spec.traced_targets()
@@ -390,7 +393,7 @@ class Trace:
         self.rows: KeptRows | None = None
         if spec.keeps_rows:
             positions = rows_of(self.targets)
-            self.rows = model.keep_rows(positions)
+            self.rows = model.keep_rows(positions, spec.heads)
             self.first = int(positions[0])
         else:
             self.target = self.targets[0].weights.normalised()
@@ -409,7 +412,7 @@ class Trace:
         layers, heads, hidden = shape.num_layers, shape.num_heads, shape.hidden_size
         zeros = partial(torch.zeros, dtype=torch.float32, device=model.device)
         self.sums = Accumulators(
-            zeros(layers, heads * shape.sums_per_head, self.context),
+            zeros(layers, heads * (1 if spec.heads else shape.sums_per_head), self.context),
             zeros(shape.stream_layers, hidden),
             zeros(shape.stream_layers, hidden),
         )
@@ -420,7 +423,7 @@ class Trace:
                 raise ValueError("sums of attention are of one target without further hops")
             columns = layers, heads, self.context
             self.attention = torch.empty(columns, dtype=torch.float16, device=model.device)
-            if model.scaled:
+            if model.scaled and not spec.heads:
                 self.unscaled = self.sums._replace(column_sums=zeros(*columns))
 
     @property
@@ -509,14 +512,21 @@ class Segment:
 def row_group(segments: list[Segment], model: TracedModel) -> RowGroup:
     """Readies segments for recording: of traces that keep rows one, or any number of others."""
     rows = model.plan_rows([segment.row_segment for segment in segments])
-    kept = segments[0].trace.rows
+    kept, heads = segments[0].trace.rows, segments[0].trace.spec.heads
+    if kept is None and heads:
+        return HeadsGroup(segments, rows, model.clock)
     if kept is None:
         scales = None
         if model.normed:
             scales = _new_scales(model.shape.num_layers, len(rows), model.device)
         return RowGroup(segments, rows, model.clock, scales, _unscaled(segments, model))
     [segment] = segments
-    return KeptGroup(segment, rows, model.clock, kept)
+    return (KeptHeadsGroup if heads else KeptGroup)(segment, rows, model.clock, kept)
+
+
+def _together(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments by what is recorded of them."""
+    return [[s for s in segments if s.trace.spec.heads is heads] for heads in (False, True)]
 
 
 def _unscaled(segments: Sequence[Segment], model: TracedModel) -> RowGroup | None:
@@ -710,6 +720,30 @@ class KeptGroup(RowGroup):
         kept[layer, self._place] = rows[self.rows.places if where is None else where]
 
 
+class _AttentionAlone:
+    """Of traces with `TraceSpec.heads`: no factors on the weights of rows, and no stream."""
+
+    def take_gates(self, model: TracedModel, layer: int, hidden_states: Tensor) -> None:
+        """See `RowGroup`."""
+
+    def scale_rows(self, model: TracedModel, layer: int, output: Tensor) -> None:
+        """See `RowGroup`."""
+
+    def add_block(self, layer: int, output: Tensor) -> None:
+        """See `RowGroup`."""
+
+    def add_rows(self, layer: int, **rows: Tensor | None) -> None:
+        """See `RowGroup`."""
+
+
+class HeadsGroup(_AttentionAlone, RowGroup):
+    """Segments of whose rows nothing but the attention is recorded."""
+
+
+class KeptHeadsGroup(_AttentionAlone, KeptGroup):
+    """A segment of whose rows the queries are kept, and nothing else."""
+
+
 def _of_layer(scales: Tensor | None, layer: int) -> Tensor:
     if scales is None:
         raise TraceError("recording_failed", "the norm behind a block was not expected")
@@ -768,16 +802,18 @@ class KeptRows:
         device: Any,
         normed: bool = False,
         gate_width: int = 0,
+        stream: bool = True,
     ) -> None:
-        """Takes the memory."""
+        """Takes the memory; without `stream`, `residual` and `stream` have no rows."""
         self.positions = positions
         self.unweighed = torch.ones(len(positions))
         layers, rows = shape.num_layers, len(positions)
+        stream_rows = rows if stream else 0
         empty = partial(torch.empty, dtype=dtype, device=device)
         with torch.inference_mode(False):  # They are written to with and without.
             self.queries = empty(layers, rows, shape.num_heads, head_dim)
-            self.residual = empty(shape.stream_layers, rows, shape.hidden_size)
-            self.stream = empty(shape.stream_layers, rows, shape.hidden_size)
+            self.residual = empty(shape.stream_layers, stream_rows, shape.hidden_size)
+            self.stream = empty(shape.stream_layers, stream_rows, shape.hidden_size)
             self.scales = empty(layers, rows, dtype=torch.float32) if normed else None
             gates = (layers, shape.num_heads, *([gate_width] if gate_width > 1 else []), rows)
             self.gates = empty(*gates) if gate_width else None

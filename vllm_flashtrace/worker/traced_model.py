@@ -134,6 +134,7 @@ class TracedModel(ABC):
         fingerprint: Tells whether the model's weights have changed.
         cache_groups: Where the KV cache keeps the layers; set by the runner where not in one group.
         slot_of: Tells where a LoRA adapter's weights are, by its id; set by the runner.
+        head_weights: float32 ``[L, H]`` of these layers and heads, or None; see `core.head_scores`.
     """
 
     batched: ClassVar[bool]
@@ -168,6 +169,7 @@ class TracedModel(ABC):
         self.fingerprint = WeightsFingerprint(model, device)
         self._head_dim, self._dtype = heads.keys, config.model_config.dtype
         self.slot_of: Callable[[int], int] | None = None
+        self.head_weights: Tensor | None = None
         names = frozenset(layer.name for layer in self.layers)
         self.cache_groups = CacheGroups((0,), (0,) * len(self.layers), names)
         self._indices = {layer.name: index for index, layer in enumerate(self.layers)}
@@ -178,6 +180,17 @@ class TracedModel(ABC):
     def scaled(self) -> bool:
         """Whether the weights of rows have factors of their own in each layer."""
         return self.normed or self.gate_width > 0
+
+    def take_head_weights(self, weights: Tensor | None) -> None:
+        """Takes its part of the weights of heads.
+
+        Args:
+            weights: float32 ``[layers, heads]`` of the whole model, or None.
+        """
+        if weights is not None:
+            own = weights[list(self.part.traced_layers)]
+            own = own[:, self.first_head : self.first_head + self.shape.num_heads]
+            self.head_weights = own.contiguous().to(self.device)
 
     @abstractmethod
     def add_column_sums(
@@ -267,9 +280,11 @@ class TracedModel(ABC):
         size, gates = self._head_dim, self.gate_width
         return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates)
 
-    def keep_rows(self, positions: Tensor) -> KeptRows:
-        """Memory for the rows of one trace at given positions."""
+    def keep_rows(self, positions: Tensor, queries_alone: bool = False) -> KeptRows:
+        """Memory for the rows of one trace at given positions, or of their queries alone."""
         sizes = self.shape, self._head_dim, self._dtype, self.device
+        if queries_alone:
+            return KeptRows(positions, *sizes, stream=False)
         return KeptRows(positions, *sizes, self.normed, self.gate_width)
 
     def weigh(self, kept: KeptRows, group: RowGroup) -> None:

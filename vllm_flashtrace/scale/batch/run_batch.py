@@ -362,7 +362,7 @@ def parse_flashtrace(text: str) -> Any:
         field = json.loads(text)
     except ValueError as error:
         raise ValueError(f"--flashtrace is not JSON: {error}") from None
-    parsed = parse_flashtrace_field(field, RequestLimits(max_hops=64))
+    parsed = parse_flashtrace_field(field, RequestLimits(max_hops=64, heads=True))
     if parsed is not None and parsed.mode != "inline":
         raise ValueError("--flashtrace: mode must be inline in a batch")
     return field
