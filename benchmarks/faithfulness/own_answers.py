@@ -311,7 +311,13 @@ def record_attention(
 
 
 def ablate(
-    cases: Sequence[Case], resources: Any, work: WorkFile, console: Console, *, kind: str, count: int
+    cases: Sequence[Case],
+    resources: Any,
+    work: WorkFile,
+    console: Console,
+    *,
+    kind: str,
+    count: int,
 ) -> None:
     """Rows ``kind``: which sentences were kept, and the response's log-probability (nats)."""
     pending = [case for case in cases if work.get(kind, case.key) is None]
