@@ -293,21 +293,14 @@ def of_first(count: int, cases: Sequence[Case]) -> list[Case]:
 
 
 def record_attention(
-    cases: Sequence[Case],
-    resources: Any,
-    work: WorkFile,
-    console: Console,
-    rows: Sequence[str] = ("own", "predicting"),
+    cases: Sequence[Case], resources: Any, work: WorkFile, console: Console
 ) -> None:
     """Rows ``attention``: of each layer and head the sum on each sentence, and the seconds."""
-    for which in rows:
-        pending = [c for c in cases if work.get("attention", c.key, which) is None]
-        for case in track(pending, f"attention, {which}", console=console) if pending else ():
-            sums, seconds = attention_by_sentence(
-                resources.engine.ft, case.prepared, predicting=which == "predicting"
-            )
-            row = {"kind": "attention", "example": case.key, "method": which, "seconds": seconds}
-            work.add({**row, "sums": [[float(f"{x:.4g}") for x in each] for each in sums]})
+    pending = [case for case in cases if work.get("attention", case.key, "predicting") is None]
+    for case in track(pending, "attention", console=console) if pending else ():
+        sums, seconds = attention_by_sentence(resources.engine.ft, case.prepared)
+        row = {"kind": "attention", "example": case.key, "method": "predicting", "seconds": seconds}
+        work.add({**row, "sums": [[float(f"{x:.4g}") for x in each] for each in sums]})
 
 
 def ablate(
@@ -375,9 +368,8 @@ def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[s
         some = of_first(options.examples, cases)
         attribute(some, lambda case: OURS, *rest, CHEAP)
         attribute(of_first(options.ablated, cases), lambda case: THROUGH, *rest, CHEAP)
-        record_attention(some, resources, work, console)
         taught = of_first(options.trained, cases)
-        record_attention(taught, resources, work, console, ["predicting"])
+        record_attention(of_first(max(options.examples, options.trained), cases), *rest)
         ablate(taught, *rest, kind="training", count=TRAINING_ABLATIONS)
         for name, limit in COST.items():
             first = of_first(getattr(options, limit), cases)

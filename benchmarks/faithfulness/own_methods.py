@@ -241,17 +241,17 @@ def _final_stream(hf: HFModel, prepared: Prepared) -> torch.Tensor:
     return taken[0]
 
 
-def attention_by_sentence(
-    ft: Any, prepared: Prepared, *, predicting: bool
-) -> tuple[npt.NDArray[np.float64], float]:
-    """Mean attention of the output's rows, ``[sentences, L * H]``, and the seconds it took.
+def attention_by_sentence(ft: Any, prepared: Prepared) -> tuple[npt.NDArray[np.float64], float]:
+    """Mean attention of the rows that predict the output's tokens, and the seconds it took.
 
     The prefill of the sequence is not in the seconds.
 
     Args:
         ft: The product's offline class.
         prepared: The example.
-        predicting: Whether the rows are those that predict the output's tokens.
+
+    Returns:
+        ``[sentences, L * H]``.
     """
     from vllm import SamplingParams, TokensPrompt
 
@@ -261,7 +261,7 @@ def attention_by_sentence(
     field = {
         "target": {"tokens": [span]},
         "reasoning": "none",
-        "rows": "predicting" if predicting else "target",
+        "rows": "predicting",
         "skip_tokens": "none",
         "hops": 0,
         "top_k": 1,

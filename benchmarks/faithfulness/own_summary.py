@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from benchmarks.citations import Pooling, best
 from benchmarks.faithfulness.example import Values
 from benchmarks.faithfulness.metrics import bootstrap, holm, paired_test
 from benchmarks.faithfulness.report import markdown, seconds_text, star
 from benchmarks.faithfulness.summary import rounded
+from vllm_flashtrace.core.head_weights import HeadExample, fit_head_weights, rank_correlation
 from vllm_flashtrace.text.plan import skip_mask
 
 POOLINGS: dict[str, Pooling] = {
@@ -37,7 +39,12 @@ REFERENCE = "loo-sentence"
 """The method that the others are tested against."""
 DEFAULTS = "flashtrace-auto-predicting-skip"
 """The method that is the server's default."""
-RIDGE = 0.3
+HEADS = "heads-learned"
+"""Attention by weights of heads that have not seen the task, as ``vllm-flashtrace fit-heads``
+learns them."""
+_RIDGE = 3.0
+_FEWEST = 6
+"""Answers to learn from."""
 
 
 def found(scores: Values, gold: frozenset[int]) -> float:
@@ -46,49 +53,14 @@ def found(scores: Values, gold: frozenset[int]) -> float:
     return len(gold & set(order[: len(gold)])) / len(gold)
 
 
-def ranks(values: Values) -> Values:
-    """Average ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
-
-
 def spearman(first: Values, second: Values) -> float:
     """Rank correlation; 0 where one side is constant."""
-    a, b = ranks(first), ranks(second)
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else 0.0
+    return rank_correlation(torch.from_numpy(first), torch.from_numpy(second))
 
 
 def kept_of(row: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     """Which sentences each ablation keeps, ``[ablations, sentences]`` of 0 and 1."""
     return np.array([[float(c) for c in mask] for mask in row["kept"]])
-
-
-def fit_heads(examples: Sequence[tuple[Values, Values, Values]], ridge: float = RIDGE) -> Values:
-    """Weights of heads after AT2 (Cohen-Wang et al. 2025), by ridge regression, ``[L * H]``.
-
-    Predicted is the log-probability of the response after an ablation, standardised within its
-    example, from the attention on the kept sentences, less its mean over the ablations.
-
-    Args:
-        examples: Of each the attention ``[sentences, L * H]``, what was kept
-            ``[ablations, sentences]``, and the log-probabilities ``[ablations]``.
-        ridge: Penalty, as a share of the mean square of the features.
-    """
-    features, targets = [], []
-    for attention, kept, logprobs in examples:
-        own = kept @ attention
-        features.append(own - own.mean(0))
-        spread = logprobs.std()
-        targets.append((logprobs - logprobs.mean()) / (spread if spread > 0 else 1.0))
-    x, y = np.concatenate(features), np.concatenate(targets)
-    scale = x.std(0)
-    scale[scale == 0] = 1.0
-    x = x / scale
-    penalty = ridge * len(x) * np.eye(x.shape[1])
-    return np.linalg.solve(x.T @ x + penalty, x.T @ y) / scale
 
 
 def pooled(case: Any, values: Values) -> dict[str, Values]:
@@ -129,29 +101,30 @@ def sentence_scores(cases: Sequence[Any], work: Any) -> dict[tuple[str, str], di
 
 
 def _from_attention(cases: Sequence[Any], work: Any) -> dict[str, dict[str, Values]]:
-    """Means over the heads, and learned weights that have not seen the task."""
-    results: dict[str, dict[str, Values]] = {}
-    for which in ("own", "predicting"):
-        sums = {
-            case.key: np.array(row["sums"])
-            for case in cases
-            if (row := work.get("attention", case.key, which)) is not None
-        }
-        results[f"heads-mean-{which}"] = {key: own.sum(1) for key, own in sums.items()}
-        learned: dict[str, Values] = {}
-        for task in dict.fromkeys(case.task for case in cases):
-            training = [
-                (sums[case.key], kept_of(row), np.array(row["logprobs"]))
-                for case in cases
-                if case.task != task and case.key in sums
-                if (row := work.get("ablations", case.key)) is not None
-            ]
-            if len(training) >= 6:
-                weights = fit_heads(training)
-                own = [case for case in cases if case.task == task and case.key in sums]
-                learned |= {case.key: sums[case.key] @ weights for case in own}
-        if learned:
-            results[f"heads-learned-{which}"] = learned
+    """The mean over the heads of the rows that predict, and weights learned from other tasks."""
+    sums: dict[str, Values] = {}
+    examples: dict[str, dict[str, HeadExample]] = {}
+    for case in cases:
+        row = work.get("attention", case.key, "predicting")
+        if row is None:
+            continue
+        sums[case.key] = np.array(row["sums"])
+        ablated = work.get("training", case.key) or work.get("ablations", case.key)
+        if ablated is not None:
+            examples.setdefault(case.task, {})[case.key] = HeadExample(
+                torch.from_numpy(sums[case.key])[:, None],  # As if of one layer.
+                torch.from_numpy(kept_of(ablated)),
+                torch.tensor(ablated["logprobs"], dtype=torch.float64),
+            )
+    learned: dict[str, Values] = {}
+    for task in dict.fromkeys(case.task for case in cases):
+        others = [e for name, own in examples.items() if name != task for e in own.values()]
+        if len(others) >= _FEWEST:
+            weights = fit_head_weights(others, _RIDGE).double().flatten().numpy()
+            for case in cases:
+                if case.task == task and case.key in sums:
+                    learned[case.key] = sums[case.key] @ weights
+    results = {"heads-mean": {key: own.sum(1) for key, own in sums.items()}, HEADS: learned}
     return {name: own for name, own in results.items() if own}
 
 
@@ -204,7 +177,7 @@ def order_of(method: str, values: Values) -> Values:
 def seconds_of(method: str, key: str, work: Any) -> float | None:
     """What a method cost on an example."""
     if method.startswith("heads-"):
-        row = work.get("attention", key, method.rsplit("-", 1)[1])
+        row = work.get("attention", key, "predicting")
         base = work.get("scores", key, "flashtrace-k0")
         if row is None or base is None:
             return None
@@ -300,6 +273,12 @@ def widely(cases: Sequence[Any], methods: Sequence[str], work: Any) -> dict[str,
         }
         for method in methods
     }
+    if (learned := _from_attention(cases, work).get(HEADS)) is not None:
+        own[HEADS] = {
+            case.key: (case.task, found(learned[case.key], case.gold))
+            for case in cases
+            if case.key in learned
+        }
     tests = {}
     for method, values in own.items():
         both = [key for key in values if key in own[DEFAULTS]]
@@ -428,11 +407,16 @@ def by_length(*results: Mapping[str, Any]) -> str:
     for result, column in zip(results, columns, strict=True):
         tokens = result["wide"]["prompt_tokens"]
         header.append(f"{tokens:,.0f} tokens (n = {column[DEFAULTS]['n']})")
+
+    def cell(column: Mapping[str, Mapping[str, Any]], method: str) -> str:
+        row = column.get(method)
+        if row is None:
+            return ""
+        fewer = row["n"] < column[DEFAULTS]["n"]
+        return _interval([*row["found"], row["n"]], count=fewer) + star(row["test"])
+
     rows = [
-        [
-            method,
-            *(f"{_interval([*c[method]['found'], 0])}{star(c[method]['test'])}" for c in columns),
-        ]
+        [method, *(cell(column, method) for column in columns)]
         for method in sorted(columns[0], key=lambda name: -columns[0][name]["found"][0])
     ]
     return markdown(header, rows)
@@ -470,7 +454,7 @@ _NAMED = {
     "attn-lrp": "AttnLRP",
     "value-norm": "value norms",
     "attention-mean": "mean attention",
-    "heads-learned-own": "learned heads",
+    HEADS: "learned heads",
     "ifr-per-token": "IFR per token",
 }
 _RIGHT_HALF = 20.0

@@ -182,3 +182,18 @@ def test_rank_correlation() -> None:
     assert rank_correlation(values, torch.tensor([0.0, 1.0, 2.0, 9.0])) == pytest.approx(
         -0.31622776
     )
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=30))
+def test_rank_correlation_is_pearson_of_average_ranks(pairs: list[tuple[int, int]]) -> None:
+    first, second = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    value = rank_correlation(first, second)
+    assert rank_correlation(second, first) == pytest.approx(value)
+    assert rank_correlation(first.exp(), second) == pytest.approx(value)  # monotone
+    ranks = torch.stack(
+        [(own[:, None] > own).sum(1) + (own[:, None] == own).sum(1) / 2 for own in (first, second)]
+    )
+    ranks = ranks.double()
+    constant = (ranks == ranks[:, :1]).all(1).any()
+    expected = 0.0 if constant else float(torch.corrcoef(ranks)[0, 1])
+    assert value == pytest.approx(expected, abs=1e-9)
