@@ -382,7 +382,7 @@ def run(options: argparse.Namespace, resources: Any, console: Console) -> dict[s
             attribute(of_first(options.offline, cases), lambda case: HF, *rest, OFFLINE)
             resources.close("hf")
         facts = {"model": Path(resources.model_path).name, **environment(resources)}
-        return summarise(some, options, work, facts) | {"wide": widely(cases, WIDE, work)}
+        return summarise(some, cases, options, work, facts) | {"wide": widely(cases, WIDE, work)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -194,18 +194,26 @@ def seconds_of(method: str, key: str, work: Any) -> float | None:
 
 
 def summarise(
-    cases: Sequence[Any], options: argparse.Namespace, work: Any, environment: Mapping[str, Any]
+    cases: Sequence[Any],
+    everyone: Sequence[Any],
+    options: argparse.Namespace,
+    work: Any,
+    environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What goes into the JSON file.
 
     Args:
-        cases: The right answers.
+        cases: The right answers that are explained by more than the cheapest methods.
+        everyone: All right answers, which weights of heads are learned from.
         options: What was asked for.
         work: What has been done.
         environment: The model, the machine and the versions.
     """
-    scores = sentence_scores(cases, work)
     by_key = {case.key: case for case in cases}
+    scores = {
+        name: {key: values for key, values in own.items() if key in by_key}
+        for name, own in sentence_scores(everyone, work).items()
+    }
     rows = []
     for (method, pooling), own in scores.items():
         values: dict[str, list[float]] = {}

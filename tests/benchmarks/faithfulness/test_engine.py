@@ -252,7 +252,8 @@ def hf_model(folder: Path) -> HFModel:
 def own_options(output: Path) -> argparse.Namespace:
     return argparse.Namespace(
         **{"tasks": ["digits", "code"], "wide": 3, "examples": 2, "left_out": 1, "ablated": 1},
-        **{"offline": 1, "sentences": 9, "seed": 0, "json": output, "model": None, "figure": None},
+        **{"offline": 1, "trained": 3, "sentences": 9, "seed": 0},
+        **{"json": output, "model": None, "figure": None},
     )
 
 
@@ -277,8 +278,14 @@ def write_answers(path: Path, engine: EngineResource, folder: Path) -> None:
 
 
 def test_own_answers_are_explained_and_a_second_run_does_nothing(
-    engine: EngineResource, hf: Any, hf_model: HFModel, folder: Path, tmp_path: Path
+    engine: EngineResource,
+    hf: Any,
+    hf_model: HFModel,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(own_summary, "_FEWEST", 3)
     options = own_options(tmp_path / "own.json")
     work = options.json.with_suffix(".work.jsonl")
     write_answers(work, engine, folder)
@@ -288,7 +295,7 @@ def test_own_answers_are_explained_and_a_second_run_does_nothing(
     console = Console(file=io.StringIO())
     result = own_answers.run(options, resources, console)
     rows = {(row["method"], row["pooling"]): row for row in result["rows"]}
-    for method in (*own_answers.OURS, *own_answers.WORDS, "heads-mean-predicting"):
+    for method in (*own_answers.OURS, *own_answers.WORDS, "heads-mean", own_summary.HEADS):
         pooling = "sum" if method.startswith("heads") else "mean"
         assert rows[method, pooling]["n"] == 4
     for method in (*own_answers.COST, *own_answers.HF):
@@ -297,7 +304,7 @@ def test_own_answers_are_explained_and_a_second_run_does_nothing(
         assert method not in own_answers.DROPPED or rows[method, "mean"]["drop3"][3] == 2
     assert result["answers"] == {"digits": [12, 16], "code": [12, 16]}
     wide = {row["method"]: row for row in result["wide"]["rows"]}
-    assert list(wide) == own_answers.WIDE
+    assert list(wide) == [*own_answers.WIDE, own_summary.HEADS]
     assert {row["n"] for row in wide.values()} == {6}
     assert {row["tasks"]["code"][1] for row in wide.values()} == {3}
     assert not any(row["test"] for row in wide.values())  # Six pairs are too few.
@@ -338,14 +345,11 @@ def test_attention_of_sentences_equals_hugging_face(
     engine: EngineResource, hf_model: HFModel, prepared: Prepared
 ) -> None:
     recorded = hf_model.recorded(prepared)
-    for predicting in (False, True):
-        sums, _ = attention_by_sentence(engine.ft, prepared, predicting=predicting)
-        rows = slice(prepared.target[0] - predicting, prepared.target[1] - predicting)
-        for own, (first, end) in zip(sums, prepared.sentences, strict=True):
-            heads = [
-                layer.attention[:, rows, first:end].sum(2).mean(1) for layer in recorded.layers
-            ]
-            np.testing.assert_allclose(own, torch.cat(heads).numpy(), rtol=2e-2, atol=1e-3)
+    sums, _ = attention_by_sentence(engine.ft, prepared)
+    rows = slice(prepared.target[0] - 1, prepared.target[1] - 1)
+    for own, (first, end) in zip(sums, prepared.sentences, strict=True):
+        heads = [layer.attention[:, rows, first:end].sum(2).mean(1) for layer in recorded.layers]
+        np.testing.assert_allclose(own, torch.cat(heads).numpy(), rtol=2e-2, atol=1e-3)
 
 
 def test_logit_directions_are_what_attention_adds_to_the_logits(
