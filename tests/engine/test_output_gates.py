@@ -16,9 +16,10 @@ from tests.engine.worker_faults import core_each
 from tests.measured import Measured
 from tests.oracle import capture_hf, oracle_scores
 from tests.tiny_models import FAMILY_NAMES, make_tiny_model
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.worker import layers
+from vllm_flashtrace.worker.layers import find_layers
 from vllm_flashtrace.worker.output_gates import OutputGate
 
 TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -166,7 +167,7 @@ def test_inputs_of_blocks_that_were_not_seen(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoder(engine).self_attn, "_forward_pre_hooks", {})
-    with pytest.raises(layers.TraceError, match="3 inputs of blocks were seen"):
+    with pytest.raises(TraceError, match="3 inputs of blocks were seen"):
         engine.trace(TraceJob(TOKENS, TARGET))
 
 
@@ -182,18 +183,18 @@ def test_gates_that_are_not_known(engine: Engine, monkeypatch: pytest.MonkeyPatc
     name = "gate_proj" if hasattr(block, "gate_proj") else "g_proj"
 
     def found(worker: Any) -> Any:
-        return layers.find_layers(worker.model_runner.get_model(), worker.vllm_config)
+        return find_layers(worker.model_runner.get_model(), worker.vllm_config)
 
     with monkeypatch.context() as patch:
         patch.setattr(getattr(block, name), "output_size_per_partition", 3)
-        with pytest.raises(layers.UnsupportedModelError, match="an output gate that is not one"):
+        with pytest.raises(UnsupportedModelError, match="an output gate that is not one"):
             engine.on_worker(found)
     with monkeypatch.context() as patch:
         patch.delitem(block._modules, name)
-        with pytest.raises(layers.UnsupportedModelError, match="in some attention layers only"):
+        with pytest.raises(UnsupportedModelError, match="in some attention layers only"):
             engine.on_worker(found)
     monkeypatch.setattr(engine.llm.llm_engine.vllm_config, "lora_config", object())
-    with pytest.raises(layers.UnsupportedModelError, match="an output gate and LoRA adapters"):
+    with pytest.raises(UnsupportedModelError, match="an output gate and LoRA adapters"):
         engine.on_worker(found)
 
 

@@ -33,10 +33,12 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_values,
 )
 from vllm_flashtrace.worker.gpu_cache import CacheScales, cache_scales, quantized_dtype
-from vllm_flashtrace.worker.latents import latent_keys, latent_values
-from vllm_flashtrace.worker.layers import CPU_BACKEND, CPU_LATENT_BACKEND, TracedLayer
+from vllm_flashtrace.worker.latents import CPU_LATENT_BACKEND, latent_keys, latent_values
+from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
+
+CPU_BACKEND = "CPU_ATTN"
 
 LATENT_SCRATCH_BYTES = 256 << 20
 """Most memory for keys or values that are made of latents, but where one head's keys take more."""

@@ -37,12 +37,13 @@ from vllm_flashtrace.kernels import (
 )
 from vllm_flashtrace.worker.gpu_cache import KeyValueViews
 from vllm_flashtrace.worker.latents import (
+    GPU_LATENT_BACKENDS,
     projected,
     up_is_quantized,
     up_projection,
     up_projections,
 )
-from vllm_flashtrace.worker.layers import GPU_LATENT_BACKENDS, HeadSizes, TracedLayer
+from vllm_flashtrace.worker.layers import HeadSizes, TracedLayer
 
 ROOM_BYTES = 256 << 20
 """Most memory for keys and values, but for contexts of which one head's keys take more."""

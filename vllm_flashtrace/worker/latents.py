@@ -27,6 +27,17 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_flashtrace.worker.cpu_cache import Scratch
 
+CPU_LATENT_BACKEND = "CPU_MLA"
+GPU_LATENT_BACKENDS = (
+    "CUTLASS_MLA",
+    "FLASHINFER_MLA",
+    "FLASHMLA",
+    "FLASH_ATTN_MLA",
+    "TRITON_MLA",
+)
+LATENT_BACKENDS = (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS)
+"""The backends of latent attention whose caches are read."""
+
 _PROJECTED = 512
 """Tokens that a quantised layer is applied to at a time."""
 # Tokens whose latents are gathered at a time.
