@@ -193,15 +193,14 @@ def reads_keys(read: Callable[[torch.Tensor], Any]) -> Change:
     """A reader that changes the rotated part of the keys, ``[H, R, n]``."""
 
     def change(patch: pytest.MonkeyPatch, layer: Any) -> None:
-        stock = cpu_model.latent_keys
+        stock = cpu_model.write_keys
 
-        def latent_keys(attention: Any, *args: Any) -> torch.Tensor:
-            keys = stock(attention, *args)
+        def write_keys(attention: Any, *args: Any) -> None:
+            stock(attention, *args)
             if attention is _attention(layer):
-                read(keys[:, attention.qk_nope_head_dim :])
-            return keys
+                read(args[-1].transpose(1, 2)[:, attention.qk_nope_head_dim :])
 
-        patch.setattr(cpu_model, "latent_keys", latent_keys)
+        patch.setattr(cpu_model, "write_keys", write_keys)
 
     return change
 
