@@ -12,9 +12,9 @@ import torch
 from tests.engine.harness import (
     Engine,
     TraceJob,
+    assert_hops_agree,
     leaves_transformers_classes_alone,
     relative_l1,
-    run_hops,
 )
 from tests.engine.test_start_proof import (
     LAYER,
@@ -57,11 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hops_from_one_prefill(engine: Engine) -> None:
-    arguments = (engine, TOKENS, 100, (280, 297), (110, 250), 2)
-    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
-    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
-    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
-        assert relative_l1(ours, alone) <= 1e-5
+    assert_hops_agree(engine, TOKENS, 250)
 
 
 def test_traces_beside_each_other(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.rank_faults import Load, Outcome, lost, run_load, run_with_faults
-from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.harness import Engine, TraceJob, relative_l1, tiny_folder
 from tests.engine.test_scores import reference
 from tests.engine.worker_faults import (
     FAULTS,
@@ -34,6 +34,8 @@ JOBS = [
     TraceJob(TOKENS, TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(250, 300)})),
     TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True, attention=True),
 ]
+
+folder = tiny_folder("qwen3")
 
 
 def start(folder: Path, ranks: int, patch: pytest.MonkeyPatch) -> Engine:
@@ -80,11 +82,6 @@ def oracle_error(folder: Path, report: TraceReport) -> float:
     weights = JOBS[0].weights
     expected = oracle_scores(model, TOKENS, weights.positions, weights.weights)
     return relative_l1(report.scores, expected)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("qwen3", tmp_path_factory.mktemp("tp") / "qwen3")
 
 
 @pytest.fixture(scope="module")
