@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.same_bits import ENGINE_OPTIONS
 from tests import engine_starts, heap
 from tests.cores import BIND, worker_in_engine
 from tests.forked import processes_are_forked
@@ -34,6 +35,12 @@ SMALL = {
 }
 SMOLLM2_KV_BYTES = 256 << 20
 """What 5,600 tokens of SmolLM2 need in float32."""
+
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": ENGINE_OPTIONS,
+    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
+}
+"""Other ways to run a model than eagerly in one process, as arguments of an engine."""
 
 TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
 """A prompt for any tiny model."""

@@ -14,6 +14,7 @@ import torch
 from tests.engine.harness import (
     TARGET,
     TOKENS,
+    WAYS,
     Engine,
     TraceJob,
     assert_hops_agree,
@@ -30,7 +31,6 @@ from tests.engine.test_start_proof import (
     reads_form,
     start_reports,
 )
-from tests.engine.test_transformers_code import WAYS
 from tests.engine.worker_faults import core_each
 from tests.measured import Measured
 from tests.tiny_models import FAMILY_NAMES

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.same_bits import ENGINE_OPTIONS
 from tests.engine.harness import (
     TARGET,
     TOKENS,
+    WAYS,
     Engine,
     TraceJob,
     assert_hops_agree,
@@ -36,12 +36,6 @@ folder = tiny_folder("llama4")
 
 
 # First, since they start engines in other processes.
-WAYS: dict[str, dict[str, Any]] = {
-    "compiled": ENGINE_OPTIONS,
-    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
-}
-
-
 @pytest.mark.long
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("way", WAYS)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.same_bits import ENGINE_OPTIONS
 from tests.engine.harness import (
     TARGET,
     TOKENS,
+    WAYS,
     Engine,
     TraceJob,
     assert_hops_agree,
@@ -188,12 +188,6 @@ def test_gates_that_are_not_known(engine: Engine, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine.llm.llm_engine.vllm_config, "lora_config", object())
     with pytest.raises(UnsupportedModelError, match="an output gate and LoRA adapters"):
         engine.on_worker(found)
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "compiled": ENGINE_OPTIONS,
-    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
-}
 
 
 # What no other test proves of them is the tap in compiled code, and the gates of a rank's heads.
