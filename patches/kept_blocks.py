@@ -7,7 +7,7 @@ computed than lie in front of the first target. ``get_num_blocks_to_allocate`` t
 trace's blocks without the cap that counts on their being freed. ``KVCacheManager.allocate_slots``
 notes which requests are traces, and ``free`` and ``pop_blocks_for_free`` forget them. Requests
 without a sealed trace spec are treated as ever, and so are traces for which the whole cache is too
-small; see ``worker.layers.keeps_blocks``.
+small; see ``worker.cache_groups.keeps_blocks``.
 
 Why here: the values that a step's rows see are read when the last step is over. vLLM keeps or frees
 by the kind of layer alone; no request field sets it.
@@ -30,7 +30,7 @@ from vllm_flashtrace.base.logs import log_unexpected
 from vllm_flashtrace.patches._check import require_keyword, require_parameters
 from vllm_flashtrace.patches.prefix_cache import spec_of
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker.layers import keeps_blocks
+from vllm_flashtrace.worker.cache_groups import keeps_blocks
 
 _FREEING = (ChunkedLocalAttentionManager, SlidingWindowManager)
 _COUNT = "get_num_blocks_to_allocate"

@@ -16,7 +16,7 @@ import pytest
 import vllm_flashtrace
 from tests.api.test_attribution import failed, flashtrace
 from vllm_flashtrace import Attribution, TraceError
-from vllm_flashtrace.commands import cli
+from vllm_flashtrace.commands import cli, trace_command
 from vllm_flashtrace.offline import engine as offline_engine
 
 
@@ -61,7 +61,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         fake.model, fake.engine_args = model, engine_args
         yield fake
 
-    monkeypatch.setattr(offline_engine, "command_engine", command_engine)
+    monkeypatch.setattr(trace_command, "command_engine", command_engine)
     monkeypatch.setitem(
         sys.modules, "vllm", types.SimpleNamespace(SamplingParams=types.SimpleNamespace)
     )
@@ -518,6 +518,6 @@ class TestEngineLog:
                 stopped.append(True)
 
         monkeypatch.setattr(offline, "FlashTrace", engine)
-        with pytest.raises(TraceError, match="too long"), offline_engine.command_engine("m"):
+        with pytest.raises(TraceError, match="too long"), trace_command.command_engine("m"):
             raise ValueError("prompt too long")
         assert stopped == [True]

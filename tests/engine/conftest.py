@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.harness import SMOLLM2_KV_BYTES, Engine
+from tests.engine.harness import SMOLLM2_KV_BYTES, TARGET, TOKENS, Engine
+from tests.oracle import oracle_scores
 from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.commands.demo import FILLER
 
@@ -66,6 +68,22 @@ def hf_smollm2(smollm2_folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(
         smollm2_folder, attn_implementation="eager", dtype=torch.float32
     )
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    """The Hugging Face model of a module's fixture `folder`, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Any) -> torch.Tensor:
+    """What the oracle gives for the harness's tokens and target."""
+    return oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
 
 
 @pytest.fixture(scope="package")

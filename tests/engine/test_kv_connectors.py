@@ -37,7 +37,7 @@ from vllm_flashtrace.base.records import ScoredText, TraceReport
 from vllm_flashtrace.core.hops import FurtherHops
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.patches import kept_blocks
-from vllm_flashtrace.worker import layers, start_proof
+from vllm_flashtrace.worker import config_checks, start_proof
 
 BLOCK = 32
 TOKENS = torch.randint(5, 500, (700,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -300,7 +300,9 @@ def test_offloading_by_two_workers(
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets the connector of the tests pass."""
     name = f"{MemoryConnector.__module__}.{MemoryConnector.__name__}"
-    monkeypatch.setattr(layers, "TRACED_CONNECTORS", layers.TRACED_CONNECTORS | {name})
+    monkeypatch.setattr(
+        config_checks, "TRACED_CONNECTORS", config_checks.TRACED_CONNECTORS | {name}
+    )
     yield
 
 
@@ -413,9 +415,9 @@ def test_refused(transfer: dict[str, Any], reason: str) -> None:
     """By name, whatever a connector may be; P/D hands requests over."""
     config = KVTransferConfig(**{"kv_role": "kv_both", **transfer})
     with pytest.raises(UnsupportedModelError, match=reason):
-        layers._check_connector(config)
+        config_checks._check_connector(config)
 
 
 @pytest.mark.parametrize("role", ["kv_both", "kv_producer", "kv_consumer"])
 def test_what_hands_requests_over_passes(role: Any) -> None:
-    layers._check_connector(KVTransferConfig(kv_connector="NixlConnector", kv_role=role))
+    config_checks._check_connector(KVTransferConfig(kv_connector="NixlConnector", kv_role=role))

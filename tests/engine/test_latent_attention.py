@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
+from tests.engine.harness import (
+    TARGET,
+    TOKENS,
+    WAYS,
+    Engine,
+    TraceJob,
+    assert_hops_agree,
+    attention_error,
+    relative_l1,
+    run_hops,
+    tiny_folder,
+)
 from tests.engine.test_start_proof import (
     LAYER,
     LIMIT,
@@ -20,43 +31,20 @@ from tests.engine.test_start_proof import (
     reads_form,
     start_reports,
 )
-from tests.engine.test_transformers_code import WAYS
 from tests.engine.worker_faults import core_each
 from tests.measured import Measured
-from tests.oracle import oracle_scores
-from tests.tiny_models import FAMILY_NAMES, make_tiny_model
+from tests.tiny_models import FAMILY_NAMES
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import cpu_model, latents, start_proof
 from vllm_flashtrace.worker.cpu_cache import Scratch
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.layers import find_layers
 from vllm_flashtrace.worker.runner import capture_of
 
-TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
-TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
-
 # Where a CPU has AMX, vLLM would choose another.
 BACKEND = {"attention_backend": "CPU_MLA"}
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("deepseek_v3", tmp_path_factory.mktemp("latents") / "deepseek_v3")
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
-
-
-@pytest.fixture(scope="module")
-def expected(reference: Any) -> torch.Tensor:
-    return oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
+folder = tiny_folder("deepseek_v3")
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +119,7 @@ def test_beside_requests_that_decode(
 
 
 def test_hops_from_one_prefill(engine: Engine) -> None:
-    arguments = (engine, TOKENS, 100, (380, 397), (110, 379), 2)
-    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
-    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
-    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
-        assert relative_l1(ours, alone) <= 1e-5
+    assert_hops_agree(engine, TOKENS, 379)
 
 
 def test_in_little_memory(
@@ -193,15 +177,14 @@ def reads_keys(read: Callable[[torch.Tensor], Any]) -> Change:
     """A reader that changes the rotated part of the keys, ``[H, R, n]``."""
 
     def change(patch: pytest.MonkeyPatch, layer: Any) -> None:
-        stock = cpu_model.latent_keys
+        stock = cpu_model.write_keys
 
-        def latent_keys(attention: Any, *args: Any) -> torch.Tensor:
-            keys = stock(attention, *args)
+        def write_keys(attention: Any, *args: Any) -> None:
+            stock(attention, *args)
             if attention is _attention(layer):
-                read(keys[:, attention.qk_nope_head_dim :])
-            return keys
+                read(args[-1].transpose(1, 2)[:, attention.qk_nope_head_dim :])
 
-        patch.setattr(cpu_model, "latent_keys", latent_keys)
+        patch.setattr(cpu_model, "write_keys", write_keys)
 
     return change
 

@@ -9,51 +9,33 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.same_bits import ENGINE_OPTIONS
-from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
+from tests.engine.harness import (
+    TARGET,
+    TOKENS,
+    WAYS,
+    Engine,
+    TraceJob,
+    assert_hops_agree,
+    attention_error,
+    relative_l1,
+    tiny_folder,
+)
 from tests.engine.test_start_proof import LAYER, LIMIT, proven, reads_form, start_reports
 from tests.engine.worker_faults import core_each
 from tests.measured import Measured
-from tests.oracle import oracle_scores
-from tests.tiny_models import FAMILY_NAMES, LLAMA4_ENGINE, make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, LLAMA4_ENGINE
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.worker import start_proof
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.layers import TracedLayer, find_layers
 
-TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
-TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
 # The one that sees every token, and has no positions.
 GLOBAL_LAYER = 3
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama4", tmp_path_factory.mktemp("chunks") / "llama4")
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
-
-
-@pytest.fixture(scope="module")
-def expected(reference: Any) -> torch.Tensor:
-    return oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
+folder = tiny_folder("llama4")
 
 
 # First, since they start engines in other processes.
-WAYS: dict[str, dict[str, Any]] = {
-    "compiled": ENGINE_OPTIONS,
-    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
-}
-
-
 @pytest.mark.long
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("way", WAYS)
@@ -106,11 +88,7 @@ def test_steps_beside_other_requests(
 
 
 def test_hops_from_one_prefill(engine: Engine) -> None:
-    arguments = (engine, TOKENS, 100, (380, 397), (110, 379), 2)  # In two steps.
-    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
-    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
-    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
-        assert relative_l1(ours, alone) <= 1e-5
+    assert_hops_agree(engine, TOKENS, 379)
 
 
 Change = Callable[[pytest.MonkeyPatch, Any], None]

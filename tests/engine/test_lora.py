@@ -192,7 +192,7 @@ def test_an_adapter_that_is_loaded_again_meanwhile(engine: Engine, adapters: lis
     """A trace that it falls into fails by name; one without the adapter does not."""
 
     def load_again(worker: Any, number: int, factor: float) -> None:
-        from vllm_flashtrace.worker.layers import adapter_slot
+        from vllm_flashtrace.worker.output_projections import adapter_slot
 
         slot = adapter_slot(worker.model_runner, number)
         module = worker.model_runner.get_model().model.layers[1].self_attn.qkv_proj
@@ -223,7 +223,7 @@ def test_fully_sharded_adapters_are_refused(engine: Engine) -> None:
     from vllm.lora.layers import RowParallelLinearWithShardedLoRA
 
     from vllm_flashtrace.base.errors import UnsupportedModelError
-    from vllm_flashtrace.worker.layers import base_projection
+    from vllm_flashtrace.worker.output_projections import base_projection
 
     with pytest.raises(UnsupportedModelError, match="fully sharded"):
         base_projection(object.__new__(RowParallelLinearWithShardedLoRA))

@@ -9,36 +9,32 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.same_bits import ENGINE_OPTIONS
-from tests.engine.harness import Engine, TraceJob, attention_error, relative_l1, run_hops
+from tests.engine.harness import (
+    TARGET,
+    TOKENS,
+    WAYS,
+    Engine,
+    TraceJob,
+    assert_hops_agree,
+    attention_error,
+    relative_l1,
+    tiny_folder,
+)
 from tests.engine.test_start_proof import LAYER, LIMIT, decoder, proven, start_reports
 from tests.engine.worker_faults import core_each
 from tests.measured import Measured
-from tests.oracle import capture_hf, oracle_scores
-from tests.tiny_models import FAMILY_NAMES, make_tiny_model
+from tests.oracle import capture_hf
+from tests.tiny_models import FAMILY_NAMES
+from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
-from vllm_flashtrace.worker import layers
+from vllm_flashtrace.worker.layers import find_layers
 from vllm_flashtrace.worker.output_gates import OutputGate
 
-TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
-TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
 # One gate for each coordinate, behind which the block's output is normed; one for each head.
 FAMILIES = ("afmoe", "laguna")
 
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(request.param, tmp_path_factory.mktemp("gates") / request.param)
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
+folder = tiny_folder(*FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +71,12 @@ def test_the_oracle_has_the_gates_of_the_formula(reference: Any) -> None:
     assert torch.allclose(read.float(), made.view(len(TOKENS), -1, width), rtol=1e-3, atol=1e-5)
 
 
-def test_chunks_beside_other_requests(engine: Engine, reference: Any) -> None:
+def test_chunks_beside_other_requests(
+    engine: Engine, reference: Any, expected: torch.Tensor
+) -> None:
     job = TraceJob(TOKENS, TARGET, layers=True, attention=True)
     decoding = [TOKENS[place : place + 100] for place in (0, 150, 300)]
     reports = engine.trace_many([job, TraceJob(TOKENS, TARGET)], decoding, new_tokens=40)
-    expected = oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
     for report in reports:
         error = relative_l1(report.scores, expected)
         print(f"relative L1 {error:.1e}")
@@ -91,11 +88,7 @@ def test_chunks_beside_other_requests(engine: Engine, reference: Any) -> None:
 
 
 def test_hops_from_one_prefill(engine: Engine) -> None:
-    arguments = (engine, TOKENS, 100, (380, 397), (110, 379), 2)  # In two chunks.
-    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
-    assert len(at_once.per_hop_scores) == len(one_by_one.per_hop_scores) == 3
-    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
-        assert relative_l1(ours, alone) <= 1e-5
+    assert_hops_agree(engine, TOKENS, 379)
 
 
 def test_targets_from_one_prefill(engine: Engine) -> None:
@@ -138,7 +131,7 @@ BREAKS: dict[str, Values] = {
 def test_what_is_left_out_is_seen(
     engine: Engine,
     folder: Path,
-    reference: Any,
+    expected: torch.Tensor,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
     measured: Measured,
@@ -153,7 +146,7 @@ def test_what_is_left_out_is_seen(
     monkeypatch.setattr(OutputGate, "values", values)
     # What the scores would be without a proof.
     scores = engine.trace(TraceJob(TOKENS, TARGET)).scores
-    error = relative_l1(scores, oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights))
+    error = relative_l1(scores, expected)
     report = proven(engine)
     family, found = folder.name, report["largest_error"]
     measured("breaks_gates", name, **{family: found, f"{family}_scores": error})
@@ -166,7 +159,7 @@ def test_inputs_of_blocks_that_were_not_seen(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoder(engine).self_attn, "_forward_pre_hooks", {})
-    with pytest.raises(layers.TraceError, match="3 inputs of blocks were seen"):
+    with pytest.raises(TraceError, match="3 inputs of blocks were seen"):
         engine.trace(TraceJob(TOKENS, TARGET))
 
 
@@ -182,25 +175,19 @@ def test_gates_that_are_not_known(engine: Engine, monkeypatch: pytest.MonkeyPatc
     name = "gate_proj" if hasattr(block, "gate_proj") else "g_proj"
 
     def found(worker: Any) -> Any:
-        return layers.find_layers(worker.model_runner.get_model(), worker.vllm_config)
+        return find_layers(worker.model_runner.get_model(), worker.vllm_config)
 
     with monkeypatch.context() as patch:
         patch.setattr(getattr(block, name), "output_size_per_partition", 3)
-        with pytest.raises(layers.UnsupportedModelError, match="an output gate that is not one"):
+        with pytest.raises(UnsupportedModelError, match="an output gate that is not one"):
             engine.on_worker(found)
     with monkeypatch.context() as patch:
         patch.delitem(block._modules, name)
-        with pytest.raises(layers.UnsupportedModelError, match="in some attention layers only"):
+        with pytest.raises(UnsupportedModelError, match="in some attention layers only"):
             engine.on_worker(found)
     monkeypatch.setattr(engine.llm.llm_engine.vllm_config, "lora_config", object())
-    with pytest.raises(layers.UnsupportedModelError, match="an output gate and LoRA adapters"):
+    with pytest.raises(UnsupportedModelError, match="an output gate and LoRA adapters"):
         engine.on_worker(found)
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "compiled": ENGINE_OPTIONS,
-    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
-}
 
 
 # What no other test proves of them is the tap in compiled code, and the gates of a rank's heads.
@@ -210,11 +197,10 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_ways(
     way: str,
     folder: Path,
-    reference: Any,
+    expected: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
     measured: Measured,
 ) -> None:
-    expected = oracle_scores(reference, TOKENS, TARGET.positions, TARGET.weights)
     if way == "ranks":
         core_each(monkeypatch, 2)
     engine = Engine(folder, f"output gates, {way}", **WAYS[way])

@@ -132,18 +132,14 @@ OWN_CODE: dict[str, dict[str, Any]] = {
 @pytest.mark.long
 @pytest.mark.parametrize("name", OWN_CODE)
 def test_others(name: str, tmp_path: Path, measured: Measured) -> None:
-    folder = make_other_model(name, tmp_path / name, **OWN_CODE[name])
-    error, found = _compare(folder, folder, model_impl="vllm")
-    measured("families", OTHER_NAMES.get(name, name), float32=error, **found)
+    _measure_other(name, "vllm", OWN_CODE[name], "float32", tmp_path, measured)
 
 
 # Kinds of code that other families have too, in other people's models.
 @pytest.mark.long
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_in_transformers_code(name: str, tmp_path: Path, measured: Measured) -> None:
-    folder = make_other_model(name, tmp_path / name, **OTHERS[name])
-    error, found = _compare(folder, folder, model_impl="transformers")
-    measured("families", OTHER_NAMES.get(name, name), transformers=error, **found)
+    _measure_other(name, "transformers", OTHERS[name], "transformers", tmp_path, measured)
 
 
 @pytest.mark.long
@@ -228,6 +224,15 @@ def _engine_args(family: Family) -> dict[str, Any]:
         return CHUNKS
     # Where a CPU has AMX, vLLM has another backend of latent attention, which is refused.
     return {"attention_backend": "CPU_MLA"} if family.startswith("deepseek") else {}
+
+
+def _measure_other(
+    name: str, code: str, sizes: dict[str, Any], column: str, tmp_path: Path, measured: Measured
+) -> None:
+    """Compares a model that is none of the tiny families, in vLLM's code or Transformers'."""
+    folder = make_other_model(name, tmp_path / name, **sizes)
+    error, found = _compare(folder, folder, model_impl=code)
+    measured("families", OTHER_NAMES.get(name, name), **{column: error}, **found)
 
 
 def _compare(folder: Path, reference: Path, **engine_args: Any) -> tuple[float, dict[str, str]]:

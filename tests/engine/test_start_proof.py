@@ -20,7 +20,7 @@ from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.worker import cpu_model, runner, start_proof
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
-from vllm_flashtrace.worker.taps import argument_names
+from vllm_flashtrace.worker.decoder_stream import argument_names
 
 LAYER = 2
 LIMIT = 1e-4

@@ -17,6 +17,7 @@ from tests.engine.harness import (
     oracle_head_scores,
     random_heads,
     relative_l1,
+    tiny_folder,
 )
 from tests.engine.test_scores import reference
 from tests.engine.worker_faults import (
@@ -41,6 +42,8 @@ JOBS = [
     TraceJob(TOKENS, TargetWeights.from_spans([(10, 20), (150, 280)]), layers=True, attention=True),
     TraceJob(TOKENS, TargetWeights.from_spans([(200, 300)]), layers=True, heads=True),
 ]
+
+folder = tiny_folder("qwen3")
 
 
 def start(folder: Path, ranks: int, patch: pytest.MonkeyPatch) -> Engine:
@@ -89,11 +92,6 @@ def oracle_error(folder: Path, report: TraceReport) -> float:
     weights = JOBS[0].weights
     expected = oracle_scores(model, TOKENS, weights.positions, weights.weights)
     return relative_l1(report.scores, expected)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("qwen3", tmp_path_factory.mktemp("tp") / "qwen3")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.same_bits import ENGINE_OPTIONS
-from tests.engine.harness import Engine, TraceJob, relative_l1
+from tests.engine.harness import TOKENS, WAYS, Engine, TraceJob, relative_l1
 from tests.engine.test_pipeline_parallel import make_buffers
 from tests.engine.test_start_proof import start_reports
 from tests.engine.worker_faults import core_each
@@ -18,12 +17,7 @@ from tests.oracle import oracle_scores
 from tests.tiny_models import FAMILY_NAMES, make_tiny_model
 from vllm_flashtrace.core.weights import TargetWeights
 
-TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
 TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(300, 400)})
-WAYS: dict[str, dict[str, Any]] = {
-    "compiled": ENGINE_OPTIONS,
-    "ranks": {"tensor_parallel_size": 2, "max_model_len": 1024},
-}
 STAGES: dict[str, Any] = {"pipeline_parallel_size": 2, "max_model_len": 1024}
 
 

@@ -23,8 +23,8 @@ from tests.gpu.standin import CPU, stock_halves
 from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.worker import runner as runner_v2
+from vllm_flashtrace.worker.cache_groups import CacheGroups, cache_groups, keeps_blocks
 from vllm_flashtrace.worker.gpu_cache import key_value_views
-from vllm_flashtrace.worker.layers import CacheGroups, cache_groups, keeps_blocks
 from vllm_flashtrace.worker.runner import kernel_block_table
 
 

@@ -165,10 +165,11 @@ def test_adapters_have_matrices_of_their_own(
     model.replace_by_proximities([], [], None)
     model.replace_by_proximities([], [], 3)  # No adapter can change a projection of this model.
     model.layers = [dataclasses.replace(layer, adapters=layer.block) for layer in model.layers]
+    changed = model.layers[2].block
     monkeypatch.setattr(
         traced_model,
         "added_weight",
-        lambda layer, adapter, _: torch.full((128, 128), 0.5) if layer.index == 2 else None,
+        lambda adapters, *_: torch.full((128, 128), 0.5) if adapters is changed else None,
     )
     model.replace_by_proximities([], [], 3)
     assert [[one.index for one in layers] for layers in calls] == [

@@ -122,7 +122,7 @@ def test_every_layout_in_parts(
     """The room holds one head of the longest context: one, or three, at a time of these."""
     monkeypatch.setattr(gpu_latents, "ROOM_BYTES", 1)
     monkeypatch.setattr(gpu_model, "ROOM_BYTES", 1)
-    monkeypatch.setattr(gpu_latents, "_GATHERED", 100)
+    monkeypatch.setattr(latents, "_GATHERED", 100)
     stock, made = gpu_latents.LatentRoom.keys, []
 
     def keys(self: Any, attention: Any, table: Tensor, tokens: int, heads: slice) -> Tensor:
@@ -190,14 +190,14 @@ def test_a_fault_behind_the_first_part(
 
 
 def _cached(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    stock = gpu_latents._cached
-    return lambda patch: patch.setattr(gpu_latents, "_cached", lambda *args: change(*stock(*args)))
+    stock = latents._cached
+    return lambda patch: patch.setattr(latents, "_cached", lambda *args: change(*stock(*args)))
 
 
 def _projections(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    stock = gpu_latents.up_projections
+    stock = latents.up_projections
     return lambda patch: patch.setattr(
-        gpu_latents, "up_projections", lambda attention: change(*stock(attention))
+        latents, "up_projections", lambda attention: change(*stock(attention))
     )
 
 

@@ -18,7 +18,7 @@ from tests.gpu.standin import CPU
 from tests.gpu.v2_engine import V2Engine, v2_engine
 from tests.tiny_models import Family, make_tiny_model
 from vllm_flashtrace.patches import model_runner_v1
-from vllm_flashtrace.worker.layers import CacheGroups
+from vllm_flashtrace.worker.cache_groups import CacheGroups
 from vllm_flashtrace.worker.runner import _ATTRIBUTE, batch_rows_v1
 
 

@@ -36,9 +36,9 @@ from vllm_flashtrace.trace.pickup import pick_up_score_now
 from vllm_flashtrace.trace.wire import ScoreSpec, TraceSpec, decode_wire, seal
 from vllm_flashtrace.worker import gpu_model, taps
 from vllm_flashtrace.worker import runner as adapter
+from vllm_flashtrace.worker.cache_groups import CacheGroups
 from vllm_flashtrace.worker.gpu_cache import KeyValueViews
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel
-from vllm_flashtrace.worker.layers import CacheGroups
 from vllm_flashtrace.worker.observer import current
 
 

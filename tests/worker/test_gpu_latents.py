@@ -22,7 +22,7 @@ from vllm_flashtrace.kernels import (
     SumsTouchedError,
     replace_by_proximities,
 )
-from vllm_flashtrace.worker import gpu_latents
+from vllm_flashtrace.worker import gpu_latents, latents
 from vllm_flashtrace.worker.gpu_latents import BLOCK, LatentRoom, read_latent_values
 from vllm_flashtrace.worker.layers import HeadSizes
 
@@ -82,7 +82,7 @@ def test_as_the_layer_projects_them(
     size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Latents are gathered 30 at a time, which begins and ends within blocks."""
-    monkeypatch.setattr(gpu_latents, "_GATHERED", 30)
+    monkeypatch.setattr(latents, "_GATHERED", 30)
     layer, room = Layer(dtype, size), room_of(1 << 20, dtype)
     attention: Any = layer
     table, tokens = layer.table(), min(100, 40 * size)

@@ -10,8 +10,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_flashtrace.worker import latents
-from vllm_flashtrace.worker.cpu_cache import Scratch
-from vllm_flashtrace.worker.latents import latent_keys, latent_values
+from vllm_flashtrace.worker.latents import write_keys, write_values
 
 HEADS, LATENT, ROTATED, PLAIN, VALUE = 3, 10, 4, 6, 5
 BLOCK_SIZE, BLOCKS = 4, [5, 2, 3, 7]
@@ -54,21 +53,24 @@ def test_as_the_layer_projects_them(
     if quantized:
         layer.kv_b_proj.quant_method = Quantized(layer.kv_b_proj.weight)
         monkeypatch.setattr(latents, "_PROJECTED", 2)
-    cached = layer.kv_cache.clone()
+    cached, table = layer.kv_cache.clone(), torch.tensor(BLOCKS, dtype=torch.int32)
     tokens = torch.stack([layer.token(place) for place in range(length)])
     projected = layer.kv_b_proj(tokens[:, :LATENT]).detach().view(length, HEADS, -1)
     keys = torch.cat([projected[..., :PLAIN], tokens[:, None, LATENT:].expand(-1, HEADS, -1)], -1)
     near = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
-    scratch = Scratch()
-    found = latent_keys(layer, BLOCKS, length, scratch, slice(None))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.permute(2, 0, 1), keys.float(), **near)
-    found.zero_()  # As column sums may do.
     monkeypatch.setattr(latents, "_GATHERED", 3)
-    some = latent_keys(layer, BLOCKS, length, scratch, slice(1, 3))
-    torch.testing.assert_close(some.permute(2, 0, 1), keys[:, 1:].float(), **near)
+    for heads in (slice(None), slice(1, 3)):
+        shape = len(keys[0, heads]), length, PLAIN + ROTATED
+        for found in (torch.empty(shape), torch.empty(shape).transpose(1, 2).contiguous().mT):
+            write_keys(layer, table, length, heads, found)
+            torch.testing.assert_close(found.transpose(0, 1), keys[:, heads].float(), **near)
+        at_once = torch.empty(shape, dtype=dtype)
+        write_keys(layer, table, length, heads, at_once, one_launch=True)
+        torch.testing.assert_close(at_once.transpose(0, 1), keys[:, heads], **near)
     for first, last in ((0, length), (length // 2, length)):
-        values = latent_values(layer, BLOCKS, first, last, scratch)
-        assert values.transpose(0, 1).is_contiguous()
-        torch.testing.assert_close(values, projected[first:last, :, PLAIN:].float(), **near)
+        for one_launch, kind in ((False, torch.float32), (True, dtype)):
+            values = torch.empty(HEADS, last - first, VALUE, dtype=kind)
+            write_values(layer, table, first, last, values, one_launch=one_launch)
+            expected = projected[first:last, :, PLAIN:].to(kind)
+            torch.testing.assert_close(values.transpose(0, 1), expected, **near)
     assert torch.equal(layer.kv_cache, cached)

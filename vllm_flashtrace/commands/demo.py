@@ -13,8 +13,8 @@ from rich.console import Console
 from vllm_flashtrace.api.attribution import Attribution
 from vllm_flashtrace.api.terminal import TerminalHeatMap
 from vllm_flashtrace.base.errors import CommandError, FlashTraceError, in_one_line
+from vllm_flashtrace.commands.trace_command import command_engine
 from vllm_flashtrace.models import prepare_smollm2
-from vllm_flashtrace.offline.engine import command_engine
 
 DEFAULT_HTML = Path("flashtrace-demo.html")
 

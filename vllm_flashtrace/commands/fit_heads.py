@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vllm_flashtrace.base.errors import FlashTraceError
 from vllm_flashtrace.base.records import Completion, ScoredText
+from vllm_flashtrace.commands.trace_command import command_engine
 from vllm_flashtrace.core.head_weights import (
     HeadExample,
     fit_head_weights,
@@ -155,8 +156,6 @@ def run_fit(lines: Sequence[Line], options: FitOptions, console: Console | None 
         ValueError: The work file is of another run, or nothing can be learned.
     """
     from rich.console import Console
-
-    from vllm_flashtrace.offline.engine import command_engine
 
     began = time.monotonic()
     console = console or Console(highlight=False)

@@ -1,4 +1,4 @@
-"""What ``vllm-flashtrace trace`` does with its options.
+"""What ``vllm-flashtrace trace`` does with its options, and the engine of a command.
 
 Everything the user can get wrong is checked before an engine starts, where that is possible.
 """
@@ -8,14 +8,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_flashtrace.base.errors import FlashTraceError, TraceError
+from vllm_flashtrace.offline.engine import engine_log, root_cause
+
 if TYPE_CHECKING:
     from vllm_flashtrace.api.attribution import Attribution
+    from vllm_flashtrace.offline.flashtrace import FlashTrace
 
 Messages = list[dict[str, Any]]
+
+_STDERR = 2
 
 
 def run_trace(
@@ -34,8 +42,6 @@ def run_trace(
         FlashTraceError: The engine did not start or refuses the prompt, or it cannot trace this
             model; a note names the engine's log.
     """
-    from vllm_flashtrace.offline.engine import command_engine
-
     engine_args: dict[str, Any] = {"disable_log_stats": True, "enforce_eager": enforce_eager}
     if max_model_len is not None:
         engine_args["max_model_len"] = max_model_len
@@ -47,6 +53,32 @@ def run_trace(
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         [attribution] = engine.generate(prompt, params, flashtrace=field)
         return attribution
+
+
+@contextmanager
+def command_engine(model: str, **engine_args: Any) -> Iterator[FlashTrace]:
+    """A :class:`FlashTrace` that lives as long as the ``with`` block.
+
+    Raises:
+        FlashTraceError: The engine did not start, cannot trace this model, or refused what it was
+            asked in the block; the message is the cause in one line, and a note (``__notes__``)
+            names the engine's log, which has the traceback.
+    """
+    with engine_log() as log:
+        try:
+            from vllm_flashtrace.offline.flashtrace import FlashTrace
+
+            with FlashTrace(model, **engine_args) as engine:
+                yield engine
+        except FlashTraceError:
+            raise
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+                raise
+            with os.fdopen(os.dup(_STDERR), "w") as stream:
+                traceback.print_exc(file=stream)
+            reason = root_cause(error, log)
+            raise TraceError("engine_failed", f"the engine of {model} failed: {reason}") from None
 
 
 def show(attribution: Attribution, *, full: bool, rows: int) -> None:

@@ -1,7 +1,7 @@
 """A ``vllm.LLM`` to trace on: started, asked whether it can trace, and stopped.
 
-Commands run theirs through :func:`command_engine`, which keeps the engine's log out of the
-command's output. vLLM is imported only when an engine starts: :func:`engine_log` has to come first.
+vLLM is imported only when an engine starts: :func:`engine_log`, which keeps the engine's log out of
+a command's output, has to come first.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import os
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_flashtrace.base.errors import FlashTraceError, TraceError, in_one_line
+from vllm_flashtrace.base.errors import in_one_line
 from vllm_flashtrace.base.process import default_kv_cache_bytes, prepare_environment
 
 if TYPE_CHECKING:
-    from vllm_flashtrace.offline.flashtrace import FlashTrace
     from vllm_flashtrace.text.generated import OutputParser
 
 _LEVEL = "VLLM_LOGGING_LEVEL"
@@ -101,32 +99,6 @@ def engine_refusal(llm: Any) -> str | None:
         return decode_status(llm.collective_rpc("flashtrace_status"))["refusal"]
     except Exception as error:
         return f"the engine runs without the FlashTrace plugin ({in_one_line(error)})"
-
-
-@contextmanager
-def command_engine(model: str, **engine_args: Any) -> Iterator[FlashTrace]:
-    """A :class:`FlashTrace` that lives as long as the ``with`` block.
-
-    Raises:
-        FlashTraceError: The engine did not start, cannot trace this model, or refused what it was
-            asked in the block; the message is the cause in one line, and a note (``__notes__``)
-            names the engine's log, which has the traceback.
-    """
-    with engine_log() as log:
-        try:
-            from vllm_flashtrace.offline.flashtrace import FlashTrace
-
-            with FlashTrace(model, **engine_args) as engine:
-                yield engine
-        except FlashTraceError:
-            raise
-        except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
-                raise
-            with os.fdopen(os.dup(_STDERR), "w") as stream:
-                traceback.print_exc(file=stream)
-            reason = root_cause(error, log)
-            raise TraceError("engine_failed", f"the engine of {model} failed: {reason}") from None
 
 
 def root_cause(error: Exception, log: Path | None) -> str:

@@ -1,1 +1,11 @@
-"""Inside a vLLM worker: records a trace while its request is prefilled."""
+"""Inside a vLLM worker: records a trace while its request is prefilled.
+
+- A step: `runner` meets vLLM's model runners, `recorder` keeps the traces, `step` adds a step's
+  target rows to their sums, `finish` makes scores of these. `scorer` gives log-probabilities.
+- A forward pass: `taps` on the residual stream, `observer` for these and for attention.
+- The model: `traced_model`, with `cpu_model` and `gpu_model`, which read keys and values by
+  `cpu_cache`, `gpu_cache` and, of latent attention, by `latents` and `gpu_latents`.
+- What is read of it, or refused: `layers`, and of each `decoder_stream`, `output_projections`,
+  `quantized` and `output_gates`; `cache_groups` of the KV cache, `config_checks` of the engine.
+- At the start `start_proof` and `warm_up`; ever after `fingerprint`, which sees weights change.
+"""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,10 @@ from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.core import TargetRowBlocks
 from vllm_flashtrace.kernels import (
     AttentionForm,
-    AttentionInputs,
     PagedRows,
     ProximityLayer,
     ProximityTrace,
     RowSegment,
-    paged_column_sums,
     replace_by_proximities,
     touching_sums,
 )
@@ -33,10 +32,12 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_values,
 )
 from vllm_flashtrace.worker.gpu_cache import CacheScales, cache_scales, quantized_dtype
-from vllm_flashtrace.worker.latents import latent_keys, latent_values
-from vllm_flashtrace.worker.layers import CPU_BACKEND, CPU_LATENT_BACKEND, TracedLayer
+from vllm_flashtrace.worker.latents import CPU_LATENT_BACKEND, write_keys, write_values
+from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
+
+CPU_BACKEND = "CPU_ATTN"
 
 LATENT_SCRATCH_BYTES = 256 << 20
 """Most memory for keys or values that are made of latents, but where one head's keys take more."""
@@ -45,6 +46,33 @@ LATENT_SCRATCH_BYTES = 256 << 20
 _ONE_BLOCK = torch.zeros(1, dtype=torch.int32)
 
 _FLOAT_BYTES = 4
+
+
+class HeadBlocks:
+    """Target rows of a request in blocks, for any number of heads whose keys are made at a time.
+
+    Attributes:
+        columns: Number of keys that the last row sees.
+    """
+
+    def __init__(self, weights: Tensor, positions: Tensor, rows: Tensor) -> None:
+        """See `TargetRowBlocks`."""
+        self.columns = int(positions.max()) + 1
+        self._arguments = weights, positions, rows
+        self._made: dict[int, TargetRowBlocks] = {}
+
+    def of(self, heads: int, groups: int) -> TargetRowBlocks:
+        """The blocks for some of the query heads, made at first use.
+
+        Args:
+            heads: How many.
+            groups: Key/value heads of all.
+        """
+        if heads not in self._made:
+            weights, positions, rows = self._arguments
+            sizes = heads, min(heads, groups)
+            self._made[heads] = TargetRowBlocks(weights, positions, *sizes, rows=rows)
+        return self._made[heads]
 
 
 class CPUTracedModel(TracedModel):
@@ -62,46 +90,67 @@ class CPUTracedModel(TracedModel):
         for layer in self.layers:
             _check_layer(layer, self._dtype)
         self._scratch = Scratch()
+        self._blocks: WeakKeyDictionary[PagedRows, HeadBlocks] = WeakKeyDictionary()
 
     def add_column_sums(
         self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
     ) -> None:
         """See `TracedModel`."""
-        [segment] = group.segments
-        form, tables = self.attention_form(layer), segment.batch_row.block_tables
-        parts = self._head_parts(layer, rows.columns(0))
-        for number, heads in enumerate(parts):
-            # What fails now has not touched the sums only if nothing has before.
-            with touching_sums() if number else nullcontext():
-                own = rows if len(parts) == 1 else _of_heads(rows, heads)
-                keys = self._read_keys(layer, tables, rows.columns(0), heads)
-                blocks = keys.transpose(1, 2)[None]
-                inputs = AttentionInputs(query[:, heads], blocks, own, form, scales)
-                paged_column_sums(inputs, layer, overwrite_keys=True)
+        [segment] = rows.segments
+        blocks = self._blocks.get(rows)
+        if blocks is None:  # They serve all layers of a step.
+            blocks = HeadBlocks(segment.weights, segment.positions, segment.rows)
+            self._blocks[rows] = blocks
+        tables = group.segments[0].batch_row.block_tables
+        self._add(layer, tables, query, blocks, [segment.sums.column_sums[layer]], scales)
 
     def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
         """See `TracedModel`; the targets share the attention weights of their rows."""
         targets = [group.segments[0].row_segment for group in groups]
-        batch_row = groups[0].segments[0].batch_row
+        tables = groups[0].segments[0].batch_row.block_tables
         rows = torch.cat([target.rows for target in targets]).unique()
         weights = torch.zeros(len(targets), len(rows))
         for own, target in zip(weights, targets, strict=True):
             own[torch.searchsorted(rows, target.rows)] = target.weights
-        columns = int(kept.positions[rows].max()) + 1
-        made: dict[int, TargetRowBlocks] = {}  # By the number of heads.
+        blocks = HeadBlocks(weights, kept.positions[rows], rows)
         for layer in range(len(self.layers)):
-            scales = kept.factors_of(layer, rows)
-            for heads in self._head_parts(layer, columns):
-                queries = kept.queries[layer][:, heads]
-                count = queries.shape[1]
-                if count not in made:
-                    sizes = count, min(count, self.shape.num_kv_heads)
-                    made[count] = TargetRowBlocks(weights, kept.positions[rows], *sizes, rows=rows)
-                keys = self._read_keys(layer, batch_row.block_tables, columns, heads)
-                out = [target.sums.column_sums[layer][heads] for target in targets]
-                made[count].add(queries, keys, self.attention_form(layer), out, scales)
+            sums = [target.sums.column_sums[layer] for target in targets]
+            factors = kept.factors_of(layer, rows)
+            self._add(layer, tables, kept.queries[layer], blocks, sums, factors)
         for group in groups:
             self.add_kept_rows(kept, group)
+
+    def _add(
+        self,
+        layer: int,
+        block_tables: Sequence[Tensor],
+        query: Tensor,
+        blocks: HeadBlocks,
+        sums: Sequence[Tensor],
+        scales: Tensor | None,
+    ) -> None:
+        """Adds column sums of one request and layer, those of some heads after those of others.
+
+        Args:
+            layer: Layer index.
+            block_tables: See `step.BatchRow`.
+            query: ``[tokens, H, d]``, see `heads_of`.
+            blocks: The request's target rows.
+            sums: Of each target, float32 ``[H, >= columns]`` or ``[H * d, >= columns]``.
+            scales: See `TargetRowBlocks.add`.
+
+        Raises:
+            SumsTouchedError: It failed when it had begun to add.
+        """
+        form, groups = self.attention_form(layer), self.shape.num_kv_heads
+        for number, heads in enumerate(self._head_parts(layer, blocks.columns)):
+            # What fails now has not touched the sums only if nothing has before.
+            with touching_sums() if number else nullcontext():
+                queries = query[:, heads]
+                own = blocks.of(queries.shape[1], groups)
+                keys = self._read_keys(layer, block_tables, blocks.columns, heads)
+            with touching_sums():
+                own.add(queries, keys, form, [one[heads] for one in sums], scales)
 
     def attention_form(self, layer: int) -> AttentionForm:
         """See `TracedModel`."""
@@ -116,12 +165,14 @@ class CPUTracedModel(TracedModel):
     ) -> Tensor:
         """Those from ``first`` up to ``last``."""
         attention, size = self.layers[layer].attention, self.layers[layer].heads.values
-        blocks = block_tables[self.cache_groups.places[layer]].tolist()
+        block_table = block_tables[self.cache_groups.places[layer]]
         if isinstance(attention, MLAAttention):
-            return latent_values(attention, blocks, first, last, self._scratch)
+            values = self._scratch.take(attention.num_heads, last - first, size)
+            write_values(attention, block_table, first, last, values)
+            return values.transpose(0, 1)
         cache, orders = self._cache(attention)
-        values = read_values(cache, blocks, last, orders, self._scratch)[first:, :, :size]
-        scale = _scales(attention).value
+        values = read_values(cache, block_table.tolist(), last, orders, self._scratch)
+        values, scale = values[first:, :, :size], _scales(attention).value
         return values if scale == 1 else values.mul_(scale)
 
     def _read_keys(
@@ -136,11 +187,14 @@ class CPUTracedModel(TracedModel):
             heads: One of `_head_parts`.
         """
         attention = self.layers[layer].attention
-        blocks = block_tables[self.cache_groups.places[layer]].tolist()
+        block_table = block_tables[self.cache_groups.places[layer]]
         if isinstance(attention, MLAAttention):
-            return latent_keys(attention, blocks, tokens, self._scratch, heads)
+            count = len(range(attention.num_heads)[heads])
+            keys = self._scratch.take(count, attention.qk_head_dim, tokens)
+            write_keys(attention, block_table, tokens, heads, keys.transpose(1, 2))
+            return keys
         cache, orders = self._cache(attention)
-        return read_keys(cache, blocks, tokens, orders, self._scratch)
+        return read_keys(cache, block_table.tolist(), tokens, orders, self._scratch)
 
     def _cache(self, attention: Any) -> tuple[Tensor, BlockOrders]:
         """A layer's cache as the numbers that are stored, and their order in a block."""
@@ -221,15 +275,6 @@ def cpu_attention_form(layer: TracedLayer) -> AttentionForm:
         alibi_slopes=impl.alibi_slopes,
         sinks=impl.sinks.float() if impl.sinks is not None else None,
     )
-
-
-def _of_heads(rows: PagedRows, heads: slice) -> PagedRows:
-    """The rows of one segment with the accumulators of some heads, each of which has own keys."""
-    [segment] = rows.segments
-    sums = segment.sums._replace(column_sums=segment.sums.column_sums[:, heads])
-    count = sums.column_sums.shape[1]
-    own = dataclasses.replace(segment, sums=sums)
-    return PagedRows.build([own], count, count, rows.device)
 
 
 def _check_layer(layer: TracedLayer, dtype: torch.dtype) -> None:

@@ -5,7 +5,8 @@ extension, by copies into ``param.data`` that no counter of PyTorch sees, by new
 another process that shares the memory. Two things follow:
 
 - Nothing that is derived from weights is kept beyond the step it is derived in, except from the
-  packed matrices of the CPU backend, which cannot be written to; see `layers.packed_kernel`.
+  packed matrices of the CPU backend, which cannot be written to; see
+  `output_projections.packed_kernel`.
 - All forward passes of a trace must have had the same weights. So the bits of all weights are added
   up at each step that computes tokens of a trace, on the device and without waiting for it, and
   what comes out is compared with the trace's first step and, at the end, between its hops.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vllm_flashtrace.worker.layers import packed_kernel
+from vllm_flashtrace.worker.output_projections import packed_kernel
 from vllm_flashtrace.worker.quantized import packed_int8
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ Whatever the physical layout (``vllm.v1.kv_cache_layout.KVCacheLayout``), vLLM b
 logical view ``[num_blocks, G, block_size, 2 * head_size]`` with K and V side by side in the last
 dimension; FlashAttention, Triton attention and FlashInfer slice that view. So do the views here,
 by strides and without a copy. ``view * scale`` is the tensor the attention kernel works with;
-caches of which that does not hold are refused by name.
+caches of which that does not hold are refused by name. The types and scales of caches of eight
+bits (`quantized_dtype`, `cache_scales`) are read alike for the CPU backend.
 """
 
 from __future__ import annotations

@@ -5,9 +5,6 @@ of a long context would take more memory than there is, so they are made in a ro
 keys of some heads, since a row's weights need all its keys, and values of all heads for some
 tokens. In the room they look to the kernels like a paged cache whose block table counts up.
 
-A quantised layer is applied to the latents, for all heads of some tokens, of which those that are
-asked for are copied to the room.
-
 Nothing here waits for the device.
 """
 
@@ -37,12 +34,12 @@ from vllm_flashtrace.kernels import (
 )
 from vllm_flashtrace.worker.gpu_cache import KeyValueViews
 from vllm_flashtrace.worker.latents import (
-    projected,
-    up_is_quantized,
+    GPU_LATENT_BACKENDS,
     up_projection,
-    up_projections,
+    write_keys,
+    write_values,
 )
-from vllm_flashtrace.worker.layers import GPU_LATENT_BACKENDS, HeadSizes, TracedLayer
+from vllm_flashtrace.worker.layers import HeadSizes, TracedLayer
 
 ROOM_BYTES = 256 << 20
 """Most memory for keys and values, but for contexts of which one head's keys take more."""
@@ -52,9 +49,6 @@ BLOCK = 64
 
 # Kernels are compiled for queries of any number of heads if a head has a multiple of so many.
 _ALIGNMENT = 16
-
-# Tokens whose latents are gathered at a time.
-_GATHERED = 4096
 
 
 class HeadPart(NamedTuple):
@@ -183,18 +177,8 @@ class LatentRoom:
         Returns:
             ``[blocks, heads, BLOCK, P + R]``; what lies behind the last token is not defined.
         """
-        size = attention.qk_nope_head_dim
         room = self._room(heads.stop - heads.start, tokens, attention.qk_head_dim)
-        for first in range(0, tokens, _GATHERED):
-            last = min(first + _GATHERED, tokens)
-            latents, rotated = _cached(attention, block_table, first, last)
-            own = room[:, first:last]
-            if up_is_quantized(attention):
-                for some, keys, _ in projected(attention, latents):
-                    own[:, some, :size] = keys[heads]
-            else:
-                _project(latents, up_projections(attention)[0][heads], own[..., :size])
-            own[..., size:] = rotated
+        write_keys(attention, block_table, tokens, heads, room, one_launch=True)
         return _as_blocks(room)
 
     def values(self, attention: MLAAttention, block_table: Tensor, first: int, last: int) -> Tensor:
@@ -204,10 +188,7 @@ class LatentRoom:
             ``[blocks, H, BLOCK, V]``, the token ``first`` in front.
         """
         room = self._room(attention.num_heads, last - first, attention.v_head_dim)
-        for start in range(first, last, _GATHERED):
-            stop = min(start + _GATHERED, last)
-            latents, _ = _cached(attention, block_table, start, stop)
-            _values(attention, latents, room[:, start - first : stop - first])
+        write_values(attention, block_table, first, last, room, one_launch=True)
         return _as_blocks(room)
 
     def views(self) -> KeyValueViews:
@@ -269,9 +250,8 @@ def latent_form(layer: TracedLayer) -> AttentionForm:
 
 def read_latent_values(attention: MLAAttention, block_table: Tensor, tokens: int) -> Tensor:
     """The values of a request's first tokens, float32 ``[tokens, H, V]``, in their own memory."""
-    latents, _ = _cached(attention, block_table, 0, tokens)
-    values = latents.new_empty(attention.num_heads, tokens, attention.v_head_dim)
-    _values(attention, latents, values)
+    values = attention.kv_cache.new_empty(attention.num_heads, tokens, attention.v_head_dim)
+    write_values(attention, block_table, 0, tokens, values, one_launch=True)
     return values.transpose(0, 1).float()
 
 
@@ -320,30 +300,3 @@ def _padded(tokens: int) -> int:
 def _as_blocks(room: Tensor) -> Tensor:
     """``[heads, tokens, size]`` as ``[blocks, heads, BLOCK, size]``."""
     return room.unflatten(1, (-1, BLOCK)).transpose(0, 1)
-
-
-def _values(attention: MLAAttention, latents: Tensor, out: Tensor) -> None:
-    """Writes values of all heads, ``[H, tokens, V]``."""
-    if up_is_quantized(attention):
-        for some, _, values in projected(attention, latents):
-            out[:, some] = values
-    else:
-        _project(latents, up_projections(attention)[1], out)
-
-
-def _project(latents: Tensor, up: Tensor, out: Tensor) -> None:
-    """Writes ``up_h c_j`` ``[heads, tokens, size]`` of ``[tokens, L]`` and ``[heads, size, L]``."""
-    torch.bmm(latents.expand(len(up), -1, -1), up.transpose(1, 2), out=out)
-
-
-def _cached(
-    attention: MLAAttention, block_table: Tensor, first: int, last: int
-) -> tuple[Tensor, Tensor]:
-    """Latents ``[tokens, L]`` and rotated keys ``[tokens, R]``, a copy of what is cached."""
-    cache = attention.kv_cache  # [blocks, block_size, L + R]
-    size = cache.shape[1]
-    start = first // size
-    blocks = cache.index_select(0, block_table[start : -(-last // size)])
-    tokens = blocks.view(-1, cache.shape[2])[first - start * size : last - start * size]
-    latents, rotated = tokens.split([attention.kv_lora_rank, attention.qk_rope_head_dim], dim=1)
-    return latents, rotated

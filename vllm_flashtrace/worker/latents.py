@@ -1,4 +1,4 @@
-"""Keys and values of multi-head latent attention (MLA), made of what the CPU backend caches.
+"""Keys and values of multi-head latent attention (MLA), made of what the cache holds.
 
 The cache holds, for a token ``j``, its normed latent ``c_j`` and one rotated key ``p_j`` that all
 heads share. Head ``h`` has the key ``[W_UK^h c_j ; p_j]`` and the value ``W_UV^h c_j``. So a layer
@@ -8,8 +8,9 @@ query and output with the same two matrices, which changes nothing but the order
 
 The matrices are read of the layer when they are needed, and the products rounded to the model's
 type, as in the layer. Where the layer is quantised, it is applied to the latents itself, as it is
-when it prefills: its kernel may round them too. Its decode steps do not, since vLLM makes the two
-matrices of dequantised weights for these.
+when it prefills, for all heads of some tokens, of which those that are asked for are copied: its
+kernel may round them too. Its decode steps do not, since vLLM makes the two matrices of dequantised
+weights for these.
 
 Keys of all heads of a long context would take more memory than there is, so they are made for some
 heads at a time, and values for some tokens.
@@ -17,7 +18,7 @@ heads at a time, and values for some tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,68 +26,85 @@ from torch import Tensor
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_flashtrace.worker.cpu_cache import Scratch
+CPU_LATENT_BACKEND = "CPU_MLA"
+GPU_LATENT_BACKENDS = (
+    "CUTLASS_MLA",
+    "FLASHINFER_MLA",
+    "FLASHMLA",
+    "FLASH_ATTN_MLA",
+    "TRITON_MLA",
+)
+LATENT_BACKENDS = (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS)
+"""The backends of latent attention whose caches are read."""
 
+# Tokens that a quantised layer is applied to at a time.
 _PROJECTED = 512
-"""Tokens that a quantised layer is applied to at a time."""
 # Tokens whose latents are gathered at a time.
 _GATHERED = 4096
 
 
-def latent_keys(
-    attention: MLAAttention, block_ids: Sequence[int], length: int, scratch: Scratch, heads: slice
-) -> Tensor:
-    """The keys of some heads of a request's first ``length`` tokens.
+def write_keys(
+    attention: MLAAttention,
+    block_table: Tensor,
+    tokens: int,
+    heads: slice,
+    out: Tensor,
+    *,
+    one_launch: bool = False,
+) -> None:
+    """Makes the keys of some heads of a request's first tokens.
 
     Args:
         attention: The layer.
-        block_ids: At least ``ceil(length / block_size)`` ids of blocks of its cache.
-        length: Number of tokens.
-        scratch: Where the result lies.
+        block_table: int32 or int64, at least ``ceil(tokens / block_size)`` blocks of its cache.
+        tokens: Number of tokens.
         heads: Which heads.
-
-    Returns:
-        float32 ``[heads, P + R, length]``: for every head the part without positions, then the
-        shared rotated one.
+        out: ``[heads, >= tokens, P + R]`` of any strides, in float32 or the model's type: gets for
+            every head the part without positions, then the shared rotated one.
+        one_launch: Whether one product serves all heads, as suits a GPU; ``out`` is then of the
+            model's type.
     """
     size = attention.qk_nope_head_dim
     quantized = up_is_quantized(attention)
-    count = len(range(attention.num_heads)[heads])
-    keys = scratch.take(count, attention.qk_head_dim, length)
-    for first, last in _pieces(0, length):
-        latents, rotated = _cached(attention, block_ids, first, last)
-        piece = keys[:, :, first:last]
+    for first, last in _pieces(0, tokens):
+        latents, rotated = _cached(attention, block_table, first, last)
+        piece = out[:, first:last]
         if quantized:
-            for tokens, own_keys, _ in projected(attention, latents):
-                piece[:, :size, tokens] = own_keys[heads].transpose(1, 2)
+            for some, keys, _ in projected(attention, latents):
+                piece[:, some, :size] = keys[heads]
         else:
-            up = up_projections(attention)[0][heads]
-            for own, matrix in zip(piece, up, strict=True):
-                own[:size] = matrix @ latents.t()
-        piece[:, size:] = rotated.t()
-    return keys
+            _project(latents, up_projections(attention)[0][heads], piece[..., :size], one_launch)
+        piece[..., size:] = rotated
 
 
-def latent_values(
-    attention: MLAAttention, block_ids: Sequence[int], first: int, last: int, scratch: Scratch
-) -> Tensor:
-    """The values of a request's tokens from ``first`` up to ``last``; arguments as `latent_keys`.
+def write_values(
+    attention: MLAAttention,
+    block_table: Tensor,
+    first: int,
+    last: int,
+    out: Tensor,
+    *,
+    one_launch: bool = False,
+) -> None:
+    """Makes the values of all heads of a request's tokens from ``first`` up to ``last``.
 
-    Returns:
-        float32 ``[tokens, H, V]`` that lies in memory as ``[H, tokens, V]``.
+    Args:
+        attention: See `write_keys`.
+        block_table: See `write_keys`.
+        first: The first token.
+        last: The one behind the last.
+        out: ``[H, >= last - first, V]``, see `write_keys`.
+        one_launch: See `write_keys`.
     """
     quantized = up_is_quantized(attention)
-    values = scratch.take(attention.num_heads, last - first, attention.v_head_dim)
     for start, stop in _pieces(first, last):
-        latents, _ = _cached(attention, block_ids, start, stop)
-        piece = values[:, start - first : stop - first]
+        latents, _ = _cached(attention, block_table, start, stop)
+        piece = out[:, start - first : stop - first]
         if quantized:
-            for tokens, _, own_values in projected(attention, latents):
-                piece[:, tokens] = own_values
+            for some, _, values in projected(attention, latents):
+                piece[:, some] = values
         else:
-            for own, matrix in zip(piece, up_projections(attention)[1], strict=True):
-                own.copy_(latents @ matrix.t())
-    return values.transpose(0, 1)
+            _project(latents, up_projections(attention)[1], piece, one_launch)
 
 
 def up_projection(attention: MLAAttention) -> Any:
@@ -130,19 +148,32 @@ def up_projections(attention: MLAAttention) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def _project(latents: Tensor, up: Tensor, out: Tensor, one_launch: bool) -> None:
+    """Writes ``up_h c_j`` ``[heads, tokens, size]`` of ``[tokens, L]`` and ``[heads, size, L]``."""
+    if one_launch:
+        torch.bmm(latents.expand(len(up), -1, -1), up.transpose(1, 2), out=out)
+        return
+    for own, matrix in zip(out, up, strict=True):
+        # In the order in which it lies in memory, since a copy that transposes costs more.
+        if own.stride(0) == 1:
+            own.t().copy_(matrix @ latents.t())
+        else:
+            own.copy_(latents @ matrix.t())
+
+
 def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
     for start in range(first, last, _GATHERED):
         yield start, min(start + _GATHERED, last)
 
 
 def _cached(
-    attention: MLAAttention, block_ids: Sequence[int], first: int, last: int
+    attention: MLAAttention, block_table: Tensor, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
     """Latents ``[tokens, L]`` and rotated keys ``[tokens, R]``, a copy of what is cached."""
     cache = attention.kv_cache  # [blocks, block_size, L + R]
     size = cache.shape[1]
     start = first // size
-    ids = torch.as_tensor(block_ids[start : -(-last // size)])
-    tokens = cache[ids].flatten(0, 1)[first - start * size : last - start * size]
+    blocks = cache.index_select(0, block_table[start : -(-last // size)])
+    tokens = blocks.view(-1, cache.shape[2])[first - start * size : last - start * size]
     latents, rotated = tokens.split([attention.kv_lora_rank, attention.qk_rope_head_dim], dim=1)
     return latents, rotated

@@ -3,92 +3,45 @@
 What is read here is the structure: which modules a layer is made of, and which attributes change
 what lies between ``v`` and the residual stream. That nothing was overlooked is proven by numbers
 when the worker starts, see `start_proof`. With pipeline parallelism the layers are those of this
-worker's stage. LoRA adapters matter on the output projection only: what they do to queries, keys,
-values and the stream is in what is recorded.
+worker's stage. How a layer carries the stream is read in `decoder_stream`.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
-    FullAttentionSpec,
-    KVCacheConfig,
-    MLAAttentionSpec,
-    SlidingWindowSpec,
-)
 
-from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
-from vllm_flashtrace.base.logs import log_unexpected
+from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.trace.config import FlashTraceConfig
-from vllm_flashtrace.trace.engines import HANDING_OVER, check_data_parallel
 from vllm_flashtrace.trace.wire import ModelPart
-from vllm_flashtrace.worker.latents import up_projection
+from vllm_flashtrace.worker.decoder_stream import (
+    NORMS_BEHIND,
+    NORMS_IN_FRONT,
+    BlockNorm,
+    norm_name,
+    norm_of_block,
+    residual_multiplier,
+    stream_takers,
+)
+from vllm_flashtrace.worker.latents import LATENT_BACKENDS, up_projection
 from vllm_flashtrace.worker.output_gates import OutputGate
+from vllm_flashtrace.worker.output_projections import (
+    base_projection,
+    packed_kernel,
+    projection_name,
+)
 from vllm_flashtrace.worker.quantized import Quantization, quantization_of
 
-# Architectures that tests compare with an oracle; others are traced only when proven at the start.
-KNOWN_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-
-TRACED_CONNECTORS = frozenset({"OffloadingConnector"})
-"""KV connectors of vLLM, or modules and names of others, that tests trace through."""
-
-# Of the norms of a decoder layer, the one that sees the stream, or what is added to it, behind the
-# attention block. Where there is one more, that norms the block's output before it is added: the
-# same name means one or the other. Where block and MLP take the stream as it is, as in OLMo 2, the
-# norm of that name is the block's.
-_NORMS_BEHIND = (
-    "pre_feedforward_layernorm",
-    "pre_mlp_layernorm",
-    "post_attention_layernorm",
-    "feedforward_layernorm",
-)
-_NORMS_OF_BLOCKS = {
-    "pre_feedforward_layernorm": "post_attention_layernorm",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-    "post_attention_layernorm": "post_self_attn_layernorm",
-    "mlp": "post_attention_layernorm",
-}
-NORMS_IN_FRONT = ("input_layernorm", "attention_layernorm")
-MLP, _NORM_OF_MLP = "mlp", "post_feedforward_layernorm"
-_NORMS = (RMSNorm, GemmaRMSNorm)
-# What vLLM makes of the norms of models in Transformers' code; they gather what ranks have cut,
-# which the stream is not.
-_GATHERING_NORMS = ("TPAwareRMSNorm", "TPAwareGemmaRMSNorm")
-
 _ATTENTION = (Attention, ChunkedLocalAttention, MLAAttention)
-# Those whose caches free the blocks that no later token sees.
-_FREEING_SPECS = (ChunkedLocalAttentionSpec, SlidingWindowSpec)
-
-# The backends of latent attention whose caches are read, see `latents` and `gpu_latents`.
-CPU_BACKEND, CPU_LATENT_BACKEND = "CPU_ATTN", "CPU_MLA"
-GPU_LATENT_BACKENDS = (
-    "CUTLASS_MLA",
-    "FLASHINFER_MLA",
-    "FLASHMLA",
-    "FLASH_ATTN_MLA",
-    "TRITON_MLA",
-)
 
 
 class HeadSizes(NamedTuple):
@@ -109,45 +62,6 @@ class HeadSizes(NamedTuple):
     groups: int
     keys: int
     values: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockNorm:
-    """The RMSNorm that an attention block's output passes before it is added to the stream.
-
-    With ``u_i`` the block's output, ``gain * u_i / sqrt(mean(u_i^2) + epsilon)`` is added. The
-    root is a number of row ``i`` that all heads and tokens share, so it belongs to the row's
-    weight, and the gain to ``M``: see `core.proximity`.
-
-    Attributes:
-        module: The norm.
-        epsilon: What it adds to the mean of the squares.
-    """
-
-    module: Any
-    epsilon: float
-
-    @classmethod
-    def read(cls, layer_name: str, norm: Any) -> BlockNorm:
-        """Reads a norm.
-
-        Raises:
-            UnsupportedModelError: It is none of the norms that are known.
-        """
-        kind = type(norm)
-        gathers = kind.__name__ in _GATHERING_NORMS and isinstance(norm, _NORMS)
-        known = kind in _NORMS or gathers
-        if not known or getattr(norm, "variance_size_override", None) is not None:
-            raise UnsupportedModelError(
-                f"traces are not supported with a {kind.__name__} of what the attention "
-                f"block adds ({layer_name})"
-            )
-        return cls(norm, float(norm.variance_epsilon))
-
-    def gain(self) -> torch.Tensor:
-        """Its factor on each coordinate as it is now, float32 ``[D]``."""
-        weight: torch.Tensor = self.module.weight.detach().float()
-        return weight + 1 if isinstance(self.module, GemmaRMSNorm) else weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +178,10 @@ def _read_layer(
         )
     block = modules[".".join(parts[:-1])]
     decoder = modules[".".join(parts[: numbers[-1] + 1])]
-    projection = _projection_name(block)
+    projection = projection_name(block)
     out_proj, adapters = base_projection(getattr(block, projection, None))
     quantization, up_quantization = _check_attention(context_name, attention, block, out_proj)
-    in_front, behind = _around(context_name, decoder, block, out_proj)
+    in_front, behind = stream_takers(context_name, decoder, block, out_proj)
     return TracedLayer(
         index=int(parts[numbers[-1]]),
         name=context_name,
@@ -279,10 +193,10 @@ def _read_layer(
         out_proj=out_proj,
         adapters=adapters,
         in_front=in_front,
-        multiplier=_multiplier(context_name, decoder),
+        multiplier=residual_multiplier(context_name, decoder),
         quantization=quantization,
         up_quantization=up_quantization,
-        block_norm=_block_norm(context_name, decoder, behind),
+        block_norm=norm_of_block(context_name, decoder, behind),
         gate=OutputGate.read(context_name, block, attention, projection),
     )
 
@@ -319,8 +233,8 @@ def other_layers(
         decoder = model.get_submodule(f"{stack}.{index}")
         kind = type(layers[0].behind)
         try:
-            behind = getattr(decoder, _norm(f"{stack}.{index}", decoder, _NORMS_BEHIND))
-            in_front = getattr(decoder, _norm(f"{stack}.{index}", decoder, NORMS_IN_FRONT))
+            behind = getattr(decoder, norm_name(f"{stack}.{index}", decoder, NORMS_BEHIND))
+            in_front = getattr(decoder, norm_name(f"{stack}.{index}", decoder, NORMS_IN_FRONT))
         except UnsupportedModelError:
             return []
         if type(behind) is not kind:
@@ -350,166 +264,18 @@ def _check_coverage(
     )
     if not found or whole:
         raise UnsupportedModelError(reason)
-    if not partial_coverage(config):
+    if not _partial_coverage(config):
         raise UnsupportedModelError(
             f"{reason}; the option 'partial_coverage' traces the other {len(found)} alone"
         )
 
 
-def partial_coverage(config: VllmConfig) -> bool:
+def _partial_coverage(config: VllmConfig) -> bool:
     """Whether a model may be traced through some of its layers alone."""
     try:
         return FlashTraceConfig.from_additional_config(config.additional_config).partial_coverage
     except ValueError:
         return False  # Said where the first trace is refused.
-
-
-def check_config(config: VllmConfig) -> None:
-    """Refuses engine configurations that the capture path does not cover.
-
-    Raises:
-        UnsupportedModelError: Naming the feature in the way.
-    """
-    parallel = config.parallel_config
-    refusals = {
-        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
-        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "micro-batching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
-        # It moves rows of the batch on the device alone.
-        "adaptive verification of drafts": bool(
-            getattr(config.speculative_config, "enable_adaptive_verification", False)
-        ),
-        "a pooling model": config.model_config.runner_type != "generate",
-        "prompt embeddings": bool(getattr(config.model_config, "enable_prompt_embeds", False)),
-    }
-    for feature, present in refusals.items():
-        if present:
-            raise UnsupportedModelError(f"traces are not supported with {feature}")
-    if config.kv_transfer_config is not None:
-        _check_connector(config.kv_transfer_config)
-    check_data_parallel(parallel)
-
-
-def _check_connector(transfer: KVTransferConfig, *, alone: bool = True) -> None:
-    """Refuses connectors through which no test has traced, and what hands requests over."""
-    module, name = transfer.kv_connector_module_path, transfer.kv_connector
-    if alone and name in HANDING_OVER and not module:
-        return
-    if transfer.kv_role != "kv_both":
-        raise UnsupportedModelError(
-            f"traces are not supported with disaggregated prefill (kv_role {transfer.kv_role})"
-        )
-    if name == "MultiConnector" and not module:
-        for child in transfer.kv_connector_extra_config.get("connectors", ()):
-            _check_connector(KVTransferConfig(**child), alone=False)
-    elif (f"{module}.{name}" if module else name) not in TRACED_CONNECTORS:
-        raise UnsupportedModelError(f"traces are not supported with KV transfer by {name}")
-
-
-def check_architecture(config: VllmConfig) -> None:
-    """Refuses, where nothing was proven at the start, what no test compares.
-
-    Raises:
-        UnsupportedModelError: Naming the architecture, or the quantisation.
-    """
-    architecture = config.model_config.architecture
-    if config.model_config.quantization is not None:
-        raise UnsupportedModelError(
-            f"traces are not supported for quantized weights ({config.model_config.quantization}) "
-            "without a proof at the start"
-        )
-    if architecture not in KNOWN_ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"traces are not supported for {architecture} without a proof at the start; without "
-            f"it: {', '.join(KNOWN_ARCHITECTURES)}"
-        )
-
-
-def _projection_name(block: nn.Module) -> str:
-    """Name of an attention block's one row-parallel projection, else the usual name."""
-    kinds = (RowParallelLinear, RowParallelLinearWithLoRA)
-    found = [name for name, child in block.named_children() if isinstance(child, kinds)]
-    return found[0] if len(found) == 1 else "o_proj"
-
-
-def _around(
-    layer_name: str, decoder: nn.Module, block: nn.Module, out_proj: nn.Module | None
-) -> tuple[nn.Module | None, str]:
-    """`TracedLayer.in_front`, and the name of `TracedLayer.behind`."""
-    if _norms_outputs_alone(decoder):
-        return decoder, MLP
-    behind = _norm(layer_name, decoder, _NORMS_BEHIND)
-    takes_residual = "residual" in inspect.signature(decoder.forward).parameters
-    if takes_residual and _carries_stream(decoder, block, getattr(decoder, behind), out_proj):
-        return None, behind
-    return getattr(decoder, _norm(layer_name, decoder, NORMS_IN_FRONT)), behind
-
-
-class _NormSeenError(Exception):
-    """Ends a decoder layer's code where the stream behind its block is normed."""
-
-
-def _carries_stream(decoder: Any, block: Any, behind: nn.Module, out_proj: Any) -> bool:
-    """Whether a layer hands the stream on beside what is to be added to it.
-
-    One may take both and add up by itself, as those of Granite 4 do. Its own code tells, run on one
-    row up to the norm behind the block, which does nothing meanwhile.
-    """
-    seen: list[int] = []
-
-    def end(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(sum(argument is not None for argument in (*args, *kwargs.values())))
-        raise _NormSeenError
-
-    row = torch.zeros(1, out_proj.output_size, dtype=out_proj.params_dtype)
-    row = row.to(next(behind.parameters()).device)
-    arguments = dict.fromkeys(inspect.signature(decoder.forward).parameters)
-    given = {"positions": torch.zeros_like(row[:, 0], dtype=torch.int64)}
-    given |= {"hidden_states": row, "residual": row.clone()}
-    stock = vars(block).get("forward")
-    hook = behind.register_forward_pre_hook(end, prepend=True, with_kwargs=True)
-    block.forward = lambda *_, **__: row.clone()
-    try:
-        with torch.inference_mode():
-            decoder(**{name: given[name] for name in arguments if name in given})
-    except _NormSeenError:
-        return seen == [2]
-    except Exception as error:
-        log_unexpected("reading how a decoder layer hands on its stream", error)
-        return True  # The proof at the start tells.
-    finally:
-        hook.remove()
-        vars(block).pop("forward", None)
-        if stock is not None:
-            block.forward = stock
-    return True
-
-
-def _norms_outputs_alone(decoder: nn.Module) -> bool:
-    """Whether a layer has norms of what its block and MLP give, and none of what they take."""
-    has = [_has(decoder, name) for name in (_NORMS_OF_BLOCKS[MLP], _NORM_OF_MLP, MLP)]
-    taken = [*NORMS_IN_FRONT, *(n for n in _NORMS_BEHIND if n != _NORMS_OF_BLOCKS[MLP])]
-    return all(has) and not any(_has(decoder, name) for name in taken)
-
-
-def _has(decoder: nn.Module, name: str) -> bool:
-    return isinstance(getattr(decoder, name, None), nn.Module)
-
-
-def _norm(layer_name: str, decoder: nn.Module, names: tuple[str, ...]) -> str:
-    """Which of these names a decoder layer has a norm of."""
-    for name in names:
-        if _has(decoder, name):
-            return name
-    raise UnsupportedModelError(
-        f"the decoder layer of {layer_name} has no {' or '.join(names)}: its norm "
-        f"{'in front of' if names == NORMS_IN_FRONT else 'behind'} attention was not found"
-    )
-
-
-def _block_norm(layer_name: str, decoder: nn.Module, behind: str) -> BlockNorm | None:
-    norm = getattr(decoder, _NORMS_OF_BLOCKS.get(behind, ""), None)
-    return BlockNorm.read(layer_name, norm) if isinstance(norm, nn.Module) else None
 
 
 def _check_block_norms(layers: list[TracedLayer]) -> None:
@@ -559,19 +325,10 @@ def _check_chunks(layers: list[TracedLayer], config: VllmConfig) -> None:
             )
 
 
-def _multiplier(layer_name: str, decoder: nn.Module) -> float:
-    multiplier = float(getattr(decoder, "residual_multiplier", 1.0))
-    if not 0 < multiplier < math.inf:
-        raise UnsupportedModelError(
-            f"traces are not supported with a residual multiplier of {multiplier} ({layer_name})"
-        )
-    return multiplier
-
-
 def _check_latents(name: str, attention: MLAAttention) -> None:
     """Refuses latent attention that is not read as its layer computes it."""
     backend = attention.attn_backend.get_name()
-    known = backend in (CPU_LATENT_BACKEND, *GPU_LATENT_BACKENDS)
+    known = backend in LATENT_BACKENDS
     _refuse(name, {f"multi-head latent attention (MLA) on the {backend} backend": not known})
 
 
@@ -637,72 +394,6 @@ def _refuse(name: str, refusals: dict[str, bool]) -> None:
             raise _OtherAttentionError(f"traces are not supported with {feature} ({name})")
 
 
-@dataclass(frozen=True, slots=True)
-class CacheGroups:
-    """Where the KV cache keeps the traced layers: in groups, each with block tables of its own.
-
-    Attributes:
-        numbers: The groups that hold any of them, as the runner counts groups.
-        places: Of each layer, the place of its group in ``numbers``.
-        names: Names of the layers in vLLM's forward context.
-    """
-
-    numbers: tuple[int, ...]
-    places: tuple[int, ...]
-    names: frozenset[str]
-
-    def layers(self, place: int) -> list[int]:
-        """Indices of the layers of one group."""
-        return [layer for layer, where in enumerate(self.places) if where == place]
-
-
-def cache_groups(config: KVCacheConfig, layers: Sequence[TracedLayer]) -> CacheGroups:
-    """Finds the groups of the KV cache that hold the layers.
-
-    A group of layers with a sliding window, or with chunks, forgets tokens behind it; those that a
-    trace needs are kept for it, see `patches.kept_blocks`.
-
-    Raises:
-        UnsupportedModelError: A cache may forget what a trace needs, or does not hold a layer.
-    """
-    number_of = {}
-    for number, group in enumerate(config.kv_cache_groups):
-        specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
-        for name in group.layer_names:
-            number_of[name] = number, specs.get(name, group.kv_cache_spec)
-    for layer in layers:
-        if layer.name not in number_of:
-            raise UnsupportedModelError(f"the KV cache does not hold {layer.name}")
-        spec = number_of[layer.name][1]
-        if getattr(spec, "non_causal", False):
-            raise UnsupportedModelError("traces are supported with causal attention only")
-        if type(spec) not in (FullAttentionSpec, MLAAttentionSpec, *_FREEING_SPECS):
-            raise UnsupportedModelError(
-                f"traces are not supported with a {type(spec).__name__}: its cache does not keep "
-                "every token"
-            )
-    numbers = sorted({number_of[layer.name][0] for layer in layers})
-    places = tuple(numbers.index(number_of[layer.name][0]) for layer in layers)
-    return CacheGroups(tuple(numbers), places, frozenset(layer.name for layer in layers))
-
-
-def keeps_blocks(config: KVCacheConfig, tokens: int) -> bool:
-    """Whether the KV cache has room for all blocks of a request, also those that others free.
-
-    The scheduler and its workers ask this of the same configuration: the one keeps the blocks of a
-    trace, the others trace it, or neither does.
-
-    Args:
-        config: The KV cache's.
-        tokens: Tokens of the request; places for drafts take up to one more block.
-    """
-    groups = config.kv_cache_groups
-    if not any(type(group.kv_cache_spec) in _FREEING_SPECS for group in groups):
-        return True
-    blocks = sum(-(-tokens // group.kv_cache_spec.block_size) + 1 for group in groups)
-    return blocks < config.num_blocks  # Block 0 stays empty.
-
-
 def stage_layers(model: nn.Module, config: VllmConfig) -> range:
     """The layers that this worker runs, as indices in the whole model.
 
@@ -754,91 +445,3 @@ def model_part(
         ranks=config.parallel_config.tensor_parallel_size,
         traced=tuple(layer.index for layer in traced) if len(traced) < len(layers) else (),
     )
-
-
-def output_projection(layer: TracedLayer) -> torch.Tensor:
-    """``W_O`` of a layer as the linear layer keeps it, ``[D, H * d]``, in the model's dtype.
-
-    With tensor parallelism these are the columns of this rank's own heads. A matrix that is packed
-    (see `packed_kernel`) is got by applying the projection to the identity. The bias is not part of
-    it: it belongs to no token.
-    """
-    projection = layer.out_proj
-    if packed_kernel(projection) is None:
-        return projection.weight.detach()
-    rows = projection.input_size_per_partition
-    identity = torch.eye(rows, dtype=projection.params_dtype)
-    with torch.inference_mode():
-        return projection.quant_method.apply(projection, identity).t().contiguous()
-
-
-def packed_kernel(module: nn.Module) -> Callable[..., Any] | None:
-    """What the CPU backend computes a linear layer with, if it has packed the matrix.
-
-    vLLM then empties ``weight`` and keeps the packed matrix in the closure of a function, where
-    nothing writes to it: the same function is the same matrix. A function that closes over nothing
-    reads ``weight``.
-
-    Returns:
-        None where the layer computes with ``weight``.
-    """
-    kernel = vars(module).get("cpu_linear")
-    return kernel if getattr(kernel, "__closure__", None) else None
-
-
-def base_projection(projection: nn.Module | None) -> tuple[nn.Module | None, nn.Module | None]:
-    """An output projection without its adapters, and the module that holds them, if any.
-
-    Raises:
-        UnsupportedModelError: The adapters are cut over ranks in a way that is not read here.
-    """
-    if not isinstance(projection, RowParallelLinearWithLoRA):
-        return projection, None
-    if type(projection) is not RowParallelLinearWithLoRA:
-        raise UnsupportedModelError("traces are not supported with fully sharded LoRA adapters")
-    return projection.base_layer, projection
-
-
-def added_weight(
-    layer: TracedLayer, adapter: int, slot_of: Callable[[int], int] | None
-) -> torch.Tensor | None:
-    """What an adapter adds to ``W_O``, float32 ``[D, H * d]`` of this rank's heads.
-
-    Args:
-        layer: The layer.
-        adapter: The adapter's id.
-        slot_of: Tells which slot of the model's modules holds an adapter. Asked in the step in
-            which the trace ends, while the slot still holds the adapter of its request.
-
-    Returns:
-        None where no adapter can change this projection.
-
-    Raises:
-        TraceError: ``recording_failed``: the adapter is not where it should be.
-    """
-    if layer.adapters is None:
-        return None
-    if slot_of is None:
-        raise TraceError("recording_failed", "the adapters of this worker are not known")
-    slot = slot_of(adapter)
-    adapters: Any = layer.adapters
-    (down,), (up,) = adapters.lora_a_stacked, adapters.lora_b_stacked
-    product: torch.Tensor = up[slot, 0].float() @ down[slot, 0].float()
-    return product
-
-
-def adapter_slot(runner: Any, adapter: int) -> int:
-    """Where the modules of a runner's model hold an adapter.
-
-    Args:
-        runner: A V1 or V2 model runner.
-        adapter: The adapter's id (``LoRARequest.lora_int_id``).
-
-    Raises:
-        TraceError: ``recording_failed``: the adapter is not active.
-    """
-    slots = runner.lora_manager._adapter_manager.lora_index_to_id
-    if adapter not in slots:
-        raise TraceError("recording_failed", f"LoRA adapter {adapter} is not active")
-    index: int = slots.index(adapter)
-    return index

@@ -26,15 +26,11 @@ from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.heads_file import served_heads
 from vllm_flashtrace.trace.wire import ScoreSpec, sealed_spec, target_range, verified_spec
+from vllm_flashtrace.worker.cache_groups import CacheGroups, cache_groups, keeps_blocks
+from vllm_flashtrace.worker.config_checks import check_architecture
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
 from vllm_flashtrace.worker.finish import TotalsExchange, host_bytes
-from vllm_flashtrace.worker.layers import (
-    CacheGroups,
-    adapter_slot,
-    cache_groups,
-    check_architecture,
-    keeps_blocks,
-)
+from vllm_flashtrace.worker.output_projections import adapter_slot
 from vllm_flashtrace.worker.recorder import HandOut, Recorder
 from vllm_flashtrace.worker.scorer import Scorer
 from vllm_flashtrace.worker.step import BatchRow, StepRecorder

@@ -41,7 +41,10 @@ from vllm_flashtrace.core.identity import attention_error, contribution, identit
 from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.wire import TraceSpec
-from vllm_flashtrace.worker.layers import CPU_BACKEND, MLP, TracedLayer, cache_groups
+from vllm_flashtrace.worker.cache_groups import cache_groups
+from vllm_flashtrace.worker.cpu_model import CPU_BACKEND
+from vllm_flashtrace.worker.decoder_stream import MLP, argument, argument_names
+from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.quantized import applied_bias, product_error
 from vllm_flashtrace.worker.runner import (
     PROOF_ATTRIBUTE,
@@ -51,7 +54,6 @@ from vllm_flashtrace.worker.runner import (
     runner_model,
 )
 from vllm_flashtrace.worker.step import StepRecorder, Trace
-from vllm_flashtrace.worker.taps import argument, argument_names
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 PROBE_TOKENS = 64

@@ -315,7 +315,7 @@ class BatchRow:
         start: Absolute position of that row, i.e. tokens computed before this step.
         stop: Absolute position after its last row.
         block_tables: int32, ids of the request's KV blocks as the attention kernels count them, on
-            the step's device; one for each group of `layers.CacheGroups`.
+            the step's device; one for each group of `cache_groups.CacheGroups`.
     """
 
     req_id: str
@@ -583,7 +583,7 @@ class RowGroup:
         """Its rows with the block tables of one group of the KV cache.
 
         Args:
-            place: The group's place in `layers.CacheGroups`.
+            place: The group's place in `cache_groups.CacheGroups`.
             rows: `rows`, or the same in a row.
         """
         if place == 0:

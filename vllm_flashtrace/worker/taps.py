@@ -41,7 +41,6 @@ share code between them; layers are told apart by the order of the calls.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -49,14 +48,20 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
-from vllm_flashtrace.worker.layers import (
+from vllm_flashtrace.worker.config_checks import check_config
+from vllm_flashtrace.worker.decoder_stream import (
     NORMS_IN_FRONT,
+    Args,
+    Kwargs,
+    Names,
+    argument,
+    argument_names,
+)
+from vllm_flashtrace.worker.layers import (
     TracedLayer,
-    check_config,
     find_layers,
     is_last_stage,
     other_layers,
@@ -220,29 +225,6 @@ def _norm(layer: TracedLayer, holder: Any, names: Sequence[str]) -> nn.Module:
         if isinstance(norm, nn.Module) and not isinstance(norm, PPMissingLayer):
             return norm
     raise UnsupportedModelError(f"no {' or '.join(names)} was found behind {layer.name}")
-
-
-Names = tuple[str, ...]
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-
-def argument_names(module: nn.Module) -> Names:
-    """What a module calls its arguments, in their order.
-
-    The code of an operator of vLLM says it: its ``forward`` passes on whatever it is given.
-    """
-    passes_on = isinstance(module, CustomOp) and type(module).forward is CustomOp.forward
-    forward: Any = module.forward_native if passes_on else module.forward
-    parameters = inspect.signature(forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-
-
-def argument(names: Names, place: int, args: Args, kwargs: Kwargs) -> Any:
-    """What a call gives for the argument at a place, also if by its name; None without it."""
-    if len(args) > place:
-        return args[place]
-    return kwargs.get(names[place]) if len(names) > place else None
 
 
 def _place(tap: Any, module: nn.Module) -> None:

@@ -27,15 +27,13 @@ from vllm_flashtrace.kernels import (
     inverse_rms,
 )
 from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
+from vllm_flashtrace.worker.cache_groups import CacheGroups
+from vllm_flashtrace.worker.config_checks import check_config
 from vllm_flashtrace.worker.fingerprint import WeightsFingerprint
-from vllm_flashtrace.worker.layers import (
-    CacheGroups,
+from vllm_flashtrace.worker.layers import find_layers, model_part, other_layers
+from vllm_flashtrace.worker.output_projections import (
     added_weight,
     base_projection,
-    check_config,
-    find_layers,
-    model_part,
-    other_layers,
     output_projection,
     packed_kernel,
 )
@@ -348,7 +346,7 @@ class TracedModel(ABC):
         base, gain = self._base_projection(layer), self.gain(layer)
         added = None
         if adapter is not None:
-            added = added_weight(self.layers[layer], adapter, self.slot_of)
+            added = added_weight(self.layers[layer].adapters, adapter, self.slot_of)
         if added is None and gain is None:
             return base
         # In float32, since an adapter's small changes would be lost in sixteen bits.
@@ -421,10 +419,10 @@ class TracedModel(ABC):
             return Projection(weight)
         kernel = packed_kernel(traced.out_proj)
         if kernel is None:
-            return Projection(output_projection(traced))
+            return Projection(output_projection(traced.out_proj))
         kept = self._unpacked.get(layer)
         if kept is None or kept[0] is not kernel:
-            weight = output_projection(traced)
+            weight = output_projection(traced.out_proj)
             unpacked = Projection(weight, column_norms(weight, self.shape.num_heads))
             kept = self._unpacked[layer] = kernel, unpacked
         return kept[1]

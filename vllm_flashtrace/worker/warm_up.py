@@ -15,8 +15,9 @@ from vllm.platforms import current_platform
 
 from vllm_flashtrace.base.errors import UnsupportedModelError
 from vllm_flashtrace.base.logs import log_unexpected, logger
+from vllm_flashtrace.worker.cache_groups import cache_groups
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, quantizes_queries
-from vllm_flashtrace.worker.layers import TracedLayer, cache_groups
+from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.runner import KERNELS_ATTRIBUTE
 
 
