@@ -37,9 +37,17 @@ def backends(request: pytest.FixtureRequest) -> Any:
 class Observer:
     def __init__(self) -> None:
         self.seen: list[tuple[str, torch.Tensor]] = []
+        self.told: list[torch.Tensor | None] = []
 
-    def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
+    def on_attention(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
         self.seen.append((layer_name, query))
+        self.told.append(lse)
 
     def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
         raise AssertionError("attention shows no residual stream")

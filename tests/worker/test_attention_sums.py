@@ -68,7 +68,13 @@ class Model:
         return found if self._kept else None
 
     def add_column_sums(
-        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        group: RowGroup,
+        rows: PagedRows,
+        scales: Tensor | None,
+        lse: Tensor | None = None,
     ) -> None:
         if self.fails:
             raise RuntimeError("injected")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs, KeptQueries, LayerKeys
 from vllm_flashtrace.kernels.target_rows import touching_sums
-from vllm_flashtrace.kernels.triton_lse import FirstPass
+from vllm_flashtrace.kernels.triton_lse import FirstPass, Offsets
 from vllm_flashtrace.kernels.triton_operands import (
     LAYER,
     LayerBatch,
@@ -74,7 +74,7 @@ def triton_kept_column_sums(kept: KeptQueries, layers: Sequence[LayerKeys]) -> N
     with torch.cuda.device_of(kept.queries):
         for batch in LayerBatch.of_kept(kept, layers):
             first, second = FirstPass.plan(batch), SecondPass.plan(batch)
-            floats = first.floats(len(rows), rows.num_heads)
+            floats = first.floats(rows)
             of_a_layer = floats + second.floats(rows.num_heads)
             at_once, room = len(kept.room) // of_a_layer, kept.room
             if not at_once:
@@ -120,12 +120,12 @@ class SecondPass(NamedTuple):
         count = len(batch.layers) * self.floats(batch.rows.num_heads)
         return batch.query.new_empty(max(1, count), dtype=torch.float32)
 
-    def run(self, batch: LayerBatch, offsets: Tensor, memory: Tensor) -> None:
+    def run(self, batch: LayerBatch, offsets: Offsets, memory: Tensor) -> None:
         """Launches it.
 
         Args:
             batch: The layers.
-            offsets: float32 ``[layers, H, R]``, as `FirstPass.run` gives them.
+            offsets: As `FirstPass.run` gives them.
             memory: float32, at least `floats` for each layer.
 
         Raises:
@@ -136,11 +136,12 @@ class SecondPass(NamedTuple):
             _column_sums_kernel,
             (len(work.items), rows.num_kv_heads, len(batch.layers)),
             *batch.arguments,
-            offsets,
+            *offsets,
             work.items,
             memory,
             len(rows),
             rows.num_heads,
+            len(rows.segments),
             work.slots,
             **batch.constants,
             KEYS=self.tile.keys,
@@ -163,7 +164,7 @@ class SecondPass(NamedTuple):
                 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_slots"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_segments", "num_slots"])
 def _column_sums_kernel(
     query,
     stride_layer,
@@ -177,10 +178,12 @@ def _column_sums_kernel(
     segments,
     positions,
     offsets,
+    masses,
     items,
     parts,
     num_rows,
     num_heads,
+    num_segments,
     num_slots,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -207,6 +210,10 @@ def _column_sums_kernel(
     layer, cache, _, slopes, scale, soft_cap = load_layer(layers, CACHED, ALIGNED)
     query += layer * stride_layer
     entry = segments + segment * SEGMENT
+    # The mass of a segment is added by the program of its first piece.
+    before = tl.load(item - WORK, mask=tl.program_id(0) > 0, other=-1)
+    mass = tl.load(entry + 10)
+    adds_mass = (before != segment) & (mass != 0)
     # Rows from here on see all keys of the tile and need no mask.
     full_row = last_row
     if WINDOW == 0 and CHUNK == 0 and not HAS_ALIBI:
@@ -236,6 +243,12 @@ def _column_sums_kernel(
         slope = tl.load(slopes + head) if HAS_ALIBI else 0.0
         in_launch = tl.program_id(2).to(tl.int64) * num_heads + head
         head_offsets = offsets + in_launch * num_rows
+        if adds_mass:
+            in_segment = tl.program_id(2).to(tl.int64) * num_segments + segment
+            own = masses + 2 * (in_segment * num_heads + head)
+            address = mass.to(tl.pointer_type(tl.float32)) + layer * tl.load(entry + 11) + 2 * head
+            tl.store(address, tl.load(address) + tl.load(own))
+            tl.store(address + 1, tl.load(address + 1) + tl.load(own + 1))
         # Summed over rows only at the end: the tile's sums stay where its products are.
         added = tl.zeros([KEYS, ROWS], tl.float32)
         for masked in tl.static_range(2):

@@ -123,6 +123,7 @@ class TracedModel(ABC):
     Attributes:
         batched: Whether one call records the target rows of all traces of a step, or each trace has
             its own, so that a fault stays with it.
+        measures_mass: Whether it measures what column sums must add up to, see `RowSegment.mass`.
         layers: Its decoder layers, in order.
         device: Where accumulators live.
         part: What of the whole model is on this worker.
@@ -137,6 +138,7 @@ class TracedModel(ABC):
     """
 
     batched: ClassVar[bool]
+    measures_mass: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
         """Inspects the model.
@@ -179,9 +181,20 @@ class TracedModel(ABC):
         """Whether the weights of rows have factors of their own in each layer."""
         return self.normed or self.gate_width > 0
 
+    @property
+    def told_lse(self) -> bool:
+        """Whether its attention kernels may tell the log-sum-exp of queries."""
+        return False
+
     @abstractmethod
     def add_column_sums(
-        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        group: RowGroup,
+        rows: PagedRows,
+        scales: Tensor | None,
+        lse: Tensor | None = None,
     ) -> None:
         """Adds ``c_h[j] += sum_i w_i s_i alpha^h_ij`` of one layer to the group's traces.
 
@@ -191,6 +204,7 @@ class TracedModel(ABC):
             group: The traces.
             rows: Their target rows as they lie among these queries.
             scales: float32 ``[R]``, ``[H, R]`` or ``[H, d, R]``, see `AttentionInputs`.
+            lse: float32 ``[H, tokens]``, see `AttentionInputs`; None where `told_lse` is not.
         """
 
     def heads_of(self, layer: int, query: Tensor) -> Tensor:
@@ -265,12 +279,12 @@ class TracedModel(ABC):
     def row_bytes(self) -> int:
         """What each row takes that a trace keeps for further hops; 0 where none may be kept."""
         size, gates = self._head_dim, self.gate_width
-        return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates)
+        return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates, self.told_lse)
 
     def keep_rows(self, positions: Tensor) -> KeptRows:
         """Memory for the rows of one trace at given positions."""
         sizes = self.shape, self._head_dim, self._dtype, self.device
-        return KeptRows(positions, *sizes, self.normed, self.gate_width)
+        return KeptRows(positions, *sizes, self.normed, self.gate_width, self.told_lse)
 
     def weigh(self, kept: KeptRows, group: RowGroup) -> None:
         """Adds kept rows to the sums of all layers; the step's requests must hold their blocks.
@@ -283,7 +297,8 @@ class TracedModel(ABC):
         where = group.rows.places if near is None else near
         for layer in range(self.shape.num_layers):
             factors = kept.factors_of(layer, where)
-            self.add_column_sums(layer, kept.queries[layer], group, group.rows, factors)
+            queries, lse = kept.queries[layer], kept.lse_of(layer)
+            self.add_column_sums(layer, queries, group, group.rows, factors, lse)
         self.add_kept_rows(kept, group)
 
     def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
