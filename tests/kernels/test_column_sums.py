@@ -167,7 +167,7 @@ def told(case: Case, form: AttentionForm) -> Tensor:
 def measured(case: Case) -> Case:
     """The case with memory for the masses of its segments."""
     rows = case.rows
-    masses = [torch.zeros(LAYERS, rows.num_heads, 2) for _ in rows.segments]
+    masses = [torch.zeros(LAYERS, rows.num_heads, 3) for _ in rows.segments]
     segments = [replace(s, mass=mass) for s, mass in zip(rows.segments, masses, strict=True)]
     return replace(
         case, rows=PagedRows.build(segments, rows.num_heads, rows.num_kv_heads, rows.device)
@@ -194,6 +194,7 @@ def check_masses(case: Case, limit: float = 1e-5) -> None:
         sums = segment.sums.column_sums[LAYER].sum(dim=-1)
         assert ((segment.mass[LAYER, :, 0] - sums).abs() <= limit * weights).all()
         assert ((segment.mass[LAYER, :, 1] - weights).abs() <= 1e-5 * weights).all()
+        assert ((segment.mass[LAYER, :, 2] - sums).abs() <= 1e-5 * weights).all()
         assert not segment.mass[[i for i in range(LAYERS) if i != LAYER]].any(), "other layers"
 
 

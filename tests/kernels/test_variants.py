@@ -232,7 +232,7 @@ def launch_as_traces_do(
         shapes = (model.heads, own[-1] + 1), (model.hidden,), (model.hidden,)
         sums = Accumulators(*(torch.zeros(LAYERS, *shape) for shape in shapes))
         zeros, ones = torch.zeros(len(own), dtype=torch.int64), torch.ones(len(own))
-        mass = torch.zeros(LAYERS, model.heads, 2) if where else None
+        mass = torch.zeros(LAYERS, model.heads, 3) if where else None
         segments.append(RowSegment(zeros, torch.tensor(own), ones, table, sums, mass))
     rows = PagedRows.build(segments, model.heads, model.groups, CPU, kept_rows=1024)
     scales = None

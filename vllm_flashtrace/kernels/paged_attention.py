@@ -228,11 +228,11 @@ class KeptQueries:
 def paged_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bool = False) -> None:
     """Adds ``c_h[j] += sum_i w_i s_i exp(logit_ij - lse_i)`` to each segment's column sums.
 
-    And to its mass what they must add up to, ``sum_i w_i s_i (1 - exp(sink - lse_i))``, and ``sum_i
-    w_i s_i``, by which a log-sum-exp that was told and is wrong is found.
+    And to its mass what is added to them, what that must be, ``sum_i w_i s_i (1 - exp(sink -
+    lse_i))``, and ``sum_i w_i s_i``: a log-sum-exp that was told and is wrong is found by it.
 
-    On a GPU it does not wait for the device and gives the same bits for the same input: no program
-    adds to what another adds to.
+    On a GPU it does not wait for the device and gives the same bits for the same input, the mass
+    apart: no program adds to sums that another adds to.
 
     Args:
         inputs: The layer's tensors, all on one device.
@@ -368,14 +368,14 @@ def torch_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bo
             target.add(query, keys, inputs.form, sums, scales, lse)
             if segment.mass is not None and before is not None:
                 weights = segment.weights if scales is None else segment.weights * scales
-                expected = sums.sum(dim=-1) - before  # They are divided by their own sum.
-                if lse is not None:
+                added = expected = sums.sum(dim=-1) - before
+                if lse is not None:  # Else they were divided by their own sum.
                     expected = weights.sum().expand_as(expected)
                     if inputs.form.sinks is not None:
                         sunk = (inputs.form.sinks[:, None] - lse).exp() @ weights
                         expected = expected - sunk
-                segment.mass[layer, :, 0] += expected
-                segment.mass[layer, :, 1] += weights.sum()
+                together = [expected, weights.sum().expand_as(expected), added]
+                segment.mass[layer] += torch.stack(together, dim=1)
 
 
 def torch_lse(inputs: AttentionInputs) -> Tensor:

@@ -64,8 +64,9 @@ class RowSegment:
         block_table: int32 ``[blocks]`` on the step's device: token ``j`` lies in slot
             ``j % block_size`` of block ``block_table[j // block_size]``.
         sums: Where this segment's sums go.
-        mass: float32 ``[L, H, 2]``, where it is added up what the column sums must add up to, the
-            rows' weights without what their sinks take, and the weights; or None.
+        mass: float32 ``[L, H, 3]``, where it is added up what the column sums must add up to, the
+            rows' weights without what their sinks take; the weights; and what was added to the
+            column sums. Or None.
     """
 
     rows: Tensor
@@ -233,9 +234,9 @@ def _check(segment: RowSegment, num_heads: int) -> None:
     layers, heads, columns = sums.column_sums.shape
     mass = segment.mass
     if mass is not None and (
-        mass.shape != (layers, num_heads, 2)
+        mass.shape != (layers, num_heads, 3)
         or mass.dtype != torch.float32
-        or mass.stride()[1:] != (2, 1)
+        or mass.stride()[1:] != (3, 1)
     ):
         raise ValueError(f"a mass {tuple(mass.shape)} does not fit {num_heads} heads")
     if (

@@ -2,7 +2,7 @@
 
 A key tile is loaded once and stays for all rows and query heads that see it, and only its program
 writes where its sums go. Rows are cut only where there are too few key tiles; the parts are then
-added in order. So the same input gives the same bits.
+added in order. So the same input gives the same bits, of all but the mass, see `RowSegment`.
 """
 
 from __future__ import annotations
@@ -210,10 +210,10 @@ def _column_sums_kernel(
     layer, cache, _, slopes, scale, soft_cap = load_layer(layers, CACHED, ALIGNED)
     query += layer * stride_layer
     entry = segments + segment * SEGMENT
-    # The mass of a segment is added by the program of its first piece.
+    # What a segment's sums must add up to is added by the program of its first piece.
     before = tl.load(item - WORK, mask=tl.program_id(0) > 0, other=-1)
-    mass = tl.load(entry + 10)
-    adds_mass = (before != segment) & (mass != 0)
+    has_mass = tl.load(entry + 10) != 0
+    mass = tl.load(entry + 10).to(tl.pointer_type(tl.float32)) + layer * tl.load(entry + 11)
     # Rows from here on see all keys of the tile and need no mask.
     full_row = last_row
     if WINDOW == 0 and CHUNK == 0 and not HAS_ALIBI:
@@ -243,12 +243,6 @@ def _column_sums_kernel(
         slope = tl.load(slopes + head) if HAS_ALIBI else 0.0
         in_launch = tl.program_id(2).to(tl.int64) * num_heads + head
         head_offsets = offsets + in_launch * num_rows
-        if adds_mass:
-            in_segment = tl.program_id(2).to(tl.int64) * num_segments + segment
-            own = masses + 2 * (in_segment * num_heads + head)
-            address = mass.to(tl.pointer_type(tl.float32)) + layer * tl.load(entry + 11) + 2 * head
-            tl.store(address, tl.load(address) + tl.load(own))
-            tl.store(address + 1, tl.load(address + 1) + tl.load(own + 1))
         # Summed over rows only at the end: the tile's sums stay where its products are.
         added = tl.zeros([KEYS, ROWS], tl.float32)
         for masked in tl.static_range(2):
@@ -288,6 +282,16 @@ def _column_sums_kernel(
                 offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
                 added += tl.exp2(logits * unit - offset[None, :])
         column_sums = tl.sum(added, axis=1)
+        if has_mass:
+            of_head = mass + 3 * head
+            if before != segment:
+                in_segment = tl.program_id(2).to(tl.int64) * num_segments + segment
+                expected = masses + 2 * (in_segment * num_heads + head)
+                tl.store(of_head, tl.load(of_head) + tl.load(expected))
+                tl.store(of_head + 1, tl.load(of_head + 1) + tl.load(expected + 1))
+            # In no order, since it only serves a check. What lies behind the last key is no sum.
+            found = tl.sum(tl.where(in_tile, column_sums, 0.0), axis=0)
+            tl.atomic_add(of_head + 2, found)
         if slot < 0:
             _add_to_sums(entry, layer, head, tokens, in_tile, column_sums)
         else:

@@ -71,7 +71,8 @@ class Offsets(NamedTuple):
         offsets: float32 ``[layers, H, R]``, what turns a logit into a weighted attention weight:
             ``w_i s_i alpha_ij = 2 ** (logit_ij / ln 2 - offset_i)``, ``offset = lse / ln 2 - log2(w
             s)``, with ``s_i`` the scale of a row.
-        masses: float32 ``[layers, S, H, 2]``, what is added to each segment's `RowSegment.mass`.
+        masses: float32 ``[layers, S, H, 2]``, what is added to the first two numbers of each
+            segment's `RowSegment.mass`.
     """
 
     offsets: Tensor

@@ -28,7 +28,6 @@ from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.kernels import (
     Accumulators,
     ProximityTrace,
-    RowSegment,
     SumsTouchedError,
     sum_shares,
 )
@@ -43,9 +42,9 @@ HOST_BYTES = 1 << 30
 """Most memory that a worker's results may take on the host while they wait for pick-up."""
 
 MOST_IMBALANCE = 1e-3
-"""How far column sums may be from what they must add up to.
+"""How far column sums may be from what they must add up to, as a part of the rows' weights.
 
-They are what a log-sum-exp says that comes from the engine's own attention, whose products of
+That is what a log-sum-exp says that comes from the engine's own attention, whose products of
 sixteen-bit numbers are those of the kernels here up to the order of additions: about 1e-6 of a
 logit, and logits are at most some hundreds.
 """
@@ -65,9 +64,7 @@ class Measured:
         residual: float64 ``[L]``, the proximity of the residual, the same on every rank.
         changes: float64 ``[2]``, L1 norms of ``x - r`` summed over the traced layers and over all
             layers; None where all are traced or the others are not seen.
-        imbalance: float64 ``[L]``, how far the column sums of any head are from what they must add
-            up to, as a part of the rows' weights, see `RowSegment.mass`; None where that is not
-            measured.
+        mass: See `RowSegment`; None where it is not measured.
         recorded: Mark at the end of the last recording step.
     """
 
@@ -77,7 +74,7 @@ class Measured:
     residual: Tensor
     recorded: Any
     changes: Tensor | None = None
-    imbalance: Tensor | None = None
+    mass: Tensor | None = None
 
 
 def measure(
@@ -140,7 +137,6 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
         if trace.attention is not None:  # Proximities are about to take the place of the sums.
             trace.attention.copy_((trace.unscaled or trace.sums).column_sums)
     changes = [_changes(segment.row_segment.sums, model.shape) for segment in segments]
-    imbalances = [_imbalance(segment.row_segment) for segment in segments]
     model.replace_by_proximities(inputs, tables, traces[0].adapter)
     return {
         segment.batch_row.req_id: Measured(
@@ -150,11 +146,9 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
             one.residual,
             recorded,
             change,
-            imbalance,
+            segment.row_segment.mass,
         )
-        for segment, one, change, imbalance in zip(
-            segments, inputs, changes, imbalances, strict=True
-        )
+        for segment, one, change in zip(segments, inputs, changes, strict=True)
     }
 
 
@@ -169,15 +163,6 @@ def _changes(sums: Accumulators, shape: ModelShape) -> Tensor | None:
         return None
     change = (sums.stream - sums.residual).abs().sum(dim=1, dtype=torch.float64)
     return torch.stack([change[: shape.num_layers].sum(), change.sum()])
-
-
-def _imbalance(rows: RowSegment) -> Tensor | None:
-    """`Measured.imbalance` of complete sums."""
-    if rows.mass is None:
-        return None
-    expected, weights = rows.mass.unbind(-1)
-    found = rows.sums.column_sums.sum(dim=-1)
-    return ((found - expected).abs_() / weights).amax(dim=1).double()
 
 
 def _complete_sums(segments: Sequence[Segment], model: TracedModel) -> None:
@@ -344,7 +329,7 @@ def _weigh(
 def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, ...]:
     """Scores ``[length]``, this rank's proximities ``[L]`` and all ranks', see `score`.
 
-    Behind them `Measured.imbalance` and `Measured.changes`, if there are any.
+    Behind them `Measured.mass` and `Measured.changes`, if there are any.
     """
     trace, tokens = measured.trace, measured.tokens
     own = measured.totals + measured.residual
@@ -352,7 +337,7 @@ def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, ...]:
     # Behind the last target, where nothing flows from, scores are 0.
     scores = torch.empty(trace.spec.length, device=tokens.device)
     sum_shares(tokens, denominators, scores, keep=trace.spec.layers)
-    more = [part for part in (measured.imbalance, measured.changes) if part is not None]
+    more = [part for part in (measured.mass, measured.changes) if part is not None]
     return scores, own, denominators, *more
 
 
@@ -377,10 +362,10 @@ class FinishedTrace:
         facts: What is to be told of the trace beside its scores.
         copied: float32 ``[hops, length]``, the scores; float64 ``[hops, L]``, the proximities of
             all tokens and the residual over this rank's heads; float64 ``[hops, L]``, over all
-            ranks'; float64 ``[hops, L]``, `Measured.imbalance`, and ``[hops, 2]``,
-            `Measured.changes`, if there are any; int64 ``[2]``, see `WeightsSeen`; and, if the
-            trace asked for them, the scores per layer, float32 ``[L, context]``, and the sums of
-            attention, see `Trace.attention`.
+            ranks'; float32 ``[hops, L, H, 3]``, `Measured.mass`, and float64
+            ``[hops, 2]``, `Measured.changes`, if there are any; int64 ``[2]``, see `WeightsSeen`;
+            and, if the trace asked for them, the scores per layer, float32 ``[L, context]``, and
+            the sums of attention, see `Trace.attention`.
         recorded: Mark at the end of the last recording step.
         ended: Mark after the scores.
         hops: How many hops each target has.
@@ -402,15 +387,15 @@ class FinishedTrace:
         """
         facts = self.facts
         scores, own, denominators, *asked = self.copied.tensors
-        imbalance = asked.pop(0) if facts.imbalance else None
+        mass = asked.pop(0) if facts.mass else None
         changes = asked.pop(0) if facts.changes else None
         weights = asked.pop(0)
         attention = asked.pop() if facts.attention else None
         _check_weights(weights)
         self._check(own, "recording_failed", "a proximity of layer {} is not finite")
         self._check(denominators, "result_missing", "another rank has no totals of layer {}")
-        if imbalance is not None:
-            self._check_imbalance(imbalance)
+        if mass is not None:
+            self._check_mass(mass)
         per_layer = asked[0] if asked else None
         return WireReport(
             status="completed",
@@ -442,8 +427,10 @@ class FinishedTrace:
             layer = self.facts.part.traced_layers[int((~finite).nonzero()[0, 1])]
             raise TraceError(code, message.format(layer))
 
-    def _check_imbalance(self, imbalance: Tensor) -> None:
-        worst, layer = imbalance.amax(dim=0).max(dim=0)
+    def _check_mass(self, mass: Tensor) -> None:
+        expected, weights, added = mass.unbind(-1)
+        imbalance = ((added - expected).abs() / weights).amax(dim=(0, 2))
+        worst, layer = imbalance.max(dim=0)
         if not float(worst) <= MOST_IMBALANCE:
             number = self.facts.part.traced_layers[int(layer)]
             raise TraceError(
@@ -530,7 +517,7 @@ class TraceFacts:
     first_head: int
     attention: bool
     changes: bool
-    imbalance: bool
+    mass: bool
 
     @classmethod
     def of(
@@ -568,9 +555,15 @@ class HostCopy:
     arrived: Callable[[], bool]
 
 
-def host_bytes(tokens: int, layers: int) -> int:
-    """Host memory for the result of a trace of so many tokens, without scores per layer."""
-    sizes = (4 * tokens, *[8 * layers] * 3, 16, 16)
+def host_bytes(tokens: int, layers: int, heads: int = 0) -> int:
+    """Host memory for the result of a trace of so many tokens, without scores per layer.
+
+    Args:
+        tokens: Its tokens.
+        layers: Its layers.
+        heads: Heads of a layer, where their mass is measured.
+    """
+    sizes = (4 * tokens, 8 * layers, 8 * layers, 12 * layers * heads, 16, 16)
     return sum(_rounded(size, _ALIGNMENT) for size in sizes)
 
 

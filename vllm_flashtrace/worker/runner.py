@@ -173,7 +173,9 @@ class RunnerCapture:
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(
                 self._places,
-                host_bytes(self._longest, self._model.shape.num_layers),
+                host_bytes(
+                    self._longest, self._model.shape.num_layers, self._model.shape.num_heads
+                ),
             )
 
     def observe(self, scheduler_output: SchedulerOutput) -> None:

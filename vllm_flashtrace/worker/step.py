@@ -417,7 +417,7 @@ class Trace:
             zeros(shape.stream_layers, hidden),
             zeros(shape.stream_layers, hidden),
         )
-        self.mass = zeros(layers, heads, 2) if model.measures_mass else None
+        self.mass = zeros(layers, heads, 3) if model.measures_mass else None
         self.attention: Tensor | None = None
         self.unscaled: Accumulators | None = None
         if spec.attention:
