@@ -217,7 +217,7 @@ class GivenLse(NamedTuple):
         """Of ``[L, H, R]``, rows adjacent."""
         memory = lse.as_strided((1,), (1,), 0)
         layer, head, _ = lse.stride()
-        return cls(memory, lse.storage_offset(), layer if len(lse) > 1 else 0, head)
+        return cls(memory, int(lse.storage_offset()), layer if len(lse) > 1 else 0, head)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

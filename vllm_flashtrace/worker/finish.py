@@ -44,9 +44,9 @@ HOST_BYTES = 1 << 30
 MOST_IMBALANCE = 1e-3
 """How far column sums may be from what they must add up to, as a part of the rows' weights.
 
-That is what a log-sum-exp says that comes from the engine's own attention, whose products of
-sixteen-bit numbers are those of the kernels here up to the order of additions: about 1e-6 of a
-logit, and logits are at most some hundreds.
+They must where a log-sum-exp is that of the kernels' own logits. The engine's attention multiplies
+the same sixteen-bit numbers and only adds in another order, which makes about 1e-6 of a logit, and
+logits are at most some hundreds.
 """
 
 _ALIGNMENT = 16
