@@ -210,10 +210,6 @@ def _column_sums_kernel(
     layer, cache, _, slopes, scale, soft_cap = load_layer(layers, CACHED, ALIGNED)
     query += layer * stride_layer
     entry = segments + segment * SEGMENT
-    # What a segment's sums must add up to is added by the program of its first piece.
-    before = tl.load(item - WORK, mask=tl.program_id(0) > 0, other=-1)
-    has_mass = tl.load(entry + 10) != 0
-    mass = tl.load(entry + 10).to(tl.pointer_type(tl.float32)) + layer * tl.load(entry + 11)
     # Rows from here on see all keys of the tile and need no mask.
     full_row = last_row
     if WINDOW == 0 and CHUNK == 0 and not HAS_ALIBI:
@@ -282,16 +278,16 @@ def _column_sums_kernel(
                 offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
                 added += tl.exp2(logits * unit - offset[None, :])
         column_sums = tl.sum(added, axis=1)
-        if has_mass:
-            of_head = mass + 3 * head
-            if before != segment:
-                in_segment = tl.program_id(2).to(tl.int64) * num_segments + segment
-                expected = masses + 2 * (in_segment * num_heads + head)
-                tl.store(of_head, tl.load(of_head) + tl.load(expected))
-                tl.store(of_head + 1, tl.load(of_head + 1) + tl.load(expected + 1))
-            # In no order, since it only serves a check. What lies behind the last key is no sum.
-            found = tl.sum(tl.where(in_tile, column_sums, 0.0), axis=0)
-            tl.atomic_add(of_head + 2, found)
+        _add_to_mass(
+            items,
+            segments,
+            layers,
+            masses,
+            head,
+            num_heads,
+            num_segments,
+            tl.where(in_tile, column_sums, 0.0),
+        )
         if slot < 0:
             _add_to_sums(entry, layer, head, tokens, in_tile, column_sums)
         else:
@@ -330,3 +326,25 @@ def _add_to_sums(entry, layer, head, tokens, valid, column_sums):
     address += layer * tl.load(entry + 1) + head * tl.load(entry + 2)
     before = tl.load(address + tokens, mask=valid, other=0.0)
     tl.store(address + tokens, before + column_sums, mask=valid)
+
+
+@triton.jit
+def _add_to_mass(items, segments, layers, masses, head, num_heads, num_segments, column_sums):
+    """Adds a piece's sums, and with the first piece of a segment what those of all must be.
+
+    It loads all that it needs again: the loops in front of it have no register to spare.
+    """
+    item = items + tl.program_id(0) * WORK
+    segment = tl.load(item)
+    entry = segments + segment * SEGMENT
+    mass = tl.load(entry + 10)
+    if mass != 0:
+        layer = tl.load(layers + tl.program_id(2) * LAYER)
+        of_head = mass.to(tl.pointer_type(tl.float32)) + layer * tl.load(entry + 11) + 3 * head
+        if tl.load(item - WORK, mask=tl.program_id(0) > 0, other=-1) != segment:
+            in_segment = tl.program_id(2).to(tl.int64) * num_segments + segment
+            expected = masses + 2 * (in_segment * num_heads + head)
+            tl.store(of_head, tl.load(of_head) + tl.load(expected))
+            tl.store(of_head + 1, tl.load(of_head + 1) + tl.load(expected + 1))
+        # In no order, since it only serves a check.
+        tl.atomic_add(of_head + 2, tl.sum(column_sums, axis=0))
