@@ -63,7 +63,7 @@ class Forms(NamedTuple):
     lse: Callable[..., Tensor]
     column_sums: Callable[..., None]
     kept_column_sums: Callable[..., None]
-    first_pass: Callable[..., Tensor]
+    first_pass: Callable[..., Any]
     second_pass: Callable[..., None]
     row_sums: Callable[..., None]
     proximities: Callable[..., None]
@@ -85,17 +85,17 @@ def forms_on(device: torch.device) -> Forms:
         triton_column_sums,
         triton_kept_column_sums,
     )
-    from vllm_flashtrace.kernels.triton_lse import FirstPass, triton_lse
+    from vllm_flashtrace.kernels.triton_lse import FirstPass, Offsets, triton_lse
     from vllm_flashtrace.kernels.triton_operands import LayerBatch
     from vllm_flashtrace.kernels.triton_proximity import triton_proximities
     from vllm_flashtrace.kernels.triton_row_sums import triton_row_sums
 
-    def first_pass(inputs: AttentionInputs) -> Tensor:
+    def first_pass(inputs: AttentionInputs) -> Offsets:
         batch = LayerBatch.of_one(inputs, 0)
         first = FirstPass.plan(batch)
         return first.run(batch, first.buffer(batch))
 
-    def second_pass(inputs: AttentionInputs, layer: int, offsets: Tensor) -> None:
+    def second_pass(inputs: AttentionInputs, layer: int, offsets: Offsets) -> None:
         batch = LayerBatch.of_one(inputs, layer)
         second = SecondPass.plan(batch)
         second.run(batch, offsets, second.buffer(batch))
@@ -341,6 +341,8 @@ class Bench:
         """What is done for rows, beside PyTorch's forward pass on the same shape."""
         inputs, rows, shape = layer.inputs, layer.inputs.rows, layer.shape
         first = self.forms.first_pass(inputs)
+        lse = torch.zeros(shape.heads, len(inputs.query), device=rows.device)
+        told = replace(inputs, lse=lse)
 
         def first_of_step() -> None:
             fresh = PagedRows.build(rows.segments, shape.heads, shape.groups, rows.device)
@@ -351,6 +353,7 @@ class Bench:
             "first pass": (1, lambda: self.forms.first_pass(inputs)),
             "second pass": (1, lambda: self.forms.second_pass(inputs, 0, first)),
             "paged_column_sums": (2, lambda: self.forms.column_sums(inputs, 0)),
+            "paged_column_sums, log-sum-exp told": (1, lambda: self.forms.column_sums(told, 0)),
             "paged_column_sums, first layer": (2, first_of_step),
         }
         call, backend = self._torch_attention(layer)

@@ -7,10 +7,16 @@ calls the current observer after the stock ``forward``. There is an observer onl
 computes target rows of a trace. An entry that another plugin has overridden is left alone; traces
 are then refused where that backend is used.
 
+FlashAttention computes the log-sum-exp of every query, and the stock call drops it. Where the
+recording backend is made, its module's ``flash_attn_varlen_func`` is wrapped: while there is an
+observer, the call asks for the log-sum-exp too, and the mixin shows it; without one it passes
+through. `told` says of which calls it is the number that traces need.
+
 Why here: ``register_backend`` is vLLM's public extension point, and overriding a member keeps
 vLLM's own backend selection, but the signature of ``forward`` is private. Entries are paths, and
 the classes are made when a path is looked up, so FlashAttention and FlashInfer are imported only
-where vLLM itself imports them. For the same reason signatures are read from the source.
+where vLLM itself imports them. For the same reason signatures are read from the source. No backend
+hands out the log-sum-exp of its ``forward``.
 
 Tested on: vLLM 0.32.0.
 """
@@ -18,17 +24,25 @@ Tested on: vLLM 0.32.0.
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import vllm
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_flashtrace.base.logs import logger
 from vllm_flashtrace.patches._check import PatchError
-from vllm_flashtrace.worker.observer import RecordingAttention
+from vllm_flashtrace.worker.observer import (
+    TELLING_VERSIONS,
+    RecordingAttention,
+    current,
+    note_lse,
+)
 
 FORWARD_PARAMETERS = (
     "self",
@@ -41,6 +55,20 @@ FORWARD_PARAMETERS = (
     "output",
 )
 """How the ``forward`` of a stock implementation must begin."""
+
+
+_KERNEL = "flash_attn_varlen_func"
+_KERNEL_HOME = Path("vllm_flash_attn", "flash_attn_interface.py")
+_KERNEL_PARAMETERS = (
+    "k",
+    "max_seqlen_q",
+    "softcap",
+    "alibi_slopes",
+    "block_table",
+    "return_softmax_lse",
+    "fa_version",
+)
+"""What `told` reads of a call, and what is added to it."""
 
 
 class StockBackend(NamedTuple):
@@ -92,6 +120,8 @@ def check(backends: Sequence[StockBackend] | None = None) -> None:
     for stock in _of_platform() if backends is None else backends:
         if stock.member not in AttentionBackendEnum.__members__:
             raise PatchError(f"AttentionBackendEnum.{stock.member} does not exist in this vLLM")
+        if stock.member == "FLASH_ATTN":
+            _check_kernel()
         found = method_parameters(stock.module, stock.implementation, "forward")
         if tuple(found[: len(FORWARD_PARAMETERS)]) != FORWARD_PARAMETERS:
             raise PatchError(
@@ -118,20 +148,83 @@ def method_parameters(module: str, class_name: str, method: str) -> list[str]:
     Raises:
         PatchError: There is no such module, class or method.
     """
-    try:
+    spec = None
+    with contextlib.suppress(ModuleNotFoundError):
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise PatchError(f"{module} does not exist in this vLLM, or not as source")
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    for node in tree.body:
+    for node in _nodes(Path(spec.origin)):
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef) and member.name == method:
-                    arguments = member.args
-                    return [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+            found = _parameters(node, method)
+            if found is not None:
+                return found
     raise PatchError(f"{module}.{class_name}.{method} does not exist in this vLLM")
+
+
+def told(call: Mapping[str, Any]) -> bool:
+    """Whether FlashAttention's log-sum-exp in a call is that of the logits as `AttentionForm` says.
+
+    It is ``[H, tokens]``, to base e, and with a sink it includes the sink, however keys are split.
+    Not so:
+
+    - with one query for each request, FlashAttention 2 may lay it out in another order of heads;
+    - with ALiBi it is shifted by a number for each row, which does not change the weights;
+    - soft caps are made with an approximate tanh, which is off by up to 2 ** -11;
+    - products of eight-bit floats are added up with fewer bits than the kernels of traces have;
+    - FlashAttention 4 would compile a kernel of its own for it when the first trace comes.
+
+    Args:
+        call: Keyword arguments of ``flash_attn_varlen_func``.
+    """
+    return (
+        call.get("fa_version") in TELLING_VERSIONS
+        and call.get("block_table") is not None
+        and call.get("max_seqlen_q", 1) > 1
+        and call.get("alibi_slopes") is None
+        and not call.get("softcap")
+        and call["k"].itemsize > 1
+        and "return_softmax_lse" not in call
+    )
+
+
+def telling_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``flash_attn_varlen_func`` that tells the log-sum-exp while there is an observer."""
+
+    @functools.wraps(kernel)
+    def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> Any:
+        if current() is None or args or not told(kwargs):
+            return kernel(*args, **kwargs)
+        output, lse = kernel(**kwargs, return_softmax_lse=True)
+        note_lse(lse)
+        return output
+
+    return flash_attn_varlen_func
+
+
+def _check_kernel() -> None:
+    # Asking for the module's own place would import its package, which loads FlashAttention.
+    home = Path(vllm.__path__[0]) / _KERNEL_HOME
+    for node in _nodes(home) if home.exists() else ():
+        found = _parameters(node, _KERNEL)
+        if found is not None:
+            missing = [name for name in _KERNEL_PARAMETERS if name not in found]
+            if missing:
+                raise PatchError(f"{_KERNEL} has no parameters {missing} in this vLLM")
+            return
+    raise PatchError(f"{_KERNEL} does not exist in this vLLM")
+
+
+def _nodes(source: Path) -> list[ast.stmt]:
+    return ast.parse(source.read_text(encoding="utf-8")).body
+
+
+def _parameters(node: ast.AST, name: str) -> list[str] | None:
+    """Those of a function that is, or is a member of, a node."""
+    for member in getattr(node, "body", ()) if isinstance(node, ast.ClassDef) else (node,):
+        if isinstance(member, ast.FunctionDef) and member.name == name:
+            given = member.args
+            return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return None
 
 
 def _of_platform() -> tuple[StockBackend, ...]:
@@ -143,6 +236,9 @@ def _of_platform() -> tuple[StockBackend, ...]:
 def _recording_backend(stock: StockBackend) -> type:
     module = importlib.import_module(stock.module)
     stock_impl = getattr(module, stock.implementation)
+    kernel = getattr(module, _KERNEL, None)
+    if stock.member == "FLASH_ATTN" and kernel is not None:
+        setattr(module, _KERNEL, telling_lse(kernel))
     home = {"__module__": __name__}
     impl = type(f"Recording{stock.implementation}", (RecordingAttention, stock_impl), home)
 

@@ -77,6 +77,7 @@ def test_dry_run_checks_and_times_every_kernel(tmp_path: Path) -> None:
         "first pass",
         "second pass",
         "paged_column_sums",
+        "paged_column_sums, log-sum-exp told",
         "paged_column_sums, first layer",
         "add_row_sums",
         "proximity, exact fraction 0.9",

@@ -12,7 +12,7 @@ import importlib
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,10 +172,55 @@ def bind_cache(config: VllmConfig, layout: KVCacheLayout, megabytes: int = 4) ->
 # --- attention kernels ----------------------------------------------------------------------------
 
 
+_STOCK_FORWARDS: dict[type, Any] = {}
+
+
 def use_torch_kernels(impl_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the stock ``forward`` and ``do_kv_cache_update`` that need a GPU."""
+    _STOCK_FORWARDS.setdefault(impl_class, impl_class.forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(impl_class, "forward", attention_kernel)
     monkeypatch.setattr(impl_class, "do_kv_cache_update", write_kernel)
+
+
+class FlashKernel:
+    """Stands in for ``flash_attn_varlen_func``, under the stock ``forward`` of FlashAttention.
+
+    Attributes:
+        asked: Of each call, whether it was asked for the log-sum-exp, and its ``max_seqlen_q``.
+        change: What it does to the log-sum-exp that it tells.
+    """
+
+    def __init__(self, layers: list[Any], monkeypatch: pytest.MonkeyPatch, version: int = 3):
+        """Puts it into vLLM's module until the test ends; the layers' backend is FLASH_ATTN."""
+        from vllm.v1.attention.backends import flash_attn
+
+        self.asked: list[tuple[bool, int]] = []
+        self.change: Callable[[Tensor], Tensor] = lambda lse: lse
+        impl_class = flash_attn.FlashAttentionImpl
+        monkeypatch.setattr(impl_class, "forward", _STOCK_FORWARDS[impl_class])
+        kernel = attention_backends.telling_lse(self)
+        monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", kernel, raising=False)
+        for layer in [layer for layer in layers if hasattr(layer, "impl")]:
+            monkeypatch.setattr(layer.impl, "vllm_flash_attn_version", version)
+
+    def __call__(
+        self, *, q: Tensor, out: Tensor, return_softmax_lse: bool = False, **call: Any
+    ) -> Any:
+        self.asked.append((return_softmax_lse, call["max_seqlen_q"]))
+        scales = [call["k_descale"].flatten()[0], call["v_descale"].flatten()[0]]
+        lse = _attend(
+            q,
+            (call["k"], call["v"]),
+            scales,
+            out,
+            call["cu_seqlens_q"],
+            call["seqused_k"],
+            call["block_table"],
+            call["softmax_scale"],
+            call["window_size"][0],
+            call["s_aux"],
+        )
+        return (out, self.change(lse.float())) if return_softmax_lse else out
 
 
 def stock_halves(impl: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,26 +260,58 @@ def attention_kernel(
     keys, values = stock_halves(impl, kv_cache)
     if kv_cache.dtype == torch.uint8:
         keys, values = (half.view(torch.float8_e4m3fn) for half in (keys, values))
-    starts = metadata.query_start_loc.tolist()
-    shared = impl.num_heads // impl.num_kv_heads
     factor = impl.scale * (layer._q_scale_float if query.itemsize == 1 else 1.0)
-    for request, length in enumerate(metadata.seq_lens.tolist()):
+    _attend(
+        query,
+        (keys, values),
+        (layer._k_scale, layer._v_scale),
+        output,
+        metadata.query_start_loc,
+        metadata.seq_lens,
+        metadata.block_table,
+        factor,
+        impl.sliding_window[0],
+        impl.sinks,
+    )
+    return output
+
+
+def _attend(
+    query: Tensor,
+    halves: tuple[Tensor, Tensor],
+    scales: Sequence[Tensor],
+    output: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    factor: float,
+    left: int,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention in float64, and the log-sum-exp ``[H, tokens]``, NaN where there is no token."""
+    starts, size = query_starts.tolist(), halves[0].shape[1]
+    heads = query.shape[1]
+    lse = torch.full((heads, len(query)), torch.nan, dtype=torch.float64)
+    for request, length in enumerate(seq_lens.tolist()):
         first, last = starts[request], starts[request + 1]
         if first == last:
             continue
-        blocks = metadata.block_table[request, : -(-length // kv_cache.shape[2])].long()
+        blocks = block_table[request, : -(-length // size)].long()
         k, v = (
-            (half.double()[blocks].flatten(0, 1)[:length] * scale).repeat_interleave(shared, 1)
-            for half, scale in ((keys, layer._k_scale), (values, layer._v_scale))
+            (half.double()[blocks].flatten(0, 1)[:length] * scale).repeat_interleave(
+                heads // half.shape[2], 1
+            )
+            for half, scale in zip(halves, scales, strict=True)
         )
         logits = torch.einsum("ihd,jhd->hij", query[first:last].double(), k) * factor
         rows = torch.arange(length - (last - first), length)
         logits.masked_fill_(torch.arange(length) > rows[:, None], float("-inf"))
-        if (left := impl.sliding_window[0]) >= 0:
+        if left >= 0:
             logits.masked_fill_(torch.arange(length) < rows[:, None] - left, float("-inf"))
-        if impl.sinks is not None:
-            sinks = impl.sinks.double()[:, None, None].expand(-1, len(rows), 1)
-            logits = torch.cat([logits, sinks], dim=-1)
+        if sinks is not None:
+            sunk = sinks.double()[:, None, None].expand(-1, len(rows), 1)
+            logits = torch.cat([logits, sunk], dim=-1)
+        lse[:, first:last] = logits.logsumexp(-1)
         mixed = torch.einsum("hij,jhd->ihd", logits.softmax(-1)[..., :length], v)
         output[first:last] = mixed.view(last - first, *output.shape[1:]).to(output.dtype)
-    return output
+    return lse

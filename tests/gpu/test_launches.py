@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.gpu.standin import FlashKernel
 from tests.gpu.test_fp8_cache import layers
 from tests.gpu.v2_engine import apply_patches, traced, v2_engine
 from tests.tiny_models import make_tiny_model
@@ -95,10 +96,29 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return counted
 
 
-def run(folder: Path, patch: pytest.MonkeyPatch, traces: int, rows: int, kinds: int = 1) -> None:
-    """A step in which so many traces have so many target rows each."""
-    with v2_engine(folder, patch, "TRITON_ATTN", max_num_batched_tokens=2048) as engine:
+def run(
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    traces: int,
+    rows: int,
+    kinds: int = 1,
+    told: bool = False,
+) -> None:
+    """A step in which so many traces have so many target rows each.
+
+    Args:
+        folder: The model.
+        patch: Undoes what it takes.
+        traces: How many.
+        rows: Target rows of each.
+        kinds: Kinds of layers.
+        told: Whether FlashAttention tells the log-sum-exp.
+    """
+    backend = "FLASH_ATTN" if told else "TRITON_ATTN"
+    with v2_engine(folder, patch, backend, max_num_batched_tokens=2048) as engine:
         apply_patches(patch)
+        if told:
+            FlashKernel(layers(engine), patch)
         for layer in layers(engine)[1:kinds]:
             layer.impl.sliding_window = (62, 0)
         new = {f"{n}": traced(rows + 7, (5, rows + 5), seed=n).new for n in range(traces)}
@@ -139,6 +159,30 @@ def test_more_rows_are_added_layer_by_layer(
     for attention in layer_calls[::2]:
         assert attention["_lse_kernel"] == attention["_column_sums_kernel"] == 1
         assert attention.total() - attention["copy to the device"] <= 5
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "at once"])
+def test_a_log_sum_exp_that_is_told_saves_a_pass(
+    kept: bool, tiny_llama: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is kept that is a launch more per layer, and fewer at the end."""
+    monkeypatch.setattr(gpu_model, "WORTH_KEEPING_LSE", 0)
+    if not kept:
+        monkeypatch.setattr(gpu_model, "KEPT_ROWS", 48)
+    run(tiny_llama, monkeypatch, 1, 700, told=True)
+    *layer_calls, end = counted.calls
+    assert len(layer_calls) == 2 * 4
+    for calls in [*layer_calls, end]:
+        calls.pop("copy to the device", None)
+    passes = {"_offsets_kernel", "_column_sums_kernel"}
+    if kept:
+        assert layer_calls == [{"index_select": 2}, {"_row_sums_kernel": 1}] * 4
+        assert passes <= end.keys() <= passes | {"_add_parts_kernel"} and end.total() <= 3
+        assert counted.allocated <= TABLES
+    else:
+        assert not end
+        for calls in layer_calls[::2]:
+            assert passes <= calls.keys() <= passes | {"_add_parts_kernel"} and calls.total() <= 3
 
 
 def test_latents_are_read_layer_by_layer(

@@ -37,9 +37,17 @@ def backends(request: pytest.FixtureRequest) -> Any:
 class Observer:
     def __init__(self) -> None:
         self.seen: list[tuple[str, torch.Tensor]] = []
+        self.told: list[torch.Tensor | None] = []
 
-    def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
+    def on_attention(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
         self.seen.append((layer_name, query))
+        self.told.append(lse)
 
     def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
         raise AssertionError("attention shows no residual stream")
@@ -191,6 +199,37 @@ def test_a_moved_kernel_interface_is_refused(
     with pytest.raises(PatchError, match=message):
         attention_backends.check([moved])
     assert "moved_backend" not in sys.modules
+
+
+def test_a_kernel_that_cannot_tell_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parameters are read from the source, at its place in vLLM."""
+    flash = [stock for stock in attention_backends.CUDA_BACKENDS if stock.member == "FLASH_ATTN"]
+    attention_backends.check(flash)
+    home = tmp_path / "interface.py"
+    monkeypatch.setattr(attention_backends, "_KERNEL_HOME", home)
+    with pytest.raises(PatchError, match="flash_attn_varlen_func does not exist"):
+        attention_backends.check(flash)
+    home.write_text("def flash_attn_varlen_func(q, k, v, max_seqlen_q, softcap): ...")
+    with pytest.raises(PatchError, match=r"no parameters .*return_softmax_lse"):
+        attention_backends.check(flash)
+
+
+def test_flash_attention_is_wrapped_where_its_recording_backend_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.v1.attention.backends import flash_attn
+
+    def stock(**call: Any) -> Any:
+        return "out"
+
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", stock, raising=False)
+    monkeypatch.delitem(vars(attention_backends), "RecordingFlashAttentionBackend", raising=False)
+    backend_class("FLASH_ATTN")
+    wrapped: Any = flash_attn.flash_attn_varlen_func
+    assert wrapped is not stock and wrapped.__wrapped__ is stock and wrapped(fa_version=3) == "out"
+    vars(attention_backends).pop("RecordingFlashAttentionBackend")
 
 
 @pytest.mark.parametrize(

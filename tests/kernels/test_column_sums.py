@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -154,6 +156,115 @@ def test_shapes_and_types(shape: Shape, compute) -> None:
     check(make_case(shape, SEVERAL), form_of(shape.heads), compute)
 
 
+def told(case: Case, form: AttentionForm) -> Tensor:
+    """The log-sum-exp of the rows as an engine tells it, ``[H, tokens]``; that of others is NaN."""
+    lses, _ = definition(case, form)
+    lse = torch.full((case.rows.num_heads, len(case.query)), torch.nan)
+    lse[:, torch.cat([segment.rows for segment in case.rows.segments])] = lses.t().float()
+    return lse
+
+
+def measured(case: Case) -> Case:
+    """The case with memory for the masses of its segments."""
+    rows = case.rows
+    masses = [torch.zeros(LAYERS, rows.num_heads, 3) for _ in rows.segments]
+    segments = [replace(s, mass=mass) for s, mass in zip(rows.segments, masses, strict=True)]
+    return replace(
+        case, rows=PagedRows.build(segments, rows.num_heads, rows.num_kv_heads, rows.device)
+    )
+
+
+def side_by_side(case: Case) -> Case:
+    """The case with the rows of all segments one after another, from an odd place on."""
+    places = torch.cat([segment.rows for segment in case.rows.segments])
+    query = torch.cat([torch.full_like(case.query[:3], torch.nan), case.query[places]])
+    segments, first = [], 3
+    for segment in case.rows.segments:
+        segments.append(replace(segment, rows=first + torch.arange(len(segment.rows))))
+        first += len(segment.rows)
+    rows = case.rows
+    built = PagedRows.build(segments, rows.num_heads, rows.num_kv_heads, rows.device)
+    return replace(case, query=query, rows=built)
+
+
+def check_masses(case: Case, limit: float = 1e-5) -> None:
+    for segment in case.rows.segments:
+        assert segment.mass is not None
+        weights = segment.weights.sum()
+        sums = segment.sums.column_sums[LAYER].sum(dim=-1)
+        assert ((segment.mass[LAYER, :, 0] - sums).abs() <= limit * weights).all()
+        assert ((segment.mass[LAYER, :, 1] - weights).abs() <= 1e-5 * weights).all()
+        assert ((segment.mass[LAYER, :, 2] - sums).abs() <= 1e-5 * weights).all()
+        assert not segment.mass[[i for i in range(LAYERS) if i != LAYER]].any(), "other layers"
+
+
+TOLD = ["plain", "window", "chunks", "sinks", "window, cap and sinks"]
+
+
+@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_sums_with_a_log_sum_exp_that_is_told(name: str, dtype: torch.dtype, cutting) -> None:
+    """Of rows with gaps and of rows side by side; nothing of other tokens is used."""
+    shape = Shape(shared=2, dtype=dtype)
+    form, limit = form_of(shape.heads, **FORMS[name]), 1e-5 if dtype == torch.float32 else 1e-3
+    for case in (make_case(shape, SEVERAL), side_by_side(make_case(shape, SEVERAL))):
+        lse, (_, expected) = told(case, form), definition(case, form)
+        for compute in (paged_column_sums, column_kernels.triton_column_sums):
+            own = measured(case)
+            for sums in own.sums:
+                sums.zero_()
+            compute(replace(own.inputs(form), lse=lse), LAYER)
+            for sums, of_segment in zip(own.sums, expected, strict=True):
+                assert relative_error(sums[LAYER, :, : of_segment.shape[1]], of_segment) <= limit
+            check_masses(own, limit)
+
+
+@pytest.mark.parametrize("name", ["plain", "window, cap and sinks"])
+def test_masses_beside_a_log_sum_exp_of_our_own(name: str, cutting) -> None:
+    case, form = make_case(FEW_HEADS, SEVERAL), form_of(FEW_HEADS.heads, **FORMS[name])
+    for compute in (paged_column_sums, column_kernels.triton_column_sums):
+        own = measured(case)
+        for sums in own.sums:
+            sums.zero_()
+        compute(own.inputs(form), LAYER)
+        check_masses(own)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda lse: lse.roll(1, dims=1),
+        lambda lse: lse.roll(1, dims=0),
+        lambda lse: lse / math.log(2),
+        lambda lse: lse * 1.01,
+        lambda lse: lse + 2e-3,
+    ],
+    ids=["of the row before", "of another head", "to base 2", "1 % too large", "a little off"],
+)
+def test_masses_tell_what_is_wrong(wrong) -> None:
+    case, form = side_by_side(make_case(TWO_HEADS, SEVERAL)), form_of(TWO_HEADS.heads, sinks=1.0)
+    lse = told(case, form)
+    lse = torch.where(lse.isnan(), 3.0, lse)
+    for compute in (paged_column_sums, column_kernels.triton_column_sums):
+        own = measured(case)
+        for sums in own.sums:
+            sums.zero_()
+        compute(replace(own.inputs(form), lse=wrong(lse)), LAYER)
+        with pytest.raises(AssertionError):
+            check_masses(own, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "lse",
+    [torch.zeros(5, 99), torch.zeros(6, 9), torch.zeros(6, 99).double(), torch.zeros(99, 6).t()],
+    ids=["heads", "tokens", "type", "strides"],
+)
+def test_a_log_sum_exp_that_does_not_fit_is_refused(lse: Tensor) -> None:
+    case = make_case(Shape(dim=64), SEVERAL)
+    with pytest.raises(ValueError, match="log-sum-exp"):
+        replace(case.inputs(form_of(6)), lse=lse)
+
+
 def test_attention_to_one_token(cutting) -> None:
     """Logits of a hundred, of both signs."""
     for compute in (torch_forms, triton_forms):
@@ -220,16 +331,18 @@ class Step:
             paged_column_sums(case.inputs(form), layer)
         return self.taken()
 
-    def kept(self, room: int = 1 << 20) -> KeptQueries:
+    def kept(self, room: int = 1 << 20, lse: Sequence[Tensor] | None = None) -> KeptQueries:
         shape = self.cases[0].query.shape[1:]
         queries = 48 * shape.numel() * LAYERS * self.cases[0].query.itemsize  # 16 rows at a time
+        queries += 48 * shape[0] * LAYERS * 4
         memory = torch.full((queries + max(room, queries),), 255, dtype=torch.uint8)
         dtype = self.cases[0].query.dtype
-        kept = KeptQueries.within(memory, self.rows, LAYERS, shape[1], dtype)
+        sizes = LAYERS, shape[1], dtype
+        kept = KeptQueries.within(memory, self.rows, *sizes, with_lse=lse is not None)
         assert kept is not None
         kept.room = kept.room[: room // 4]
         for layer, case in enumerate(self.cases):
-            assert kept.keep(layer, case.query)
+            assert kept.keep(layer, case.query, None if lse is None else lse[layer])
             assert not kept.keep(layer, case.query.double())
         assert kept.layers == [*range(LAYERS)]
         return kept
@@ -262,6 +375,52 @@ def test_queries_that_are_kept_give_the_same_bits(cutting, monkeypatch: pytest.M
     for room in (1 << 20, 3_000, 0) if cutting == "cut" else (1 << 20,):
         add_kept_column_sums(step.kept(room), step.keys())
         assert all(map(torch.equal, step.taken(), ours)), room
+
+
+def test_log_sum_exps_that_are_kept_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that are told of a layer, in torch and in Triton, and of one trace alone."""
+    step = Step(TWO_HEADS)
+    lses = [told(case, form) for case, form in zip(step.cases, step.forms, strict=True)]
+
+    def at_once() -> list[Tensor]:
+        for layer, (case, form) in enumerate(zip(step.cases, step.forms, strict=True)):
+            paged_column_sums(replace(case.inputs(form), lse=lses[layer]), layer)
+        return step.taken()
+
+    expected = at_once()
+    add_kept_column_sums(step.kept(lse=lses), step.keys())
+    assert all(map(torch.equal, step.taken(), expected))
+    monkeypatch.setattr(paged_attention, "by_triton", lambda tensor: True)
+    ours = at_once()
+    for one, other in zip(ours, expected, strict=True):
+        assert relative_error(one, other.double()) <= 1e-5
+    kept = step.kept(lse=lses)
+    heads, groups = step.rows.num_heads, step.rows.num_kv_heads
+    alone = PagedRows.build([step.rows.segments[1]], heads, groups, step.rows.device, 64)
+    own = kept.of_segment(1, alone)
+    add_kept_column_sums(kept, step.keys())
+    assert all(map(torch.equal, step.taken(), ours))
+    add_kept_column_sums(own, step.keys())
+    sums = step.taken()
+    assert torch.equal(sums[1], ours[1]) and not sums[0].any() and not sums[2].any()
+
+
+def test_log_sum_exps_are_kept_of_all_layers_or_of_none() -> None:
+    step = Step(Shape(dim=64))
+    lse, query = torch.zeros(6, len(step.cases[0].query)), step.cases[0].query
+    memory = torch.empty(1 << 20, dtype=torch.uint8)
+
+    def kept() -> KeptQueries:
+        found = KeptQueries.within(memory, step.rows, LAYERS, 64, query.dtype, with_lse=True)
+        assert found is not None
+        return found
+
+    some = kept()
+    assert some.keep(0, query, lse) and not some.keep(1, query)
+    assert some.layers == [0] and some.lse is not None
+    none = kept()
+    assert none.keep(0, query) and none.lse is None and none.keep(1, query, lse)
+    assert none.layers == [0, 1] and none.lse is None
 
 
 def test_kept_queries_of_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:

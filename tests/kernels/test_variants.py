@@ -53,7 +53,7 @@ LAYERS, BLOCKS = 3, 2
 
 KERNELS = {
     "_lse_kernel": 4,
-    "_join_kernel": 1,
+    "_offsets_kernel": 2,
     "_column_sums_kernel": 3,
     "_add_parts_kernel": 1,
     "_row_sums_kernel": 2,
@@ -232,7 +232,8 @@ def launch_as_traces_do(
         shapes = (model.heads, own[-1] + 1), (model.hidden,), (model.hidden,)
         sums = Accumulators(*(torch.zeros(LAYERS, *shape) for shape in shapes))
         zeros, ones = torch.zeros(len(own), dtype=torch.int64), torch.ones(len(own))
-        segments.append(RowSegment(zeros, torch.tensor(own), ones, table, sums))
+        mass = torch.zeros(LAYERS, model.heads, 3) if where else None
+        segments.append(RowSegment(zeros, torch.tensor(own), ones, table, sums, mass))
     rows = PagedRows.build(segments, model.heads, model.groups, CPU, kept_rows=1024)
     scales = None
     if model.scaled:
@@ -241,6 +242,8 @@ def launch_as_traces_do(
     by_layer = None if scales is None else scales[where]
     inputs = AttentionInputs(query, layer.keys, rows, layer.form, by_layer)
     triton_column_sums(inputs, where)
+    told = torch.zeros(model.heads, tokens + offset)
+    triton_column_sums(dataclasses.replace(inputs, lse=told), where)
     if model.latents:
         _launch_for_some_heads(model, query, segments, layer.form, where)
     memory = torch.empty(len(rows) * LAYERS * model.heads * model.dim * 8, dtype=torch.uint8)
@@ -248,6 +251,8 @@ def launch_as_traces_do(
     if kept is not None:
         kept.scales = scales
         keys = [LayerKeys(index, layer.keys, layer.form) for index in range(where, LAYERS)]
+        triton_kept_column_sums(kept, keys)
+        kept.lse = torch.zeros(LAYERS, model.heads, len(rows) + offset)[..., offset:]
         triton_kept_column_sums(kept, keys)
     triton_row_sums(rows, where, residual=stream)
     if by_layer is None:
@@ -282,7 +287,8 @@ def _launch_for_some_heads(
             blocks = min(segment.columns // model.block_size + 1, 40)
             keys, _ = dataclasses.replace(model, groups=heads).caches(blocks)
             sums = segment.sums._replace(column_sums=segment.sums.column_sums[:, some])
-            own = dataclasses.replace(segment, sums=sums)
+            mass = None if segment.mass is None else segment.mass[:, some]
+            own = dataclasses.replace(segment, sums=sums, mass=mass)
             rows = PagedRows.build([own], heads, heads, CPU)
             triton_column_sums(AttentionInputs(query[:, some], keys, rows, form), where)
 

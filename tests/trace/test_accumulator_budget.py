@@ -33,7 +33,9 @@ from vllm_flashtrace.worker.traced_model import HostClock
 
 SHAPE = ModelShape(num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=16)
 BUDGET = AccumulatorBudget.of_model(10_000, SHAPE)
-MODEL: Any = types.SimpleNamespace(shape=SHAPE, device=torch.device("cpu"), clock=HostClock())
+MODEL: Any = types.SimpleNamespace(
+    shape=SHAPE, device=torch.device("cpu"), clock=HostClock(), measures_mass=False
+)
 
 
 def spec(context: int, attention: bool = False) -> TraceSpec:

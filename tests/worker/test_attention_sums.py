@@ -42,7 +42,7 @@ class Model:
     Triton's kernels are interpreted, which takes seconds, or those of torch take their place.
     """
 
-    batched, device, clock = True, CPU, HostClock()
+    batched, device, clock, measures_mass = True, CPU, HostClock(), False
     shape = ModelShape(LAYERS, HEADS, GROUPS, HIDDEN)
 
     def __init__(self, normed: bool, kept: bool, triton: bool = False) -> None:
@@ -69,7 +69,13 @@ class Model:
         return found if self._kept else None
 
     def add_column_sums(
-        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        group: RowGroup,
+        rows: PagedRows,
+        scales: Tensor | None,
+        lse: Tensor | None = None,
     ) -> None:
         if self.fails:
             raise RuntimeError("injected")

@@ -73,7 +73,7 @@ def test_what_kept_queries_take(memory: Any, monkeypatch: pytest.MonkeyPatch) ->
     taken: list[int] = []
     monkeypatch.setattr(torch, "empty", lambda size, **_: taken.append(size) or size)
     layers, heads = 36, 32
-    row = layers * heads * 128 * 2 * 9 // 8
+    row = layers * heads * (128 * 2 * 9 // 8 + 4)
     model: Any = GPUTracedModel.__new__(GPUTracedModel)
     vars(model).update(
         device=GPU, _head_dim=128, _dtype=torch.bfloat16, _scratch=None, _kept_rows=0, layers=[],

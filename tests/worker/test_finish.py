@@ -35,7 +35,7 @@ class Model:
         self.proximities = proximities
         self.calls = 0
 
-    batched, normed, scaled, gate_width = True, False, False, 0
+    batched, normed, scaled, gate_width, measures_mass = True, False, False, 0, False
 
     def replace_by_proximities(self, traces: Any, tables: Any, adapter: int | None) -> None:
         self.calls += 1
@@ -47,7 +47,7 @@ class Model:
 
 def segment_of(trace: Trace, row: Any) -> Any:
     """Target rows of a trace that has one target."""
-    rows = types.SimpleNamespace(sums=trace.sums)
+    rows = types.SimpleNamespace(sums=trace.sums, mass=None)
     return types.SimpleNamespace(trace=trace, batch_row=row, row_segment=rows)
 
 

@@ -66,7 +66,7 @@ class Model:
     """A GPU model as far as the end of traces goes."""
 
     batched, normed, device, clock = True, False, META, HostClock()
-    scaled, gate_width = False, 0
+    scaled, gate_width, measures_mass = False, 0, True
 
     def __init__(self, shape: ModelShape, dim: int, dtype: torch.dtype) -> None:
         self.shape = shape
@@ -88,7 +88,7 @@ def segment_of(model: Model, tokens: int, number: int) -> Any:
     trace.stream_lacks_residual = True
     table = torch.zeros(-(-tokens // 16), dtype=torch.int32, device=META)
     row = types.SimpleNamespace(req_id=str(number), block_tables=[table])
-    rows = types.SimpleNamespace(sums=trace.sums)
+    rows = types.SimpleNamespace(sums=trace.sums, mass=trace.mass)
     return types.SimpleNamespace(trace=trace, batch_row=row, row_segment=rows)
 
 

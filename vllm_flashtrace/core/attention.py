@@ -169,6 +169,7 @@ class TargetRowBlocks:
         form: AttentionForm,
         out: Tensor | Sequence[Tensor],
         scales: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> None:
         """Adds ``c_h[j] = sum_i w_i s_i alpha^h_ij`` for every head and token.
 
@@ -184,21 +185,26 @@ class TargetRowBlocks:
                 factors for each coordinate ``[H * d, >= n]``, those of a head side by side.
             scales: float32 ``[R]``, ``[H, R]`` or ``[H, d, R]``, factors ``s`` on the weights of
                 the rows in this layer, in the order in which they were given; 1 if None.
+            lse: float32 ``[H, R]``, the log-sum-exp of the rows' logits, a sink included, in the
+                same order; computed if None.
         """
         if not self.blocks:
             return
         outs = [out] if isinstance(out, Tensor) else out
         keys = keys[:, :, : self.columns]
-        if form.is_plain:
+        if form.is_plain and lse is None:
             keys -= keys[:, :, :1].clone()
         memory = self.block_memory(keys)
         for block in self.blocks:
             queries = block.queries(query, self.num_kv_heads, form.scale)
-            if form.is_plain:
+            if form.is_plain and lse is None:
                 first, attention, denominators = 0, *block.plain_weights(queries, keys, memory)
             else:
                 first = form.first_visible(int(block.positions[0]))
-                attention, denominators, _ = block.weights_of(form, queries, keys, first, memory)
+                weights = block.weights_of(form, queries, keys, first, memory)
+                attention, denominators, largest = weights
+                if lse is not None:
+                    denominators = (lse[:, block.given] - largest).exp()
             # The softmax denominator is folded into the row weights: one pass less over the block.
             row_weights = block.row_weights / denominators[:, None]  # [H, T, B]
             if scales is not None and scales.dim() == 3:

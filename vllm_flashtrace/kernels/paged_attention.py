@@ -46,6 +46,8 @@ class AttentionInputs:
         scales: float32 ``[R]``, positive factors on the weights of the rows in this layer, the rows
             of all segments one after another; None for 1. In torch also ``[H, R]``, factors of each
             head, or ``[H, d, R]``, of each coordinate of a head's values.
+        lse: float32 ``[H, tokens]``, ``log sum_j exp(logit_ij)`` of the step's queries, a sink
+            included, tokens adjacent; None where it is to be computed.
 
     Raises:
         ValueError: The shapes or types do not fit together.
@@ -56,6 +58,7 @@ class AttentionInputs:
     rows: PagedRows
     form: AttentionForm
     scales: Tensor | None = None
+    lse: Tensor | None = None
 
     def __post_init__(self) -> None:
         query, key_cache, rows = self.query, self.key_cache, self.rows
@@ -79,6 +82,8 @@ class AttentionInputs:
                 f"queries and keys do not fit {rows.num_heads} heads over {rows.num_kv_heads}: "
                 f"{listing}"
             )
+        if self.lse is not None:
+            check_lse(self.lse, rows)
         for segment in rows.segments:
             if segment.block_table.numel() * block_size < segment.columns:
                 raise ValueError(
@@ -113,14 +118,21 @@ class KeptQueries:
         queries: ``[L, R, H, d]``; what of them is not in `layers` is not initialised.
         room: float32, scratch memory for `add_kept_column_sums`.
         scales: float32 ``[L, R]``, see `AttentionInputs`; None for 1.
+        lse: float32 ``[L, H, R]``, the log-sum-exp of the queries; None where it is to be computed.
         layers: Layers that were kept and are not yet in the sums.
     """
 
     def __init__(
-        self, rows: PagedRows, queries: Tensor, room: Tensor, scales: Tensor | None = None
+        self,
+        rows: PagedRows,
+        queries: Tensor,
+        room: Tensor,
+        scales: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> None:
         """Starts without queries, in given memory."""
-        self.rows, self.queries, self.room, self.scales = rows, queries, room, scales
+        self.rows, self.queries, self.room = rows, queries, room
+        self.scales, self.lse = scales, lse
         self.layers: list[int] = []
         # Eight-bit floats cannot be indexed.
         self._bytes = queries.view(torch.uint8) if queries.itemsize == 1 else queries
@@ -129,11 +141,19 @@ class KeptQueries:
     def row_bytes(layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """What a row takes of the memory of `within`."""
         queries = layers * heads * head_dim * dtype.itemsize
-        return queries + -(-queries // _PART_OF_ROOM)
+        lse = layers * heads * torch.float32.itemsize
+        return queries + lse + -(-queries // _PART_OF_ROOM)
 
     @classmethod
     def within(
-        cls, memory: Tensor, rows: PagedRows, layers: int, head_dim: int, dtype: torch.dtype
+        cls,
+        memory: Tensor,
+        rows: PagedRows,
+        layers: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        *,
+        with_lse: bool = False,
     ) -> KeptQueries | None:
         """Queries in memory that nothing else uses until the step ends.
 
@@ -143,6 +163,7 @@ class KeptQueries:
             layers: Layers L of the model.
             head_dim: Head size d.
             dtype: Type of queries.
+            with_lse: Whether their log-sum-exp is kept too, if the first layer's is told.
 
         Returns:
             None where the memory is too small.
@@ -156,20 +177,33 @@ class KeptQueries:
         with torch.inference_mode(False):  # They are written to with and without.
             queries = memory[:end].view(dtype).view(shape)[:, : len(rows)]
             room = memory[end : len(memory) // _ALIGNMENT * _ALIGNMENT].view(torch.float32)
-            return cls(rows, queries, room)
+            if not with_lse:
+                return cls(rows, queries, room)
+            count = layers * rows.num_heads * padded
+            lse = room[: layers * rows.num_heads * len(rows)].view(layers, rows.num_heads, -1)
+            return cls(rows, queries, room[count:], lse=lse)
 
-    def keep(self, layer: int, query: Tensor) -> bool:
-        """Copies a layer's queries; one launch.
+    def keep(self, layer: int, query: Tensor, lse: Tensor | None = None) -> bool:
+        """Copies a layer's queries; one launch, and another for their log-sum-exp.
 
         Args:
             layer: The layer.
             query: ``[tokens, H, d]``, the step's queries, see `AttentionInputs`.
+            lse: ``[H, tokens]``, see `AttentionInputs`.
 
         Returns:
-            Whether it did: it takes queries of one type and size.
+            Whether it did: it takes queries of one type and size, and the log-sum-exp of all
+            layers or of none.
         """
         if query.dtype != self.queries.dtype or query.shape[1:] != self.queries.shape[2:]:
             return False
+        if lse is None:
+            if self.layers and self.lse is not None:
+                return False
+            self.lse = None
+        elif self.lse is not None:
+            check_lse(lse, self.rows)
+            torch.index_select(lse, 1, self.rows.places, out=self.lse[layer])
         stored = query.view(torch.uint8) if query.itemsize == 1 else query
         torch.index_select(stored, 0, self.rows.places, out=self._bytes[layer])
         self.layers.append(layer)
@@ -185,7 +219,8 @@ class KeptQueries:
             queries = self.queries[:, first : first + len(rows)]
             if queries.data_ptr() % _ALIGNMENT:
                 queries = queries.contiguous()
-            kept = KeptQueries(rows, queries, self.room)
+            lse = None if self.lse is None else self.rows.of_segment(self.lse, index)
+            kept = KeptQueries(rows, queries, self.room, lse=lse)
         kept.layers = list(self.layers)
         return kept
 
@@ -193,8 +228,11 @@ class KeptQueries:
 def paged_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bool = False) -> None:
     """Adds ``c_h[j] += sum_i w_i s_i exp(logit_ij - lse_i)`` to each segment's column sums.
 
-    On a GPU it does not wait for the device and gives the same bits for the same input: no program
-    adds to what another adds to.
+    And to its mass what is added to them, what that must be, ``sum_i w_i s_i (1 - exp(sink -
+    lse_i))``, and ``sum_i w_i s_i``: a log-sum-exp that was told and is wrong is found by it.
+
+    On a GPU it does not wait for the device and gives the same bits for the same input, the mass
+    apart: no program adds to sums that another adds to.
 
     Args:
         inputs: The layer's tensors, all on one device.
@@ -234,7 +272,8 @@ def add_kept_column_sums(kept: KeptQueries, layers: Sequence[LayerKeys]) -> None
         for keys in layers:
             query = kept.queries[keys.layer]
             scales = None if kept.scales is None else kept.scales[keys.layer]
-            inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales)
+            lse = None if kept.lse is None else kept.lse[keys.layer]
+            inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales, lse)
             torch_column_sums(inputs, keys.layer)
     kept.layers.clear()
 
@@ -319,10 +358,24 @@ def torch_column_sums(inputs: AttentionInputs, layer: int, *, overwrite_keys: bo
             zip(inputs.rows.segments, inputs.rows.blocks, strict=True)
         ):
             keys = _keys(inputs.key_cache, segment, may_view=overwrite_keys)
-            scales = None
+            scales = lse = None
             if inputs.scales is not None:
                 scales = inputs.rows.of_segment(inputs.scales, index)
-            target.add(query, keys, inputs.form, segment.sums.column_sums[layer], scales)
+            if inputs.lse is not None:
+                lse = inputs.lse[:, as_slice(segment.rows)]
+            sums = segment.sums.column_sums[layer]
+            before = sums.sum(dim=-1) if segment.mass is not None else None
+            target.add(query, keys, inputs.form, sums, scales, lse)
+            if segment.mass is not None and before is not None:
+                weights = segment.weights if scales is None else segment.weights * scales
+                added = expected = sums.sum(dim=-1) - before
+                if lse is not None:  # Else they were divided by their own sum.
+                    expected = weights.sum().expand_as(expected)
+                    if inputs.form.sinks is not None:
+                        sunk = (inputs.form.sinks[:, None] - lse).exp() @ weights
+                        expected = expected - sunk
+                together = [expected, weights.sum().expand_as(expected), added]
+                segment.mass[layer] += torch.stack(together, dim=1)
 
 
 def torch_lse(inputs: AttentionInputs) -> Tensor:
@@ -338,6 +391,17 @@ def torch_lse(inputs: AttentionInputs) -> Tensor:
             _, denominators, largest = block.weights_of(form, queries, keys, first, memory)
             parts.append((largest + denominators.log()).t())
     return torch.cat(parts)
+
+
+def check_lse(lse: Tensor, rows: PagedRows) -> None:
+    """Raises ValueError unless a log-sum-exp is one of the step's queries."""
+    tokens = lse.shape[-1]
+    fitting = lse.dim() == 2 and len(lse) == rows.num_heads and tokens >= rows.tokens
+    if not fitting or lse.dtype != torch.float32 or (tokens > 1 and lse.stride(1) != 1):
+        raise ValueError(
+            f"a log-sum-exp {lse.dtype} {tuple(lse.shape)} does not fit {rows.num_heads} heads and "
+            f"{rows.tokens} tokens"
+        )
 
 
 def _plain(query: Tensor) -> Tensor:

@@ -64,6 +64,9 @@ class RowSegment:
         block_table: int32 ``[blocks]`` on the step's device: token ``j`` lies in slot
             ``j % block_size`` of block ``block_table[j // block_size]``.
         sums: Where this segment's sums go.
+        mass: float32 ``[L, H, 3]``, where it is added up what the column sums must add up to, the
+            rows' weights without what their sinks take; the weights; and what was added to the
+            column sums. Or None.
     """
 
     rows: Tensor
@@ -71,6 +74,7 @@ class RowSegment:
     weights: Tensor
     block_table: Tensor
     sums: Accumulators
+    mass: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -159,6 +163,16 @@ class PagedRows:
         return torch.cat([segment.rows for segment in self.segments])
 
     @cached_property
+    def tokens(self) -> int:
+        """Number of tokens that a step has at least: one more than the last row."""
+        return 1 + max(int(segment.rows.numpy().max()) for segment in self.segments)
+
+    @cached_property
+    def logits(self) -> int:
+        """Logits of a head in a layer, at most: rows of each trace times what its last one sees."""
+        return sum(len(segment.rows) * segment.columns for segment in self.segments)
+
+    @cached_property
     def adjacent(self) -> slice | None:
         """The rows of all segments among the step's tokens, where none lies between them."""
         rows = np.concatenate([segment.rows.numpy() for segment in self.segments])
@@ -218,6 +232,13 @@ def _check(segment: RowSegment, num_heads: int) -> None:
             f"{tuple(table.shape)} of strides {table.stride()}"
         )
     layers, heads, columns = sums.column_sums.shape
+    mass = segment.mass
+    if mass is not None and (
+        mass.shape != (layers, num_heads, 3)
+        or mass.dtype != torch.float32
+        or mass.stride()[1:] != (3, 1)
+    ):
+        raise ValueError(f"a mass {tuple(mass.shape)} does not fit {num_heads} heads")
     if (
         heads % num_heads
         or columns < segment.columns

@@ -2,7 +2,7 @@
 
 A key tile is loaded once and stays for all rows and query heads that see it, and only its program
 writes where its sums go. Rows are cut only where there are too few key tiles; the parts are then
-added in order. So the same input gives the same bits.
+added in order. So the same input gives the same bits, of all but the mass, see `RowSegment`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs, KeptQueries, LayerKeys
 from vllm_flashtrace.kernels.target_rows import touching_sums
-from vllm_flashtrace.kernels.triton_lse import FirstPass
+from vllm_flashtrace.kernels.triton_lse import FirstPass, Offsets
 from vllm_flashtrace.kernels.triton_operands import (
     LAYER,
     LayerBatch,
@@ -74,7 +74,7 @@ def triton_kept_column_sums(kept: KeptQueries, layers: Sequence[LayerKeys]) -> N
     with torch.cuda.device_of(kept.queries):
         for batch in LayerBatch.of_kept(kept, layers):
             first, second = FirstPass.plan(batch), SecondPass.plan(batch)
-            floats = first.floats(len(rows), rows.num_heads)
+            floats = first.floats(rows)
             of_a_layer = floats + second.floats(rows.num_heads)
             at_once, room = len(kept.room) // of_a_layer, kept.room
             if not at_once:
@@ -120,12 +120,12 @@ class SecondPass(NamedTuple):
         count = len(batch.layers) * self.floats(batch.rows.num_heads)
         return batch.query.new_empty(max(1, count), dtype=torch.float32)
 
-    def run(self, batch: LayerBatch, offsets: Tensor, memory: Tensor) -> None:
+    def run(self, batch: LayerBatch, offsets: Offsets, memory: Tensor) -> None:
         """Launches it.
 
         Args:
             batch: The layers.
-            offsets: float32 ``[layers, H, R]``, as `FirstPass.run` gives them.
+            offsets: As `FirstPass.run` gives them.
             memory: float32, at least `floats` for each layer.
 
         Raises:
@@ -136,11 +136,12 @@ class SecondPass(NamedTuple):
             _column_sums_kernel,
             (len(work.items), rows.num_kv_heads, len(batch.layers)),
             *batch.arguments,
-            offsets,
+            *offsets,
             work.items,
             memory,
             len(rows),
             rows.num_heads,
+            len(rows.segments),
             work.slots,
             **batch.constants,
             KEYS=self.tile.keys,
@@ -163,7 +164,7 @@ class SecondPass(NamedTuple):
                 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_slots"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_segments", "num_slots"])
 def _column_sums_kernel(
     query,
     stride_layer,
@@ -177,10 +178,12 @@ def _column_sums_kernel(
     segments,
     positions,
     offsets,
+    masses,
     items,
     parts,
     num_rows,
     num_heads,
+    num_segments,
     num_slots,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -275,6 +278,16 @@ def _column_sums_kernel(
                 offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
                 added += tl.exp2(logits * unit - offset[None, :])
         column_sums = tl.sum(added, axis=1)
+        _add_to_mass(
+            items,
+            segments,
+            layers,
+            masses,
+            head,
+            num_heads,
+            num_segments,
+            tl.where(in_tile, column_sums, 0.0),
+        )
         if slot < 0:
             _add_to_sums(entry, layer, head, tokens, in_tile, column_sums)
         else:
@@ -313,3 +326,25 @@ def _add_to_sums(entry, layer, head, tokens, valid, column_sums):
     address += layer * tl.load(entry + 1) + head * tl.load(entry + 2)
     before = tl.load(address + tokens, mask=valid, other=0.0)
     tl.store(address + tokens, before + column_sums, mask=valid)
+
+
+@triton.jit
+def _add_to_mass(items, segments, layers, masses, head, num_heads, num_segments, column_sums):
+    """Adds a piece's sums, and with the first piece of a segment what those of all must be.
+
+    It loads all that it needs again: the loops in front of it have no register to spare.
+    """
+    item = items + tl.program_id(0) * WORK
+    segment = tl.load(item)
+    entry = segments + segment * SEGMENT
+    mass = tl.load(entry + 10)
+    if mass != 0:
+        layer = tl.load(layers + tl.program_id(2) * LAYER)
+        of_head = mass.to(tl.pointer_type(tl.float32)) + layer * tl.load(entry + 11) + 3 * head
+        if tl.load(item - WORK, mask=tl.program_id(0) > 0, other=-1) != segment:
+            in_segment = tl.program_id(2).to(tl.int64) * num_segments + segment
+            expected = masses + 2 * (in_segment * num_heads + head)
+            tl.store(of_head, tl.load(of_head) + tl.load(expected))
+            tl.store(of_head + 1, tl.load(of_head + 1) + tl.load(expected + 1))
+        # In no order, since it only serves a check.
+        tl.atomic_add(of_head + 2, tl.sum(column_sums, axis=0))

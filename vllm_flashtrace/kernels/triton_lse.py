@@ -1,12 +1,12 @@
 """First pass over attention: the log-sum-exp of every target row and head, from a paged K cache.
 
 A query vector is loaded once and stays; a key tile is shared by all query heads of its key/value
-head. Few rows over many keys are cut along the keys, and the parts joined in order.
+head. Few rows over many keys are cut along the keys, and the parts joined in order. Where the
+engine's own attention has told it, there is no pass: it only gets the weights of the rows.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs
+from vllm_flashtrace.kernels.target_rows import PagedRows
 from vllm_flashtrace.kernels.triton_operands import (
     LAYER,
     LN2,
     LOG2E,
+    GivenLse,
     LayerBatch,
     launch,
     load_cached,
@@ -51,7 +53,7 @@ _TILES = {
     (4, 256): Tile(32, 32, 8, 2),
 }
 _FEWEST_QUERIES = 16
-_JOINED = 256
+_JOINED = 512
 
 
 def triton_lse(inputs: AttentionInputs) -> Tensor:
@@ -59,7 +61,22 @@ def triton_lse(inputs: AttentionInputs) -> Tensor:
     with torch.cuda.device_of(inputs.query):
         batch = LayerBatch.of_one(inputs, 0)
         first = FirstPass.plan(batch)
-        return first.run(batch, first.buffer(batch), weighted=False)[0].t()
+        return first.run(batch, first.buffer(batch), weighted=False).offsets[0].t()
+
+
+class Offsets(NamedTuple):
+    """What the second pass is told of rows.
+
+    Attributes:
+        offsets: float32 ``[layers, H, R]``, what turns a logit into a weighted attention weight:
+            ``w_i s_i alpha_ij = 2 ** (logit_ij / ln 2 - offset_i)``, ``offset = lse / ln 2 - log2(w
+            s)``, with ``s_i`` the scale of a row.
+        masses: float32 ``[layers, S, H, 2]``, what is added to the first two numbers of each
+            segment's `RowSegment.mass`.
+    """
+
+    offsets: Tensor
+    masses: Tensor
 
 
 class FirstPass(NamedTuple):
@@ -68,17 +85,19 @@ class FirstPass(NamedTuple):
     Attributes:
         queries: Queries of a program.
         tile: The other numbers of its tile.
-        work: What there is to do, for each layer.
+        work: What there is to do, for each layer; None where the log-sum-exp is given.
     """
 
     queries: int
     tile: Tile
-    work: Work
+    work: Work | None
 
     @classmethod
     def plan(cls, batch: LayerBatch) -> FirstPass:
         """By the target rows and what the layers have in common."""
         rows, tile = batch.rows, _TILES[batch.operands.tile_key]
+        if batch.lse is not None:
+            return cls(0, tile, None)
         shared = rows.num_heads // rows.num_kv_heads
         longest = max(len(segment.rows) for segment in rows.segments)
         queries = triton.next_power_of_2(min(longest * shared, tile.queries))
@@ -87,82 +106,90 @@ class FirstPass(NamedTuple):
         work = rows.on_device.row_tiles(queries // shared, tile.keys, alike.window, alike.chunk)
         return cls(queries, tile, work)
 
-    def floats(self, rows: int, heads: int) -> int:
-        """Numbers that a layer takes at most: the result's, and those of each part."""
-        parts = self.work.slots if self.work.slots > 1 else 0
-        return _aligned(rows * heads) + _aligned(parts * rows * heads)
+    def floats(self, rows: PagedRows) -> int:
+        """Numbers that a layer takes at most: the results', and those of each part."""
+        count, masses = len(rows) * rows.num_heads, 2 * len(rows.segments) * rows.num_heads
+        return _aligned(count) + _aligned(masses) + _aligned(self._parts * count)
+
+    @property
+    def _parts(self) -> int:
+        return self.work.slots if self.work is not None and self.work.slots > 1 else 0
 
     def buffer(self, batch: LayerBatch) -> Tensor:
         """Memory of its own for all layers."""
-        rows = batch.rows
-        count = len(batch.layers) * self.floats(len(rows), rows.num_heads)
+        count = len(batch.layers) * self.floats(batch.rows)
         return batch.query.new_empty(count, dtype=torch.float32)
 
-    def run(self, batch: LayerBatch, memory: Tensor, *, weighted: bool = True) -> Tensor:
+    def run(self, batch: LayerBatch, memory: Tensor, *, weighted: bool = True) -> Offsets:
         """Launches it.
-
-        With ``s_i`` the scale of a row, `weighted` gives offsets of ``w_i s_i alpha_ij``.
 
         Args:
             batch: The layers.
             memory: float32, at least `floats` for each layer.
-            weighted: Whether to give what turns a logit into a weighted attention weight:
-                ``w_i alpha_ij = 2 ** (logit_ij / ln 2 - offset_i)``, ``offset = lse / ln 2 -
-                log2 w``; else the log-sum-exp.
+            weighted: Whether to give offsets and masses; else the log-sum-exp stands in the place
+                of the offsets.
 
         Returns:
-            float32 ``[layers, H, R]``, within `memory`: rows are adjacent, because they are read a
-            tile at a time.
+            Both within `memory`: rows are adjacent, because they are read a tile at a time.
         """
-        rows, slots, tables = batch.rows, self.work.slots, batch.rows.on_device
-        scaled = batch.scales is not None
-        # Without scales the address is not read.
-        factors = (batch.scales if scaled else tables.log_weights, batch.scales_stride)
-        shape = (len(batch.layers), rows.num_heads, len(rows))
-        count = math.prod(shape)
-        result = parts = memory[:count].view(shape)
-        if slots > 1:
-            first = _aligned(count)
-            parts = memory[first : first + slots * count].fill_(float("-inf"))
+        rows, tables = batch.rows, batch.rows.on_device
+        layers, heads, segments = len(batch.layers), rows.num_heads, len(rows.segments)
+        count, masses = layers * heads * len(rows), 2 * layers * segments * heads
+        first = _aligned(count)
+        result = Offsets(
+            memory[:count].view(layers, heads, -1),
+            memory[first : first + masses].view(layers, segments, heads, 2),
+        )
+        given, parts, scaled = batch.lse, self._parts, batch.scales is not None
+        if given is None:
+            lse = result.offsets
+            if parts:
+                first += _aligned(masses)
+                lse = memory[first : first + parts * count].fill_(float("-inf"))
+            self._launch(batch, lse)
+            given = GivenLse(lse, 0, heads * len(rows), len(rows))
+        launch(
+            _offsets_kernel,
+            (segments, heads, layers),
+            *given,
+            count,
+            max(1, parts),
+            tables.log_weights,
+            # Without scales the address is not read.
+            batch.scales if scaled else tables.log_weights,
+            batch.scales_stride,
+            batch.table,
+            tables.segments,
+            *result,
+            len(rows),
+            GIVEN=batch.lse is not None,
+            WEIGHTED=weighted,
+            HAS_SCALES=scaled,
+            HAS_SINKS=batch.alike.has_sinks,
+            COUNT=_JOINED,
+            num_warps=4,
+        )
+        return result
+
+    def _launch(self, batch: LayerBatch, lse: Tensor) -> None:
+        """Computes the log-sum-exp to base 2, or its parts ``[parts, layers, H, R]``."""
+        assert self.work is not None
+        rows = batch.rows
         launch(
             _lse_kernel,
             (len(self.work.items), rows.num_kv_heads, len(batch.layers)),
             *batch.arguments,
-            tables.log_weights,
-            *factors,
             self.work.items,
-            parts,
+            lse,
             len(rows),
             rows.num_heads,
-            int(slots > 1),
             **batch.constants,
             HAS_SINKS=batch.alike.has_sinks,
-            WEIGHTED=weighted,
-            HAS_SCALES=scaled,
             QUERIES=self.queries,
             KEYS=self.tile.keys,
             num_warps=self.tile.warps,
             num_stages=self.tile.stages,
         )
-        if slots > 1:
-            launch(
-                _join_kernel,
-                (triton.cdiv(count, _JOINED),),
-                parts,
-                tables.log_weights,
-                *factors,
-                batch.table,
-                result,
-                count,
-                len(rows),
-                rows.num_heads,
-                slots,
-                WEIGHTED=weighted,
-                HAS_SCALES=scaled,
-                COUNT=_JOINED,
-                num_warps=4,
-            )
-        return result
 
 
 def _aligned(floats: int) -> int:
@@ -170,13 +197,7 @@ def _aligned(floats: int) -> int:
     return triton.cdiv(floats, 4) * 4
 
 
-@triton.jit
-def _finished(lse, log_weight, WEIGHTED: tl.constexpr):
-    """What a log-sum-exp to base 2 is handed out as."""
-    return lse - log_weight if WEIGHTED else lse * LN2
-
-
-@triton.jit(do_not_specialize=["stride_scales", "num_rows", "num_heads", "is_part"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _lse_kernel(
     query,
     stride_layer,
@@ -189,14 +210,10 @@ def _lse_kernel(
     layers,
     segments,
     positions,
-    log_weights,
-    scales,
-    stride_scales,
     items,
     parts,
     num_rows,
     num_heads,
-    is_part,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -210,8 +227,6 @@ def _lse_kernel(
     HAS_CAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
     OPERANDS: tl.constexpr,
     PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -298,50 +313,91 @@ def _lse_kernel(
             total += tl.sum(tl.exp2(logits * unit - base[:, None]), axis=1)
             largest = larger
     lse = largest + tl.log2(tl.where(total == 0, 1.0, total))
-    if is_part == 0:
-        log_weight = tl.load(log_weights + own_rows, mask=valid, other=0.0)
-        if HAS_SCALES:
-            own_scales = scales + layer * stride_scales + own_rows
-            log_weight += tl.log2(tl.load(own_scales, mask=valid, other=1.0))
-        lse = _finished(lse, log_weight, WEIGHTED)
     place = split.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     offsets = (place * num_heads + heads) * num_rows + own_rows
     tl.store(parts + offsets, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=["stride_scales", "count", "num_rows", "num_heads", "num_parts"])
-def _join_kernel(
-    parts,
+@triton.jit(
+    do_not_specialize=[
+        "first",
+        "stride_layer",
+        "stride_head",
+        "stride_part",
+        "num_parts",
+        "stride_scales",
+        "num_rows",
+    ]
+)
+def _offsets_kernel(
+    lse,
+    first,
+    stride_layer,
+    stride_head,
+    stride_part,
+    num_parts,
     log_weights,
     scales,
     stride_scales,
     layers,
-    result,
-    count,
+    segments,
+    offsets,
+    masses,
     num_rows,
-    num_heads,
-    num_parts,
+    GIVEN: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Joins the parts of some rows, heads and layers, the one of the first keys first."""
-    places = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    valid = places < count
-    part = parts + places
-    lse = tl.full([COUNT], float("-inf"), tl.float32)
-    for _ in range(num_parts):
-        other = tl.load(part, mask=valid, other=0.0)
-        larger = tl.maximum(lse, other)
-        base = tl.where(larger == float("-inf"), 0.0, larger)
-        total = tl.exp2(lse - base) + tl.exp2(other - base)
-        # Neither part saw a key, or a NaN, which a maximum may drop, came with one.
-        lse = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), lse + other)
-        part += count
-    row = places % num_rows
-    log_weight = tl.load(log_weights + row, mask=valid, other=0.0)
-    if HAS_SCALES:
-        in_launch = places // num_rows // num_heads
-        layer = tl.load(layers + in_launch * LAYER, mask=valid, other=0)
-        log_weight += tl.log2(tl.load(scales + layer * stride_scales + row, mask=valid, other=1.0))
-    tl.store(result + places, _finished(lse, log_weight, WEIGHTED), mask=valid)
+    """The rows of a segment in a head and layer, parts joined, the one of the first keys first.
+
+    What is given is to base e and lies by the layer's number, what was computed by its place.
+    """
+    segment, head, in_launch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head_of_launch = in_launch.to(tl.int64) * tl.num_programs(1) + head
+    entry = segments + segment * SEGMENT
+    first_row, last_row = tl.load(entry + 8).to(tl.int32), tl.load(entry + 9).to(tl.int32)
+    layer = tl.load(layers + in_launch * LAYER)
+    place = layer if GIVEN else in_launch.to(tl.int64)
+    own = lse + first + place * stride_layer + head.to(tl.int64) * stride_head
+    sink = 0.0
+    if HAS_SINKS:
+        sinks = tl.load(layers + in_launch * LAYER + 2).to(tl.pointer_type(tl.float32))
+        sink = tl.load(sinks + head) * LOG2E
+    weights = tl.zeros([COUNT], tl.float32)
+    sunk = tl.zeros([COUNT], tl.float32)
+    for begin in range(first_row, last_row, COUNT):
+        rows = begin + tl.arange(0, COUNT)
+        valid = rows < last_row
+        joined = tl.full([COUNT], float("-inf"), tl.float32)
+        part = own + rows
+        for _ in range(num_parts):
+            other = tl.load(part, mask=valid, other=0.0)
+            if GIVEN:
+                other *= LOG2E
+            larger = tl.maximum(joined, other)
+            base = tl.where(larger == float("-inf"), 0.0, larger)
+            total = tl.exp2(joined - base) + tl.exp2(other - base)
+            # Neither part saw a key, or a NaN, which a maximum may drop, came with one.
+            found = base + tl.log2(tl.where(total > 0, total, 1.0))
+            joined = tl.where(total > 0, found, joined + other)
+            part += stride_part
+        if WEIGHTED:
+            log_weight = tl.load(log_weights + rows, mask=valid, other=float("-inf"))
+            if HAS_SCALES:
+                own_scales = scales + layer * stride_scales + rows
+                log_weight += tl.log2(tl.load(own_scales, mask=valid, other=1.0))
+            joined -= log_weight
+            weights += tl.exp2(log_weight)
+            if HAS_SINKS:
+                sunk += tl.where(valid, tl.exp2(sink - joined), 0.0)
+        else:
+            joined *= LN2
+        tl.store(offsets + head_of_launch * num_rows + rows, joined, mask=valid)
+    if WEIGHTED:
+        in_segment = in_launch.to(tl.int64) * tl.num_programs(0) + segment
+        mass = masses + 2 * (in_segment * tl.num_programs(1) + head)
+        total_weight = tl.sum(weights, axis=0)
+        tl.store(mass, total_weight - tl.sum(sunk, axis=0))
+        tl.store(mass + 1, total_weight)

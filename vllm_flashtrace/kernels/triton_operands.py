@@ -194,6 +194,32 @@ def _alike(keys: LayerKeys) -> tuple[Any, ...]:
     )
 
 
+class GivenLse(NamedTuple):
+    """A log-sum-exp to base e that lies anywhere in memory.
+
+    That of layer ``l``, head ``h`` and row ``i`` lies at ``first + l * layer + h * head + i``.
+    Kernels would be compiled anew for a view that begins at an odd address.
+
+    Attributes:
+        memory: float32, all of the memory that it lies in.
+        first: Where it begins.
+        layer: 0 where there is one layer.
+        head: Stride of heads.
+    """
+
+    memory: Tensor
+    first: int
+    layer: int
+    head: int
+
+    @classmethod
+    def of(cls, lse: Tensor) -> GivenLse:
+        """Of ``[L, H, R]``, rows adjacent."""
+        memory = lse.as_strided((1,), (1,), 0)
+        layer, head, _ = lse.stride()
+        return cls(memory, int(lse.storage_offset()), layer if len(lse) > 1 else 0, head)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerBatch:
     """Layers whose attention one launch computes.
@@ -210,6 +236,7 @@ class LayerBatch:
         scales: float32, factors on the weights of the rows: that of row ``i`` in layer ``l`` lies
             at ``l * scales_stride + i``; None for 1.
         scales_stride: 0 where there is one layer.
+        lse: The log-sum-exp of the queries, see `GivenLse`; None where it is to be computed.
     """
 
     query: Tensor
@@ -221,19 +248,23 @@ class LayerBatch:
     table: Tensor
     scales: Tensor | None = None
     scales_stride: int = 0
+    lse: GivenLse | None = None
 
     @classmethod
     def of_one(cls, inputs: AttentionInputs, layer: int) -> LayerBatch:
         """One layer, its rows anywhere in the step."""
-        query, rows = inputs.query, inputs.rows
+        query, rows, lse = inputs.query, inputs.rows, inputs.lse
         if rows.adjacent is not None:
             query = as_compiled_for(query[rows.adjacent])
+            lse = None if lse is None else lse[:, rows.adjacent]
         else:
             # Eight-bit floats cannot be indexed.
             picked = _stored(query).index_select(0, rows.places)
             query = picked.view(query.dtype)
+            lse = None if lse is None else lse.index_select(1, rows.places)
         keys = LayerKeys(layer, inputs.key_cache, inputs.form)
-        return cls._of(query, 0, rows, [keys], inputs.scales)
+        given = None if lse is None else GivenLse.of(lse[None])
+        return cls._of(query, 0, rows, [keys], inputs.scales, given)
 
     @classmethod
     def of_kept(cls, kept: KeptQueries, layers: Sequence[LayerKeys]) -> list[LayerBatch]:
@@ -244,7 +275,10 @@ class LayerBatch:
         query, stride = kept.queries[0], kept.queries.stride(0)
         for first, *_ in batches.values():
             AttentionInputs(query, first.key_cache, kept.rows, first.form)  # Refuses misfits.
-        return [cls._of(query, stride, kept.rows, keys, kept.scales) for keys in batches.values()]
+        given = None if kept.lse is None else GivenLse.of(kept.lse)
+        return [
+            cls._of(query, stride, kept.rows, keys, kept.scales, given) for keys in batches.values()
+        ]
 
     @classmethod
     def _of(
@@ -254,16 +288,17 @@ class LayerBatch:
         rows: PagedRows,
         layers: Sequence[LayerKeys],
         scales: Tensor | None,
+        lse: GivenLse | None,
     ) -> LayerBatch:
         operands = Operands.of_attention(query, layers[0].key_cache)
         table = _layer_table(tuple(map(_numbers_of, layers)), query.device)
         alike = _Alike(*_alike(layers[0]))
         if scales is None:
-            return cls(query, stride, rows, layers, alike, operands, table)
+            return cls(query, stride, rows, layers, alike, operands, table, lse=lse)
         if scales.data_ptr() % _ALIGNMENT:
             scales = scales.clone(memory_format=torch.contiguous_format)
         by_layer = scales.stride(0) if scales.dim() > 1 else 0
-        return cls(query, stride, rows, layers, alike, operands, table, scales, by_layer)
+        return cls(query, stride, rows, layers, alike, operands, table, scales, by_layer, lse)
 
     def part(self, first: int, last: int) -> LayerBatch:
         """Some of the layers."""

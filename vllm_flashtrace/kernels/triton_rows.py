@@ -26,10 +26,10 @@ where its result goes, and the first row (of its own) that sees all of its keys.
 REDUCTION = tl.constexpr(5)
 """Numbers of a reduction: segment, first and last key, first slot, number of slots."""
 
-SEGMENT = tl.constexpr(10)
+SEGMENT = tl.constexpr(12)
 """Numbers of a segment: address and layer stride of the column sums, their head stride, address and
 layer stride of the residual, address and layer stride of the stream, address of the block table,
-first and last row (exclusive)."""
+first and last row (exclusive), address of the mass, or 0, and its layer stride."""
 
 # Programs that keep any GPU in question busy; work of fewer programs is cut further.
 _ENOUGH_PROGRAMS = 512
@@ -69,7 +69,7 @@ class DeviceRows:
         positions: int32 ``[R]``.
         weights: float32 ``[R]``.
         log_weights: float32 ``[R]``, their logarithms to base 2.
-        segments: int64 ``[S, 10]``, see `SEGMENT`; strides count floats.
+        segments: int64 ``[S, 12]``, see `SEGMENT`; strides count floats.
     """
 
     source: PagedRows
@@ -86,7 +86,13 @@ class DeviceRows:
         """Copies the tables to the device, in one piece and without waiting."""
         host = _HostRows(source)
         numbers = [
-            [*numbers_of_sums(segment.sums), segment.block_table.data_ptr(), first, last]
+            [
+                *numbers_of_sums(segment.sums),
+                segment.block_table.data_ptr(),
+                first,
+                last,
+                *_numbers_of_mass(segment.mass),
+            ]
             for segment, first, last in zip(
                 source.segments, host.first, host.first + host.count, strict=True
             )
@@ -225,6 +231,11 @@ def numbers_of_sums(sums: Accumulators) -> list[int]:
         stream.data_ptr(),
         stream.stride(0),
     ]
+
+
+def _numbers_of_mass(mass: Tensor | None) -> tuple[int, int]:
+    """The last two numbers of `SEGMENT`."""
+    return (0, 0) if mass is None else (mass.data_ptr(), mass.stride(0))
 
 
 def cdiv(numbers: Any, by: Any) -> _Ints:

@@ -72,6 +72,12 @@ def launch_every_variant(layer: LayerTensors, kinds: Sequence[PagedRows]) -> Non
         scales = floats(len(rows)) if layer.scaled else None
         inputs = AttentionInputs(layer.query, layer.keys, rows, layer.form, scales)
         triton_column_sums(inputs, 0)
+    # With a log-sum-exp that is told, one kernel is another.
+    scales = floats(len(kinds[0])) if layer.scaled else None
+    told = AttentionInputs(
+        layer.query, layer.keys, kinds[0], layer.form, scales, floats(heads, kinds[0].tokens)
+    )
+    triton_column_sums(told, 0)
     triton_row_sums(kinds[0], 0, residual=layer.stream)
     if layer.scaled:
         scales = floats(len(kinds[0]))

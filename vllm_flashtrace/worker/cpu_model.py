@@ -93,7 +93,13 @@ class CPUTracedModel(TracedModel):
         self._blocks: WeakKeyDictionary[PagedRows, HeadBlocks] = WeakKeyDictionary()
 
     def add_column_sums(
-        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        group: RowGroup,
+        rows: PagedRows,
+        scales: Tensor | None,
+        lse: Tensor | None = None,
     ) -> None:
         """See `TracedModel`."""
         [segment] = rows.segments

@@ -43,6 +43,14 @@ if TYPE_CHECKING:
 HOST_BYTES = 1 << 30
 """Most memory that a worker's results may take on the host while they wait for pick-up."""
 
+MOST_IMBALANCE = 1e-3
+"""How far column sums may be from what they must add up to, as a part of the rows' weights.
+
+They must where a log-sum-exp is that of the kernels' own logits. The engine's attention multiplies
+the same sixteen-bit numbers and only adds in another order, which makes about 1e-6 of a logit, and
+logits are at most some hundreds.
+"""
+
 _ALIGNMENT = 16
 _PAGE = 1 << 16
 
@@ -58,6 +66,7 @@ class Measured:
         residual: float64 ``[L]``, the proximity of the residual, the same on every rank.
         changes: float64 ``[2]``, L1 norms of ``x - r`` summed over the traced layers and over all
             layers; None where all are traced or the others are not seen.
+        mass: See `RowSegment`; None where it is not measured.
         recorded: Mark at the end of the last recording step.
     """
 
@@ -67,6 +76,7 @@ class Measured:
     residual: Tensor
     recorded: Any
     changes: Tensor | None = None
+    mass: Tensor | None = None
 
 
 def measure(
@@ -135,7 +145,13 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
     model.replace_by_proximities(inputs, tables, traces[0].adapter)
     return {
         segment.batch_row.req_id: Measured(
-            segment.trace, one.sums.column_sums[:, 0], one.totals, one.residual, recorded, change
+            segment.trace,
+            one.sums.column_sums[:, 0],
+            one.totals,
+            one.residual,
+            recorded,
+            change,
+            segment.row_segment.mass,
         )
         for segment, one, change in zip(segments, inputs, changes, strict=True)
     }
@@ -152,7 +168,8 @@ def _measure_heads(segment: Segment, weights: Tensor | None) -> Measured:
     with touching_sums():
         tokens = head_scores(weights, sums, out=sums[:, 0])
     totals = tokens.sum(1, dtype=torch.float64)
-    return Measured(trace, tokens, totals, torch.zeros_like(totals), recorded)
+    mass = segment.row_segment.mass
+    return Measured(trace, tokens, totals, torch.zeros_like(totals), recorded, mass=mass)
 
 
 def _of_layers(sums: Accumulators, layers: int) -> Accumulators:
@@ -319,7 +336,8 @@ def _weigh(
     for weights, own in zip(targets, sums, strict=False):
         for accumulator in own:
             accumulator.zero_()
-        rows = kept.weighed(weights, segment.batch_row.block_tables[0], own)
+        mass = None if trace.mass is None else torch.zeros_like(trace.mass)
+        rows = kept.weighed(weights, segment.batch_row.block_tables[0], own, mass)
         hop = Segment(trace, segment.batch_row, rows)
         groups.append(recorded([hop], model.plan_rows([rows]), model.clock))
     groups[0].run(lambda _: model.weigh_together(kept, groups), timed=True)
@@ -335,7 +353,7 @@ def _weigh(
 def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, ...]:
     """Scores ``[length]``, this rank's proximities ``[L]`` and all ranks', see `score`.
 
-    Behind them `Measured.changes`, if there are any.
+    Behind them `Measured.mass` and `Measured.changes`, if there are any.
     """
     trace, tokens = measured.trace, measured.tokens
     own = measured.totals + measured.residual
@@ -345,8 +363,8 @@ def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, ...]:
     # Weights of heads compare layers with each other; a layer's total is no unit of theirs.
     units = torch.ones_like(denominators) if trace.spec.heads else denominators
     sum_shares(tokens, units, scores, keep=trace.spec.layers)
-    changes = () if measured.changes is None else (measured.changes,)
-    return scores, own, denominators, *changes
+    more = [part for part in (measured.mass, measured.changes) if part is not None]
+    return scores, own, denominators, *more
 
 
 def _copy(
@@ -370,9 +388,10 @@ class FinishedTrace:
         facts: What is to be told of the trace beside its scores.
         copied: float32 ``[hops, length]``, the scores; float64 ``[hops, L]``, the proximities of
             all tokens and the residual over this rank's heads; float64 ``[hops, L]``, over all
-            ranks'; float64 ``[hops, 2]``, `Measured.changes`, if there are any; int64 ``[2]``, see
-            `WeightsSeen`; and, if the trace asked for them, the scores
-            per layer, float32 ``[L, context]``, and the sums of attention, see `Trace.attention`.
+            ranks'; float32 ``[hops, L, H, 3]``, `Measured.mass`, and float64
+            ``[hops, 2]``, `Measured.changes`, if there are any; int64 ``[2]``, see `WeightsSeen`;
+            and, if the trace asked for them, the scores per layer, float32 ``[L, context]``, and
+            the sums of attention, see `Trace.attention`.
         recorded: Mark at the end of the last recording step.
         ended: Mark after the scores.
         hops: How many hops each target has.
@@ -389,17 +408,20 @@ class FinishedTrace:
 
         Raises:
             TraceError: ``weights_changed`` when not all steps had the same weights,
-                ``recording_failed`` when a proximity is not finite, ``result_missing`` when one of
-                another rank is not.
+                ``recording_failed`` when a proximity is not finite or column sums do not add up,
+                ``result_missing`` when a proximity of another rank is not finite.
         """
         facts = self.facts
         scores, own, denominators, *asked = self.copied.tensors
+        mass = asked.pop(0) if facts.mass else None
         changes = asked.pop(0) if facts.changes else None
         weights = asked.pop(0)
         attention = asked.pop() if facts.attention else None
         _check_weights(weights)
         self._check(own, "recording_failed", "a proximity of layer {} is not finite")
         self._check(denominators, "result_missing", "another rank has no totals of layer {}")
+        if mass is not None:
+            self._check_mass(mass)
         per_layer = asked[0] if asked else None
         return WireReport(
             status="completed",
@@ -430,6 +452,17 @@ class FinishedTrace:
         if not bool(finite.all()):
             layer = self.facts.part.traced_layers[int((~finite).nonzero()[0, 1])]
             raise TraceError(code, message.format(layer))
+
+    def _check_mass(self, mass: Tensor) -> None:
+        expected, weights, added = mass.unbind(-1)
+        imbalance = ((added - expected).abs() / weights).amax(dim=(0, 2))
+        worst, layer = imbalance.max(dim=0)
+        if not float(worst) <= MOST_IMBALANCE:
+            number = self.facts.part.traced_layers[int(layer)]
+            raise TraceError(
+                "recording_failed",
+                f"attention weights of layer {number} do not add up: off by {float(worst):.2g}",
+            )
 
     def _seconds(self) -> dict[str, float]:
         facts = self.facts
@@ -510,6 +543,7 @@ class TraceFacts:
     first_head: int
     attention: bool
     changes: bool
+    mass: bool
 
     @classmethod
     def of(
@@ -528,6 +562,7 @@ class TraceFacts:
             first_head,
             trace.attention is not None,
             changes,
+            trace.mass is not None,
         )
 
 
@@ -546,9 +581,15 @@ class HostCopy:
     arrived: Callable[[], bool]
 
 
-def host_bytes(tokens: int, layers: int) -> int:
-    """Host memory for the result of a trace of so many tokens, without scores per layer."""
-    sizes = (4 * tokens, 8 * layers, 8 * layers, 16, 16)
+def host_bytes(tokens: int, layers: int, heads: int = 0) -> int:
+    """Host memory for the result of a trace of so many tokens, without scores per layer.
+
+    Args:
+        tokens: Its tokens.
+        layers: Its layers.
+        heads: Heads of a layer, where their mass is measured.
+    """
+    sizes = (4 * tokens, 8 * layers, 8 * layers, 12 * layers * heads, 16, 16)
     return sum(_rounded(size, _ALIGNMENT) for size in sizes)
 
 

@@ -209,6 +209,7 @@ class LatentRoom:
                     segment,
                     block_table=self._table_for(segment.columns),
                     sums=sums._replace(column_sums=sums.column_sums[:, some]),
+                    mass=None if segment.mass is None else segment.mass[:, some],
                 )
                 count = some.stop - some.start
                 yield HeadPart(index, some, PagedRows.build([own], count, count, rows.device))

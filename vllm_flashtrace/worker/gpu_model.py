@@ -56,7 +56,7 @@ from vllm_flashtrace.worker.gpu_latents import (
     read_latent_values,
 )
 from vllm_flashtrace.worker.layers import TracedLayer
-from vllm_flashtrace.worker.observer import RecordingAttention
+from vllm_flashtrace.worker.observer import TELLING_VERSIONS, RecordingAttention
 from vllm_flashtrace.worker.step import KeptRows, RowGroup
 from vllm_flashtrace.worker.traced_model import TracedModel
 
@@ -65,6 +65,14 @@ KEPT_ROWS = 1024
 
 KEPT_BYTES = 512 << 20
 """Most memory for kept queries; at most a quarter of `device_memory_limit`."""
+
+WORTH_KEEPING_LSE = 1 << 31
+"""Products of a layer's queries and keys from which on the log-sum-exp of kept queries is kept too.
+
+That is a launch more per layer. An H200 needs about 10 us for so many products, which is about what
+a launch costs; the queries of all layers take one pass at the end of the step, and fewer products
+cost less there.
+"""
 
 _PART_OF_FREE_MEMORY = 2
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -79,6 +87,7 @@ class GPUTracedModel(TracedModel):
     """
 
     batched = True
+    measures_mass = True
 
     def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
         """See `TracedModel`."""
@@ -94,8 +103,19 @@ class GPUTracedModel(TracedModel):
             self._check_projection(layer)
             self._reading(index)
 
+    @property
+    def told_lse(self) -> bool:
+        """See `TracedModel`."""
+        return all(_tells_lse(layer) for layer in self.layers)
+
     def add_column_sums(
-        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        group: RowGroup,
+        rows: PagedRows,
+        scales: Tensor | None,
+        lse: Tensor | None = None,
     ) -> None:
         """See `TracedModel`."""
         rows = group.rows_in(self.cache_groups.places[layer], rows)
@@ -105,7 +125,7 @@ class GPUTracedModel(TracedModel):
             self._room.add_column_sums(layer, attention, query, rows, form, scales)
             return
         keys = self._keys(layer)
-        inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales)
+        inputs = AttentionInputs(query, keys.key_cache, rows, keys.form, scales, lse)
         paged_column_sums(inputs, layer)
 
     def heads_of(self, layer: int, query: Tensor) -> Tensor:
@@ -127,7 +147,7 @@ class GPUTracedModel(TracedModel):
         with touching_sums():
             for place in range(len(self.cache_groups.numbers)):
                 rows = group.rows_in(place, group.rows)
-                own = KeptQueries(rows, kept.queries, kept.room, kept.scales)
+                own = KeptQueries(rows, kept.queries, kept.room, kept.scales, kept.lse)
                 own.layers = [i for i in self.cache_groups.layers(place) if i in kept.layers]
                 if own.layers:
                     add_kept_column_sums(own, [self._keys(layer) for layer in own.layers])
@@ -150,7 +170,8 @@ class GPUTracedModel(TracedModel):
         with torch.inference_mode(False):
             room = room[: len(room) // 16 * 16].view(torch.float32)
             scales = None if kept.scales is None else kept.scales[:, near]
-            group.kept = KeptQueries(rows, kept.queries[:, near], room, scales)
+            lse = kept.lse[..., near] if kept.lse is not None and kept.lse_known else None
+            group.kept = KeptQueries(rows, kept.queries[:, near], room, scales, lse)
         group.kept.layers = list(range(self.shape.num_layers))
         self.add_kept_column_sums(group)
         self.add_kept_rows(kept, group)
@@ -175,8 +196,10 @@ class GPUTracedModel(TracedModel):
             return None
         quantized = quantizes_queries(self.layers[0])
         dtype = current_platform.fp8_dtype() if quantized else self._dtype
-        layers = self.shape.num_layers
-        return KeptQueries.within(self._scratch, rows, layers, self._head_dim, dtype)
+        sizes = self.shape.num_layers, self._head_dim, dtype
+        products = self._head_dim * rows.num_heads * rows.logits
+        with_lse = self.told_lse and products >= WORTH_KEEPING_LSE
+        return KeptQueries.within(self._scratch, rows, *sizes, with_lse=with_lse)
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:
         """See `TracedModel`."""
@@ -377,6 +400,15 @@ def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm
         alibi_slopes=on_device(impl.alibi_slopes),
         sinks=on_device(impl.sinks),
     )
+
+
+def _tells_lse(layer: TracedLayer) -> bool:
+    """Whether the patch of FlashAttention may tell a layer's log-sum-exp."""
+    attention: Any = layer.attention
+    if isinstance(attention, MLAAttention):
+        return False
+    version = getattr(attention.impl, "vllm_flash_attn_version", None)
+    return attention.attn_backend.get_name() == "FLASH_ATTN" and version in TELLING_VERSIONS
 
 
 def quantizes_queries(layer: TracedLayer) -> bool:

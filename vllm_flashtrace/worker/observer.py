@@ -12,7 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
+TELLING_VERSIONS = (2, 3)
+"""Of FlashAttention, those that the patch `attention_backends` asks for the log-sum-exp."""
+
 _current: ForwardObserver | None = None
+_lse: torch.Tensor | None = None
 
 
 class ForwardObserver(Protocol):
@@ -21,13 +25,21 @@ class ForwardObserver(Protocol):
     What it is shown is valid during the call: others may write there when it is over.
     """
 
-    def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
+    def on_attention(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
         """Called after an attention kernel.
 
         Args:
             layer_name: The attention layer's name in vLLM's forward context.
             query: ``[tokens, H, d]``, its queries.
             output: ``[tokens, H, d]`` or ``[tokens, H * d]``, what it returned.
+            lse: float32 ``[H, tokens]``, the log-sum-exp of each query's logits, a sink included,
+                to base e; None where the kernel has not told it, see :func:`note_lse`.
         """
 
     def on_update(self, update: torch.Tensor, residual: torch.Tensor) -> None:
@@ -87,6 +99,22 @@ def observing(observer: ForwardObserver) -> Iterator[None]:
         _current = None
 
 
+def note_lse(lse: torch.Tensor) -> None:
+    """Keeps what an attention kernel has told, until `RecordingAttention` shows it.
+
+    Args:
+        lse: See `ForwardObserver.on_attention`.
+    """
+    global _lse
+    _lse = lse
+
+
+def _take_lse() -> torch.Tensor | None:
+    global _lse
+    lse, _lse = _lse, None
+    return lse
+
+
 class RecordingAttention:
     """Mixin of an attention implementation; its first base, before the stock one."""
 
@@ -106,10 +134,11 @@ class RecordingAttention:
         Without an observer the cost is reading one variable. There is no metadata in runs that only
         measure memory.
         """
+        _take_lse()  # That of a kernel whose layer nobody records.
         result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
         )
         observer = current()
         if observer is not None and attn_metadata is not None:
-            observer.on_attention(layer.layer_name, query, result)
+            observer.on_attention(layer.layer_name, query, result, _take_lse())
         return result

@@ -171,7 +171,9 @@ class RunnerCapture:
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(
                 self._places,
-                host_bytes(self._longest, self._model.shape.num_layers),
+                host_bytes(
+                    self._longest, self._model.shape.num_layers, self._model.shape.num_heads
+                ),
             )
 
     def observe(self, scheduler_output: SchedulerOutput) -> None:
@@ -386,12 +388,18 @@ class StepObserver:
         self.step = step
         self._fail = fail
 
-    def on_attention(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
+    def on_attention(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
         """See `observer.ForwardObserver`."""
         try:
             layer = self.model.layer_index(layer_name)
             if layer is not None:
-                self.step.record_attention(layer, query)
+                self.step.record_attention(layer, query, lse)
         except Exception as error:
             self._fail(error)
 

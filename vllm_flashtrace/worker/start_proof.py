@@ -507,9 +507,11 @@ class _ProbeObserver(StepObserver):
         self._block_outputs = block_outputs
         self._gates = gates
 
-    def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
+    def on_attention(
+        self, layer_name: str, query: Tensor, output: Tensor, lse: Tensor | None = None
+    ) -> None:
         """See `observer.ForwardObserver`."""
-        super().on_attention(layer_name, query, output)
+        super().on_attention(layer_name, query, output, lse)
         try:
             layer = self.model.layer_index(layer_name)
             if layer is not None:

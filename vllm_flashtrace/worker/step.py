@@ -101,16 +101,19 @@ class StepRecorder:
         self._block_inputs += 1
         self._each(lambda group: group.take_gates(self.model, layer, hidden_states))
 
-    def record_attention(self, layer: int, query: torch.Tensor) -> None:
+    def record_attention(
+        self, layer: int, query: torch.Tensor, lse: torch.Tensor | None = None
+    ) -> None:
         """Adds one layer's column sums, or readies them for `record_block` or `flush`.
 
         Args:
             layer: Layer index.
             query: ``[tokens, H, d]``, the step's queries as the attention kernel saw them.
+            lse: See `observer.ForwardObserver.on_attention`.
         """
         self._attentions += 1
         self._each(
-            lambda group: group.add_attention(self.model, layer, query),
+            lambda group: group.add_attention(self.model, layer, query, lse),
             timed=lambda group: group.kept is None,
         )
 
@@ -371,6 +374,7 @@ class Trace:
             itself when the trace is complete.
         unscaled: Where these are added up, if the weights of `sums` have a factor for each row and
             layer; else None.
+        mass: See `RowSegment`; None where it is not measured.
         stream_lacks_residual: Whether ``x`` still is what the blocks add, without ``r`` and the
             gain of norms behind blocks.
         weights: Whether the model's weights were the same in all chunks.
@@ -416,6 +420,7 @@ class Trace:
             zeros(shape.stream_layers, hidden),
             zeros(shape.stream_layers, hidden),
         )
+        self.mass = zeros(layers, heads, 3) if model.measures_mass else None
         self.attention: Tensor | None = None
         self.unscaled: Accumulators | None = None
         if spec.attention:
@@ -488,6 +493,7 @@ class Trace:
             weights=weights[first:last],
             block_table=row.block_tables[0],
             sums=self.sums,
+            mass=self.mass,
         )
 
     def _restart(self, start: int) -> None:
@@ -496,6 +502,8 @@ class Trace:
             accumulator.zero_()
         if self.unscaled is not None:
             self.unscaled.column_sums.zero_()
+        if self.mass is not None:
+            self.mass.zero_()
         self.cached_tokens = start
         self.recomputed_tokens = 0
 
@@ -532,7 +540,7 @@ def _together(segments: Sequence[Segment]) -> list[list[Segment]]:
 def _unscaled(segments: Sequence[Segment], model: TracedModel) -> RowGroup | None:
     """Those whose column sums are also added up without factors on the weights, or None."""
     own = [
-        replace(segment, row_segment=replace(segment.row_segment, sums=sums))
+        replace(segment, row_segment=replace(segment.row_segment, sums=sums, mass=None))
         for segment in segments
         if (sums := segment.trace.unscaled) is not None
     ]
@@ -552,6 +560,7 @@ class RowGroup:
         scales: float32 ``[L, R]``, the factors on the rows' weights that layers have, where their
             blocks are normed; else None. Four bytes a row and layer.
         waiting: ``[R, H, d]``, a layer's queries that wait for these factors, or None.
+        waiting_lse: float32 ``[H, R]``, their log-sum-exp, if it was told.
         gates: float32 ``[H, R]`` or ``[H, d, R]``, the gates of the layer that is being recorded,
             see `OutputGate`, or None.
         unscaled: Those whose column sums are also wanted without the factors, see `Trace`.
@@ -572,6 +581,7 @@ class RowGroup:
         self._rows_in: dict[tuple[int, int], PagedRows] = {}
         self.scales = scales
         self.waiting: Tensor | None = None
+        self.waiting_lse: Tensor | None = None
         self.gates: Tensor | None = None
         self.unscaled = unscaled
         self._clock = clock
@@ -618,6 +628,8 @@ class RowGroup:
         if group.waiting is not None:
             first = group.rows.first_row(index)
             self.waiting = group.waiting[first : first + len(self.rows)]
+        if group.waiting_lse is not None:
+            self.waiting_lse = group.rows.of_segment(group.waiting_lse, index)
         if group.kept is not None:
             self.keep(group.kept.of_segment(index, self.rows))
 
@@ -625,23 +637,28 @@ class RowGroup:
         """Computes the gates with which the layer's column sums are added."""
         self.gates = model.row_gates(layer, self.rows, hidden_states)
 
-    def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
+    def add_attention(
+        self, model: TracedModel, layer: int, query: Tensor, lse: Tensor | None
+    ) -> None:
         """Adds a layer's column sums, or lets its queries wait for what else they need."""
         heads = model.heads_of(layer, query)
         if self.unscaled is None:
-            self._add_attention(model, layer, heads)
+            self._add_attention(model, layer, heads, lse)
             return
-        model.add_column_sums(layer, heads, self.unscaled, self.unscaled.rows, None)
+        model.add_column_sums(layer, heads, self.unscaled, self.unscaled.rows, None, lse)
         with touching_sums():
-            self._add_attention(model, layer, heads)
+            self._add_attention(model, layer, heads, lse)
 
-    def _add_attention(self, model: TracedModel, layer: int, heads: Tensor) -> None:
-        if self.kept is not None and self.kept.keep(layer, heads):
+    def _add_attention(
+        self, model: TracedModel, layer: int, heads: Tensor, lse: Tensor | None
+    ) -> None:
+        if self.kept is not None and self.kept.keep(layer, heads, lse):
             return
         if self.scales is None:
-            model.add_column_sums(layer, heads, self, self.rows, self.gates)
+            model.add_column_sums(layer, heads, self, self.rows, self.gates, lse)
         else:  # The memory of the step's queries may be used again before the block has run.
             self.waiting = _picked(heads, self.rows)
+            self.waiting_lse = None if lse is None else lse.index_select(1, self.rows.places)
 
     def scale_rows(self, model: TracedModel, layer: int, output: Tensor) -> None:
         """Finds the rows' factors in a layer, and adds the column sums that wait for them."""
@@ -650,8 +667,9 @@ class RowGroup:
         model.row_scales(layer, self.rows, output, scales)
         if self.waiting is not None:
             factors = row_factors(scales, self.gates)
-            model.add_column_sums(layer, self.waiting, self, self.rows.in_a_row, factors)
-            self.waiting = None
+            rows, lse = self.rows.in_a_row, self.waiting_lse
+            model.add_column_sums(layer, self.waiting, self, rows, factors, lse)
+            self.waiting = self.waiting_lse = None
 
     def add_block(self, layer: int, output: Tensor) -> None:
         """Adds what a block gives to the norm behind it."""
@@ -685,9 +703,19 @@ class KeptGroup(RowGroup):
         gates = model.row_gates(layer, self.rows, hidden_states)
         self._kept.gates[layer, ..., self._place] = gates
 
-    def add_attention(self, model: TracedModel, layer: int, query: Tensor) -> None:
-        """Keeps the queries."""
+    def add_attention(
+        self, model: TracedModel, layer: int, query: Tensor, lse: Tensor | None
+    ) -> None:
+        """Keeps the queries, and their log-sum-exp."""
         self._keep(self._kept.queries, layer, model.heads_of(layer, query))
+        if self._kept.lse is None:
+            return
+        if lse is None:
+            self._kept.lse_known = False
+        else:
+            where = self.rows.adjacent
+            picked = lse[:, self.rows.places if where is None else where]
+            self._kept.lse[layer, :, self._place] = picked
 
     def scale_rows(self, model: TracedModel, layer: int, output: Tensor) -> None:
         """Keeps the rows' factors."""
@@ -791,6 +819,8 @@ class KeptRows:
             normed, what they give to the norm.
         scales: float32 ``[L, R]``, ``1 / rms`` of what they give to the norm, or None.
         gates: ``[L, H, R]`` or ``[L, H, d, R]``, see `OutputGate`, or None.
+        lse: float32 ``[L, H, R]``, the log-sum-exp of the queries, which each hop needs; or None.
+        lse_known: Whether it was told of all rows and layers up to here.
     """
 
     def __init__(
@@ -802,6 +832,7 @@ class KeptRows:
         device: Any,
         normed: bool = False,
         gate_width: int = 0,
+        with_lse: bool = False,
         stream: bool = True,
     ) -> None:
         """Takes the memory; without `stream`, `residual` and `stream` have no rows."""
@@ -817,6 +848,9 @@ class KeptRows:
             self.scales = empty(layers, rows, dtype=torch.float32) if normed else None
             gates = (layers, shape.num_heads, *([gate_width] if gate_width > 1 else []), rows)
             self.gates = empty(*gates) if gate_width else None
+            lse = (layers, shape.num_heads, rows)
+            self.lse = empty(*lse, dtype=torch.float32) if with_lse else None
+        self.lse_known = with_lse
 
     @staticmethod
     def row_bytes(
@@ -825,17 +859,18 @@ class KeptRows:
         dtype: torch.dtype,
         normed: bool = False,
         gate_width: int = 0,
+        with_lse: bool = False,
     ) -> int:
         """What a row takes."""
         width = shape.num_heads * (head_dim + gate_width)
-        scale = torch.float32.itemsize if normed else 0
+        scale = torch.float32.itemsize * (normed + with_lse * shape.num_heads)
         stream = shape.stream_layers * 2 * shape.hidden_size * dtype.itemsize
         return shape.num_layers * (width * dtype.itemsize + scale) + stream
 
     @property
     def nbytes(self) -> int:
         """What all of them take."""
-        more = [part.nbytes for part in (self.scales, self.gates) if part is not None]
+        more = [part.nbytes for part in (self.scales, self.gates, self.lse) if part is not None]
         return self.queries.nbytes + self.residual.nbytes + self.stream.nbytes + sum(more)
 
     def scales_of(self, layer: int, rows: PagedRows) -> Tensor | None:
@@ -855,11 +890,21 @@ class KeptRows:
         first = int(torch.searchsorted(self.positions, positions[0]))
         return slice(first, first + len(positions))
 
-    def weighed(self, target: TargetWeights, block_table: Tensor, sums: Accumulators) -> RowSegment:
+    def lse_of(self, layer: int) -> Tensor | None:
+        """The log-sum-exp of all rows in a layer, float32 ``[H, R]``; None if it was not told."""
+        return self.lse[layer] if self.lse is not None and self.lse_known else None
+
+    def weighed(
+        self,
+        target: TargetWeights,
+        block_table: Tensor,
+        sums: Accumulators,
+        mass: Tensor | None = None,
+    ) -> RowSegment:
         """The rows of a target, as they lie here; their weights sum to 1."""
         target = target.normalised()
         rows = torch.searchsorted(self.positions, target.positions)
-        return RowSegment(rows, target.positions, target.weights, block_table, sums)
+        return RowSegment(rows, target.positions, target.weights, block_table, sums, mass)
 
 
 class Pieces:

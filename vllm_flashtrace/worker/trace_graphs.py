@@ -223,7 +223,9 @@ def _own_key(context: ForwardContext) -> Iterator[TraceBatchDescriptor]:
 class _TapObserver:
     """Notes what taps show, whichever it is."""
 
-    def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
+    def on_attention(
+        self, layer_name: str, query: Tensor, output: Tensor, lse: Tensor | None = None
+    ) -> None:
         """Attention is not of interest."""
 
     def on_update(self, update: Tensor, residual: Tensor) -> None:
@@ -330,7 +332,9 @@ class TapWriter(_TapObserver):
         finally:
             self._calls = None
 
-    def on_attention(self, layer_name: str, query: Tensor, output: Tensor) -> None:
+    def on_attention(
+        self, layer_name: str, query: Tensor, output: Tensor, lse: Tensor | None = None
+    ) -> None:
         """Attention must stay outside the graphs, or no query would be seen."""
         if self._calls is not None:
             raise RuntimeError(f"the attention of {layer_name} lies inside of a captured piece")

@@ -121,6 +121,7 @@ class TracedModel(ABC):
     Attributes:
         batched: Whether one call records the target rows of all traces of a step, or each trace has
             its own, so that a fault stays with it.
+        measures_mass: Whether it measures what column sums must add up to, see `RowSegment.mass`.
         layers: Its decoder layers, in order.
         device: Where accumulators live.
         part: What of the whole model is on this worker.
@@ -136,6 +137,7 @@ class TracedModel(ABC):
     """
 
     batched: ClassVar[bool]
+    measures_mass: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, config: VllmConfig, device: torch.device) -> None:
         """Inspects the model.
@@ -190,9 +192,20 @@ class TracedModel(ABC):
             own = own[:, self.first_head : self.first_head + self.shape.num_heads]
             self.head_weights = own.contiguous().to(self.device)
 
+    @property
+    def told_lse(self) -> bool:
+        """Whether its attention kernels may tell the log-sum-exp of queries."""
+        return False
+
     @abstractmethod
     def add_column_sums(
-        self, layer: int, query: Tensor, group: RowGroup, rows: PagedRows, scales: Tensor | None
+        self,
+        layer: int,
+        query: Tensor,
+        group: RowGroup,
+        rows: PagedRows,
+        scales: Tensor | None,
+        lse: Tensor | None = None,
     ) -> None:
         """Adds ``c_h[j] += sum_i w_i s_i alpha^h_ij`` of one layer to the group's traces.
 
@@ -202,6 +215,7 @@ class TracedModel(ABC):
             group: The traces.
             rows: Their target rows as they lie among these queries.
             scales: float32 ``[R]``, ``[H, R]`` or ``[H, d, R]``, see `AttentionInputs`.
+            lse: float32 ``[H, tokens]``, see `AttentionInputs`; None where `told_lse` is not.
         """
 
     def heads_of(self, layer: int, query: Tensor) -> Tensor:
@@ -276,14 +290,14 @@ class TracedModel(ABC):
     def row_bytes(self) -> int:
         """What each row takes that a trace keeps for further hops; 0 where none may be kept."""
         size, gates = self._head_dim, self.gate_width
-        return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates)
+        return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates, self.told_lse)
 
     def keep_rows(self, positions: Tensor, queries_alone: bool = False) -> KeptRows:
         """Memory for the rows of one trace at given positions, or of their queries alone."""
         sizes = self.shape, self._head_dim, self._dtype, self.device
         if queries_alone:
             return KeptRows(positions, *sizes, stream=False)
-        return KeptRows(positions, *sizes, self.normed, self.gate_width)
+        return KeptRows(positions, *sizes, self.normed, self.gate_width, self.told_lse)
 
     def weigh(self, kept: KeptRows, group: RowGroup) -> None:
         """Adds kept rows to the sums of all layers; the step's requests must hold their blocks.
@@ -296,7 +310,8 @@ class TracedModel(ABC):
         where = group.rows.places if near is None else near
         for layer in range(self.shape.num_layers):
             factors = kept.factors_of(layer, where)
-            self.add_column_sums(layer, kept.queries[layer], group, group.rows, factors)
+            queries, lse = kept.queries[layer], kept.lse_of(layer)
+            self.add_column_sums(layer, queries, group, group.rows, factors, lse)
         self.add_kept_rows(kept, group)
 
     def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
