@@ -232,11 +232,14 @@ def test_flash_attention_is_wrapped_where_its_recording_backend_is_made(
     vars(attention_backends).pop("RecordingFlashAttentionBackend")
 
 
+ATTENTION = ("attention_backends", "mla_attention")
+
+
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ("cpu", {"attention_backends", "mla_attention", "worker_start"}),
-        ("cuda", {"attention_backends", "mla_attention", "worker_start", "model_runner_v2"}),
+        ("cpu", {*ATTENTION, "worker_start"}),
+        ("cuda", {*ATTENTION, "worker_start", "model_runner_v2", "graph_capture"}),
         ("rocm", set()),
     ],
 )
@@ -244,7 +247,7 @@ def test_each_platform_has_its_patches(
     platform: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What they import asks the real platform.
-    for name in ("worker_start", "model_runner_v1", "model_runner_v2"):
+    for name in ("worker_start", "model_runner_v1", "model_runner_v2", "graph_capture"):
         importlib.import_module(f"{patches.__name__}.{name}")
     stand_in = SimpleNamespace(is_cpu=lambda: platform == "cpu", is_cuda=lambda: platform == "cuda")
     monkeypatch.setattr("vllm.platforms._current_platform", stand_in)
