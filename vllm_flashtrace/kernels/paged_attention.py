@@ -79,7 +79,7 @@ class AttentionInputs:
                 f"queries and keys do not fit {rows.num_heads} heads over {rows.num_kv_heads}: "
                 f"{listing}"
             )
-        for segment in rows.segments:
+        for segment in rows.segments if block_size < rows.least_block_size else ():
             if segment.block_table.numel() * block_size < segment.columns:
                 raise ValueError(
                     f"a block table of {segment.block_table.numel()} blocks of {block_size} does "

@@ -28,7 +28,7 @@ from vllm_flashtrace.kernels.triton_operands import (
     shaped_logits,
     unit_of,
 )
-from vllm_flashtrace.kernels.triton_rows import SEGMENT, WORK, Work
+from vllm_flashtrace.kernels.triton_rows import SEGMENT, WORK, Work, cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -80,9 +80,8 @@ class FirstPass(NamedTuple):
         """By the target rows and what the layers have in common."""
         rows, tile = batch.rows, _TILES[batch.operands.tile_key]
         shared = rows.num_heads // rows.num_kv_heads
-        longest = max(len(segment.rows) for segment in rows.segments)
-        queries = triton.next_power_of_2(min(longest * shared, tile.queries))
-        queries = max(queries, triton.next_power_of_2(shared), _FEWEST_QUERIES)
+        queries = next_power_of_2(min(rows.longest * shared, tile.queries))
+        queries = max(queries, next_power_of_2(shared), _FEWEST_QUERIES)
         alike = batch.alike
         work = rows.on_device.row_tiles(queries // shared, tile.keys, alike.window, alike.chunk)
         return cls(queries, tile, work)
@@ -96,7 +95,7 @@ class FirstPass(NamedTuple):
         """Memory of its own for all layers."""
         rows = batch.rows
         count = len(batch.layers) * self.floats(len(rows), rows.num_heads)
-        return batch.query.new_empty(count, dtype=torch.float32)
+        return torch.empty(count, dtype=torch.float32, device=batch.query.device)
 
     def run(self, batch: LayerBatch, memory: Tensor, *, weighted: bool = True) -> Tensor:
         """Launches it.
@@ -147,7 +146,7 @@ class FirstPass(NamedTuple):
         if slots > 1:
             launch(
                 _join_kernel,
-                (triton.cdiv(count, _JOINED),),
+                (cdiv(count, _JOINED),),
                 parts,
                 tables.log_weights,
                 *factors,
@@ -167,7 +166,7 @@ class FirstPass(NamedTuple):
 
 def _aligned(floats: int) -> int:
     """Behind so many numbers an address is again one that kernels are compiled for."""
-    return triton.cdiv(floats, 4) * 4
+    return cdiv(floats, 4) * 4
 
 
 @triton.jit
