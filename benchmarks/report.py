@@ -50,6 +50,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "own_answers_pooling": ("own_answers.json", own_summary.by_pooling),
     "gpu_kernels": ("gpu_kernels.json", tables.gpu_kernels),
     "gpu_engine": ("gpu_engine*.json", tables.gpu_engine),
+    "gpu_host": ("gpu_host.json", tables.gpu_host),
     **support.MAKERS,
 }
 """Of each table, which committed files hold its results, and what makes it of their JSON."""

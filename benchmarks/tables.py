@@ -476,6 +476,45 @@ def gpu_engine(*results: Result) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_host(result: Result) -> str:
+    """Host time of a step on a GPU that is not there, and what was there before."""
+    parts = {
+        "beginning": "beginning",
+        "first_layer": "first layer",
+        "other_layer": "other layers",
+        "end": "end",
+        "step": "step",
+    }
+    rows = []
+    for row in result["rows"]:
+        for tree in ("before", "now"):
+            if tree in row:
+                rows.append({"case": row["case"], "code": tree, **row[tree]})
+        if "before" in row:
+            ratios = {part: row["now"][part] / row["before"][part] for part in parts}
+            rows.append({"case": row["case"], "code": "ratio", **ratios})
+
+    def text(value: float) -> str:
+        return decimals(2)(value) if value < _LEAST_MICROSECONDS else count(value)
+
+    shape = result["shape"]
+    caption = (
+        f"Host time of a step with target rows in microseconds of CPU time, of {shape['layers']} "
+        f"layers of {shape['heads']} heads over {shape['kv_heads']} ({result['date']}, "
+        f"{result['cpu']}). There was no GPU: the worker's own code ran on a CPU machine, with "
+        "launchers and operations that do nothing in the place of a GPU's, so ratios count and "
+        "microseconds on a GPU machine are others (`python -m benchmarks.gpu_host --against "
+        "FOLDER`):"
+    )
+    columns = [Column("traces and rows", "case", str, "---"), Column("code", "code", str, "---")]
+    columns += [Column(title, part, text) for part, title in parts.items()]
+    columns.append(Column("launches", "launches", count))
+    return f"{wrapped(caption)}\n\n{markdown(columns, rows)}"
+
+
+_LEAST_MICROSECONDS = 5
+
+
 def wrapped(text: str) -> str:
     """Lines as long as those of the documentation."""
     return textwrap.fill(text, 140, break_on_hyphens=False)

@@ -84,7 +84,7 @@ class AttentionInputs:
             )
         if self.lse is not None:
             check_lse(self.lse, rows)
-        for segment in rows.segments:
+        for segment in rows.segments if block_size < rows.least_block_size else ():
             if segment.block_table.numel() * block_size < segment.columns:
                 raise ValueError(
                     f"a block table of {segment.block_table.numel()} blocks of {block_size} does "

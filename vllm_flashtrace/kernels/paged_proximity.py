@@ -116,22 +116,26 @@ class ProximityTrace:
 
     def __post_init__(self) -> None:
         column_sums, residual, stream = self.sums
-        floats, results = (column_sums, residual, stream), (self.totals, self.residual)
+        totals, proximities, table = self.totals, self.residual, self.block_table
+        sizes, streams = column_sums.shape, residual.shape
+        # Without loops, because this is asked of every trace that ends in a step.
         fitting = (
-            column_sums.dim() == 3
-            and min(column_sums.shape) > 0
-            and residual.dim() == 2
-            and residual.shape == stream.shape
-            and residual.shape[1] > 0
-            and self.block_table.dim() == 1
-            and all(t.shape == (len(column_sums),) for t in (*results, residual[:, 0]))
-            and all(t.stride(-1) == 1 for t in (*floats, self.block_table))
-            and all(t.is_contiguous() for t in results)
+            len(sizes) == 3
+            and min(sizes) > 0
+            and len(streams) == 2
+            and streams == stream.shape
+            and streams[1] > 0
+            and table.dim() == 1
+            and totals.shape == proximities.shape == sizes[:1] == streams[:1]
+            and column_sums.stride(-1) == residual.stride(-1) == stream.stride(-1) == 1
+            and table.stride(-1) == 1
+            and totals.is_contiguous()
+            and proximities.is_contiguous()
         )
         typed = (
-            all(tensor.dtype == torch.float32 for tensor in floats)
-            and all(tensor.dtype == torch.float64 for tensor in results)
-            and self.block_table.dtype == torch.int32
+            column_sums.dtype == residual.dtype == stream.dtype == torch.float32
+            and totals.dtype == proximities.dtype == torch.float64
+            and table.dtype == torch.int32
         )
         if not fitting or not typed:
             raise ValueError(

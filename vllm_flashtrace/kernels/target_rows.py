@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -146,6 +147,16 @@ class PagedRows:
     def columns(self, index: int) -> int:
         """Number of keys that a segment needs."""
         return self.segments[index].columns
+
+    @cached_property
+    def longest(self) -> int:
+        """Rows of the segment that has most."""
+        return max(after - before for before, after in pairwise(self._first))
+
+    @cached_property
+    def least_block_size(self) -> int:
+        """Tokens that a block must hold for every block table to hold its segment's keys."""
+        return max(-(-one.columns // max(1, one.block_table.numel())) for one in self.segments)
 
     def first_row(self, index: int) -> int:
         """Where a segment's rows begin when those of all segments stand in a row."""

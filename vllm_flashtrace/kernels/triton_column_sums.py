@@ -30,7 +30,13 @@ from vllm_flashtrace.kernels.triton_operands import (
     shaped_logits,
     unit_of,
 )
-from vllm_flashtrace.kernels.triton_rows import REDUCTION, SEGMENT, WORK, Work
+from vllm_flashtrace.kernels.triton_rows import (
+    REDUCTION,
+    SEGMENT,
+    WORK,
+    Work,
+    next_power_of_2,
+)
 
 
 class Tile(NamedTuple):
@@ -105,8 +111,7 @@ class SecondPass(NamedTuple):
     def plan(cls, batch: LayerBatch) -> SecondPass:
         """By the target rows and what the layers have in common."""
         rows, tile = batch.rows, _TILES[batch.operands.tile_key]
-        longest = max(len(segment.rows) for segment in rows.segments)
-        row_tile = max(_FEWEST_ROWS, min(tile.rows, triton.next_power_of_2(longest)))
+        row_tile = max(_FEWEST_ROWS, min(tile.rows, next_power_of_2(rows.longest)))
         alike = batch.alike
         work = rows.on_device.key_tiles(tile.keys, row_tile, alike.window, alike.chunk)
         return cls(row_tile, tile, work)
@@ -118,7 +123,7 @@ class SecondPass(NamedTuple):
     def buffer(self, batch: LayerBatch) -> Tensor:
         """Memory of its own for all layers."""
         count = len(batch.layers) * self.floats(batch.rows.num_heads)
-        return batch.query.new_empty(max(1, count), dtype=torch.float32)
+        return torch.empty(max(1, count), dtype=torch.float32, device=batch.query.device)
 
     def run(self, batch: LayerBatch, offsets: Offsets, memory: Tensor) -> None:
         """Launches it.

@@ -30,7 +30,7 @@ from vllm_flashtrace.kernels.triton_operands import (
     shaped_logits,
     unit_of,
 )
-from vllm_flashtrace.kernels.triton_rows import SEGMENT, WORK, Work
+from vllm_flashtrace.kernels.triton_rows import SEGMENT, WORK, Work, cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -99,9 +99,8 @@ class FirstPass(NamedTuple):
         if batch.lse is not None:
             return cls(0, tile, None)
         shared = rows.num_heads // rows.num_kv_heads
-        longest = max(len(segment.rows) for segment in rows.segments)
-        queries = triton.next_power_of_2(min(longest * shared, tile.queries))
-        queries = max(queries, triton.next_power_of_2(shared), _FEWEST_QUERIES)
+        queries = next_power_of_2(min(rows.longest * shared, tile.queries))
+        queries = max(queries, next_power_of_2(shared), _FEWEST_QUERIES)
         alike = batch.alike
         work = rows.on_device.row_tiles(queries // shared, tile.keys, alike.window, alike.chunk)
         return cls(queries, tile, work)
@@ -118,7 +117,7 @@ class FirstPass(NamedTuple):
     def buffer(self, batch: LayerBatch) -> Tensor:
         """Memory of its own for all layers."""
         count = len(batch.layers) * self.floats(batch.rows)
-        return batch.query.new_empty(count, dtype=torch.float32)
+        return torch.empty(count, dtype=torch.float32, device=batch.query.device)
 
     def run(self, batch: LayerBatch, memory: Tensor, *, weighted: bool = True) -> Offsets:
         """Launches it.
@@ -194,7 +193,7 @@ class FirstPass(NamedTuple):
 
 def _aligned(floats: int) -> int:
     """Behind so many numbers an address is again one that kernels are compiled for."""
-    return triton.cdiv(floats, 4) * 4
+    return cdiv(floats, 4) * 4
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])

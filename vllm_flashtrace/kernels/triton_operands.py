@@ -23,10 +23,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from vllm_flashtrace.kernels.paged_attention import AttentionInputs, KeptQueries, LayerKeys
 from vllm_flashtrace.kernels.target_rows import PagedRows
-from vllm_flashtrace.kernels.triton_rows import to_device
+from vllm_flashtrace.kernels.triton_rows import next_power_of_2, to_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -36,6 +38,9 @@ LAYER = tl.constexpr(6)
 of two float32, the factor on dot products and the cap; see `load_layer`."""
 
 _ALIGNMENT = 16
+
+# From here on whole numbers have other types in kernels.
+_LARGE, _LARGEST = 1 << 31, 1 << 63
 
 _EIGHT_BIT_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
 _TRITON_TYPES = {
@@ -69,7 +74,7 @@ class Operands:
             other: Type of the other factor.
             head_dim: Head size.
         """
-        padded_dim = max(16, triton.next_power_of_2(head_dim))
+        padded_dim = max(16, next_power_of_2(head_dim))
         if other in (torch.bfloat16, torch.float16) and cached in (other, *_EIGHT_BIT_FORMATS):
             return cls(other, "ieee", padded_dim)
         return cls(torch.float32, "ieee" if cached == other else "tf32x3", padded_dim)
@@ -133,13 +138,54 @@ def compiling() -> Iterator[Compilation]:
         _compilation.reset(token)
 
 
+_STOCK_RUN = JITFunction.run
+_launched: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launches a kernel; every launch of this package goes through here, see `compiling`."""
+    """Launches a kernel; every launch of this package goes through here, see `compiling`.
+
+    Triton binds and inspects all arguments at each launch to find the variant that it has compiled,
+    which takes longer than to launch it. Here variants are found by less, see `_kind_of`, and
+    launched as Triton's own `CompiledKernel` is.
+
+    Args:
+        kernel: The kernel; its constants must come last in its signature.
+        grid: Numbers of programs.
+        *arguments: What it takes before its constants: tensors, numbers not below 0.
+        **constants: Its constants, and how many warps and stages it has.
+    """
     compilation = _compilation.get()
-    if compilation is None:
-        kernel[grid](*arguments, **constants)
-    else:
+    if compilation is not None:
         compilation.add(kernel, grid, arguments, constants)
+        return
+    if type(kernel) is not JITFunction or JITFunction.run is not _STOCK_RUN:
+        kernel[grid](*arguments, **constants)  # It is interpreted, or watched.
+        return
+    key = (
+        kernel.fn,
+        driver.active.get_current_device(),
+        *constants.values(),
+        *map(_kind_of, arguments),
+    )
+    found = _launched.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **constants)
+        names = kernel.arg_names[len(arguments) :]
+        _launched[key] = compiled, tuple(constants[name] for name in names)
+        return
+    compiled, last = found
+    compiled[(*grid, 1, 1)[:3]](*arguments, *last)
+
+
+def _kind_of(argument: Any) -> Any:
+    """What Triton compiles a kernel anew for, and no less."""
+    if type(argument) is int:
+        kind = (argument == 1) + 2 * (argument % _ALIGNMENT == 0)
+        return kind + 4 * ((argument >= _LARGE) + (argument >= _LARGEST))
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
+    return type(argument)
 
 
 def as_compiled_for(tensor: Tensor) -> Tensor:
@@ -149,6 +195,8 @@ def as_compiled_for(tensor: Tensor) -> Tensor:
     a step hands over is nearly always like a contiguous tensor in this; `triton_variants` compiles
     for nothing else.
     """
+    if tensor.data_ptr() % _ALIGNMENT == 0 and tensor.is_contiguous():
+        return tensor
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if _specialised(stride) != _specialised(expected):

@@ -62,9 +62,16 @@ class WordChunks:
         self.table = to_device([table], device)[0]
         self.pieces = int(pieces.sum())
 
-    def piece_sums(self) -> Tensor:
-        """The sums of the bits as they are now, int64 ``[pieces]``; never waits for the device."""
-        sums = torch.empty(self.pieces, dtype=torch.int64, device=self.table.device)
+    def piece_sums(self, out: Tensor | None = None) -> Tensor:
+        """The sums of the bits as they are now; never waits for the device.
+
+        Args:
+            out: int64 ``[pieces]``, contiguous, its address a multiple of 16: gets them; None for
+                memory of their own.
+        """
+        sums = out
+        if sums is None:
+            sums = torch.empty(self.pieces, dtype=torch.int64, device=self.table.device)
         if self.pieces:
             launch(
                 _piece_sums_kernel,

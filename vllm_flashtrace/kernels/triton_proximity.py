@@ -25,6 +25,7 @@ from torch import Tensor
 from vllm_flashtrace.kernels.paged_proximity import ProximityLayer, ProximityTrace
 from vllm_flashtrace.kernels.target_rows import touching_sums
 from vllm_flashtrace.kernels.triton_operands import launch, load_cached
+from vllm_flashtrace.kernels.triton_rows import cdiv
 from vllm_flashtrace.kernels.triton_screen import (
     ITEM,
     WINDOW_WORDS,
@@ -102,7 +103,7 @@ def triton_sum_shares(
     with torch.cuda.device_of(proximities):
         launch(
             _sum_shares_kernel,
-            (triton.cdiv(len(scores), _SHARES),),
+            (cdiv(len(scores), _SHARES),),
             proximities,
             denominators,
             scores,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_flashtrace.kernels.target_rows import PagedRows
 from vllm_flashtrace.kernels.triton_operands import as_compiled_for, launch
-from vllm_flashtrace.kernels.triton_rows import SEGMENT
+from vllm_flashtrace.kernels.triton_rows import SEGMENT, cdiv
 
 # Few coordinates make many programs; many rows at a time keep memory busy.
 _ROWS, _COLUMNS = 64, 32
@@ -58,7 +58,7 @@ def triton_row_sums(
         tables = rows.on_device
         launch(
             _row_sums_kernel,
-            (len(rows.segments), triton.cdiv(hidden, _COLUMNS)),
+            (len(rows.segments), cdiv(hidden, _COLUMNS)),
             given[0],
             given[0].stride(0),
             given[-1],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -238,10 +238,26 @@ def _numbers_of_mass(mass: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mass is None else (mass.data_ptr(), mass.stride(0))
 
 
-def cdiv(numbers: Any, by: Any) -> _Ints:
-    """Quotients, rounded up."""
-    result: _Ints = -(-numbers // by)
-    return result
+@overload
+def cdiv(numbers: int, by: int) -> int: ...
+
+
+@overload
+def cdiv(numbers: _Ints, by: _Ints | int) -> _Ints: ...
+
+
+@overload
+def cdiv(numbers: int, by: _Ints) -> _Ints: ...
+
+
+def cdiv(numbers: Any, by: Any) -> Any:
+    """Quotients, rounded up; Triton's own function takes as long as a launch."""
+    return -(-numbers // by)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a positive number, as Triton's own gives it."""
+    return 1 << (number - 1).bit_length()
 
 
 def counted(numbers: _Ints) -> tuple[_Ints, _Ints]:

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_flashtrace.kernels.paged_proximity import ProximityLayer, ProximityTrace
@@ -29,7 +31,13 @@ from vllm_flashtrace.kernels.triton_operands import (
     load_cached,
     stored_type,
 )
-from vllm_flashtrace.kernels.triton_rows import numbers_of_sums, to_device
+from vllm_flashtrace.kernels.triton_rows import (
+    cdiv,
+    counted,
+    next_power_of_2,
+    numbers_of_sums,
+    to_device,
+)
 
 PIECES, NEAREST = tl.constexpr(3), tl.constexpr(8)
 """Rows that together are the total direction; coordinates with an overshoot for every pair."""
@@ -163,24 +171,25 @@ class Tables:
         cls, kind: LayerKind, layers: Sequence[ProximityLayer], traces: Sequence[ProximityTrace]
     ) -> Self:
         """Copies the tables to the device, in one piece and without waiting."""
-        items, spans = _items(traces, kind.tokens)
-        windows, _ = _items(traces, WINDOW_WORDS.value * WORD_BITS.value)
-        fractions = torch.tensor([trace.exact_fraction for trace in traces])
+        tokens = np.array([trace.tokens for trace in traces])
+        items, spans = _items(tokens, kind.tokens)
+        windows, _ = _items(tokens, WINDOW_WORDS.value * WORD_BITS.value)
+        fractions = np.array([trace.exact_fraction for trace in traces])
+        thresholds = np.where(fractions > 0, 0.0, np.inf).astype(np.float32)
+        numbers = [_numbers(t, first) for t, first in zip(traces, spans, strict=False)]
         places = [
             (layer.cache.data_ptr(), layer.weight.data_ptr(), layer.index) for layer in layers
         ]
-        tables = [
-            torch.tensor([_numbers(t, first) for t, first in zip(traces, spans, strict=False)]),
-            torch.tensor(places),
-            torch.tensor([layer.scale for layer in layers], dtype=torch.float32),
-            torch.where(fractions > 0, 0.0, torch.inf).repeat(len(layers), 1),
+        tables: list[NDArray[Any]] = [
+            np.array(numbers, np.int64),
+            np.array(places, np.int64),
+            np.array([layer.scale for layer in layers], np.float32),
+            np.tile(thresholds, (len(layers), 1)),
             items,
             windows,
         ]
         device = traces[0].sums.column_sums.device
-        return cls(
-            kind, len(layers), spans, *to_device([table.numpy() for table in tables], device)
-        )
+        return cls(kind, len(layers), spans, *to_device(tables, device))
 
     @property
     def num_traces(self) -> int:
@@ -188,14 +197,12 @@ class Tables:
         return len(self.traces)
 
 
-def _items(traces: Sequence[ProximityTrace], size: int) -> tuple[Tensor, list[int]]:
+def _items(tokens: NDArray[np.int64], size: int) -> tuple[NDArray[np.int32], list[int]]:
     """Every trace's tokens in pieces, and where each trace's pieces begin and all end."""
-    pieces, spans = [], [0]
-    for place, trace in enumerate(traces):
-        first = torch.arange(0, trace.tokens, size, dtype=torch.int32)
-        pieces.append(torch.stack([torch.full_like(first, place), first], 1))
-        spans.append(spans[-1] + len(first))
-    return torch.cat(pieces), spans
+    pieces = cdiv(tokens, size)
+    trace, piece = counted(pieces)
+    items = np.stack([trace, piece * size], 1).astype(np.int32)
+    return items, [0, *pieces.cumsum().tolist()]
 
 
 def _numbers(trace: ProximityTrace, first_item: int) -> list[int]:
@@ -263,7 +270,7 @@ def nearest_coordinates(tables: Tables, first_layer: int, layers: int) -> Neares
     rows = _WEIGHT_TILE // padded_dim
     launch(
         _norms_kernel,
-        (triton.cdiv(kind.hidden, rows), kind.heads, layers),
+        (cdiv(kind.hidden, rows), kind.heads, layers),
         tables.layers,
         norms,
         first_layer,
@@ -274,7 +281,7 @@ def nearest_coordinates(tables: Tables, first_layer: int, layers: int) -> Neares
         num_warps=4,
     )
     nearest = Nearest.empty(tables, layers)
-    padded_hidden = triton.next_power_of_2(kind.hidden)
+    padded_hidden = next_power_of_2(kind.hidden)
     launch(
         _nearest_kernel,
         (kind.heads, tables.num_traces, layers),

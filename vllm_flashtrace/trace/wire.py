@@ -207,7 +207,7 @@ def ensure_secret() -> str:
     The first process to load the plugin is the one that later spawns engine and workers, so they
     inherit the same secret.
     """
-    return os.environ.setdefault(SECRET_ENV, secrets.token_hex(32))
+    return os.environ.get(SECRET_ENV) or os.environ.setdefault(SECRET_ENV, secrets.token_hex(32))
 
 
 def secret_id() -> str:

@@ -14,17 +14,16 @@ another process that shares the memory. Two things follow:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_flashtrace.worker.output_projections import packed_kernel
 from vllm_flashtrace.worker.quantized import packed_int8
-
-if TYPE_CHECKING:
-    from vllm_flashtrace.kernels.triton_piece_sums import WordChunks
 
 _PIECE, _ALIGNMENT = 2048, 16
 # Attributes of vLLM's modules that hold the matrices of all slots.
@@ -47,6 +46,10 @@ class WeightsFingerprint:
 
     Reading is bound by memory: it takes about as long as a decode step with one token. On CUDA one
     launch reads all tensors whose words are of one width, if they have no gaps.
+
+    Attributes:
+        layout: Counts how often `take` has found other tensors than the time before: more or fewer
+            of them, or one of another address, shape, stride or type.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -61,27 +64,47 @@ class WeightsFingerprint:
         self._kernels: list[object] = []
         self._packings = 0
         self._factors = torch.empty(0, dtype=torch.int64, device=device)
-        self._tables: dict[int | None, tuple[list[tuple[int, int]], list[WordChunks]]] = {}
+        self._tables: dict[int | None, _Table] = {}
+        self._tree: _ModuleTree | None = None
+        self._places: _Places = ([], [], [])
+        self.layout = 0
 
     def take(self) -> Tensor:
         """The number now, int64 ``[]`` on the device; never waits for a GPU."""
         kernels: list[object] = []
-        tensors = list(self._tensors(kernels))
-        return self._number(tensors, None, self._packing(kernels))
+        # Methods of vLLM's parameters are called through Python otherwise.
+        with torch._C.DisableTorchFunctionSubclass():
+            tensors = self._tensors(kernels)
+            places = _places_of(tensors)
+            if places != self._places:
+                self._tree = None  # What it knows by objects' ids may be of others.
+                kernels.clear()
+                tensors = self._tensors(kernels)
+                self._places = places = _places_of(tensors)
+                self.layout += 1
+        return self._number(tensors, places, None, self._packing(kernels))
 
     def take_adapter(self, slot: int) -> Tensor:
         """As `take`, of the LoRA adapter that a slot of the model's modules holds."""
-        return self._number(list(self._adapter(slot)), slot, 0)
+        tensors = list(self._adapter(slot))
+        return self._number(tensors, _places_of(tensors), slot, 0)
 
-    def _number(self, tensors: list[Tensor], slot: int | None, packing: int) -> Tensor:
+    def _number(
+        self, tensors: list[Tensor], places: _Places, slot: int | None, packing: int
+    ) -> Tensor:
         with torch.no_grad():
-            sums = [torch.full((1,), packing, device=self._device)]
+            sums = []
             if self._device.type == "cuda":
-                tensors, together = self._read_together(tensors, slot)
-                sums += together
+                table = self._tables.get(slot)
+                if table is None or table.places != places:
+                    table = self._tables[slot] = _Table(tensors, places, self._device)
+                tensors = [tensors[index] for index in table.others]
+                sums.append(table.piece_sums())
+            if packing or not sums:
+                sums.append(torch.full((1,), packing, device=self._device))
             for tensor in tensors:
                 sums += [part.to(self._device) for part in _piece_sums(tensor)]
-            pieces = torch.cat(sums)
+            pieces = torch.cat(sums) if len(sums) > 1 else sums[0]
             return (pieces * self._factors_of(len(pieces))).sum()
 
     def _adapter(self, slot: int) -> Iterator[Tensor]:
@@ -100,38 +123,16 @@ class WeightsFingerprint:
                         seen.add(place)
                         yield matrix
 
-    def _read_together(
-        self, tensors: list[Tensor], slot: int | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors that launches cannot read together, and the piece sums of those they can."""
-        others, places = [], []
-        for tensor in tensors:
-            address = tensor.data_ptr()
-            if (
-                tensor.device.type == self._device.type
-                and _has_no_gaps(tensor)
-                and address % _ALIGNMENT == 0
-            ):
-                places.append((address, tensor.numel() * tensor.element_size()))
-            else:
-                others.append(tensor)
-        known = self._tables.get(slot)
-        if known is None or known[0] != places:
-            known = self._tables[slot] = places, _chunks_of(places, self._device)
-        return others, [chunks.piece_sums() for chunks in known[1]]
-
-    def _tensors(self, kernels: list[object]) -> Iterator[Tensor]:
+    def _tensors(self, kernels: list[object]) -> list[Tensor]:
         """Each parameter and buffer once; what packs a module's matrix goes to ``kernels``."""
-        seen: set[int] = set()
-        for module in self._model.modules():
-            kernel = packed_kernel(module) or packed_int8(module)
-            if kernel is not None:
-                kernels.append(kernel)
-            for tensors in (module._parameters, module._buffers):
-                for tensor in tensors.values():
-                    if tensor is not None and id(tensor) not in seen and not tensor.is_meta:
-                        seen.add(id(tensor))
-                        yield tensor
+        if self._tree is None or not self._tree.holds():
+            self._tree = _ModuleTree(self._model)
+        if self._device.type != "cuda":
+            for module in self._tree.modules:
+                kernel = packed_kernel(module) or packed_int8(module)
+                if kernel is not None:
+                    kernels.append(kernel)
+        return self._tree.tensors()
 
     def _packing(self, kernels: list[object]) -> int:
         """How often the packed matrices have been others than the time before."""
@@ -151,15 +152,102 @@ class WeightsFingerprint:
         return self._factors[:count]
 
 
-def _chunks_of(places: list[tuple[int, int]], device: torch.device) -> list[WordChunks]:
-    """Tables of tensors by address and size in bytes, one for each width of words that occurs."""
-    from vllm_flashtrace.kernels.triton_piece_sums import WIDTHS, WordChunks
+class _ModuleTree:
+    """A model's modules, and quickly the tensors that they hold at the moment.
 
-    by_width: dict[int, list[tuple[int, int]]] = {}
-    for address, size in places:
-        width = next(width for width in WIDTHS if size % width == 0)
-        by_width.setdefault(width, []).append((address, size // width))
-    return [WordChunks(words, device, width) for width, words in by_width.items()]
+    Modules hold theirs in three dictionaries each. Whether these are the same objects, with the
+    same modules in them, is found without a step of Python's interpreter for each.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self._own = list(map(_DICTIONARIES, self.modules))
+        self._children = [own[0] for own in self._own]
+        self._tensors = [given for own in self._own for given in own[1:]]
+        self._found = list(chain.from_iterable(map(dict.values, self._children)))
+        self._ids: list[int] = []
+        self._picked: list[int] = []
+        self._left_out: list[Tensor] = []  # Held, so that none of them can be taken for another.
+
+    def holds(self) -> bool:
+        """Whether the model consists of the same modules."""
+        own = chain.from_iterable(map(_DICTIONARIES, self.modules))
+        if not all(map(operator.is_, own, chain.from_iterable(self._own))):
+            return False
+        found = list(chain.from_iterable(map(dict.values, self._children)))
+        return len(found) == len(self._found) and all(map(operator.is_, found, self._found))
+
+    def tensors(self) -> list[Tensor]:
+        """Each parameter and buffer once."""
+        every = list(chain.from_iterable(map(dict.values, self._tensors)))
+        ids = list(map(id, every))
+        if ids != self._ids:
+            places = {id(one): place for place, one in reversed(list(enumerate(every)))}
+            picked = sorted(places.values())
+            self._picked = [p for p in picked if every[p] is not None and not every[p].is_meta]
+            self._left_out = [one for one in every if one is not None and one.is_meta]
+            self._ids = ids
+        return [every[place] for place in self._picked]
+
+
+_DICTIONARIES = operator.attrgetter("_modules", "_parameters", "_buffers")
+
+_SHAPE = operator.attrgetter("shape", "dtype")
+_base = torch._C.TensorBase
+
+_Places = tuple[list[int], list[tuple[int, ...]], list[Any]]
+"""Addresses, strides, and shapes and types of tensors."""
+
+
+def _places_of(tensors: Sequence[Tensor]) -> _Places:
+    return (
+        list(map(_base.data_ptr, tensors)),
+        list(map(_base.stride, tensors)),
+        list(map(_SHAPE, tensors)),
+    )
+
+
+class _Table:
+    """Tensors that launches read together, one for each width of words that occurs.
+
+    Attributes:
+        places: Of all tensors.
+        others: Which of them launches cannot read.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], places: _Places, device: torch.device) -> None:
+        from vllm_flashtrace.kernels.triton_piece_sums import WIDTHS, WordChunks
+
+        self.places = places
+        self.others: list[int] = []
+        by_width: dict[int, list[tuple[int, int]]] = {}
+        for index, tensor in enumerate(tensors):
+            address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            if (
+                tensor.device.type == device.type
+                and _has_no_gaps(tensor)
+                and address % _ALIGNMENT == 0
+            ):
+                width = next(width for width in WIDTHS if size % width == 0)
+                by_width.setdefault(width, []).append((address, size // width))
+            else:
+                self.others.append(index)
+        self._chunks = [WordChunks(words, device, width) for width, words in by_width.items()]
+        # Each part begins at an address that kernels are compiled for.
+        words = _ALIGNMENT // torch.int64.itemsize
+        ends = list(accumulate(-(-chunks.pieces // words) * words for chunks in self._chunks))
+        with torch.inference_mode(False):  # It is written to with and without.
+            self._sums = torch.zeros(ends[-1] if ends else 1, dtype=torch.int64, device=device)
+        self._parts = [
+            self._sums[start : start + chunks.pieces]
+            for start, chunks in zip([0, *ends], self._chunks, strict=False)
+        ]
+
+    def piece_sums(self) -> Tensor:
+        """The sums of all pieces, int64, until they are asked for again."""
+        for chunks, part in zip(self._chunks, self._parts, strict=True):
+            chunks.piece_sums(part)
+        return self._sums
 
 
 def _piece_sums(tensor: Tensor) -> list[Tensor]:

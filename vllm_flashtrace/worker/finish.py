@@ -68,6 +68,7 @@ class Measured:
             layers; None where all are traced or the others are not seen.
         mass: See `RowSegment`; None where it is not measured.
         recorded: Mark at the end of the last recording step.
+        own: float64 ``[L]``, `totals` and `residual` together, where they have been added up.
     """
 
     trace: Trace
@@ -77,6 +78,7 @@ class Measured:
     recorded: Any
     changes: Tensor | None = None
     mass: Tensor | None = None
+    own: Tensor | None = None
 
 
 def measure(
@@ -143,6 +145,7 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
             trace.attention.copy_((trace.unscaled or trace.sums).column_sums)
     changes = [_changes(segment.row_segment.sums, model.shape) for segment in segments]
     model.replace_by_proximities(inputs, tables, traces[0].adapter)
+    owns = results[:, 0] + results[:, 1]
     return {
         segment.batch_row.req_id: Measured(
             segment.trace,
@@ -152,8 +155,9 @@ def _measure_together(segments: Sequence[Segment], model: TracedModel) -> dict[s
             recorded,
             change,
             segment.row_segment.mass,
+            own,
         )
-        for segment, one, change in zip(segments, inputs, changes, strict=True)
+        for segment, one, change, own in zip(segments, inputs, changes, owns, strict=True)
     }
 
 
@@ -356,7 +360,7 @@ def _scores(measured: Measured, totals: Tensor | None) -> tuple[Tensor, ...]:
     Behind them `Measured.mass` and `Measured.changes`, if there are any.
     """
     trace, tokens = measured.trace, measured.tokens
-    own = measured.totals + measured.residual
+    own = measured.totals + measured.residual if measured.own is None else measured.own
     denominators = own if totals is None else totals[: len(own)] + measured.residual
     # Behind the last target, where nothing flows from, scores are 0.
     scores = torch.empty(trace.spec.length, device=tokens.device)
@@ -375,6 +379,9 @@ def _copy(
     if weights is None:
         raise ValueError("the weights of no step were noted")
     stacked = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
+    _, own, denominators, *_ = parts
+    if own[0] is denominators[0] and len(own) == 1:
+        stacked[2] = stacked[1]  # Which is then copied once.
     layers = [tokens] if tokens is not None and trace.spec.layers else []
     attention = [] if trace.attention is None else [trace.attention]
     return buffers.copy([*stacked, weights, *layers, *attention])
@@ -640,8 +647,11 @@ class HostBuffers:
             end += _rounded(tensor.nbytes, _ALIGNMENT)
         buffer = self._take(end)
         try:
-            copies = []
-            for tensor, start in zip(tensors, starts, strict=True):
+            copies: list[Tensor] = []
+            for place, (tensor, start) in enumerate(zip(tensors, starts, strict=True)):
+                if place and tensor is tensors[place - 1]:
+                    copies.append(copies[-1])
+                    continue
                 flat = buffer[start : start + tensor.nbytes].view(tensor.dtype)
                 copies.append(flat.view(tensor.shape))
                 # Row by row where rows lie apart: all at once would need a copy on the device.
@@ -671,10 +681,16 @@ class HostBuffers:
 
     def _found(self, nbytes: int) -> Tensor | None:
         """The smallest free buffer that will do, or a new one; None if there is no room for it."""
-        fitting = [place for place, free in enumerate(self._free) if free.nbytes >= nbytes]
-        if fitting:
-            return self._free.pop(min(fitting, key=lambda place: self._free[place].nbytes))
         size = _rounded(nbytes, _PAGE)
+        best: tuple[int, int] | None = None
+        for place, free in enumerate(self._free):
+            has = free.nbytes
+            if has >= size and (best is None or has < best[0]):
+                best = has, place
+                if has == size:
+                    break
+        if best is not None:
+            return self._free.pop(best[1])
         if self._allocated - sum(free.nbytes for free in self._free) + size > self._limit:
             return None
         while self._allocated + size > self._limit:

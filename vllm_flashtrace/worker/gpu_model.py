@@ -178,7 +178,8 @@ class GPUTracedModel(TracedModel):
 
     def attention_form(self, layer: int) -> AttentionForm:
         """See `TracedModel`."""
-        return gpu_attention_form(self.layers[layer], self._reading(layer).scales)
+        reading = self._reading(layer)
+        return reading.form or gpu_attention_form(self.layers[layer], reading.scales)
 
     def read_values(self, layer: int, block_tables: Sequence[Tensor], tokens: int) -> Tensor:
         """See `TracedModel`; they are copied."""
@@ -258,7 +259,9 @@ class GPUTracedModel(TracedModel):
         with nullcontext() if one_call else touching_sums():
             for place in range(len(groups.numbers)):
                 own = [
-                    dataclasses.replace(trace, block_table=tables[place])
+                    trace
+                    if trace.block_table is tables[place]
+                    else dataclasses.replace(trace, block_table=tables[place])
                     for trace, tables in zip(traces, block_tables, strict=True)
                 ]
                 numbers = groups.layers(place)
@@ -272,7 +275,9 @@ class GPUTracedModel(TracedModel):
                         self._room.replace_by_proximities(layer, index, weight, own)
                     continue
                 for part in parts:
-                    layers = [self._proximity_layer(index, adapter) for index in part]
+                    # Methods of vLLM's parameters are called through Python otherwise.
+                    with torch._C.DisableTorchFunctionSubclass():
+                        layers = [self._proximity_layer(index, adapter) for index in part]
                     replace_by_proximities(layers, own)
 
     def accumulator_limit_bytes(
@@ -298,17 +303,42 @@ class GPUTracedModel(TracedModel):
         return self._views(layer, self._reading(layer))
 
     def _reading(self, layer: int) -> _Reading:
-        """Read when first needed, and again when scales, which come with weights, are others."""
+        """Read when first needed, and again when what it follows from, above all scales, changes.
+
+        Holds no tensor, so that weights and caches that vLLM gives up are given up.
+        """
         traced = self.layers[layer]
-        attention = traced.attention
-        scales = cache_scales(attention)
+        attention: Any = traced.attention
         reading = self._readings.get(layer)
+        source = None
+        if self._room is None:
+            # What is read of every layer of a step: attributes, and no method but of the cache.
+            cache, impl = attention.kv_cache, attention.impl
+            source = (
+                self.fingerprint.layout,
+                cache.shape,
+                cache.dtype,
+                attention._q_scale_float,
+                attention._k_scale_float,
+                attention._v_scale_float,
+                impl.scale,
+                impl.sliding_window,
+                impl.logits_soft_cap,
+                gpu_attention_form,
+            )
+            if reading is not None and reading.source == source:
+                return reading
+        scales = cache_scales(attention)
         if reading is None or reading.scales != scales:
             if self._room is not None:
                 check_gpu_latents(traced, self._dtype)
             else:
                 check_gpu_layer(traced, self._flashinfer_quantizes)
-            reading = self._readings[layer] = _Reading(scales, quantized_dtype(attention))
+        form = None
+        if self._room is None and impl.alibi_slopes is None and impl.sinks is None:
+            form = gpu_attention_form(traced, scales)
+        reading = _Reading(scales, quantized_dtype(attention), source, form)
+        self._readings[layer] = reading
         return reading
 
     def _latent_room(self) -> LatentRoom | None:
@@ -321,8 +351,9 @@ class GPUTracedModel(TracedModel):
         return LatentRoom(self.layers[0].heads, self._dtype, self.device) if latents.pop() else None
 
     def _keys(self, layer: int) -> LayerKeys:
-        keys = self._views(layer, self._reading(layer)).keys
-        return LayerKeys(layer, keys, self.attention_form(layer))
+        reading = self._reading(layer)
+        form = reading.form or gpu_attention_form(self.layers[layer], reading.scales)
+        return LayerKeys(layer, self._views(layer, reading).keys, form)
 
     def _views(self, layer: int, reading: _Reading) -> KeyValueViews:
         return key_value_views(self.layers[layer].attention, reading.dtype)
@@ -367,10 +398,15 @@ class _Reading:
     Attributes:
         scales: All scales of its cache.
         dtype: What a quantised cache's bytes are; None if it is not quantised.
+        source: What all of it follows from, the function that makes the form included; None where
+            it has to be read each time.
+        form: How it forms its weights, where that takes no tensor of the layer.
     """
 
     scales: CacheScales
     dtype: torch.dtype | None
+    source: tuple[Any, ...] | None = None
+    form: AttentionForm | None = None
 
 
 def gpu_attention_form(layer: TracedLayer, scales: CacheScales) -> AttentionForm:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,9 +71,7 @@ class StepRecorder:
         segments = []
         rows = [row for row in batch if row.req_id in traces]
         if rows:
-            weights = model.fingerprint.take()
-            for row in rows:
-                traces[row.req_id].weights.note(weights)
+            note_weights([traces[row.req_id].weights for row in rows], model.fingerprint.take())
         for row in rows:
             if segment := self._begin(traces[row.req_id], row):
                 segments.append(segment)
@@ -333,7 +331,7 @@ class WeightsSeen:
 
     Attributes:
         numbers: int64 ``[2]`` on the device: the number at the first step, and 0 for as long as it
-            has been the same since.
+            has been the same since. Never written to: those of several traces may be the same.
     """
 
     def __init__(self) -> None:
@@ -341,10 +339,21 @@ class WeightsSeen:
 
     def note(self, number: torch.Tensor) -> None:
         """Takes note of a step's `WeightsFingerprint`; never waits for a GPU."""
-        if self.numbers is None:
-            self.numbers = torch.stack([number, torch.zeros_like(number)])
-        else:
-            self.numbers[1] |= self.numbers[0] ^ number
+        note_weights([self], number)
+
+
+def note_weights(seen: Sequence[WeightsSeen], number: torch.Tensor) -> None:
+    """As `WeightsSeen.note` for several at once, in one go for all with the same past."""
+    noted: dict[int, torch.Tensor] = {}
+    for each in seen:
+        before = each.numbers
+        if id(before) not in noted:
+            if before is None:
+                after = torch.stack([number, torch.zeros_like(number)])
+            else:
+                after = torch.stack([before[0], before[1] | (before[0] ^ number)])
+            noted[id(before)] = after
+        each.numbers = noted[id(before)]
 
 
 class Trace:
@@ -406,6 +415,7 @@ class Trace:
         self.cached_tokens = 0
         self.recomputed_tokens = 0
         self.restarts = 0
+        self._touched = False  # Whether the sums may be others than 0.
         self.stream_lacks_residual = False
         self.weights = WeightsSeen()
         self.adapter_weights = WeightsSeen()
@@ -431,7 +441,7 @@ class Trace:
             if model.scaled and not spec.heads:
                 self.unscaled = self.sums._replace(column_sums=zeros(*columns))
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size in bytes of the accumulators, the sums of attention and the rows that are kept."""
         more = 0 if self.rows is None else self.rows.nbytes
@@ -486,6 +496,7 @@ class Trace:
         first, last = positions.numpy().searchsorted((row.start, row.stop)).tolist()
         if first == last:
             return None
+        self._touched = True
         positions = positions[first:last]
         return RowSegment(
             rows=positions - (row.start - row.first_row),
@@ -498,12 +509,14 @@ class Trace:
 
     def _restart(self, start: int) -> None:
         self.restarts += self.next_position > 0
-        for accumulator in self.sums:
-            accumulator.zero_()
-        if self.unscaled is not None:
-            self.unscaled.column_sums.zero_()
-        if self.mass is not None:
-            self.mass.zero_()
+        if self._touched:
+            for accumulator in self.sums:
+                accumulator.zero_()
+            if self.unscaled is not None:
+                self.unscaled.column_sums.zero_()
+            if self.mass is not None:
+                self.mass.zero_()
+        self._touched = False
         self.cached_tokens = start
         self.recomputed_tokens = 0
 
