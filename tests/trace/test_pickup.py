@@ -70,6 +70,7 @@ class Rank:
             restarts=0,
             weights_seen=torch.tensor([7, 0]),
             attention=attention,
+            mass=None,
         )
         trace.recording._seconds = 0.5
         totals = tokens.sum(1, dtype=torch.float64)

@@ -195,7 +195,9 @@ def as_compiled_for(tensor: Tensor) -> Tensor:
     a step hands over is nearly always like a contiguous tensor in this; `triton_variants` compiles
     for nothing else.
     """
-    if tensor.data_ptr() % _ALIGNMENT == 0 and tensor.is_contiguous():
+    aligned = tensor.data_ptr() % _ALIGNMENT == 0
+    # A dimension of one may have any stride, and is contiguous all the same.
+    if aligned and min(tensor.shape) > 1 and tensor.is_contiguous():
         return tensor
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
@@ -203,7 +205,7 @@ def as_compiled_for(tensor: Tensor) -> Tensor:
             break
         expected *= size
     else:
-        if tensor.data_ptr() % _ALIGNMENT == 0:
+        if aligned:
             return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
