@@ -509,9 +509,12 @@ class TestEngineLog:
         from vllm_flashtrace.offline import flashtrace as offline
 
         stopped: list[bool] = []
+        monkeypatch.delenv("FLASHTRACE_END_WITH_PARENT", raising=False)
 
         @contextmanager
         def engine(model: str, **_: Any) -> Iterator[None]:
+            # Also when the command is killed.
+            assert os.environ["FLASHTRACE_END_WITH_PARENT"] == "1"
             try:
                 yield
             finally:

@@ -19,7 +19,6 @@ from tests.oracle import oracle_attention
 from vllm_flashtrace import FlashTrace
 from vllm_flashtrace.base.records import ScoredText
 from vllm_flashtrace.commands import fit_heads
-from vllm_flashtrace.offline import engine as offline_engine
 from vllm_flashtrace.text.sentences import sentence_spans
 from vllm_flashtrace.trace.heads_file import HeadsFile
 
@@ -51,7 +50,7 @@ def command(tiny: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
         assert engine_args["dtype"] == "float32"
         yield FlashTrace(llm=tiny.llm)
 
-    monkeypatch.setattr(offline_engine, "command_engine", command_engine)
+    monkeypatch.setattr(fit_heads, "command_engine", command_engine)
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, LINES)), "utf-8")
     files = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_flashtrace.base.errors import FlashTraceError, TraceError
+from vllm_flashtrace.base.process import end_engine_with_this_process
 from vllm_flashtrace.offline.engine import engine_log, root_cause
 
 if TYPE_CHECKING:
@@ -57,13 +58,14 @@ def run_trace(
 
 @contextmanager
 def command_engine(model: str, **engine_args: Any) -> Iterator[FlashTrace]:
-    """A :class:`FlashTrace` that lives as long as the ``with`` block.
+    """A :class:`FlashTrace` that lives as long as the ``with`` block and this process.
 
     Raises:
         FlashTraceError: The engine did not start, cannot trace this model, or refused what it was
             asked in the block; the message is the cause in one line, and a note (``__notes__``)
             names the engine's log, which has the traceback.
     """
+    end_engine_with_this_process()
     with engine_log() as log:
         try:
             from vllm_flashtrace.offline.flashtrace import FlashTrace
