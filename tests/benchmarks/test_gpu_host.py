@@ -21,8 +21,9 @@ COUNTED = [CASES[0], CASES[3], CASES[5]]
 MOST_KEPT = 1024
 # Per step: the weights' number and its first note; the end of recording; of the proximities.
 BEGINNING, FLUSH, PROXIMITY = 6, 7, 15
-PER_TRACE_AT_THE_END = 5
-"""Scores, their copies to the host, and those of proximities and of the weights' number."""
+PER_TRACE_AT_THE_END = 6
+"""Scores, their copies to the host, and those of proximities, of what column sums must come to, and
+of the weights' number."""
 
 
 @pytest.fixture(scope="module")
