@@ -7,10 +7,10 @@ calls the current observer after the stock ``forward``. There is an observer onl
 computes target rows of a trace. An entry that another plugin has overridden is left alone; traces
 are then refused where that backend is used.
 
-FlashAttention computes the log-sum-exp of every query, and the stock call drops it. Where the
-recording backend is made, its module's ``flash_attn_varlen_func`` is wrapped: while there is an
-observer, the call asks for the log-sum-exp too, and the mixin shows it; without one it passes
-through. `told` says of which calls it is the number that traces need.
+FlashAttention computes the log-sum-exp of every query, and the stock call drops it. While the
+``forward`` of an observed layer runs, its module's ``flash_attn_varlen_func`` is replaced by one
+that asks for the log-sum-exp too, and the mixin shows it. `told` says of which calls it is the
+number that traces need.
 
 Why here: ``register_backend`` is vLLM's public extension point, and overriding a member keeps
 vLLM's own backend selection, but the signature of ``forward`` is private. Entries are paths, and
@@ -28,7 +28,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,8 +187,23 @@ def told(call: Mapping[str, Any]) -> bool:
     )
 
 
+@contextlib.contextmanager
+def _telling(module: Any) -> Iterator[None]:
+    """While it lasts the kernel that FlashAttention's backend calls tells the log-sum-exp."""
+    kernel = getattr(module, _KERNEL, None)
+    if kernel is None:
+        yield
+        return
+    setattr(module, _KERNEL, telling_lse(kernel))
+    try:
+        yield
+    finally:
+        setattr(module, _KERNEL, kernel)
+
+
+@functools.cache
 def telling_lse(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``flash_attn_varlen_func`` that tells the log-sum-exp while there is an observer."""
+    """A ``flash_attn_varlen_func`` that notes the log-sum-exp while there is an observer."""
 
     @functools.wraps(kernel)
     def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> Any:
@@ -236,11 +251,11 @@ def _of_platform() -> tuple[StockBackend, ...]:
 def _recording_backend(stock: StockBackend) -> type:
     module = importlib.import_module(stock.module)
     stock_impl = getattr(module, stock.implementation)
-    kernel = getattr(module, _KERNEL, None)
-    if stock.member == "FLASH_ATTN" and kernel is not None:
-        setattr(module, _KERNEL, telling_lse(kernel))
-    home = {"__module__": __name__}
-    impl = type(f"Recording{stock.implementation}", (RecordingAttention, stock_impl), home)
+    home: dict[str, Any] = {"__module__": __name__}
+    own = dict(home)
+    if stock.member == "FLASH_ATTN":
+        own["telling"] = staticmethod(functools.partial(_telling, module))
+    impl = type(f"Recording{stock.implementation}", (RecordingAttention, stock_impl), own)
 
     def get_impl_cls() -> type:
         return impl

@@ -21,12 +21,22 @@ from typing import Any
 import torch
 from vllm.compilation.cuda_graph import CUDAGraphEntry, CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, ForwardContext
+from vllm.forward_context import (
+    BatchDescriptor,
+    ForwardContext,
+    is_forward_context_available,
+)
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_flashtrace.patches._check import require_fields, require_keyword, require_parameters
+from vllm_flashtrace.patches._check import (
+    PatchError,
+    require_fields,
+    require_keyword,
+    require_parameters,
+)
 from vllm_flashtrace.worker.observer import current
 from vllm_flashtrace.worker.trace_graphs import (
     GraphSets,
@@ -65,6 +75,10 @@ def check() -> None:
     require_fields(CUDAGraphEntry, "cudagraph", "batch_descriptor")
     require_fields(BatchDescriptor, "num_tokens", "num_active_loras")
     require_fields(ForwardContext, "batch_descriptor", "cudagraph_runtime_mode")
+    if not hasattr(CUDAGraphWrapper, "_all_instances"):
+        raise PatchError("CUDAGraphWrapper has no _all_instances")
+    if getattr(CudagraphDispatcher, "get_capture_descs", None) is None:
+        raise PatchError("CudagraphDispatcher has no get_capture_descs")
 
 
 def apply() -> None:
@@ -194,7 +208,9 @@ def use_second_set() -> None:
     @functools.wraps(stock)
     def __call__(self: CUDAGraphWrapper, *args: Any, **kwargs: Any) -> Any:
         observer = current()
-        if observer is None or self.runtime_mode != _PIECES:
+        # A vision encoder's pieces run without a context.
+        graphs = self.runtime_mode == _PIECES and is_forward_context_available()
+        if observer is None or not graphs:
             return stock(self, *args, **kwargs)
         return run_piece(self, stock, observer, args, kwargs)
 

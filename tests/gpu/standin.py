@@ -198,8 +198,7 @@ class FlashKernel:
         self.change: Callable[[Tensor], Tensor] = lambda lse: lse
         impl_class = flash_attn.FlashAttentionImpl
         monkeypatch.setattr(impl_class, "forward", _STOCK_FORWARDS[impl_class])
-        kernel = attention_backends.telling_lse(self)
-        monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", kernel, raising=False)
+        monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", self, raising=False)
         for layer in [layer for layer in layers if hasattr(layer, "impl")]:
             monkeypatch.setattr(layer.impl, "vllm_flash_attn_version", version)
 

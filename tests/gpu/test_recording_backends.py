@@ -74,7 +74,8 @@ def test_the_implementation_adds_only_the_mixin(backends: Any) -> None:
     _, recording, stock = backends
     impl, stock_impl = recording.get_impl_cls(), stock.get_impl_cls()
     assert issubclass(impl, stock_impl) and not impl.__abstractmethods__
-    assert set(vars(impl)) - set(vars(type("Empty", (stock_impl,), {}))) <= {"__doc__"}
+    added = {"telling"} if impl.__name__ == "RecordingFlashAttentionImpl" else set()
+    assert set(vars(impl)) - set(vars(type("Empty", (stock_impl,), {}))) <= {"__doc__", *added}
     differing = {
         attribute
         for attribute in dir(stock_impl)
@@ -216,7 +217,7 @@ def test_a_kernel_that_cannot_tell_is_refused(
         attention_backends.check(flash)
 
 
-def test_flash_attention_is_wrapped_where_its_recording_backend_is_made(
+def test_flash_attention_is_wrapped_while_a_layer_is_observed_and_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm.v1.attention.backends import flash_attn
@@ -227,8 +228,14 @@ def test_flash_attention_is_wrapped_where_its_recording_backend_is_made(
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", stock, raising=False)
     monkeypatch.delitem(vars(attention_backends), "RecordingFlashAttentionBackend", raising=False)
     backend_class("FLASH_ATTN")
-    wrapped: Any = flash_attn.flash_attn_varlen_func
-    assert wrapped is not stock and wrapped.__wrapped__ is stock and wrapped(fa_version=3) == "out"
+    kernel: Any = flash_attn.flash_attn_varlen_func
+    assert kernel is stock
+    backend: Any = vars(attention_backends)["RecordingFlashAttentionBackend"]
+    with contextlib.suppress(ZeroDivisionError), backend.get_impl_cls().telling():
+        wrapped: Any = flash_attn.flash_attn_varlen_func
+        assert wrapped.__wrapped__ is stock and wrapped(fa_version=3) == "out"
+        _ = 1 / 0
+    assert flash_attn.flash_attn_varlen_func is stock
     vars(attention_backends).pop("RecordingFlashAttentionBackend")
 
 

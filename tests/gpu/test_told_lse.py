@@ -127,6 +127,30 @@ def test_further_hops(
     assert given and all(given)
 
 
+def test_heads_of_kept_rows(engine: V2Engine, kernel: FlashKernel, given: list[bool]) -> None:
+    """Rows whose queries alone are kept have it with them, also after a preemption."""
+    engine.step({"first": 20}, new={"first": traced(20, (10, 20)).new})  # Makes the capture.
+    model = engine.capture.recorder._model
+    assert model is not None
+    model.take_head_weights(torch.rand(model.shape.num_layers, model.shape.num_heads))
+    further = FurtherHops(TargetWeights.from_spans([(20, 61)]).positions, hops=1)
+    target = traced(100, (70, 80))
+    heads = TraceSpec.create(
+        [TracedTarget(target.weights, further)], 100, exact_fraction=1.0, heads=True
+    )
+    trace = dataclasses.replace(target, spec=heads)
+    given.clear()
+    engine.step({"trace": 50}, new={"trace": trace.new})
+    kept = engine.capture.recorder._traces["trace"].rows
+    assert kept is not None and kept.lse is not None and kept.lse_known
+    kept.lse_known = False
+    engine.capture.recorder._traces["trace"]._restart(0)
+    assert kept.lse_known
+    engine.step({"trace": 50})
+    assert len(engine.report(trace).later_scores) == 1
+    assert given and all(given)
+
+
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "of the row before": lambda lse: lse.roll(1, dims=1),
     "of another head": lambda lse: lse.roll(1, dims=0),

@@ -42,6 +42,7 @@ from vllm_flashtrace.core.weights import TargetWeights
 from vllm_flashtrace.patches import graph_capture, model_runner_v1, model_runner_v2
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import trace_graphs
+from vllm_flashtrace.worker.observer import observing
 from vllm_flashtrace.worker.runner import _ATTRIBUTE
 from vllm_flashtrace.worker.step import StepRecorder
 from vllm_flashtrace.worker.trace_graphs import (
@@ -493,3 +494,18 @@ def test_norms_behind_blocks(engines: Engines, monkeypatch: pytest.MonkeyPatch) 
     assert set(engines.replayed) >= {4, 8, 24, 32}
     for name in of:
         assert_exact(engine, of[name], engines.model)
+
+
+def test_pieces_without_a_forward_context_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vision encoder runs behind the beginning of an observed forward pass, without a context."""
+
+    def stock(self: Any, *args: Any) -> Any:
+        return ("stock", *args)
+
+    monkeypatch.setattr(CUDAGraphWrapper, "__call__", stock)
+    graph_capture.use_second_set()
+    wrapper: Any = object.__new__(CUDAGraphWrapper)
+    wrapper.runtime_mode = CUDAGraphMode.PIECEWISE
+    observer: Any = object()
+    with observing(observer):
+        assert wrapper(1) == ("stock", 1)

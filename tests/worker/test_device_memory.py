@@ -141,6 +141,7 @@ def test_the_budget_is_measured_when_first_asked_for(alone: bool) -> None:
 
     class Model:
         shape, device, normed = ModelShape(2, 2, 2, 8), torch.device("cpu"), False
+        measures_mass = False
         scaled = False
 
         def take_scratch(self, activations: int) -> None:

@@ -328,7 +328,7 @@ def fit_heads(
     ] = None,
     enforce_eager: Annotated[bool, typer.Option(help="Start without compiling the model.")] = True,
 ) -> None:
-    """Learn which attention heads tell sources, for the request field's heads."""
+    """Learn which attention heads tell sources, for the request field ``heads``."""
     from vllm_flashtrace.commands import fit_heads as command
     from vllm_flashtrace.commands.trace_command import check_model, check_writable
 

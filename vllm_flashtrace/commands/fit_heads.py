@@ -235,6 +235,8 @@ def measure_lines(
                     row = _measured(ft, line, options)
                 except UnusableLineError as error:
                     row = {"skipped": str(error)}
+                except FlashTraceError as error:
+                    row = {"skipped": error.code}
                 work.add(line.key, row)
     return work.rows
 

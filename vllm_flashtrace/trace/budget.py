@@ -74,18 +74,21 @@ class AccumulatorBudget:
         bytes_per_row: int = 0,
         *,
         scaled: bool = False,
+        with_mass: bool = False,
     ) -> Self:
         """The budget of a worker: column sums per head, ``r`` and ``x`` per layer, in float32.
 
         Sums of attention are a copy in float16 of the column sums; where rows are ``scaled``, since
         blocks are normed or gated, column sums are of other weights, and those of attention are
-        also added up by themselves.
+        also added up by themselves. Where the worker measures what column sums must come to
+        (``with_mass``), that is three numbers a head.
         """
         sums = shape.num_layers * shape.num_heads
+        streams = shape.stream_layers * 2 * shape.hidden_size
         return cls(
             limit_bytes,
             bytes_per_token=sums * shape.sums_per_head * _FLOAT_BYTES,
-            fixed_bytes=shape.stream_layers * 2 * shape.hidden_size * _FLOAT_BYTES,
+            fixed_bytes=(streams + 3 * sums * with_mass) * _FLOAT_BYTES,
             bytes_per_row=bytes_per_row,
             attention_bytes_per_token=sums * (_HALF_BYTES + (_FLOAT_BYTES if scaled else 0)),
         )

@@ -199,7 +199,7 @@ class GPUTracedModel(TracedModel):
         dtype = current_platform.fp8_dtype() if quantized else self._dtype
         sizes = self.shape.num_layers, self._head_dim, dtype
         products = self._head_dim * rows.num_heads * rows.logits
-        with_lse = self.told_lse and products >= WORTH_KEEPING_LSE
+        with_lse = products >= WORTH_KEEPING_LSE and self.told_lse
         return KeptQueries.within(self._scratch, rows, *sizes, with_lse=with_lse)
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:

@@ -109,7 +109,7 @@ class RunnerCapture:
         scorer: The requests whose tokens are scored.
         refusal: Why the model cannot be traced, or None.
         records_step: Whether the step that was last observed computes target rows; it must then
-            run as code and not as a CUDA graph. See `TargetSteps`.
+            run as code, or by CUDA graphs of trace steps. See `TargetSteps` and `trace_graphs`.
         scheduled: Tokens of each request in that step.
     """
 
@@ -166,7 +166,11 @@ class RunnerCapture:
         # A worker that is not alone does not know the scores that the next hop begins with.
         row_bytes = self._model.row_bytes() if self._alone else 0
         self.recorder.budget = AccumulatorBudget.of_model(
-            limit, self._model.shape, row_bytes, scaled=self._model.scaled
+            limit,
+            self._model.shape,
+            row_bytes,
+            scaled=self._model.scaled,
+            with_mass=self._model.measures_mass,
         )
         if self._model.device.type == "cuda":
             self.recorder.buffers.reserve(

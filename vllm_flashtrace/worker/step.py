@@ -28,6 +28,7 @@ from vllm_flashtrace.kernels import (
     add_row_sums,
     touching_sums,
 )
+from vllm_flashtrace.kernels.paged_attention import check_lse
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import TraceSpec
 
@@ -447,6 +448,7 @@ class Trace:
         more = 0 if self.rows is None else self.rows.nbytes
         more += 0 if self.attention is None else self.attention.nbytes
         more += 0 if self.unscaled is None else self.unscaled.column_sums.nbytes
+        more += 0 if self.mass is None else self.mass.nbytes
         return more + sum(accumulator.nbytes for accumulator in self.sums)
 
     @property
@@ -517,6 +519,8 @@ class Trace:
             if self.mass is not None:
                 self.mass.zero_()
         self._touched = False
+        if self.rows is not None:
+            self.rows.lse_known = self.rows.lse is not None
         self.cached_tokens = start
         self.recomputed_tokens = 0
 
@@ -726,6 +730,7 @@ class KeptGroup(RowGroup):
         if lse is None:
             self._kept.lse_known = False
         else:
+            check_lse(lse, self.rows)
             where = self.rows.adjacent
             picked = lse[:, self.rows.places if where is None else where]
             self._kept.lse[layer, :, self._place] = picked

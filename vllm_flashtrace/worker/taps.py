@@ -32,8 +32,8 @@ block and the norm's input behind it. In models that vLLM runs in Transformers' 
 has one more dimension, of size 1.
 
 Compiled code calls the operator like eager code does, so a step with a trace runs the same compiled
-forward as every other step. With no observer the operator returns at once; under CUDA graphs it
-launches nothing and is not part of the graph.
+forward as every other step. With no observer the operator returns at once, so that it is no
+part of vLLM's CUDA graphs; in those of trace steps it is a copy, see `trace_graphs`.
 
 Invariant: an operator call carries nothing that differs between layers, so that compilers may
 share code between them; layers are told apart by the order of the calls.

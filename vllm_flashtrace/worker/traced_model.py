@@ -296,7 +296,7 @@ class TracedModel(ABC):
         """Memory for the rows of one trace at given positions, or of their queries alone."""
         sizes = self.shape, self._head_dim, self._dtype, self.device
         if queries_alone:
-            return KeptRows(positions, *sizes, stream=False)
+            return KeptRows(positions, *sizes, with_lse=self.told_lse, stream=False)
         return KeptRows(positions, *sizes, self.normed, self.gate_width, self.told_lse)
 
     def weigh(self, kept: KeptRows, group: RowGroup) -> None:
