@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.engine.harness import (
+    TARGET,
+    TOKENS,
     Engine,
     TraceJob,
     attention_error,
@@ -17,37 +19,24 @@ from tests.engine.harness import (
     random_heads,
     relative_l1,
     run_hops,
+    tiny_folder,
 )
 from tests.oracle import capture_hf, oracle_hops, oracle_scores
-from tests.tiny_models import make_tiny_model
 from vllm_flashtrace import FlashTrace, InvalidRequestError
 from vllm_flashtrace.core.hops import FurtherHops, TracedTarget
 from vllm_flashtrace.core.weights import TargetWeights
 
-TOKENS = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
-TARGET = TargetWeights.from_mapping({i: 1.0 + i % 3 for i in range(150, 400)})
 LIMIT = 1e-5
 # Norms behind blocks and windows; gates for each coordinate, behind which blocks are normed.
 FAMILIES = ("llama", "gemma2", "afmoe")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(request.param, tmp_path_factory.mktemp("heads") / request.param)
+folder = tiny_folder(*FAMILIES)
 
 
 @pytest.fixture(scope="module")
 def weights(folder: Path) -> torch.Tensor:
     return random_heads(folder)[0]
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
 
 
 @pytest.fixture(scope="module")

@@ -249,6 +249,7 @@ def _measured(ft: FlashTrace, line: Line, options: FitOptions) -> dict[str, Any]
     """One line's attention, ablations and log-probabilities.
 
     Raises:
+        FlashTraceError: It cannot be traced or scored.
         UnusableLineError: There is nothing to be learned of it.
     """
     found = _explained(ft, line, options)
@@ -292,8 +293,6 @@ def _explained(ft: FlashTrace, line: Line, options: FitOptions) -> Attribution:
     except (ValueError, TemplateError, VLLMValidationError) as error:
         too_long = "maximum context length" in str(error)
         raise UnusableLineError("too long" if too_long else "refused by the engine") from error
-    except FlashTraceError as error:
-        raise UnusableLineError(error.code) from error
 
 
 def _completed(found: Attribution) -> Attribution:
@@ -360,7 +359,7 @@ def _log_probs(
     found = []
     for report in reports:
         if isinstance(report, FlashTraceError):
-            raise UnusableLineError(report.code)
+            raise report
         found.append(math.fsum(report.log_probs.double().tolist()))
     return found
 

@@ -15,7 +15,7 @@ The graphs are entries of vLLM's own wrappers, under a key of their own. vLLM's 
 They are captured while vLLM captures its own, and not when a step first needs them: at that time
 another thread may wait for the device, which CUDA does not allow while a stream is captured.
 
-Invariant: whether a step replays this set or runs the same pieces as code is each rank's own
+Whether a step replays this set or runs the same pieces as code is each rank's own
 affair; neither changes the size of anything. What ranks must agree on is the padding, which follows
 from the scheduler's output and from :func:`replays_pieces`.
 """
