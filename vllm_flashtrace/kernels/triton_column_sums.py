@@ -29,6 +29,7 @@ from vllm_flashtrace.kernels.triton_operands import (
     masked_logits,
     shaped_logits,
     unit_of,
+    widen,
 )
 from vllm_flashtrace.kernels.triton_rows import (
     REDUCTION,
@@ -40,19 +41,30 @@ from vllm_flashtrace.kernels.triton_rows import (
 
 
 class Tile(NamedTuple):
-    """Keys of a program and rows of a step of it."""
+    """Keys of a program and rows of a step of it.
+
+    Attributes:
+        keys: Keys.
+        rows: Rows, a multiple of 16.
+        warps: Warps of a program.
+        stages: Tiles of queries in flight.
+        registers: Of a thread at most; None for no limit of ours.
+    """
 
     keys: int
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # By bytes of an operand and padded head size. Products of float32 come out of registers, of which
-# larger tiles would need more than there are.
+# larger tiles would need more than there are. With 168 registers three programs of four warps share
+# a multiprocessor of an H100, so that one's products run beside another's exponentials; no more
+# than that is needed in the loops over rows. Heads of 256 have no shared memory for a third.
 _TILES = {
-    (2, 64): Tile(128, 64, 4, 2),
-    (2, 128): Tile(128, 64, 4, 2),
+    (2, 64): Tile(128, 64, 4, 2, 168),
+    (2, 128): Tile(128, 64, 4, 2, 168),
     (2, 256): Tile(64, 64, 4, 2),
     (4, 64): Tile(64, 32, 8, 2),
     (4, 128): Tile(32, 32, 8, 2),
@@ -153,6 +165,7 @@ class SecondPass(NamedTuple):
             ROWS=self.rows,
             num_warps=self.tile.warps,
             num_stages=self.tile.stages,
+            maxnreg=self.tile.registers,
         )
         if work.slots:
             with touching_sums():
@@ -215,11 +228,14 @@ def _column_sums_kernel(
     layer, cache, _, slopes, scale, soft_cap = load_layer(layers, CACHED, ALIGNED)
     query += layer * stride_layer
     entry = segments + segment * SEGMENT
-    # Rows from here on see all keys of the tile and need no mask.
+    # Steps need no mask from the first row that sees all keys of the tile to the last whole step.
     full_row = last_row
     if WINDOW == 0 and CHUNK == 0 and not HAS_ALIBI:
         unseen = tl.load(item + 6) - first_row
         full_row = tl.minimum(first_row + tl.cdiv(unseen, ROWS) * ROWS, last_row)
+    full_steps = (last_row - full_row) // ROWS
+    rest = full_row + full_steps * ROWS
+    masked_steps = tl.cdiv(full_row - first_row, ROWS) + tl.cdiv(last_row - rest, ROWS)
 
     tokens = first_key + tl.arange(0, KEYS)
     in_tile = tokens < last_key
@@ -239,50 +255,61 @@ def _column_sums_kernel(
         EIGHT_BIT,
     ).to(OPERANDS)
     unit = unit_of(scale, HAS_CAP, HAS_ALIBI)
+    steps, dims = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
+    places = steps[:, None] * stride_row + dims[None, :]
     for shared in range(SHARED):
         head = group * SHARED + shared
         slope = tl.load(slopes + head) if HAS_ALIBI else 0.0
         in_launch = tl.program_id(2).to(tl.int64) * num_heads + head
         head_offsets = offsets + in_launch * num_rows
-        # Summed over rows only at the end: the tile's sums stay where its products are.
-        added = tl.zeros([KEYS, ROWS], tl.float32)
-        for masked in tl.static_range(2):
-            begin = first_row if masked else full_row
-            end = full_row if masked else last_row
-            for first in range(begin, end, ROWS):
-                own_rows = first + tl.arange(0, ROWS)
-                valid = own_rows < last_row
-                q = load_queries(
-                    query,
-                    stride_row,
-                    stride_head,
-                    own_rows,
-                    head,
-                    valid,
-                    HEAD_DIM,
-                    PADDED_DIM,
-                    EIGHT_BIT_QUERY,
-                ).to(OPERANDS)
-                dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                if masked:
-                    own_positions = tl.load(positions + own_rows, mask=valid, other=-1)
-                    logits = masked_logits(
-                        dots,
-                        own_positions[None, :],
-                        tokens[:, None],
-                        slope,
-                        scale,
-                        soft_cap,
-                        WINDOW,
-                        CHUNK,
-                        HAS_CAP,
-                        HAS_ALIBI,
-                    )
-                else:
-                    logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)
-                offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
-                added += tl.exp2(logits * unit - offset[None, :])
-        column_sums = tl.sum(added, axis=1)
+        # Rows that one thread has are summed at once, see `_added`, the others at the end.
+        sums = tl.zeros([ROWS // 16, 8, KEYS], tl.float32)
+        own_query = query + head * stride_head + full_row.to(tl.int64) * stride_row
+        own_offsets = head_offsets + full_row
+        for step in range(full_steps):
+            if HEAD_DIM == PADDED_DIM:
+                stored = tl.load(own_query + places)
+            else:
+                stored = tl.load(own_query + places, mask=(dims < HEAD_DIM)[None, :], other=0)
+            q = widen(stored, EIGHT_BIT_QUERY).to(OPERANDS)
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)
+            offset = tl.load(own_offsets + steps)
+            sums = _added(sums, logits * unit - offset[:, None], ROWS, KEYS)
+            own_query += ROWS * stride_row
+            own_offsets += ROWS
+        for step in range(masked_steps):
+            first = first_row + step * ROWS
+            own_rows = tl.where(first < full_row, first, rest) + steps
+            valid = own_rows < last_row
+            q = load_queries(
+                query,
+                stride_row,
+                stride_head,
+                own_rows,
+                head,
+                valid,
+                HEAD_DIM,
+                PADDED_DIM,
+                EIGHT_BIT_QUERY,
+            ).to(OPERANDS)
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            own_positions = tl.load(positions + own_rows, mask=valid, other=-1)
+            logits = masked_logits(
+                dots,
+                own_positions[:, None],
+                tokens[None, :],
+                slope,
+                scale,
+                soft_cap,
+                WINDOW,
+                CHUNK,
+                HAS_CAP,
+                HAS_ALIBI,
+            )
+            offset = tl.load(head_offsets + own_rows, mask=valid, other=float("inf"))
+            sums = _added(sums, logits * unit - offset[:, None], ROWS, KEYS)
+        column_sums = tl.sum(tl.reshape(sums, [ROWS // 2, KEYS]), axis=0)
         _add_to_mass(
             items,
             segments,
@@ -298,6 +325,16 @@ def _column_sums_kernel(
         else:
             place = in_launch * num_slots + slot
             tl.store(parts + place * KEYS + tl.arange(0, KEYS), column_sums)
+
+
+@triton.jit
+def _added(sums, logits, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Adds weights of rows to sums ``[ROWS // 16, 8, KEYS]``; logits to base 2, offsets deducted.
+
+    Of a product of sixteen-bit operands a thread has the rows ``i`` and ``i + 8`` of every sixteen.
+    """
+    weights = tl.reshape(tl.exp2(logits), [ROWS // 16, 2, 8, KEYS])
+    return sums + tl.sum(weights, axis=1)
 
 
 @triton.jit(do_not_specialize=["num_slots"])

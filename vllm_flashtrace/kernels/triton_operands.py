@@ -32,6 +32,8 @@ from vllm_flashtrace.kernels.triton_rows import next_power_of_2, to_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SIGN, INFINITY = tl.constexpr(-0x80000000), tl.constexpr(0x7F800000)
+"""Of a float32, by bits."""
 
 LAYER = tl.constexpr(6)
 """Numbers of a layer of a launch: its number, addresses of K cache, sinks and slopes, and the bits
@@ -550,9 +552,11 @@ def masked_logits(
     if HAS_ALIBI:
         logits = logits if HAS_CAP else logits * scale
         logits -= (slopes * LOG2E) * distances.to(tl.float32)
-    visible = distances >= 0
+    # By signs and a minimum: compilers pack vectors of booleans into words and unpack them again.
+    hidden = distances
     if WINDOW > 0:
-        visible &= distances < WINDOW
+        hidden |= WINDOW - 1 - distances
     if CHUNK > 0:
-        visible &= distances <= positions % CHUNK
-    return tl.where(visible, logits, float("-inf"))
+        hidden |= positions % CHUNK - distances
+    limit = ((hidden & SIGN) ^ INFINITY).to(tl.float32, bitcast=True)
+    return tl.minimum(logits, limit)
