@@ -181,13 +181,7 @@ def _process(tree: Path, steps: int) -> Iterator[Callable[[], list[dict[str, Any
 
 def serve(tree: Path, steps: int) -> int:
     """Measures a round of all cases for every line of the standard input."""
-    sys.path.insert(0, str(tree))
-    import vllm_flashtrace
-
-    if not (tree / "vllm_flashtrace" / "patches").exists():  # An installation has it there.
-        vllm_flashtrace.__path__.append(str(tree))
-    if not Path(str(vllm_flashtrace.__file__)).is_relative_to(tree):
-        raise RuntimeError(f"{vllm_flashtrace.__file__} does not belong to {tree}")
+    import_from(tree)
     with tempfile.TemporaryDirectory() as folder, worker(Path(folder)) as measured:
         for case in CASES:
             for _ in range(_WARM_UP):
@@ -195,6 +189,17 @@ def serve(tree: Path, steps: int) -> int:
         for _ in sys.stdin:
             print(json.dumps([measured.case(case, steps) for case in CASES]), flush=True)
     return 0
+
+
+def import_from(tree: Path) -> None:
+    """Takes the package from a checkout, before anything else of it is imported."""
+    sys.path.insert(0, str(tree))
+    import vllm_flashtrace
+
+    if not (tree / "vllm_flashtrace" / "patches").exists():  # An installation has it there.
+        vllm_flashtrace.__path__.append(str(tree))
+    if not Path(str(vllm_flashtrace.__file__)).is_relative_to(tree):
+        raise RuntimeError(f"{vllm_flashtrace.__file__} does not belong to {tree}")
 
 
 @contextlib.contextmanager

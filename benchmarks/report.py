@@ -51,6 +51,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., str]]] = {
     "gpu_kernels": ("gpu_kernels.json", tables.gpu_kernels),
     "gpu_engine": ("gpu_engine*.json", tables.gpu_engine),
     "gpu_host": ("gpu_host.json", tables.gpu_host),
+    "gpu_code": ("gpu_code.json", tables.gpu_code),
     **support.MAKERS,
 }
 """Of each table, which committed files hold its results, and what makes it of their JSON."""

@@ -515,6 +515,40 @@ def gpu_host(result: Result) -> str:
 _LEAST_MICROSECONDS = 5
 
 
+def gpu_code(result: Result) -> str:
+    """Machine code of the kernels over attention, and what it was before."""
+    rows: list[Any] = []
+    order = {row["layer"]: None for row in result["rows"]}
+    for layer in order:
+        for row in sorted(result["rows"], key=lambda row: str(row["kernel"])):
+            if row["layer"] == layer:
+                whole, *_, masked = row["loops"]
+                rows.append({**row, "whole": whole, "masked": masked})
+
+    def per_weight(loop: Any) -> str:
+        spilled = f" ({loop['from_stack']} of them on the stack)" if loop["from_stack"] else ""
+        return decimals(1)(loop["instructions_per_weight"]) + spilled
+
+    caption = (
+        "Machine code of both passes over attention in bfloat16, compiled for compute capability "
+        f"{result['capability'] / 10:.1f} by Triton {result['triton']} ({result['date']}); nothing "
+        "ran. Programs at once share a multiprocessor; instructions are those of a thread per "
+        "attention weight, in steps whose rows see all keys and in steps with masks "
+        "(`python -m benchmarks.gpu_code --against FOLDER`):"
+    )
+    columns = [
+        Column("layer", "layer", str, "---"),
+        Column("pass", "kernel", str, "---"),
+        Column("code", "code", str, "---"),
+        Column("registers", "registers", count),
+        Column("bytes of stack", "stack_bytes", count),
+        Column("programs at once", "programs_at_once", count),
+        Column("instructions per weight", "whole", per_weight),
+        Column("with masks", "masked", per_weight),
+    ]
+    return f"{wrapped(caption)}\n\n{markdown(columns, rows)}"
+
+
 def wrapped(text: str) -> str:
     """Lines as long as those of the documentation."""
     return textwrap.fill(text, 140, break_on_hyphens=False)

@@ -266,7 +266,7 @@ def _column_sums_kernel(
         sums = tl.zeros([ROWS // 16, 8, KEYS], tl.float32)
         own_query = query + head * stride_head + full_row.to(tl.int64) * stride_row
         own_offsets = head_offsets + full_row
-        for step in range(full_steps):
+        for _step in range(full_steps):
             if HEAD_DIM == PADDED_DIM:
                 stored = tl.load(own_query + places)
             else:

@@ -34,19 +34,23 @@ from vllm_flashtrace.kernels.triton_rows import SEGMENT, WORK, Work, cdiv, next_
 
 
 class Tile(NamedTuple):
-    """Queries (rows times heads that share a key) and keys of a step of a program."""
+    """Queries (rows times heads that share a key) and keys of a step of a program.
+
+    The other numbers are those of the column sums' tiles.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # By bytes of an operand and padded head size. Products of float32 come out of registers, of which
 # larger tiles would need more than there are.
 _TILES = {
-    (2, 64): Tile(128, 64, 4, 3),
-    (2, 128): Tile(128, 64, 4, 3),
+    (2, 64): Tile(128, 64, 4, 3, 128),
+    (2, 128): Tile(128, 64, 4, 3, 168),
     (2, 256): Tile(64, 32, 4, 2),
     (4, 64): Tile(64, 32, 8, 2),
     (4, 128): Tile(32, 32, 8, 2),
@@ -188,6 +192,7 @@ class FirstPass(NamedTuple):
             KEYS=self.tile.keys,
             num_warps=self.tile.warps,
             num_stages=self.tile.stages,
+            maxnreg=self.tile.registers,
         )
 
 
@@ -283,7 +288,7 @@ def _lse_kernel(
                 stride_dim,
                 group,
                 tokens,
-                tokens < last_key,
+                tokens < last_key if masked else None,
                 HEAD_DIM,
                 PADDED_DIM,
                 BLOCK_SIZE,
