@@ -152,6 +152,49 @@ class WeightsFingerprint:
         return self._factors[:count]
 
 
+class WeightsSeen:
+    """Whether the weights were the same in all steps of one trace.
+
+    Attributes:
+        numbers: int64 ``[2]`` on the device: the number at the first step, and 0 for as long as it
+            has been the same since. Never written to: those of several traces may be the same.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: Tensor | None = None
+
+    def note(self, number: Tensor) -> None:
+        """Takes note of a step's `WeightsFingerprint`; never waits for a GPU."""
+        note_weights([self], number)
+
+
+def note_weights(seen: Sequence[WeightsSeen], number: Tensor) -> None:
+    """As `WeightsSeen.note` for several at once, in one go for all with the same past."""
+    noted: dict[int, Tensor] = {}
+    for each in seen:
+        before = each.numbers
+        if id(before) not in noted:
+            if before is None:
+                after = torch.stack([number, torch.zeros_like(number)])
+            else:
+                after = torch.stack([before[0], before[1] | (before[0] ^ number)])
+            noted[id(before)] = after
+        each.numbers = noted[id(before)]
+
+
+def numbers_of(weights: WeightsSeen, adapter: WeightsSeen | None) -> Tensor | None:
+    """As `WeightsSeen.numbers`, of a model and of the adapter that it is computed with, if any.
+
+    None if one of them was not noted.
+    """
+    model = weights.numbers
+    if model is None or adapter is None:
+        return model
+    if adapter.numbers is None:
+        return None
+    return torch.stack([model[0] ^ adapter.numbers[0], model[1] | adapter.numbers[1]])
+
+
 class _ModuleTree:
     """A model's modules, and quickly the tensors that they hold at the moment.
 
