@@ -387,8 +387,8 @@ class Proof:
             log_unexpected("measuring the probe", error)
             self.fail(error)
 
-    def score(self, _: Any) -> None:
-        """No token of the probe is scored."""
+    def take_log_probs(self, _: Any) -> None:
+        """None are asked of the probe."""
 
     def with_results(self, output: Any) -> Any:
         """The output as it is."""
