@@ -228,7 +228,7 @@ def test_stale_buffers_would_be_noticed(engines: Engines, monkeypatch: pytest.Mo
             return trace_graphs.run_piece(wrapper, stock, observer, args, kwargs)
         for name, views in piece.calls:
             getattr(observer, name)(*views)
-        with trace_graphs._own_key(context):
+        with trace_graphs._own_key(context, piece.set.descriptor):
             return stock(wrapper, *args, **kwargs)
 
     monkeypatch.setattr(graph_capture, "run_piece", too_early)

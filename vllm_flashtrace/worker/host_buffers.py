@@ -13,6 +13,9 @@ from vllm_flashtrace.base.errors import TraceError
 HOST_BYTES = 1 << 30
 """Most memory that a worker's results may take on the host while they wait for pick-up."""
 
+RESERVED_BYTES = HOST_BYTES // 4
+"""Most of it that is taken at the start."""
+
 _ALIGNMENT = 16
 _PAGE = 1 << 16
 
@@ -32,16 +35,18 @@ class HostCopy:
     arrived: Callable[[], bool]
 
 
-def host_bytes(tokens: int, layers: int, heads: int = 0) -> int:
+def host_bytes(tokens: int, layers: int, heads: int = 0, hops: int = 1) -> int:
     """Host memory for the result of a trace of so many tokens, without scores per layer.
 
     Args:
         tokens: Its tokens.
         layers: Its layers.
         heads: Heads of a layer, where their mass is measured.
+        hops: Hops of all its targets together, whose numbers are copied at once.
     """
-    sizes = (4 * tokens, 8 * layers, 8 * layers, 12 * layers * heads, 16, 16)
-    return sum(_rounded(size, _ALIGNMENT) for size in sizes)
+    of_hop = (4 * tokens, 8 * layers, 8 * layers, 12 * layers * heads, 16)
+    weights = 16
+    return sum(_rounded(hops * size, _ALIGNMENT) for size in of_hop) + weights
 
 
 class HostBuffers:

@@ -29,7 +29,7 @@ from vllm_flashtrace.trace.wire import ScoreSpec, sealed_spec, verified_spec
 from vllm_flashtrace.worker.cache_groups import CacheGroups, cache_groups, keeps_blocks
 from vllm_flashtrace.worker.config_checks import check_architecture
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
-from vllm_flashtrace.worker.host_buffers import host_bytes
+from vllm_flashtrace.worker.host_buffers import RESERVED_BYTES, host_bytes
 from vllm_flashtrace.worker.log_probs import LogProbRecorder
 from vllm_flashtrace.worker.output_projections import adapter_slot
 from vllm_flashtrace.worker.rank_agreement import TargetSteps, TotalsExchange
@@ -175,12 +175,11 @@ class RunnerCapture:
             with_mass=self._model.measures_mass,
         )
         if self._model.device.type == "cuda":
-            self.recorder.buffers.reserve(
-                self._places,
-                host_bytes(
-                    self._longest, self._model.shape.num_layers, self._model.shape.num_heads
-                ),
-            )
+            shape = self._model.shape
+            # One target's; more are traced together where they share rows.
+            hops = 1 + self._config.max_hops if row_bytes else 1
+            result = host_bytes(self._longest, shape.num_layers, shape.num_heads, hops)
+            self.recorder.buffers.reserve(min(self._places, RESERVED_BYTES // result), result)
 
     def observe(self, scheduler_output: SchedulerOutput) -> None:
         """Learns about new and finished requests and about the step."""

@@ -114,7 +114,7 @@ def run_piece(
     piece = seen.next_piece(wrapper, context)
     if piece is None:
         return wrapper.runnable(*args, **kwargs)  # Its taps speak for themselves.
-    with _own_key(context):
+    with _own_key(context, piece.set.descriptor):
         output = stock(wrapper, *args, **kwargs)
     for name, views in piece.calls:
         getattr(observer, name)(*views)
@@ -190,13 +190,12 @@ def _captured(wrapper: CUDAGraphWrapper, context: ForwardContext) -> _Piece | No
 
 
 @contextmanager
-def _own_key(context: ForwardContext) -> Iterator[TraceBatchDescriptor]:
+def _own_key(context: ForwardContext, key: TraceBatchDescriptor) -> Iterator[None]:
     """Lets wrappers look for their entry under the key of trace steps."""
     stock = context.batch_descriptor
-    assert stock is not None
-    key = context.batch_descriptor = TraceBatchDescriptor.of(stock)
+    context.batch_descriptor = key
     try:
-        yield key
+        yield
     finally:
         context.batch_descriptor = stock
 
@@ -301,9 +300,11 @@ class TapWriter(_TapObserver):
         try:
             if not self._copies:
                 return stock(wrapper, *args, **kwargs)
-            with _own_key(context) as key:
-                if self._set is None:
-                    self._set = PieceSet(key)
+            if self._set is None:
+                assert context.batch_descriptor is not None
+                self._set = PieceSet(TraceBatchDescriptor.of(context.batch_descriptor))
+            key = self._set.descriptor
+            with _own_key(context, key):
                 wrapper.concrete_cudagraph_entries.pop(key, None)
                 output = stock(wrapper, *args, **kwargs)
             piece = _Piece(self._set, self._set.size, self._calls)
