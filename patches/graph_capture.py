@@ -38,9 +38,9 @@ from vllm_flashtrace.patches._check import (
     require_parameters,
 )
 from vllm_flashtrace.worker.observer import current
+from vllm_flashtrace.worker.rank_agreement import announce
 from vllm_flashtrace.worker.trace_graphs import (
     GraphSets,
-    announce,
     can_capture,
     is_alone,
     is_asked_for,

@@ -5,9 +5,9 @@ What it changes: four methods of ``GPUModelRunner``, which the CPU runner inheri
 ``_determine_batch_execution_and_padding`` keeps a step with target rows of a trace out of CUDA
 graphs, or out of all but piecewise ones where a second set of these was captured, see
 ``graph_capture``. ``_model_forward`` runs such a step with an observer. Before ``sample_tokens``
-tokens are scored from the hidden states in ``execute_model_state``, and to its output the results
-that the step finished are added; see ``trace_results``. Each always calls the stock method; the
-only arguments that change are ``force_eager`` or ``force_uniform_decode``.
+log-probabilities are taken of the hidden states in ``execute_model_state``, and to its output the
+results that the step finished are added; see ``trace_results``. Each always calls the stock method;
+the only arguments that change are ``force_eager`` or ``force_uniform_decode``.
 
 Why here: vLLM has no public hook around a step. It documents ``_model_forward`` as the method to
 override for inspecting the forward pass; it runs with the forward context set and the requests' KV
@@ -35,8 +35,8 @@ from vllm_flashtrace.patches._check import (
 )
 from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
+from vllm_flashtrace.worker.rank_agreement import replays_pieces
 from vllm_flashtrace.worker.runner import batch_rows_v1, existing_capture, observe_step
-from vllm_flashtrace.worker.trace_graphs import replays_pieces
 
 
 def check() -> None:

@@ -5,10 +5,10 @@ What it changes: four functions of ``vllm.v1.worker.gpu.model_runner``.
 not touched. Until it returns, ``dispatch_cg_and_sync_dp`` keeps the step out of CUDA graphs if it
 computes target rows of a trace, or out of all but piecewise ones where a second set of these was
 captured, see ``graph_capture``; and ``GPUModelRunner.prepare_attn``, which knows the batch and its
-block tables, sets the observer. Before ``GPUModelRunner.sample_tokens`` tokens are scored from the
-hidden states in ``execute_model_state``, and to its output the results that the step finished are
-added; see ``trace_results``. Each always calls the stock
-function; the only arguments that change are ``need_eager`` or those that tell a batch of decodes.
+block tables, sets the observer. Before ``GPUModelRunner.sample_tokens`` log-probabilities are taken
+of the hidden states in ``execute_model_state``, and to its output the results that the step
+finished are added; see ``trace_results``. Each always calls the stock function; the only arguments
+that change are ``need_eager`` or those that tell a batch of decodes.
 
 Why here: vLLM has no public hook around a step. A step outside CUDA graphs still runs compiled code
 (``skip_compiled`` is left alone), because attention and taps are custom operators inside it.
@@ -33,13 +33,13 @@ from vllm_flashtrace.patches._check import (
 )
 from vllm_flashtrace.patches.trace_results import with_results
 from vllm_flashtrace.worker.observer import observing
+from vllm_flashtrace.worker.rank_agreement import replays_pieces
 from vllm_flashtrace.worker.runner import (
     RunnerCapture,
     StepObserver,
     batch_rows_v2,
     observe_step,
 )
-from vllm_flashtrace.worker.trace_graphs import replays_pieces
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "execute_model": ("self", "scheduler_output", "intermediate_tensors", "dummy_run"),

@@ -62,7 +62,7 @@ def apply() -> None:
 def with_results(stock: Any) -> Any:
     """A model runner's ``sample_tokens`` whose output has the results of requests that have ended.
 
-    Before it, tokens are scored, of the state that ``execute_model`` has left for it.
+    Before it log-probabilities are taken, of the state that ``execute_model`` has left for it.
     """
 
     @functools.wraps(stock)
@@ -70,7 +70,7 @@ def with_results(stock: Any) -> Any:
         capture = existing_capture(self)
         if capture is None:
             return stock(self, *args, **kwargs)
-        capture.score(self)
+        capture.take_log_probs(self)
         return capture.with_results(stock(self, *args, **kwargs))
 
     return sample_tokens

@@ -56,7 +56,7 @@ PHASES = {
     "registration": (f"{CAPTURE}.recorder", None, "Trace"),
     "batch": ("vllm_flashtrace.patches.model_runner_v1", None, "batch_rows_v1"),
     "observer": ("vllm_flashtrace.worker.runner", None, "StepObserver"),
-    "chunk": (f"{CAPTURE}.step", "Trace", "begin_chunk"),
+    "chunk": (f"{CAPTURE}.recorded_trace", "Trace", "begin_chunk"),
     "row plan": ("vllm_flashtrace.worker.cpu_model", "CPUTracedModel", "plan_rows"),
     "attention": ("vllm_flashtrace.core.attention", "TargetRowBlocks", "add"),
     "key read": ("vllm_flashtrace.worker.cpu_model", None, "read_keys"),

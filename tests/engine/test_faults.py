@@ -25,9 +25,9 @@ def tokens(tiny: Engine) -> list[int]:
 
 FURTHER = FurtherHops(torch.arange(100, 250), hops=2)
 FURTHER_PHASES = {
-    "queries": ("vllm_flashtrace.worker.step", "KeptGroup", "add_attention"),
-    "rows": ("vllm_flashtrace.worker.step", "KeptGroup", "add_rows"),
-    "weights": ("vllm_flashtrace.worker.step", "KeptRows", "weighed"),
+    "queries": ("vllm_flashtrace.worker.row_groups", "KeptGroup", "add_attention"),
+    "rows": ("vllm_flashtrace.worker.row_groups", "KeptGroup", "add_rows"),
+    "weights": ("vllm_flashtrace.worker.kept_rows", "KeptRows", "weighed"),
     "sums": ("vllm_flashtrace.worker.cpu_model", "CPUTracedModel", "weigh_together"),
     "next target": ("vllm_flashtrace.core.hops", "FurtherHops", "after"),
     "value read": PHASES["value read"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,27 @@ def test_place_counts() -> None:
 def test_signed_zeros_and_what_is_not_a_number_count() -> None:
     values = [torch.tensor(number) for number in (0.0, -0.0, torch.nan, -torch.nan, torch.inf)]
     assert len({fingerprint(holding(value=value)) for value in values}) == 5
+
+
+def test_what_is_replaced_is_freed() -> None:
+    """And noticed, whatever comes to lie at its address."""
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 300))
+    weight = torch.ones(300, 300)
+    model[2].cpu_linear = lambda x: x @ weight  # As vLLM keeps a matrix that it has packed.
+    taken = WeightsFingerprint(model, torch.device("cpu"))
+    before = int(taken.take())
+    held = model[0].weight, model[1], model[1].weight, model[2].cpu_linear
+    gone = [weakref.ref(one) for one in held]
+    del held
+    numbers = [before]
+    for replace in (
+        lambda: setattr(model[0], "weight", nn.Parameter(torch.ones(300, 300))),
+        lambda: model.__setitem__(1, nn.Linear(300, 300)),
+        lambda: setattr(model[2], "cpu_linear", lambda x: x @ weight),
+    ):
+        replace()
+        assert any(one() is None for one in gone)
+        gone = [one for one in gone if one() is not None]
+        numbers.append(int(taken.take()))
+    assert not gone and len(set(numbers)) == 4
+    assert int(taken.take()) == numbers[-1]

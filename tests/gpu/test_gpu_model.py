@@ -17,9 +17,9 @@ from tests.gpu.v2_engine import V2Engine, v2_engine
 from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.kernels import AttentionForm, SumsTouchedError
 from vllm_flashtrace.worker import gpu_model, traced_model
+from vllm_flashtrace.worker.clock import HostClock
 from vllm_flashtrace.worker.gpu_cache import cache_scales
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, gpu_attention_form
-from vllm_flashtrace.worker.traced_model import HostClock
 
 SCALE = 0.3
 SLOPES = [0.5, 0.25, 0.125, 0.0625]

@@ -34,8 +34,8 @@ from vllm_flashtrace.worker import (
     finish,
     gpu_latents,
     gpu_model,
+    row_groups,
     runner,
-    step,
     traced_model,
     warm_up,
 )
@@ -82,7 +82,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch computes in the place of our kernels, their launches are made as well."""
     columns, proximity = paged_attention.torch_column_sums, paged_proximity.torch_proximities
-    row_sums, kept_columns = step.add_row_sums, gpu_model.add_kept_column_sums
+    row_sums, kept_columns = row_groups.add_row_sums, gpu_model.add_kept_column_sums
     sizes = traced_model.inverse_rms
 
     def add_columns(inputs: Any, layer: int, **arguments: Any) -> None:
@@ -112,7 +112,7 @@ def launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traced_model, "inverse_rms", inverse_rms)
     monkeypatch.setattr(paged_attention, "torch_column_sums", add_columns)
     monkeypatch.setattr(paged_proximity, "torch_proximities", proximities)
-    monkeypatch.setattr(step, "add_row_sums", add_rows)
+    monkeypatch.setattr(row_groups, "add_row_sums", add_rows)
     monkeypatch.setattr(finish, "sum_shares", shares)
     monkeypatch.setattr(gpu_model, "add_kept_column_sums", add_kept_columns)
 

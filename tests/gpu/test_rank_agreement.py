@@ -40,7 +40,7 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.patches import model_runner_v1, model_runner_v2
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.worker import runner as worker_runner
-from vllm_flashtrace.worker.finish import TotalsExchange
+from vllm_flashtrace.worker.rank_agreement import TargetSteps, TotalsExchange
 from vllm_flashtrace.worker.runner import RunnerCapture, capture_of
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -279,7 +279,7 @@ def test_v2_of_data_parallel_ranks(
 
 def test_targets_are_told_from_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Preempted requests start again; a forged spec is an ordinary request on every rank."""
-    steps = worker_runner.TargetSteps()
+    steps = TargetSteps()
     trace: Traced = traced(60, (40, 60))
     maker = StepMaker(16)
     forged = (trace.token_ids, bytes(len(trace.new[1])))

@@ -142,10 +142,10 @@ def test_heads_of_kept_rows(engine: V2Engine, kernel: FlashKernel, given: list[b
     given.clear()
     engine.step({"trace": 50}, new={"trace": trace.new})
     kept = engine.capture.recorder._traces["trace"].rows
-    assert kept is not None and kept.lse is not None and kept.lse_known
-    kept.lse_known = False
+    assert kept is not None and kept.lse is not None and kept.lse_told
+    kept.lse_told = False
     engine.capture.recorder._traces["trace"]._restart(0)
-    assert kept.lse_known
+    assert kept.lse_told
     engine.step({"trace": 50})
     assert len(engine.report(trace).later_scores) == 1
     assert given and all(given)

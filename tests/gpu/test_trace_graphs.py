@@ -43,6 +43,7 @@ from vllm_flashtrace.patches import graph_capture, model_runner_v1, model_runner
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import trace_graphs
 from vllm_flashtrace.worker.observer import observing
+from vllm_flashtrace.worker.rank_agreement import announce
 from vllm_flashtrace.worker.runner import _ATTRIBUTE
 from vllm_flashtrace.worker.step import StepRecorder
 from vllm_flashtrace.worker.trace_graphs import (
@@ -227,7 +228,7 @@ def test_stale_buffers_would_be_noticed(engines: Engines, monkeypatch: pytest.Mo
             return trace_graphs.run_piece(wrapper, stock, observer, args, kwargs)
         for name, views in piece.calls:
             getattr(observer, name)(*views)
-        with trace_graphs._own_key(context):
+        with trace_graphs._own_key(context, piece.set.descriptor):
             return stock(wrapper, *args, **kwargs)
 
     monkeypatch.setattr(graph_capture, "run_piece", too_early)
@@ -445,7 +446,7 @@ def test_data_parallel_ranks_agree(
     manager = graph_manager(
         engines.loaded.config, CUDAGraphMode.FULL_AND_PIECEWISE, SIZES, monkeypatch
     )
-    trace_graphs.announce(manager)
+    announce(manager)
     step = SimpleNamespace(capture=SimpleNamespace(records_step=True))
     monkeypatch.setattr(model_runner_v2, "_running", step)
     patched = model_runner_v2.dispatch_wrapper(stock)

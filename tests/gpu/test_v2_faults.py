@@ -22,7 +22,7 @@ from vllm_flashtrace.base.errors import TraceError
 from vllm_flashtrace.kernels import KeptQueries, RowSegment, SumsTouchedError
 from vllm_flashtrace.patches import model_runner_v2
 from vllm_flashtrace.trace.wire import decode_wire
-from vllm_flashtrace.worker import gpu_model, step
+from vllm_flashtrace.worker import gpu_model, recorded_trace, row_groups
 from vllm_flashtrace.worker import runner as adapter
 from vllm_flashtrace.worker.observer import current
 
@@ -32,7 +32,7 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "batch": ("vllm_flashtrace.patches.model_runner_v2", None, "batch_rows_v2"),
     "kernel blocks": (f"{ADAPTER}.runner", None, "kernel_block_table"),
     "step": (f"{CAPTURE}.recorder", "Recorder", "begin_step"),
-    "chunk": (f"{CAPTURE}.step", "Trace", "begin_chunk"),
+    "chunk": (f"{CAPTURE}.recorded_trace", "Trace", "begin_chunk"),
     "row plan": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "plan_rows"),
     "observer": (f"{ADAPTER}.runner", None, "StepObserver"),
     "layer name": (f"{ADAPTER}.gpu_model", "GPUTracedModel", "layer_index"),
@@ -110,7 +110,7 @@ def test_scheduler_output_that_cannot_be_read(
 def test_fault_in_one_trace_spares_the_other(
     engine: V2Engine, float64_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_flashtrace.worker.step import Trace
+    from vllm_flashtrace.worker.recorded_trace import Trace
 
     bad, good = traced(80, (40, 80)), traced(70, (30, 66), seed=2)
     stock = Trace.begin_chunk
@@ -131,7 +131,7 @@ CALLS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "paged_column_sums": (gpu_model, lambda inputs, *_: inputs.rows),
     "add_kept_column_sums": (gpu_model, lambda kept, *_: kept.rows),
     "keep": (KeptQueries, lambda kept, *_: kept.rows),
-    "add_row_sums": (step, lambda rows, *_: rows),
+    "add_row_sums": (row_groups, lambda rows, *_: rows),
 }
 """What records the rows of a step, and how they are found among its arguments."""
 
@@ -243,7 +243,7 @@ def test_no_memory_for_one_traces_accumulators(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. GPU 0 has 1 GiB")
         return stock(*size, **kwargs)
 
-    monkeypatch.setattr(step.torch, "zeros", zeros)
+    monkeypatch.setattr(recorded_trace.torch, "zeros", zeros)
     bad, good = step_of_two(engine)
     with pytest.raises(TraceError, match=r"no memory left .*Tried 2 GiB\.$") as caught:
         engine.report(bad)

@@ -181,7 +181,8 @@ class V2Engine:
         assert self.runner.execute_model(output, None) is None
         capture = adapter.existing_capture(self.runner)
         if capture is not None:
-            capture.score(self.runner)  # As the patch of `sample_tokens` does, which needs a GPU.
+            # As the patch of `sample_tokens` does, which needs a GPU.
+            capture.take_log_probs(self.runner)
         state, self.runner.execute_model_state = self.runner.execute_model_state, None
         hidden: torch.Tensor = state.hidden_states[: output.total_num_scheduled_tokens]
         return hidden

@@ -27,9 +27,10 @@ from vllm_flashtrace.trace.wire import (
     tensor_bytes,
     unseal,
 )
+from vllm_flashtrace.worker.clock import HostClock
+from vllm_flashtrace.worker.kept_rows import KeptRows
+from vllm_flashtrace.worker.recorded_trace import Trace
 from vllm_flashtrace.worker.recorder import Recorder
-from vllm_flashtrace.worker.step import KeptRows, Trace
-from vllm_flashtrace.worker.traced_model import HostClock
 
 SHAPE = ModelShape(num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=16)
 BUDGET = AccumulatorBudget.of_model(10_000, SHAPE)

@@ -25,10 +25,11 @@ from vllm_flashtrace.trace.pickup import (
     pick_up_now,
 )
 from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, WireReport, secret_id, stages
-from vllm_flashtrace.worker.finish import FinishedTrace, Measured, TotalsExchange
+from vllm_flashtrace.worker.clock import HostClock, TimeSpent
+from vllm_flashtrace.worker.finish import Measured
+from vllm_flashtrace.worker.rank_agreement import TotalsExchange
 from vllm_flashtrace.worker.recorder import Recorder
-from vllm_flashtrace.worker.step import TimeSpent
-from vllm_flashtrace.worker.traced_model import HostClock
+from vllm_flashtrace.worker.reports import FinishedTrace
 
 LAYERS, CONTEXT, LENGTH = 3, 7, 9
 CPU = torch.device("cpu")
@@ -74,7 +75,8 @@ class Rank:
         )
         trace.recording._seconds = 0.5
         totals = tokens.sum(1, dtype=torch.float64)
-        measured = Measured(trace, tokens.float().clone(), totals, residual.double(), 1.0)
+        left = residual.double()
+        measured = Measured(trace, tokens.float().clone(), totals, left, totals + left, 1.0)
         self.recorder._traces["r"], self.recorder._nonces["r"] = trace, "n"
         self.recorder._measured["r"] = measured
 

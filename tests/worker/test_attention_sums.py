@@ -27,8 +27,10 @@ from vllm_flashtrace.kernels import (
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import finish
-from vllm_flashtrace.worker.step import BatchRow, RowGroup, StepRecorder, Trace
-from vllm_flashtrace.worker.traced_model import HostClock
+from vllm_flashtrace.worker.clock import HostClock
+from vllm_flashtrace.worker.recorded_trace import Trace
+from vllm_flashtrace.worker.step import StepRecorder
+from vllm_flashtrace.worker.step_rows import BatchRow, StepRows
 
 LAYERS, HEADS, GROUPS, DIM, HIDDEN, BLOCK = 2, 2, 1, 16, 8, 16
 CPU = torch.device("cpu")
@@ -72,7 +74,7 @@ class Model:
         self,
         layer: int,
         query: Tensor,
-        group: RowGroup,
+        group: StepRows,
         rows: PagedRows,
         scales: Tensor | None,
         lse: Tensor | None = None,
@@ -86,7 +88,7 @@ class Model:
         with interpreted():
             triton_column_sums.triton_column_sums(inputs, layer)
 
-    def add_kept_column_sums(self, group: RowGroup) -> None:
+    def add_kept_column_sums(self, group: StepRows) -> None:
         assert group.kept is not None
         layers = [LayerKeys(layer, self.cache[layer], FORM) for layer in group.kept.layers]
         if not self._triton:

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from vllm_flashtrace.trace.budget import ModelShape
+from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.worker import gpu_model
 from vllm_flashtrace.worker.gpu_latents import LatentRoom
 from vllm_flashtrace.worker.gpu_model import GPUTracedModel, device_memory_limit
+from vllm_flashtrace.worker.host_buffers import HostBuffers
 from vllm_flashtrace.worker.layers import HeadSizes
 from vllm_flashtrace.worker.recorder import Recorder
 from vllm_flashtrace.worker.runner import RunnerCapture, activation_bytes
 
 GPU = torch.device("cuda", 0)
 GIB = 1 << 30
+PAGE = 1 << 16
 
 
 def segment(free: int, pool: tuple[int, int] = (0, 0), device: int = 0) -> dict[str, Any]:
@@ -129,6 +132,35 @@ def test_activations_by_vllms_word(
     worker = SimpleNamespace(peak_activation_memory=5, cudagraph_memory_estimate=2)
     assert activation_bytes(worker) == expected
     assert activation_bytes(SimpleNamespace()) == 0
+
+
+@pytest.mark.parametrize(("alone", "hops"), [(True, 9), (False, 1)])
+def test_memory_of_results_is_taken_for_all_hops(alone: bool, hops: int) -> None:
+    """A worker that is alone copies those of all hops at once, masses included."""
+    layers, heads, longest, places = 36, 32, 1000, 3
+    model: Any = SimpleNamespace(
+        shape=ModelShape(layers, heads, 8, 64),
+        device=torch.device("cuda"),
+        measures_mass=True,
+        scaled=False,
+        take_scratch=lambda _: None,
+        accumulator_limit_bytes=lambda *_: 1 << 30,
+        row_bytes=lambda: 30,
+    )
+    capture = object.__new__(RunnerCapture)
+    capture._model, capture.recorder = model, Recorder(model, 60.0)
+    buffers = capture.recorder.buffers = HostBuffers(torch.device("cpu"), lambda: False)
+    capture._config = FlashTraceConfig()
+    capture._alone, capture._longest, capture._places = alone, longest, places
+    capture.settle_budget()
+    taken = buffers.allocated_bytes
+    numbers = torch.zeros(hops, layers, dtype=torch.float64)
+    masses = torch.zeros(hops, layers, heads, 3)
+    result = [torch.zeros(hops, longest), numbers, masses, torch.zeros(2, dtype=torch.int64)]
+    copies = [buffers.copy(result) for _ in range(places)]
+    assert buffers.allocated_bytes == taken < places * (sum(t.nbytes for t in result) + PAGE)
+    buffers.copy([copies[0].tensors[0]])
+    assert buffers.allocated_bytes > taken
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -15,10 +15,11 @@ from vllm_flashtrace.kernels import SumsTouchedError, paged_proximity
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import ModelPart, TraceSpec, decode_wire
 from vllm_flashtrace.worker import finish
-from vllm_flashtrace.worker.finish import HostBuffers, TotalsExchange, host_bytes
+from vllm_flashtrace.worker.clock import HostClock, Pieces, TimeSpent
+from vllm_flashtrace.worker.host_buffers import HostBuffers, host_bytes
+from vllm_flashtrace.worker.rank_agreement import TotalsExchange
+from vllm_flashtrace.worker.recorded_trace import Trace
 from vllm_flashtrace.worker.recorder import Recorder
-from vllm_flashtrace.worker.step import Pieces, TimeSpent, Trace
-from vllm_flashtrace.worker.traced_model import HostClock
 
 CPU = torch.device("cpu")
 PAGE = 1 << 16
@@ -181,7 +182,7 @@ def test_a_pick_up_does_nothing_with_layers(monkeypatch: pytest.MonkeyPatch) -> 
     nonce = finished(recorder, model, context)
     [stored] = recorder._results.values()
     kept = [tuple(one.shape) for one in stored.result.copied.tensors]  # type: ignore[union-attr]
-    assert kept == [(1, context), (1, LAYERS), (1, LAYERS), (2,)]
+    assert kept == [(1, context), (1, LAYERS), (2,)]
     assert recorder.buffers.allocated_bytes <= host_bytes(context, LAYERS) + PAGE
     calls = model.calls
     monkeypatch.setattr(finish, "sum_shares", None)

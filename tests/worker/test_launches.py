@@ -26,8 +26,8 @@ from vllm_flashtrace.kernels.triton_proximity import triton_proximities
 from vllm_flashtrace.trace.budget import ModelShape
 from vllm_flashtrace.trace.wire import TraceSpec
 from vllm_flashtrace.worker import finish
-from vllm_flashtrace.worker.step import Trace
-from vllm_flashtrace.worker.traced_model import HostClock
+from vllm_flashtrace.worker.clock import HostClock
+from vllm_flashtrace.worker.recorded_trace import Trace
 
 META = torch.device("meta")
 BUDGET = 15

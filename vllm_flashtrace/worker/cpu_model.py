@@ -32,9 +32,10 @@ from vllm_flashtrace.worker.cpu_cache import (
     read_values,
 )
 from vllm_flashtrace.worker.gpu_cache import CacheScales, cache_scales, quantized_dtype
+from vllm_flashtrace.worker.kept_rows import KeptRows
 from vllm_flashtrace.worker.latents import CPU_LATENT_BACKEND, write_keys, write_values
 from vllm_flashtrace.worker.layers import TracedLayer
-from vllm_flashtrace.worker.step import KeptRows, RowGroup
+from vllm_flashtrace.worker.step_rows import StepRows
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 CPU_BACKEND = "CPU_ATTN"
@@ -96,7 +97,7 @@ class CPUTracedModel(TracedModel):
         self,
         layer: int,
         query: Tensor,
-        group: RowGroup,
+        group: StepRows,
         rows: PagedRows,
         scales: Tensor | None,
         lse: Tensor | None = None,
@@ -107,13 +108,13 @@ class CPUTracedModel(TracedModel):
         if blocks is None:  # They serve all layers of a step.
             blocks = HeadBlocks(segment.weights, segment.positions, segment.rows)
             self._blocks[rows] = blocks
-        tables = group.segments[0].batch_row.block_tables
+        tables = group.block_tables[0]
         self._add(layer, tables, query, blocks, [segment.sums.column_sums[layer]], scales)
 
-    def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
+    def weigh_together(self, kept: KeptRows, groups: Sequence[StepRows]) -> None:
         """See `TracedModel`; the targets share the attention weights of their rows."""
-        targets = [group.segments[0].row_segment for group in groups]
-        tables = groups[0].segments[0].batch_row.block_tables
+        targets = [group.rows.segments[0] for group in groups]
+        tables = groups[0].block_tables[0]
         rows = torch.cat([target.rows for target in targets]).unique()
         weights = torch.zeros(len(targets), len(rows))
         for own, target in zip(weights, targets, strict=True):
@@ -123,8 +124,6 @@ class CPUTracedModel(TracedModel):
             sums = [target.sums.column_sums[layer] for target in targets]
             factors = kept.factors_of(layer, rows)
             self._add(layer, tables, kept.queries[layer], blocks, sums, factors)
-        for group in groups:
-            self.add_kept_rows(kept, group)
 
     def _add(
         self,
@@ -139,7 +138,7 @@ class CPUTracedModel(TracedModel):
 
         Args:
             layer: Layer index.
-            block_tables: See `step.BatchRow`.
+            block_tables: See `BatchRow`.
             query: ``[tokens, H, d]``, see `heads_of`.
             blocks: The request's target rows.
             sums: Of each target, float32 ``[H, >= columns]`` or ``[H * d, >= columns]``.
@@ -188,7 +187,7 @@ class CPUTracedModel(TracedModel):
 
         Args:
             layer: Layer index.
-            block_tables: See `step.BatchRow`.
+            block_tables: See `BatchRow`.
             tokens: How many, from the first on.
             heads: One of `_head_parts`.
         """

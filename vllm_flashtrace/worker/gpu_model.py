@@ -55,9 +55,10 @@ from vllm_flashtrace.worker.gpu_latents import (
     latent_form,
     read_latent_values,
 )
+from vllm_flashtrace.worker.kept_rows import KeptRows
 from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.observer import TELLING_VERSIONS, RecordingAttention
-from vllm_flashtrace.worker.step import KeptRows, RowGroup
+from vllm_flashtrace.worker.step_rows import StepRows
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 KEPT_ROWS = 1024
@@ -104,7 +105,7 @@ class GPUTracedModel(TracedModel):
             self._reading(index)
 
     @property
-    def told_lse(self) -> bool:
+    def tells_lse(self) -> bool:
         """See `TracedModel`."""
         return all(_tells_lse(layer) for layer in self.layers)
 
@@ -112,7 +113,7 @@ class GPUTracedModel(TracedModel):
         self,
         layer: int,
         query: Tensor,
-        group: RowGroup,
+        group: StepRows,
         rows: PagedRows,
         scales: Tensor | None,
         lse: Tensor | None = None,
@@ -136,7 +137,7 @@ class GPUTracedModel(TracedModel):
             )
         return super().heads_of(layer, query)
 
-    def add_kept_column_sums(self, group: RowGroup) -> None:
+    def add_kept_column_sums(self, group: StepRows) -> None:
         """See `TracedModel`."""
         kept = group.kept
         if kept is None or not kept.layers:
@@ -157,7 +158,7 @@ class GPUTracedModel(TracedModel):
         """See `TracedModel`; 0 where queries are eight-bit floats, which are not kept."""
         return 0 if quantizes_queries(self.layers[0]) else super().row_bytes()
 
-    def weigh(self, kept: KeptRows, group: RowGroup) -> None:
+    def weigh(self, kept: KeptRows, group: StepRows) -> None:
         """See `TracedModel`; in as many launches as column sums take for one layer, and one each.
 
         Rows that do not lie side by side are done layer by layer.
@@ -170,11 +171,10 @@ class GPUTracedModel(TracedModel):
         with torch.inference_mode(False):
             room = room[: len(room) // 16 * 16].view(torch.float32)
             scales = None if kept.scales is None else kept.scales[:, near]
-            lse = kept.lse[..., near] if kept.lse is not None and kept.lse_known else None
+            lse = kept.lse[..., near] if kept.lse is not None and kept.lse_told else None
             group.kept = KeptQueries(rows, kept.queries[:, near], room, scales, lse)
         group.kept.layers = list(range(self.shape.num_layers))
         self.add_kept_column_sums(group)
-        self.add_kept_rows(kept, group)
 
     def attention_form(self, layer: int) -> AttentionForm:
         """See `TracedModel`."""
@@ -199,7 +199,7 @@ class GPUTracedModel(TracedModel):
         dtype = current_platform.fp8_dtype() if quantized else self._dtype
         sizes = self.shape.num_layers, self._head_dim, dtype
         products = self._head_dim * rows.num_heads * rows.logits
-        with_lse = products >= WORTH_KEEPING_LSE and self.told_lse
+        with_lse = products >= WORTH_KEEPING_LSE and self.tells_lse
         return KeptQueries.within(self._scratch, rows, *sizes, with_lse=with_lse)
 
     def plan_rows(self, segments: Sequence[RowSegment]) -> PagedRows:

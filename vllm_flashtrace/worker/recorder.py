@@ -2,7 +2,7 @@
 
 A trace is in exactly one place: recording, or finished with a result that waits for pick-up until
 its time-to-live ends. It leaves the first when its request is finished or aborted. Results of
-requests that score tokens wait for pick-up here too; see `scorer`.
+requests for log-probabilities wait for pick-up here too; see `log_probs`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,24 +21,19 @@ from vllm_flashtrace.base.logs import log_unexpected, logger
 from vllm_flashtrace.kernels import SumsTouchedError
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.wire import ScoreSpec, WireReport, unseal
-from vllm_flashtrace.worker.finish import (
-    FinishedScore,
-    FinishedTrace,
-    HostBuffers,
-    Measured,
-    measure,
-    run_hops,
-    score,
-)
-from vllm_flashtrace.worker.step import BatchRow, Segment, StepRecorder, Trace
-
-if TYPE_CHECKING:
-    from vllm_flashtrace.worker.traced_model import TracedModel
+from vllm_flashtrace.worker.finish import Measured, measure, run_hops, score
+from vllm_flashtrace.worker.host_buffers import HostBuffers
+from vllm_flashtrace.worker.recorded_trace import Trace
+from vllm_flashtrace.worker.reports import FinishedLogProbs, FinishedTrace
+from vllm_flashtrace.worker.row_groups import Segment
+from vllm_flashtrace.worker.step import StepRecorder
+from vllm_flashtrace.worker.step_rows import BatchRow
+from vllm_flashtrace.worker.traced_model import TracedModel
 
 # Where accumulators have no limit.
 _SPARE_BYTES = 256 << 20
 
-Finished: TypeAlias = FinishedTrace | FinishedScore
+Finished: TypeAlias = FinishedTrace | FinishedLogProbs
 
 
 class Recorder:

@@ -25,15 +25,17 @@ from vllm_flashtrace.base.process import lineage
 from vllm_flashtrace.trace.budget import AccumulatorBudget
 from vllm_flashtrace.trace.config import FlashTraceConfig
 from vllm_flashtrace.trace.heads_file import served_heads
-from vllm_flashtrace.trace.wire import ScoreSpec, sealed_spec, target_range, verified_spec
+from vllm_flashtrace.trace.wire import ScoreSpec, sealed_spec, verified_spec
 from vllm_flashtrace.worker.cache_groups import CacheGroups, cache_groups, keeps_blocks
 from vllm_flashtrace.worker.config_checks import check_architecture
 from vllm_flashtrace.worker.cpu_model import CPUTracedModel
-from vllm_flashtrace.worker.finish import TotalsExchange, host_bytes
+from vllm_flashtrace.worker.host_buffers import RESERVED_BYTES, host_bytes
+from vllm_flashtrace.worker.log_probs import LogProbRecorder
 from vllm_flashtrace.worker.output_projections import adapter_slot
+from vllm_flashtrace.worker.rank_agreement import TargetSteps, TotalsExchange
 from vllm_flashtrace.worker.recorder import HandOut, Recorder
-from vllm_flashtrace.worker.scorer import Scorer
-from vllm_flashtrace.worker.step import BatchRow, StepRecorder
+from vllm_flashtrace.worker.step import StepRecorder
+from vllm_flashtrace.worker.step_rows import BatchRow
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 _ATTRIBUTE = "_flashtrace_capture"
@@ -106,7 +108,7 @@ class RunnerCapture:
 
     Attributes:
         recorder: The traces.
-        scorer: The requests whose tokens are scored.
+        log_probs: The requests of which log-probabilities are taken.
         refusal: Why the model cannot be traced, or None.
         records_step: Whether the step that was last observed computes target rows; it must then
             run as code, or by CUDA graphs of trace steps. See `TargetSteps` and `trace_graphs`.
@@ -142,7 +144,7 @@ class RunnerCapture:
                 log_refusal(self.refusal)
         ttl = self._config.result_ttl_seconds
         self.recorder = Recorder(self._model, ttl, refusal=self.refusal)
-        self.scorer = Scorer(self._model, self.recorder, refusal=self.refusal)
+        self.log_probs = LogProbRecorder(self._model, self.recorder, refusal=self.refusal)
         self._exchange = _totals_exchange(runner)
         # Of several workers vLLM hears one only, and none has the whole result.
         self._alone = runner.vllm_config.parallel_config.world_size == 1
@@ -173,12 +175,11 @@ class RunnerCapture:
             with_mass=self._model.measures_mass,
         )
         if self._model.device.type == "cuda":
-            self.recorder.buffers.reserve(
-                self._places,
-                host_bytes(
-                    self._longest, self._model.shape.num_layers, self._model.shape.num_heads
-                ),
-            )
+            shape = self._model.shape
+            # One target's; more are traced together where they share rows.
+            hops = 1 + self._config.max_hops if row_bytes else 1
+            result = host_bytes(self._longest, shape.num_layers, shape.num_heads, hops)
+            self.recorder.buffers.reserve(min(self._places, RESERVED_BYTES // result), result)
 
     def observe(self, scheduler_output: SchedulerOutput) -> None:
         """Learns about new and finished requests and about the step."""
@@ -188,7 +189,7 @@ class RunnerCapture:
             self.records_step = self._target_steps.includes(scheduler_output)
             self._finishing = self._target_steps.finishing
             self.recorder.drop(scheduler_output.finished_req_ids)
-            self.scorer.drop(scheduler_output.finished_req_ids)
+            self.log_probs.drop(scheduler_output.finished_req_ids)
             self.scheduled = scheduler_output.num_scheduled_tokens
         except Exception as error:
             log_unexpected("reading the scheduler's output", error)
@@ -209,7 +210,7 @@ class RunnerCapture:
         adapter = lora.lora_int_id if lora is not None else None
         spec = verified_spec(params.extra_args)
         if isinstance(spec, ScoreSpec):
-            self.scorer.register(new.req_id, spec, new.prompt_token_ids or (), adapter)
+            self.log_probs.register(new.req_id, spec, new.prompt_token_ids or (), adapter)
             return
         tokens = len(new.prompt_token_ids or ())
         if not keeps_blocks(self._cache, tokens):
@@ -232,13 +233,13 @@ class RunnerCapture:
             batch: Gives the step's requests; called only if a trace is among them.
         """
         try:
-            scores = self.scorer.takes_part(self.scheduled)
+            log_probs = self.log_probs.takes_part(self.scheduled)
             traces = not self.recorder.active_requests.isdisjoint(self.scheduled)
-            if self._model is None or not (scores or traces):
+            if self._model is None or not (log_probs or traces):
                 return None
             rows = list(batch(self._model.cache_groups))
-            if scores:
-                self.scorer.begin_step(rows)
+            if log_probs:
+                self.log_probs.begin_step(rows)
             step = self.recorder.begin_step(rows) if traces else None
             if step is None:
                 return None
@@ -273,24 +274,24 @@ class RunnerCapture:
         if self._alone:
             self._outgoing = finishing
 
-    def score(self, runner: Any) -> None:
-        """Scores the tokens of the step that has run; called before the runner samples.
+    def take_log_probs(self, runner: Any) -> None:
+        """Takes log-probabilities of the step that has run; called before the runner samples.
 
         Args:
             runner: The V1 or V2 model runner, whose state of the step is about to be used up.
         """
-        if not self.scorer.in_step:
+        if not self.log_probs.in_step:
             return
         try:
             state = runner.execute_model_state
             # None on pipeline stages that only hand on what they have computed.
             hidden_states = None if state is None else state.hidden_states
             model = runner.model
-            finished = self.scorer.end_step(hidden_states, model.compute_logits, model)
+            finished = self.log_probs.end_step(hidden_states, model.compute_logits, model)
             if finished and self._alone:
                 self._outgoing = [*self._outgoing, *finished]
         except Exception as error:
-            log_unexpected("scoring tokens", error)
+            log_unexpected("taking log-probabilities", error)
 
     def with_results(self, output: Any) -> Any:
         """A step's output with the results of the traces that it finishes, if this worker is alone.
@@ -337,49 +338,6 @@ class _OutputWithResults(AsyncModelRunnerOutput):
         output = self._output.get_output()
         setattr(output, RESULTS_ATTRIBUTE, self._outgoing.encode())
         return output
-
-
-class TargetSteps:
-    """Tells the steps that compute target rows from what the scheduler says, and nothing else.
-
-    Ranks of a tensor- or pipeline-parallel model must agree on how a step runs: one that replays a
-    CUDA graph pads its batch, and its collectives, to another size than one that runs code. A trace
-    that failed on one rank only, for want of memory say, therefore counts until its request ends.
-
-    Attributes:
-        finishing: Requests whose last target row is in the step, in the scheduler's order.
-    """
-
-    finishing: Sequence[str]
-
-    def __init__(self) -> None:
-        self._targets: dict[str, range] = {}
-        self.finishing = ()
-
-    def includes(self, scheduler_output: SchedulerOutput) -> bool:
-        """Whether a step, whose output must be given once and in order, computes target rows."""
-        self.finishing = finishing = []
-        for req_id in scheduler_output.finished_req_ids:
-            self._targets.pop(req_id, None)
-        computed: dict[str, int] = {}
-        for new in scheduler_output.scheduled_new_reqs:
-            computed[new.req_id] = new.num_computed_tokens
-            params = new.sampling_params
-            target = target_range(params.extra_args) if params is not None else None
-            if target is not None:
-                self._targets[new.req_id] = target
-        if not self._targets:
-            return False
-        cached = scheduler_output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        records = False
-        for req_id, tokens in scheduler_output.num_scheduled_tokens.items():
-            target, start = self._targets.get(req_id), computed.get(req_id, 0)
-            if target is not None and start < target.stop and start + tokens > target.start:
-                records = True
-                if start + tokens >= target.stop:
-                    finishing.append(req_id)
-        return records
 
 
 class StepObserver:

@@ -46,6 +46,7 @@ from vllm_flashtrace.worker.cpu_model import CPU_BACKEND
 from vllm_flashtrace.worker.decoder_stream import MLP, argument, argument_names
 from vllm_flashtrace.worker.layers import TracedLayer
 from vllm_flashtrace.worker.quantized import applied_bias, product_error
+from vllm_flashtrace.worker.recorded_trace import Trace
 from vllm_flashtrace.worker.runner import (
     PROOF_ATTRIBUTE,
     StepObserver,
@@ -53,7 +54,7 @@ from vllm_flashtrace.worker.runner import (
     log_refusal,
     runner_model,
 )
-from vllm_flashtrace.worker.step import StepRecorder, Trace
+from vllm_flashtrace.worker.step import StepRecorder
 from vllm_flashtrace.worker.traced_model import TracedModel
 
 PROBE_TOKENS = 64
@@ -386,8 +387,8 @@ class Proof:
             log_unexpected("measuring the probe", error)
             self.fail(error)
 
-    def score(self, _: Any) -> None:
-        """No token of the probe is scored."""
+    def take_log_probs(self, _: Any) -> None:
+        """None are asked of the probe."""
 
     def with_results(self, output: Any) -> Any:
         """The output as it is."""

@@ -17,7 +17,7 @@ another thread may wait for the device, which CUDA does not allow while a stream
 
 Whether a step replays this set or runs the same pieces as code is each rank's own
 affair; neither changes the size of anything. What ranks must agree on is the padding, which follows
-from the scheduler's output and from :func:`replays_pieces`.
+from the scheduler's output and from `rank_agreement.replays_pieces`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from vllm_flashtrace.worker.taps import has_taps
 
 _PIECE = "_flashtrace_piece"
 _PASS = "_flashtrace_pass"
-_READY = "_flashtrace_trace_graphs"
 
 _LIMIT_FLOAT32, _LIMIT_16_BIT = 1e-3, 0.05
 _TINY = 1e-20
@@ -59,24 +58,6 @@ class TraceBatchDescriptor(BatchDescriptor):
     def of(cls, stock: BatchDescriptor) -> TraceBatchDescriptor:
         """The key beside vLLM's own."""
         return cls(**vars(stock))
-
-
-def replays_pieces(holder: Any) -> bool:
-    """Whether steps with target rows are to be padded for piecewise graphs.
-
-    Args:
-        holder: What `announce` was called with.
-    """
-    return bool(getattr(holder, _READY, False))
-
-
-def announce(holder: Any) -> None:
-    """Lets steps be padded from now on; to be called on all ranks or on none.
-
-    Args:
-        holder: A V1 runner, or a V2 runner's CUDA graph manager.
-    """
-    setattr(holder, _READY, True)
 
 
 def is_asked_for(config: VllmConfig, mode: CUDAGraphMode | None) -> bool:
@@ -133,7 +114,7 @@ def run_piece(
     piece = seen.next_piece(wrapper, context)
     if piece is None:
         return wrapper.runnable(*args, **kwargs)  # Its taps speak for themselves.
-    with _own_key(context):
+    with _own_key(context, piece.set.descriptor):
         output = stock(wrapper, *args, **kwargs)
     for name, views in piece.calls:
         getattr(observer, name)(*views)
@@ -209,13 +190,12 @@ def _captured(wrapper: CUDAGraphWrapper, context: ForwardContext) -> _Piece | No
 
 
 @contextmanager
-def _own_key(context: ForwardContext) -> Iterator[TraceBatchDescriptor]:
+def _own_key(context: ForwardContext, key: TraceBatchDescriptor) -> Iterator[None]:
     """Lets wrappers look for their entry under the key of trace steps."""
     stock = context.batch_descriptor
-    assert stock is not None
-    key = context.batch_descriptor = TraceBatchDescriptor.of(stock)
+    context.batch_descriptor = key
     try:
-        yield key
+        yield
     finally:
         context.batch_descriptor = stock
 
@@ -320,9 +300,11 @@ class TapWriter(_TapObserver):
         try:
             if not self._copies:
                 return stock(wrapper, *args, **kwargs)
-            with _own_key(context) as key:
-                if self._set is None:
-                    self._set = PieceSet(key)
+            if self._set is None:
+                assert context.batch_descriptor is not None
+                self._set = PieceSet(TraceBatchDescriptor.of(context.batch_descriptor))
+            key = self._set.descriptor
+            with _own_key(context, key):
                 wrapper.concrete_cudagraph_entries.pop(key, None)
                 output = stock(wrapper, *args, **kwargs)
             piece = _Piece(self._set, self._set.size, self._calls)

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,10 @@ from vllm_flashtrace.kernels import (
 )
 from vllm_flashtrace.trace.budget import ModelShape, part_of_memory
 from vllm_flashtrace.worker.cache_groups import CacheGroups
+from vllm_flashtrace.worker.clock import Clock, CudaClock, HostClock
 from vllm_flashtrace.worker.config_checks import check_config
 from vllm_flashtrace.worker.fingerprint import WeightsFingerprint
+from vllm_flashtrace.worker.kept_rows import KeptRows
 from vllm_flashtrace.worker.layers import find_layers, model_part, other_layers
 from vllm_flashtrace.worker.output_projections import (
     added_weight,
@@ -38,66 +39,8 @@ from vllm_flashtrace.worker.output_projections import (
     packed_kernel,
 )
 from vllm_flashtrace.worker.quantized import dequantize
-from vllm_flashtrace.worker.step import KeptRows, RowGroup
+from vllm_flashtrace.worker.step_rows import StepRows
 from vllm_flashtrace.worker.taps import has_taps
-
-
-class Clock(Protocol):
-    """Times a device's work by marks, which are set without waiting for it.
-
-    Attributes:
-        costs_nothing: Whether a mark takes next to no time of the host. Where it does take time,
-            only what takes much more is timed.
-    """
-
-    costs_nothing: ClassVar[bool]
-
-    def mark(self) -> Any:
-        """A mark behind all work queued so far."""
-
-    def passed(self, mark: Any) -> bool:
-        """Whether the device has passed a mark; does not wait for it."""
-
-    def seconds(self, start: Any, stop: Any) -> float:
-        """Seconds between two marks; the device must have passed both."""
-
-
-class HostClock:
-    """The clock of a device on which work is done when the call returns."""
-
-    costs_nothing: ClassVar[bool] = True
-
-    def mark(self) -> float:
-        """The time now."""
-        return time.perf_counter()
-
-    def passed(self, mark: float) -> bool:
-        """Always."""
-        return True
-
-    def seconds(self, start: float, stop: float) -> float:
-        """The difference."""
-        return stop - start
-
-
-class CudaClock:
-    """The clock of the current CUDA stream: the host runs ahead, so its marks are CUDA events."""
-
-    costs_nothing: ClassVar[bool] = False
-
-    def mark(self) -> torch.cuda.Event:
-        """An event on the current stream."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def passed(self, mark: torch.cuda.Event) -> bool:
-        """Whether the event is over."""
-        return mark.query()
-
-    def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
-        """The time between two events that the device has passed."""
-        return start.elapsed_time(stop) / 1000
 
 
 class Projection(NamedTuple):
@@ -193,7 +136,7 @@ class TracedModel(ABC):
             self.head_weights = own.contiguous().to(self.device)
 
     @property
-    def told_lse(self) -> bool:
+    def tells_lse(self) -> bool:
         """Whether its attention kernels may tell the log-sum-exp of queries."""
         return False
 
@@ -202,20 +145,20 @@ class TracedModel(ABC):
         self,
         layer: int,
         query: Tensor,
-        group: RowGroup,
+        group: StepRows,
         rows: PagedRows,
         scales: Tensor | None,
         lse: Tensor | None = None,
     ) -> None:
-        """Adds ``c_h[j] += sum_i w_i s_i alpha^h_ij`` of one layer to the group's traces.
+        """Adds ``c_h[j] += sum_i w_i s_i alpha^h_ij`` of one layer to the rows' traces.
 
         Args:
             layer: Layer index.
             query: ``[tokens, H, d]``, queries as `heads_of` gives them.
-            group: The traces.
-            rows: Their target rows as they lie among these queries.
+            group: The target rows.
+            rows: The same as they lie among these queries.
             scales: float32 ``[R]``, ``[H, R]`` or ``[H, d, R]``, see `AttentionInputs`.
-            lse: float32 ``[H, tokens]``, see `AttentionInputs`; None where `told_lse` is not.
+            lse: float32 ``[H, tokens]``, see `AttentionInputs`; None where `tells_lse` is not.
         """
 
     def heads_of(self, layer: int, query: Tensor) -> Tensor:
@@ -276,7 +219,7 @@ class TracedModel(ABC):
 
         Args:
             layer: Layer index.
-            block_tables: See `step.BatchRow`.
+            block_tables: See `BatchRow`.
             tokens: How many, from the first on.
         """
 
@@ -284,23 +227,23 @@ class TracedModel(ABC):
         """Where a step's queries may wait until its end; None where each layer is added at once."""
         return None
 
-    def add_kept_column_sums(self, group: RowGroup) -> None:  # noqa: B027 - most models keep none
+    def add_kept_column_sums(self, group: StepRows) -> None:  # noqa: B027 - most models keep none
         """Adds the sums of the group's kept queries; the step's requests must hold their blocks."""
 
     def row_bytes(self) -> int:
         """What each row takes that a trace keeps for further hops; 0 where none may be kept."""
         size, gates = self._head_dim, self.gate_width
-        return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates, self.told_lse)
+        return KeptRows.row_bytes(self.shape, size, self._dtype, self.normed, gates, self.tells_lse)
 
     def keep_rows(self, positions: Tensor, queries_alone: bool = False) -> KeptRows:
         """Memory for the rows of one trace at given positions, or of their queries alone."""
         sizes = self.shape, self._head_dim, self._dtype, self.device
         if queries_alone:
-            return KeptRows(positions, *sizes, with_lse=self.told_lse, stream=False)
-        return KeptRows(positions, *sizes, self.normed, self.gate_width, self.told_lse)
+            return KeptRows(positions, *sizes, with_lse=self.tells_lse, stream=False)
+        return KeptRows(positions, *sizes, self.normed, self.gate_width, self.tells_lse)
 
-    def weigh(self, kept: KeptRows, group: RowGroup) -> None:
-        """Adds kept rows to the sums of all layers; the step's requests must hold their blocks.
+    def weigh(self, kept: KeptRows, group: StepRows) -> None:
+        """Adds column sums of kept rows, of all layers; the step's requests must hold their blocks.
 
         Args:
             kept: The rows of one trace.
@@ -312,23 +255,11 @@ class TracedModel(ABC):
             factors = kept.factors_of(layer, where)
             queries, lse = kept.queries[layer], kept.lse_of(layer)
             self.add_column_sums(layer, queries, group, group.rows, factors, lse)
-        self.add_kept_rows(kept, group)
 
-    def weigh_together(self, kept: KeptRows, groups: Sequence[RowGroup]) -> None:
+    def weigh_together(self, kept: KeptRows, groups: Sequence[StepRows]) -> None:
         """As `weigh` for several targets, each with sums of its own."""
         for group in groups:
             self.weigh(kept, group)
-
-    def add_kept_rows(self, kept: KeptRows, group: RowGroup) -> None:
-        """The part of `weigh` that is not attention's."""
-        for layer in range(self.shape.stream_layers):
-            residual, stream = kept.residual[layer], kept.stream[layer]
-            if self.normed:
-                scales = kept.scales_of(layer, group.rows)
-                group.add_rows(layer, residual=residual)
-                group.add_rows(layer, stream=stream, scales=scales)
-            else:
-                group.add_rows(layer, residual=residual, stream=stream)
 
     @abstractmethod
     def replace_by_proximities(
@@ -344,7 +275,7 @@ class TracedModel(ABC):
 
         Args:
             traces: See `kernels.replace_by_proximities`; one, unless the model is `batched`.
-            block_tables: Of each trace, see `step.BatchRow`.
+            block_tables: Of each trace, see `BatchRow`.
             adapter: Id of the LoRA adapter that the requests are computed with.
 
         Raises:

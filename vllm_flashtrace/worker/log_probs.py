@@ -1,4 +1,4 @@
-"""Scores tokens of prompts: their log-probabilities, of the rows that a step computes anyway.
+"""Log-probabilities of tokens of prompts, of the rows that a step computes anyway.
 
 vLLM's own ``prompt_logprobs`` would give them too, but for every token behind the prefix-cache hit,
 with the logits of a whole chunk in memory at once, and with nothing written where the cache was
@@ -6,7 +6,7 @@ hit. Here only rows are turned into logits whose next token is asked for, a few 
 from the hidden states that the step has computed, whether it ran as code or as a CUDA graph.
 
 Invariant: turning rows into logits is a collective of the ranks that share the heads, so which rows
-a step scores follows from the scheduler's output and the spec alone; a rank that fails goes on with
+a step takes follows from the scheduler's output and the spec alone; a rank that fails goes on with
 the collectives.
 """
 
@@ -15,31 +15,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_flashtrace.base.errors import TraceError, UnsupportedModelError
 from vllm_flashtrace.trace.wire import ScoreSpec
-from vllm_flashtrace.worker.finish import FinishedScore
-from vllm_flashtrace.worker.step import BatchRow, WeightsSeen
-
-if TYPE_CHECKING:
-    from vllm_flashtrace.worker.recorder import Recorder
-    from vllm_flashtrace.worker.traced_model import TracedModel
+from vllm_flashtrace.worker.fingerprint import WeightsSeen, numbers_of
+from vllm_flashtrace.worker.recorder import Recorder
+from vllm_flashtrace.worker.reports import FinishedLogProbs
+from vllm_flashtrace.worker.step_rows import BatchRow
+from vllm_flashtrace.worker.traced_model import TracedModel
 
 ROWS = 64
 """Rows that are turned into logits at once: 39 MB of float32 with 152,000 tokens."""
 
 
 @dataclass(slots=True, eq=False)
-class Score:
-    """A request whose tokens are being scored.
+class LogProbRequest:
+    """A request of which log-probabilities are being taken.
 
     Attributes:
         spec: What was asked for.
-        rows: int64 ``[P]``, positions whose next token is scored, ascending, on the CPU.
+        rows: int64 ``[P]``, positions whose next token is asked for, ascending, on the CPU.
         rows_there: The same on the device.
         token_ids: int64 ``[P]`` on the device, the tokens behind them.
         log_probs: float32 ``[P]`` on the device; NaN where a row has not been computed.
@@ -74,16 +73,15 @@ class Score:
     @property
     def weights_seen(self) -> Tensor:
         """int64 ``[2]`` on the device, as `Trace.weights_seen`."""
-        model, adapter = self.weights.numbers, self.adapter_weights.numbers
-        if model is None or (adapter is None and self.adapter is not None):
+        adapter = None if self.adapter is None else self.adapter_weights
+        numbers = numbers_of(self.weights, adapter)
+        if numbers is None:
             raise ValueError("the weights of no step were noted")
-        if adapter is None:
-            return model
-        return torch.stack([model[0] ^ adapter[0], model[1] | adapter[1]])
+        return numbers
 
 
-class Scorer:
-    """The requests of one worker whose tokens are being scored."""
+class LogProbRecorder:
+    """The requests of one worker of which log-probabilities are being taken."""
 
     def __init__(
         self, model: TracedModel | None, recorder: Recorder, *, refusal: str | None = None
@@ -98,8 +96,8 @@ class Scorer:
         self._model = model
         self._recorder = recorder
         self._refusal = refusal
-        self._scores: dict[str, Score] = {}
-        self._step: list[tuple[Score, BatchRow]] = []
+        self._requests: dict[str, LogProbRequest] = {}
+        self._step: list[tuple[LogProbRequest, BatchRow]] = []
 
     def register(
         self, req_id: str, spec: ScoreSpec, token_ids: Sequence[int], adapter: int | None = None
@@ -108,7 +106,7 @@ class Scorer:
 
         A preempted request may come back as a new one, and goes on.
         """
-        known = self._scores.get(req_id)
+        known = self._requests.get(req_id)
         if known is not None and known.spec.nonce == spec.nonce:
             return
         self._recorder.expire()
@@ -121,7 +119,7 @@ class Scorer:
             positions = spec.scored_positions()
             device = self._model.device
             with torch.inference_mode(False):  # They are written to with and without.
-                self._scores[req_id] = Score(
+                self._requests[req_id] = LogProbRequest(
                     spec,
                     rows=positions - 1,
                     rows_there=(positions - 1).to(device),
@@ -134,29 +132,29 @@ class Scorer:
 
     def drop(self, req_ids: Iterable[str]) -> None:
         """Forgets requests that finished or were aborted."""
-        if self._scores:
+        if self._requests:
             for req_id in req_ids:
-                self._scores.pop(req_id, None)
+                self._requests.pop(req_id, None)
 
     def takes_part(self, scheduled: Mapping[str, int]) -> bool:
-        """Whether a step computes tokens of a request that is scored."""
-        return bool(self._scores) and not self._scores.keys().isdisjoint(scheduled)
+        """Whether a step computes tokens of one of the requests."""
+        return bool(self._requests) and not self._requests.keys().isdisjoint(scheduled)
 
     @property
     def in_step(self) -> bool:
-        """Whether the step that was begun last computes tokens of a request that is scored."""
+        """Whether the step that was begun last computes tokens of one of the requests."""
         return bool(self._step)
 
     def begin_step(self, batch: Sequence[BatchRow]) -> None:
         """Notes the rows of a step that is about to be computed, and the weights."""
-        rows = [(self._scores[row.req_id], row) for row in batch if row.req_id in self._scores]
+        rows = [(self._requests[row.req_id], row) for row in batch if row.req_id in self._requests]
         self._step = rows
         if not rows or self._model is None:
             return
         number = self._model.fingerprint.take()
-        for score, row in rows:
-            score.weights.note(number)
-            score.begin_chunk(row)
+        for request, row in rows:
+            request.weights.note(number)
+            request.begin_chunk(row)
 
     def end_step(
         self,
@@ -164,7 +162,7 @@ class Scorer:
         compute_logits: Callable[[Tensor], Tensor | None],
         network: nn.Module,
     ) -> list[str]:
-        """Scores the rows of the step that was begun last, after its forward pass.
+        """Takes the rows of the step that was begun last, after its forward pass.
 
         Args:
             hidden_states: ``[tokens, D]``, what the last layer gave; None on a pipeline stage
@@ -178,44 +176,44 @@ class Scorer:
         """
         step, self._step = self._step, []
         finished = []
-        for score, row in step:
+        for request, row in step:
             with torch.inference_mode():
                 if hidden_states is not None:
-                    self._score(score, row, hidden_states, compute_logits, network)
-                self._note_adapter(score)
-                if row.stop >= score.spec.length:
-                    self._finish(row.req_id, score, hidden_states is not None)
+                    self._take(request, row, hidden_states, compute_logits, network)
+                self._note_adapter(request)
+                if row.stop >= request.spec.length:
+                    self._finish(row.req_id, request, hidden_states is not None)
                     finished.append(row.req_id)
         return finished
 
-    def _score(
+    def _take(
         self,
-        score: Score,
+        request: LogProbRequest,
         row: BatchRow,
         hidden_states: Tensor,
         compute_logits: Callable[[Tensor], Tensor | None],
         network: nn.Module,
     ) -> None:
-        first, last = score.rows.numpy().searchsorted((row.start, row.stop)).tolist()
+        first, last = request.rows.numpy().searchsorted((row.start, row.stop)).tolist()
         slot: int | None = None
         try:
-            slot = self._slot(score.adapter)
+            slot = self._slot(request.adapter)
         except Exception as error:
-            score.failure = score.failure or error
+            request.failure = request.failure or error
         for start in range(first, last, ROWS):
             piece = slice(start, min(start + ROWS, last))
             try:
-                rows = hidden_states[score.rows_there[piece] + (row.first_row - row.start)]
+                rows = hidden_states[request.rows_there[piece] + (row.first_row - row.start)]
             except Exception as error:  # The other ranks wait for this one's part of the logits.
-                score.failure = score.failure or error
+                request.failure = request.failure or error
                 rows = hidden_states[: piece.stop - piece.start]
             try:
                 with adapter_rows(network, slot):
                     logits = compute_logits(rows)
                 if logits is not None:
-                    score.log_probs[piece] = log_probs_of(logits, score.token_ids[piece])
+                    request.log_probs[piece] = log_probs_of(logits, request.token_ids[piece])
             except Exception as error:
-                score.failure = score.failure or error
+                request.failure = request.failure or error
 
     def _slot(self, adapter: int | None) -> int | None:
         if adapter is None:
@@ -224,24 +222,26 @@ class Scorer:
             raise TraceError("recording_failed", "the adapters of this worker are not known")
         return self._model.slot_of(adapter)
 
-    def _note_adapter(self, score: Score) -> None:
-        if score.adapter is None or self._model is None:
+    def _note_adapter(self, request: LogProbRequest) -> None:
+        if request.adapter is None or self._model is None:
             return
         try:
-            score.adapter_weights.note(self._model.adapter_number(score.adapter))
+            request.adapter_weights.note(self._model.adapter_number(request.adapter))
         except Exception as error:
-            score.failure = score.failure or error
+            request.failure = request.failure or error
 
-    def _finish(self, req_id: str, score: Score, scored: bool) -> None:
-        del self._scores[req_id]
+    def _finish(self, req_id: str, request: LogProbRequest, with_logits: bool) -> None:
+        del self._requests[req_id]
         try:
-            if score.failure is not None:
-                raise score.failure
+            if request.failure is not None:
+                raise request.failure
             assert self._model is not None
-            log_probs = [score.log_probs] if scored else []
-            copied = self._recorder.buffers.copy([score.weights_seen, *log_probs])
+            log_probs = [request.log_probs] if with_logits else []
+            copied = self._recorder.buffers.copy([request.weights_seen, *log_probs])
             part = self._model.part
-            result = FinishedScore(part, copied, score.recomputed_tokens, score.cached_tokens)
+            result = FinishedLogProbs(
+                part, copied, request.recomputed_tokens, request.cached_tokens
+            )
         except Exception as error:
             self._recorder.fail(req_id, error)
         else:
