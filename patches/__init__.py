@@ -2,8 +2,9 @@
 
 Each module has ``check``, which compares the signatures it relies on with the installed vLLM, and
 ``apply``. All checks run before the first change: if one fails, nothing is patched, and vLLM serves
-without attribution. A wrapper calls the stock function whatever happens in its own code; only
-``engine_options`` raises, to refuse bad options.
+without attribution; but if that of a patch for one option fails, that option alone is refused. A
+wrapper calls the stock function whatever happens in its own code; only ``engine_options`` raises,
+to refuse bad options.
 
 | module                  | platform | changes                                         |
 | ----------------------- | -------- | ----------------------------------------------- |
@@ -31,38 +32,55 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from vllm_flashtrace.patches._check import PatchError, refused_options
+
 TESTED_VLLM_VERSIONS = ("0.32.0",)
 
-_applied = False
+_OPTIONAL = {"graph_capture": "trace_graphs"}
+"""Patches that one option needs and nothing else."""
+
+_in_force: list[ModuleType] = []
 
 
 def apply_all() -> None:
     """Checks every patch against the installed vLLM, then applies them; once per process.
 
+    A patch that one option needs is left out if it does not fit; `refused_options` then has why.
+
     Raises:
         PatchError: A private interface is not as expected. Nothing has been changed then.
     """
-    global _applied
-    if _applied:
+    if _in_force:
         return
-    modules = _modules()
-    for module in modules:
-        module.check()
-    for module in modules:
+    refused_options.clear()
+    fitting = []
+    for module in _modules():
+        try:
+            module.check()
+        except PatchError as error:
+            option = _OPTIONAL.get(_name(module))
+            if option is None:
+                raise
+            refused_options[option] = str(error)
+        else:
+            fitting.append(module)
+    for module in fitting:
         module.apply()
-    _applied = True
+    _in_force.extend(fitting)
 
 
 def applied_names() -> list[str]:
     """The patches in force in this process."""
-    if not _applied:
-        return []
-    return [module.__name__.rpartition(".")[2] for module in _modules()]
+    return [_name(module) for module in _in_force]
 
 
 def applied() -> bool:
     """Whether the patches are in force in this process."""
-    return _applied
+    return bool(_in_force)
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
 
 
 def _modules() -> list[ModuleType]:
@@ -110,7 +128,13 @@ def _platform_modules() -> list[ModuleType]:
 
     modules = [attention_backends, mla_attention, worker_start]
     if current_platform.is_cuda():
-        from vllm_flashtrace.patches import graph_capture, model_runner_v2
+        from vllm_flashtrace.patches import model_runner_v2
 
-        modules += [model_runner_v2, graph_capture]
+        modules.append(model_runner_v2)
+        try:
+            from vllm_flashtrace.patches import graph_capture
+        except ImportError as error:  # It and `worker.trace_graphs` import what may be renamed.
+            refused_options[_OPTIONAL["graph_capture"]] = str(error)
+        else:
+            modules.append(graph_capture)
     return modules

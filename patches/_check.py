@@ -11,6 +11,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+refused_options: dict[str, str] = {}
+"""Options whose patch does not fit the installed vLLM, each with what does not fit."""
+
 
 class PatchError(RuntimeError):
     """A private vLLM interface is not what a patch was written for."""

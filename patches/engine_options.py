@@ -2,7 +2,8 @@
 
 What it changes: ``EngineArgs.create_engine_config`` first reads the ``flashtrace`` section of
 ``additional_config`` and raises ValueError if it is bad, or if its file of weights of heads is not
-one of the model's. vLLM calls it before it starts an engine in every layout: several API servers,
+one of the model's. It says in one line which options have no effect, because what they need does
+not fit this vLLM. vLLM calls it before it starts an engine in every layout: several API servers,
 data parallel, headless, offline.
 
 Why here: vLLM passes ``additional_config`` on unread, and a plugin sees it only when the engine is
@@ -18,7 +19,8 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-from vllm_flashtrace.patches._check import PatchError, require_parameters
+from vllm_flashtrace.base.logs import logger
+from vllm_flashtrace.patches._check import PatchError, refused_options, require_parameters
 from vllm_flashtrace.trace.config import SECTION, FlashTraceConfig
 from vllm_flashtrace.trace.heads_file import HeadsFileError, served_heads
 
@@ -40,6 +42,14 @@ def apply() -> None:
     @functools.wraps(stock)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         options = FlashTraceConfig.from_additional_config(self.additional_config)
+        for option, reason in refused_options.items():
+            if getattr(options, option):
+                logger.error(
+                    "FlashTrace: the option %s is refused and has no effect: it does not fit this "
+                    "vLLM: %s",
+                    option,
+                    reason,
+                )
         config = stock(self, *args, **kwargs)
         try:
             served_heads(options.heads, config)

@@ -309,6 +309,42 @@ def test_all_patches_for_cuda_fit_or_leave_everything_untouched() -> None:
     assert "GPUModelRunner.prepare_attn (V2) takes" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("renamed", "reason"),
+    [
+        ("del W._all_instances", "CUDAGraphWrapper has no _all_instances"),
+        ("del v2.GPUModelRunner.capture_model", "GPUModelRunner.capture_model does not exist"),
+        ("del G.CUDAGraphEntry", "cannot import name 'CUDAGraphEntry'"),
+    ],
+)
+def test_what_an_option_alone_needs_refuses_the_option_alone(renamed: str, reason: str) -> None:
+    """All others are applied, and only who asks for the option hears of it."""
+    code = (
+        _AS_CUDA + "from vllm.compilation import cuda_graph as G\n"
+        "from vllm.compilation.cuda_graph import CUDAGraphWrapper as W\n"
+        "from vllm.engine.arg_utils import EngineArgs as E\n"
+        f"E.create_engine_config = lambda self: None\n{renamed}\n"
+        "from vllm_flashtrace import patches, plugin\n"
+        "plugin.register()\n"
+        "names = patches.applied_names()\n"
+        "assert 'model_runner_v2' in names and 'graph_capture' not in names, names\n"
+        "assert v2.GPUModelRunner.execute_model is not execute\n"
+        "assert 'flashtrace' in B.FLASH_ATTN.get_path()\n"
+        "E(model='m').create_engine_config()\n"
+        "print('asked', file=__import__('sys').stderr)\n"
+        "options = {'flashtrace': {'trace_graphs': True}}\n"
+        "E(model='m', additional_config=options).create_engine_config()\n"
+    )
+    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after = done.stderr.split("asked")
+    assert "FlashTrace" not in before
+    assert after.count("the option trace_graphs is refused and has no effect") == 1
+    assert reason in after
+
+
 @pytest.mark.parametrize("module", ["attention_backends", "worker_start", "model_runner_v2"])
 def test_every_patch_explains_itself(module: str) -> None:
     text = importlib.import_module(f"vllm_flashtrace.patches.{module}").__doc__ or ""

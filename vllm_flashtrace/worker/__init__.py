@@ -1,7 +1,11 @@
 """Inside a vLLM worker: records a trace while its request is prefilled.
 
-- A step: `runner` meets vLLM's model runners, `recorder` keeps the traces, `step` adds a step's
-  target rows to their sums, `finish` makes scores of these. `scorer` gives log-probabilities.
+- A step: `runner` meets vLLM's model runners, `recorder` keeps the traces, `step` records a step's
+  target rows, `finish` makes scores of the sums. `log_probs` gives log-probabilities of tokens.
+- What they work on: `recorded_trace`, a trace with its sums or its `kept_rows`; `step_rows`, where
+  rows lie in a step and in the cache; `row_groups`, what is recorded in one call; `clock`.
+- The end: `host_buffers` for what is copied behind the step, `reports` for what is made of it;
+  `rank_agreement` is what ranks must do alike.
 - A forward pass: `taps` on the residual stream, `observer` for these and for attention.
 - The model: `traced_model`, with `cpu_model` and `gpu_model`, which read keys and values by
   `cpu_cache`, `gpu_cache` and, of latent attention, by `latents` and `gpu_latents`.
