@@ -453,7 +453,7 @@ def test_new_scales_and_packings_are_new_weights(int8: Engine) -> None:
         projection.weight_scale.data[5] *= 1.5
         taken.append(int(take()))
         kernel, handler = projection.scheme.kernel, projection.scheme.kernel.dnnl_handler
-        kernel.dnnl_handler = object()
+        kernel.dnnl_handler = type(handler)()
         taken.append(int(take()))
         kernel.dnnl_handler = handler
         projection.weight_scale.data[5] /= 1.5
