@@ -22,7 +22,7 @@ _GAIN = 0.99
 """A tile is better if it takes less than this share of the time."""
 
 _SMALLEST, _LARGEST = 16, 256
-_CHOICES = {"warps": (4, 8), "stages": (1, 2, 3, 4)}
+_CHOICES = {"warps": (4, 8), "stages": (1, 2, 3, 4), "registers": (None, 128, 168)}
 
 Row = dict[str, Any]
 
@@ -145,8 +145,7 @@ def _search(
 def _neighbours(tile: Any) -> Iterator[Any]:
     """Tiles that differ in one number."""
     for name, value in tile._asdict().items():
-        sizes = (value // 2, value * 2)
-        for choice in _CHOICES.get(name, sizes):
+        for choice in _CHOICES[name] if name in _CHOICES else (value // 2, value * 2):
             if name in _CHOICES or _SMALLEST <= choice <= _LARGEST:
                 yield tile._replace(**{name: choice})
 

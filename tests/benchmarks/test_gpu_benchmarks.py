@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_checks, gpu_engine, gpu_kernels, tables
+from benchmarks import gpu_checks, gpu_engine, gpu_kernels, gpu_tune, tables
 from benchmarks.gpu_cases import (
     BLOCK_SIZES,
     HEAD_SIZES,
@@ -86,6 +86,16 @@ def test_dry_run_checks_and_times_every_kernel(tmp_path: Path) -> None:
     table = tables.gpu_kernels(result)
     assert "3 of 3 cases agree with float64" in table
     assert table.count("| tiny | 48 |") == 3  # Two numbers of rows, and the proximities.
+
+
+@pytest.mark.parametrize("module", [triton_lse, triton_column_sums, triton_proximity])
+def test_every_tile_has_neighbours(module: Any) -> None:
+    """Whatever is not limited in it; each differs in one number."""
+    for tile in module._TILES.values():
+        neighbours = set(gpu_tune._neighbours(tile)) - {tile}
+        assert len(neighbours) > len(tile)
+        for other in neighbours:
+            assert sum(one != two for one, two in zip(tile, other, strict=True)) == 1
 
 
 def test_dry_run_looks_for_tiles_and_puts_them_back(tmp_path: Path) -> None:
