@@ -108,7 +108,7 @@ def take_apart(
         forms_on(device).column_sums(layer.inputs, 0)
     return [
         {"layer": shape.name, "kernel": KERNELS[name], **_resources(kernel)}
-        | {"loops": loops(_disassembled(kernel), shape.head_dim)}
+        | {"loops": loops(_tool("nvdisasm", kernel, "-c"), shape.head_dim)}
         for name in KERNELS
         for kernel in kernels[name]
     ]
@@ -127,10 +127,6 @@ def _resources(kernel: Any) -> dict[str, int]:
         "shared_bytes": shared,
         "programs_at_once": programs,
     }
-
-
-def _disassembled(kernel: Any) -> str:
-    return _tool("nvdisasm", kernel, "-c")
 
 
 def _tool(name: str, kernel: Any, *options: str) -> str:

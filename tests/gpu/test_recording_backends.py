@@ -277,10 +277,19 @@ _AS_CUDA = (
 )
 
 
+def run_as_cuda(code: str) -> subprocess.CompletedProcess[str]:
+    """What a process of its own prints, in which vLLM takes its platform for CUDA."""
+    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
+    command = [sys.executable, "-c", _AS_CUDA + code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_all_patches_for_cuda_fit_or_leave_everything_untouched() -> None:
     """In a process of its own: first where a method of the V2 runner has moved."""
     code = (
-        _AS_CUDA + "import sys\n"
+        "import sys\n"
         "before = set(sys.modules)\n"
         "from vllm_flashtrace import patches, plugin\n"
         "stock = v2.GPUModelRunner.prepare_attn\n"
@@ -300,10 +309,7 @@ def test_all_patches_for_cuda_fit_or_leave_everything_untouched() -> None:
         "print(B.FLASH_ATTN.get_path(), B.TRITON_ATTN.get_path(), B.FLASHINFER.get_path())\n"
         "assert 'flashtrace' not in B.CPU_ATTN.get_path()\n"
     )
-    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_as_cuda(code)
     assert done.stdout.count("vllm_flashtrace.patches.attention_backends.Recording") == 3
     assert done.stderr.count("FlashTrace is off") == 1
     assert "GPUModelRunner.prepare_attn (V2) takes" in done.stderr
@@ -320,7 +326,7 @@ def test_all_patches_for_cuda_fit_or_leave_everything_untouched() -> None:
 def test_what_an_option_alone_needs_refuses_the_option_alone(renamed: str, reason: str) -> None:
     """All others are applied, and only who asks for the option hears of it."""
     code = (
-        _AS_CUDA + "from vllm.compilation import cuda_graph as G\n"
+        "from vllm.compilation import cuda_graph as G\n"
         "from vllm.compilation.cuda_graph import CUDAGraphWrapper as W\n"
         "from vllm.engine.arg_utils import EngineArgs as E\n"
         f"E.create_engine_config = lambda self: None\n{renamed}\n"
@@ -335,10 +341,7 @@ def test_what_an_option_alone_needs_refuses_the_option_alone(renamed: str, reaso
         "options = {'flashtrace': {'trace_graphs': True}}\n"
         "E(model='m', additional_config=options).create_engine_config()\n"
     )
-    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_as_cuda(code)
     before, after = done.stderr.split("asked")
     assert "FlashTrace" not in before
     assert after.count("the option trace_graphs is refused and has no effect") == 1

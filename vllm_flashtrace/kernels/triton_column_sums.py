@@ -26,6 +26,7 @@ from vllm_flashtrace.kernels.triton_operands import (
     load_cached,
     load_layer,
     load_queries,
+    load_vectors,
     masked_logits,
     shaped_logits,
     unit_of,
@@ -255,8 +256,8 @@ def _column_sums_kernel(
         EIGHT_BIT,
     ).to(OPERANDS)
     unit = unit_of(scale, HAS_CAP, HAS_ALIBI)
-    steps, dims = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
-    places = steps[:, None] * stride_row + dims[None, :]
+    steps = tl.arange(0, ROWS)
+    places = steps * stride_row  # In 32 bits, which `load_queries` can't know to be enough.
     for shared in range(SHARED):
         head = group * SHARED + shared
         slope = tl.load(slopes + head) if HAS_ALIBI else 0.0
@@ -267,10 +268,7 @@ def _column_sums_kernel(
         own_query = query + head * stride_head + full_row.to(tl.int64) * stride_row
         own_offsets = head_offsets + full_row
         for _step in range(full_steps):
-            if HEAD_DIM == PADDED_DIM:
-                stored = tl.load(own_query + places)
-            else:
-                stored = tl.load(own_query + places, mask=(dims < HEAD_DIM)[None, :], other=0)
+            stored = load_vectors(own_query, places, 1, None, HEAD_DIM, PADDED_DIM)
             q = widen(stored, EIGHT_BIT_QUERY).to(OPERANDS)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             logits = shaped_logits(dots, scale, soft_cap, HAS_CAP)

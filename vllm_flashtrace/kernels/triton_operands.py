@@ -467,21 +467,13 @@ def load_cached(
 
     Those that are not `valid` are zero; None where all are, which costs fewer instructions.
     """
-    dims = tl.arange(0, PADDED_DIM)
-    known = None if HEAD_DIM == PADDED_DIM else (dims < HEAD_DIM)[None, :]
     if valid is None:
         block = tl.load(block_table + tokens // BLOCK_SIZE).to(tl.int64)
-        mask = known
     else:
         block = tl.load(block_table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        mask = valid[:, None] if known is None else valid[:, None] & known
     rows = block * stride_block + group.to(tl.int64) * stride_group
     rows += (tokens % BLOCK_SIZE).to(tl.int64) * stride_slot
-    places = rows[:, None] + dims[None, :] * stride_dim
-    if mask is None:
-        stored = tl.load(cache + places)
-    else:
-        stored = tl.load(cache + places, mask=mask, other=0)
+    stored = load_vectors(cache, rows, stride_dim, valid, HEAD_DIM, PADDED_DIM)
     return widen(stored, EIGHT_BIT)
 
 
@@ -497,12 +489,28 @@ def load_queries(
     PADDED_DIM: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
 ):
-    """Query vectors of target rows, zero where not `valid`."""
-    dims = tl.arange(0, PADDED_DIM)
+    """Query vectors of target rows; `valid` as in `load_cached`."""
     offsets = rows.to(tl.int64) * stride_row + heads * stride_head
-    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-    stored = tl.load(query + offsets[:, None] + dims[None, :], mask=mask, other=0)
+    stored = load_vectors(query, offsets, 1, valid, HEAD_DIM, PADDED_DIM)
     return widen(stored, EIGHT_BIT)
+
+
+@triton.jit
+def load_vectors(
+    memory, starts, stride_dim, valid, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr
+):
+    """Vectors that begin at `starts`, zero where not `valid` and behind the head's size."""
+    dims = tl.arange(0, PADDED_DIM)
+    places = starts[:, None] + dims[None, :] * stride_dim
+    if valid is None:
+        if HEAD_DIM == PADDED_DIM:
+            stored = tl.load(memory + places)
+        else:
+            stored = tl.load(memory + places, mask=(dims < HEAD_DIM)[None, :], other=0)
+    else:
+        mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        stored = tl.load(memory + places, mask=mask, other=0)
+    return stored
 
 
 @triton.jit
